@@ -1,0 +1,175 @@
+"""Hugging Face LLaVA folders in and out.
+
+A folder holds config.json, model.safetensors (or shards with an index), tokenizer.json and
+preprocessor_config.json. `NAMES` is the whole mapping between Hugging Face's keys and this code's.
+"""
+
+import json
+import re
+import shutil
+from dataclasses import fields
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from minialign.clip import ClipConfig
+from minialign.errors import UserError
+from minialign.files import read_json, write_folder_whole, write_json
+from minialign.llama import LlamaConfig
+from minialign.llava import Llava, LlavaConfig
+
+TOY = Path(__file__).parent / "assets" / "toy-llava"
+
+# Hugging Face's key (any of the layouts in use) -> ours. The first pattern that matches is applied.
+NAMES = [
+    (r"^(model\.)?vision_tower\.(vision_tower\.)?(vision_model\.)?", "vision_tower."),
+    (r"^(model\.)?multi_modal_projector\.", "multi_modal_projector."),
+    (r"^model\.mm_projector\.0\.", "multi_modal_projector.linear_1."),
+    (r"^model\.mm_projector\.2\.", "multi_modal_projector.linear_2."),
+    (r"^language_model\.lm_head\.", "lm_head."),
+    (r"^(language_model\.model|model\.language_model|model)\.", "language_model."),
+]
+# Ours -> the layout of the hub's llava-hf folders, which is the one that is written.
+HUB_NAMES = [
+    (r"^vision_tower\.", "vision_tower.vision_model."),
+    (r"^lm_head\.", "language_model.lm_head."),
+    (r"^language_model\.", "language_model.model."),
+]
+IGNORED = re.compile(r"(position_ids|\.inv_freq)$")
+COMPANIONS = ("tokenizer.json", "tokenizer_config.json", "preprocessor_config.json", "special_tokens_map.json")
+
+
+def rename(key: str, table: list[tuple[str, str]]) -> str:
+    """Apply the first pattern of `table` that matches."""
+    for pattern, replacement in table:
+        renamed, count = re.subn(pattern, replacement, key, count=1)
+        if count:
+            return renamed
+    return key
+
+
+def resolve_model(model: str) -> Path:
+    """`toy` names the embedded checkpoint; anything else is a folder."""
+    folder = TOY if model == "toy" else Path(model)
+    if not folder.is_dir():
+        raise UserError(f"--model {model}: no such folder; give a Hugging Face LLaVA folder, or `toy`")
+    return folder
+
+
+def read_config(folder: Path) -> LlavaConfig:
+    """config.json as a `LlavaConfig`; sparse files are completed with the defaults."""
+    path = folder / "config.json"
+    raw = read_json(path, "a model folder needs Hugging Face's config.json")
+    if raw.get("model_type") != "llava":
+        raise UserError(f"{path}: model_type is {raw.get('model_type')!r}; only 'llava' is supported")
+    text, vision = dict(raw.get("text_config", {})), dict(raw.get("vision_config", {}))
+    expected = {
+        "vision_feature_select_strategy": (raw, "default"),
+        "projector_hidden_act": (raw, "gelu"),
+        "hidden_act": (vision, "quick_gelu"),
+    }
+    for name, (section, value) in expected.items():
+        if section.get(name, value) != value:
+            raise UserError(f"{path}: {name} is {section[name]!r}; only {value!r} is supported")
+    text.setdefault("rope_theta", text.get("rope_parameters", {}).get("rope_theta", LlamaConfig.rope_theta))
+    heads = text.get("num_attention_heads", LlamaConfig.num_attention_heads)
+    text["num_key_value_heads"] = text.get("num_key_value_heads") or heads
+    text["head_dim"] = text.get("head_dim") or text.get("hidden_size", LlamaConfig.hidden_size) // heads
+    text["tie_word_embeddings"] = raw.get("tie_word_embeddings", text.get("tie_word_embeddings", False))
+
+    def known(section: dict, kind: type) -> dict:
+        return {f.name: section[f.name] for f in fields(kind) if f.name in section}
+
+    return LlavaConfig(
+        text=LlamaConfig(**known(text, LlamaConfig)),
+        vision=ClipConfig(**known(vision, ClipConfig)),
+        image_token_id=raw.get("image_token_index", raw.get("image_token_id", 32000)),
+        vision_feature_layer=raw.get("vision_feature_layer", -2),
+        raw=raw,
+    )
+
+
+def weight_files(folder: Path) -> list[Path]:
+    """The folder's safetensors files. Pickle is never loaded."""
+    index = folder / "model.safetensors.index.json"
+    if index.exists():
+        names = read_json(index, "download the folder again").get("weight_map", {}).values()
+        files = [folder / name for name in sorted(set(names))]
+    else:
+        files = [folder / "model.safetensors"]
+    for file in files:
+        if file.exists():
+            continue
+        if any(folder.glob("*.bin")) or any(folder.glob("*.pt")) or any(folder.glob("*.pth")):
+            raise UserError(f"{folder}: only pickle weights (.bin, .pt), which are never loaded; convert to safetensors")
+        raise UserError(f"{file}: no such file; a model folder needs model.safetensors or its shards with an index")
+    return files
+
+
+def read_tensors(file: Path, device: str = "cpu", dtype: torch.dtype | None = None):
+    """Yield (key, tensor) one tensor at a time, moved to `device` and `dtype` on the way."""
+    try:
+        with safe_open(file, framework="pt") as tensors:
+            for key in tensors.keys():  # noqa: SIM118 (safe_open is no dict)
+                yield key, tensors.get_tensor(key).to(device, dtype)
+    except SafetensorError as error:
+        raise UserError(f"{file}: not a whole safetensors file ({error}); download or save it again") from None
+
+
+def load_model(folder: Path, device: str = "cpu", dtype: torch.dtype = torch.float32) -> Llava:
+    """Read a LLaVA folder onto `device` in `dtype`, in eval mode.
+
+    A missing, unexpected or wrongly shaped tensor is a `UserError` that names the keys.
+    """
+    config = read_config(folder)
+    with torch.device("meta"):
+        model = Llava(config)
+    wanted = model.state_dict()
+    state: dict[str, Tensor] = {}
+    for file in weight_files(folder):
+        for key, tensor in read_tensors(file, device, dtype):
+            if not IGNORED.search(key):
+                state[rename(key, NAMES)] = tensor
+    if config.text.tie_word_embeddings:
+        state.setdefault("lm_head.weight", state.get("language_model.embed_tokens.weight"))
+    check_tensors(folder, wanted, state)
+    model.load_state_dict(state, assign=True)
+    return model.eval()
+
+
+def check_tensors(where: Path, wanted: dict[str, Tensor], found: dict[str, Tensor]) -> None:
+    """Refuse missing, unexpected and wrongly shaped tensors, by name."""
+    problems = []
+    for title, keys in (("missing", wanted.keys() - found.keys()), ("unexpected", found.keys() - wanted.keys())):
+        if keys:
+            shown = ", ".join(sorted(keys)[:5]) + (f" and {len(keys) - 5} more" if len(keys) > 5 else "")
+            problems.append(f"{title} tensors: {shown}")
+    for key in sorted(wanted.keys() & found.keys()):
+        if wanted[key].shape != found[key].shape:
+            problems.append(f"{key} has shape {list(found[key].shape)}, config.json says {list(wanted[key].shape)}")
+    if problems:
+        raise UserError(f"{where}: {'; '.join(problems[:5])}; config.json and the weights must belong together")
+
+
+def save_model(state: dict[str, Tensor], raw_config: dict, source: Path, folder: Path, dtype: torch.dtype) -> None:
+    """Write a Hugging Face folder whole: `state` by our names, the config as read, companions copied."""
+
+    def write(partial: Path) -> None:
+        tensors = {rename(k, HUB_NAMES): v.detach().to("cpu", dtype).contiguous() for k, v in state.items()}
+        save_file(tensors, partial / "model.safetensors", metadata={"format": "pt"})
+        write_json(partial / "config.json", raw_config | {"dtype": str(dtype).removeprefix("torch.")})
+        for name in COMPANIONS:
+            if (source / name).exists():
+                shutil.copyfile(source / name, partial / name)
+
+    write_folder_whole(folder, write)
+
+
+def save_tensors(path: Path, tensors: dict[str, Tensor], metadata: dict | None = None) -> None:
+    """Write one safetensors file, whole."""
+    partial = path.with_name(f".{path.name}.partial")
+    save_file({k: v.detach().cpu().contiguous() for k, v in tensors.items()}, partial, {"json": json.dumps(metadata or {})})
+    partial.replace(path)

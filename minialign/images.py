@@ -1,0 +1,76 @@
+"""Pictures: CLIP preprocessing and the diffusion noise of BDHS_noise (Eq. 8-9)."""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor
+
+from minialign.errors import UserError
+from minialign.files import read_json
+
+
+@dataclass(frozen=True)
+class ImageProcessor:
+    """CLIP's preprocessing: short edge to `size`, centre crop, rescale, normalise. Follows CLIPImageProcessor.
+
+    Resizing is Pillow's bicubic: torch's differs by up to 21 grey levels.
+    """
+
+    size: int = 336
+    mean: tuple[float, ...] = (0.48145466, 0.4578275, 0.40821073)
+    std: tuple[float, ...] = (0.26862954, 0.26130258, 0.27577711)
+
+    @staticmethod
+    def from_folder(folder: Path) -> "ImageProcessor":
+        """Read preprocessor_config.json."""
+        path = folder / "preprocessor_config.json"
+        raw = read_json(path, "a model folder needs Hugging Face's preprocessor_config.json")
+        crop, edge = raw.get("crop_size", 336), raw.get("size", 336)
+        crop = crop["height"] if isinstance(crop, dict) else crop
+        edge = edge.get("shortest_edge") if isinstance(edge, dict) else edge
+        if edge != crop:
+            raise UserError(f"{path}: shortest edge {edge} and crop {crop} differ, which CLIP's preprocessing excludes")
+        default = ImageProcessor()
+        return ImageProcessor(
+            crop, tuple(raw.get("image_mean", default.mean)), tuple(raw.get("image_std", default.std))
+        )
+
+    def __call__(self, image: Image.Image) -> Tensor:
+        """PIL picture -> (3, size, size) float32."""
+        image = image.convert("RGB")
+        width, height = image.size
+        short, long = min(width, height), max(width, height)
+        long = int(self.size * long / short)
+        new = (self.size, long) if width <= height else (long, self.size)
+        if new != image.size:
+            image = image.resize(new, Image.Resampling.BICUBIC)
+        left, top = (new[0] - self.size) // 2, (new[1] - self.size) // 2
+        image = image.crop((left, top, left + self.size, top + self.size))
+        # float64 until the end, as transformers' numpy path: the result is then equal to the last bit.
+        pixels = np.asarray(image) * (1 / 255)
+        pixels = (pixels.astype(np.float32) - np.array(self.mean, np.float32)) / np.array(self.std, np.float32)
+        return torch.from_numpy(np.ascontiguousarray(pixels.transpose(2, 0, 1)))
+
+
+def noise_level(steps: int) -> float:
+    """abar_N of Eq. 8-9: the product of 1 - beta_k for k = 1..N, with the sigmoid schedule of App. E.1."""
+    k = torch.arange(1, steps + 1, dtype=torch.float64)
+    beta = torch.sigmoid(-6 + 12 * k / 1000) * (0.5e-2 - 1e-5) + 1e-5
+    return float(torch.prod(1 - beta))
+
+
+def add_noise(image: Image.Image, steps: int, generator: torch.Generator) -> Image.Image:
+    """Eq. 9: x~ = sqrt(abar_N) x + sqrt(1 - abar_N) eps on raw [0, 1] pixels, before any resizing.
+
+    Values are clamped to [0, 1]; letting bytes wrap around would be a different noise.
+    """
+    if steps == 0:
+        return image
+    pixels = torch.from_numpy(np.asarray(image.convert("RGB")) / 255.0)
+    abar = noise_level(steps)
+    noise = torch.randn(pixels.shape, generator=generator, dtype=torch.float64)
+    noisy = (abar**0.5 * pixels + (1 - abar) ** 0.5 * noise).clamp(0, 1)
+    return Image.fromarray((noisy * 255).round().to(torch.uint8).numpy())

@@ -1,0 +1,49 @@
+"""The paper's losses: pure functions of summed log-probs, and the one place that computes log-probs."""
+
+from typing import Literal
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from minialign.llava import Llava
+from minialign.masks import TokenTree
+
+Loss = Literal["dpo", "ipo", "slic"]
+
+
+def branch_logps(model: Llava, tree: TokenTree, tower_features: Tensor | None) -> Tensor:
+    """Log-probability of every branch, summed over its tokens: (B, S), float32.
+
+    A branch's first token is predicted by the trunk token before its fork. The LM head runs on the tokens that
+    predict a branch's, and nowhere else.
+    """
+    hidden = model(tree, tower_features)
+    row, column = (tree.branch > 0).nonzero(as_tuple=True)
+    logits = model.lm_head(hidden[row, tree.parent[row, column]]).float()  # (branch tokens, V)
+    token_logps = logits.log_softmax(-1).gather(-1, tree.ids[row, column, None])[:, 0]
+    sums = torch.zeros(tree.tip.shape, dtype=torch.float32, device=hidden.device)
+    return sums.index_put((row, tree.branch[row, column] - 1), token_logps, accumulate=True)
+
+
+def log_ratio_difference(policy_chosen, policy_rejected, ref_chosen, ref_rejected) -> Tensor:
+    """h of Eq. 3: log[pi(y+|x) ref(y-|x) / (ref(y+|x) pi(y-|x))]."""
+    return (policy_chosen - ref_chosen) - (policy_rejected - ref_rejected)
+
+
+def dpo_loss(h: Tensor, beta: float) -> Tensor:
+    """Eq. 3: -log sigmoid(beta h)."""
+    return -F.logsigmoid(beta * h)
+
+
+def ipo_loss(h: Tensor, beta: float) -> Tensor:
+    """Sec. 5.7: (h - 1 / (2 beta))^2 on sums, as the IPO paper has it."""
+    return (h - 1 / (2 * beta)) ** 2
+
+
+def slic_loss(h: Tensor, beta: float) -> Tensor:
+    """Sec. 5.7: max(0, 1 - beta h), the hinge as GPO (Tang et al. 2024) writes it."""
+    return torch.relu(1 - beta * h)
+
+
+LOSSES = {"dpo": dpo_loss, "ipo": ipo_loss, "slic": slic_loss}

@@ -1,0 +1,162 @@
+"""The token tree: who may attend to whom. Every algorithm of the paper is a choice of tree.
+
+A sequence is a trunk and zero or more branches that fork from it. A plain forward pass is a trunk alone;
+a DPO pair is a prompt with two branches; a BDHS completion of S sentences is one trunk (image, prompt, y+)
+with S branches, each forking where its sentence was cut. One rule, `may_attend`, covers them all.
+"""
+
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+TRUNK = 0
+PADDING = -1
+COLUMNS = ("ids", "positions", "branch", "fork", "visible", "parent", "feature")
+
+
+@dataclass(frozen=True)
+class TokenTree:
+    """A batch of token trees, right-padded. Every tensor but the last is (B, T).
+
+    ids        token id; image slots hold the image token's id
+    positions  RoPE position; a branch continues from its fork, a hidden token leaves a gap
+    branch     0 = trunk, 1..S = a branch, -1 = padding
+    fork       for a branch token: the trunk position at which its branch forks; 0 elsewhere
+    visible    False: no query may attend to this key (Eq. 6)
+    parent     column of the token that predicts this one, -1 for the first
+    feature    row of the batch's image features that fills this slot, -1 for text
+    tip        (B, S) column of each branch's last token (its fork's, if it has none), -1 where there is no branch
+    """
+
+    ids: Tensor
+    positions: Tensor
+    branch: Tensor
+    fork: Tensor
+    visible: Tensor
+    parent: Tensor
+    feature: Tensor
+    tip: Tensor
+    features_expected: int = 0
+
+    def to(self, device) -> "TokenTree":
+        """The same tree on `device`."""
+        return TokenTree(*(getattr(self, n).to(device) for n in (*COLUMNS, "tip")), self.features_expected)
+
+    def append(self, other: "TokenTree") -> "TokenTree":
+        """This tree with the columns of `other` behind its own: decoding grows a tree so."""
+        columns = (torch.cat([getattr(self, n), getattr(other, n)], dim=1) for n in COLUMNS)
+        return TokenTree(*columns, other.tip, self.features_expected)
+
+
+def may_attend(q_position, q_branch, q_fork, k_position, k_branch, k_visible) -> Tensor:
+    """The rule, elementwise on broadcastable tensors; True means "may attend", as in Eq. 6 and in SDPA.
+
+    A query sees a visible key that is not later than itself and lies on its own branch, or on the trunk
+    before the fork. Padding sees itself only (its positions are unique), so that no row is empty.
+    """
+    same_branch = q_branch == k_branch
+    before_fork = (k_branch == TRUNK) & (k_position < q_fork)
+    seen = k_visible & (k_position <= q_position) & (same_branch | before_fork)
+    itself = same_branch & (k_position == q_position)
+    return torch.where(q_branch == PADDING, itself, seen)
+
+
+def dense_mask(query: TokenTree, key: TokenTree) -> Tensor:
+    """The rule as a (B, 1, Tq, Tk) bool tensor for SDPA."""
+    return may_attend(
+        query.positions[:, None, :, None], query.branch[:, None, :, None], query.fork[:, None, :, None],
+        key.positions[:, None, None, :], key.branch[:, None, None, :], key.visible[:, None, None, :],
+    )  # fmt: skip
+
+
+def image_attention_mask(image_tokens: int, rho_th: float, generator: torch.Generator) -> Tensor:
+    """Eq. 6: m_i = 1 if rho_i >= rho_th else 0, rho_i ~ U(0, 1), one per image embedding. (image_tokens,) bool."""
+    return torch.rand(image_tokens, generator=generator) >= rho_th
+
+
+@dataclass(frozen=True)
+class Branch:
+    """Token ids that fork from the trunk before `trunk[fork]`; None forks at the trunk's end."""
+
+    ids: list[int]
+    fork: int | None = None
+
+
+@dataclass(frozen=True)
+class Sequence:
+    """One row before padding: trunk ids with the image token once, its expansion, and the branches.
+
+    image_visible is a bool tensor (image_tokens,), or None when the whole image is visible.
+    """
+
+    trunk: list[int]
+    branches: list[Branch] = field(default_factory=list)
+    image_tokens: int = 0
+    image_visible: Tensor | None = None
+
+
+def build_tree(
+    sequences: list[Sequence], image_token_id: int, pad_id: int, drop_hidden: bool = True
+) -> TokenTree:
+    """Lay out sequences as one right-padded batch: the only place where sequences are built.
+
+    drop_hidden leaves hidden image tokens out of the sequence: a key that nobody sees changes nothing, so the
+    others keep their positions and every logit stays what it was, for a fraction of the prefill.
+    Raises ValueError where the trunk's image places and `image_tokens` disagree, or a fork is hidden.
+    """
+    rows, tips, offset = [], [], 0
+    for sequence in sequences:
+        row, tip = _row(sequence, image_token_id, offset, drop_hidden)
+        rows.append(row)
+        tips.append(tip)
+        offset += sequence.image_tokens
+    width, branches = max(len(row[0]) for row in rows), max(len(tip) for tip in tips)
+    for row, tip in zip(rows, tips, strict=True):
+        count = len(row[0])
+        tip += [-1] * (branches - len(tip))
+        # Padding has unique positions, so that each pad may attend to itself alone.
+        for values, pad in zip(row, [pad_id, None, PADDING, 0, False, -1, -1], strict=True):
+            values += range(count, width) if pad is None else [pad] * (width - count)
+    columns = (torch.tensor([row[i] for row in rows]) for i in range(len(COLUMNS)))
+    return TokenTree(*columns, torch.tensor(tips).view(len(rows), branches), offset)
+
+
+def _row(sequence: Sequence, image_token_id: int, feature_offset: int, drop_hidden: bool) -> tuple[list, list]:
+    """One row's columns, unpadded, trunk first and then its branches; and the branches' tips."""
+    places = sequence.trunk.count(image_token_id)
+    if places != (1 if sequence.image_tokens else 0):
+        raise ValueError(f"{places} image places in the prompt, {sequence.image_tokens} image features to fill them")
+    row: list[list] = [[] for _ in COLUMNS]
+    tips = []
+
+    def put(*values):
+        for column, value in zip(row, values, strict=True):
+            column.append(value)
+
+    start_of: list[int] = []  # trunk index -> position
+    column_of: dict[int, int] = {}  # trunk position -> column
+    position = 0
+    for token in sequence.trunk:
+        start_of.append(position)
+        if token != image_token_id:
+            column_of[position] = len(row[0])
+            put(token, position, TRUNK, 0, True, len(row[0]) - 1, -1)
+            position += 1
+            continue
+        visible = [True] * sequence.image_tokens if sequence.image_visible is None else sequence.image_visible.tolist()
+        for i, seen in enumerate(visible):
+            if seen or not drop_hidden:
+                column_of[position] = len(row[0])
+                put(token, position, TRUNK, 0, seen, len(row[0]) - 1, feature_offset + i)
+            position += 1
+    start_of.append(position)
+    for number, branch in enumerate(sequence.branches, start=1):
+        fork = start_of[len(sequence.trunk) if branch.fork is None else branch.fork]
+        if fork - 1 not in column_of:
+            raise ValueError(f"branch {number} forks at position {fork}, right behind a hidden token or nothing")
+        for i, token in enumerate(branch.ids):
+            parent = column_of[fork - 1] if i == 0 else len(row[0]) - 1
+            put(token, fork + i, number, fork, True, parent, -1)
+        tips.append(len(row[0]) - 1 if branch.ids else column_of[fork - 1])
+    return row, tips

@@ -1,0 +1,225 @@
+"""How the toy checkpoint is made: LLaVA's recipe in small.
+
+(1) The tower learns to see on DEcorrelated pictures, by dense per-patch labels as a stand-in for CLIP's
+training, and is frozen. (2) The decoder learns the biased world from text alone: the prior. (3) Projector and
+decoder are joined on biased supervised data, a tenth of it text only, as LLaVA's mixture has. The result sees
+well and yet says what is typical: a language model whose prior overrides its eyes, which is what BDHS is about.
+"""
+
+import random
+import time
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from tokenizers import Tokenizer as FastTokenizer
+from tokenizers import decoders, models, normalizers, pre_tokenizers, trainers
+from tqdm import tqdm
+
+from minialign import toyworld
+from minialign.chat import Tokenizer
+from minialign.checkpoint import read_config, save_model
+from minialign.clip import Clip
+from minialign.files import write_json
+from minialign.images import ImageProcessor
+from minialign.llava import Llava
+from minialign.masks import Branch, Sequence, build_tree
+from minialign.toydraw import COLOURS, COLUMNS, OBJECTS, ROWS, SETTINGS, SIZE
+
+PATCH = 16
+CONTROL = ["<unk>", "<s>", "</s>", "<pad>", "<image>"]
+TOWER_STEPS, TEXT_STEPS, JOINT_STEPS, BATCH, PEAK_LR = 1000, 300, 1200, 32, 2e-3
+
+
+def config_json(vocab_size: int) -> dict:
+    """config.json of the toy model, by transformers' names."""
+    return {
+        "architectures": ["LlavaForConditionalGeneration"],
+        "model_type": "llava",
+        "minialign_template": "short",
+        "image_token_index": CONTROL.index("<image>"),
+        "pad_token_id": CONTROL.index("<pad>"),
+        "image_seq_length": (SIZE // PATCH) ** 2,
+        "vision_feature_layer": -2,
+        "vision_feature_select_strategy": "default",
+        "projector_hidden_act": "gelu",
+        "tie_word_embeddings": False,
+        "text_config": {
+            "model_type": "llama", "vocab_size": vocab_size, "hidden_size": 128, "intermediate_size": 344,
+            "num_hidden_layers": 3, "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 32,
+            "rms_norm_eps": 1e-5, "rope_theta": 10000.0, "max_position_embeddings": 1024,
+            "bos_token_id": 1, "eos_token_id": 2, "pad_token_id": CONTROL.index("<pad>"),
+        },
+        "vision_config": {
+            "model_type": "clip_vision_model", "hidden_size": 128, "intermediate_size": 512,
+            "num_hidden_layers": 4, "num_attention_heads": 4, "image_size": SIZE, "patch_size": PATCH,
+            "projection_dim": 128, "hidden_act": "quick_gelu",
+        },
+    }  # fmt: skip
+
+
+def build_tokenizer() -> FastTokenizer:
+    """A Llama-2 style tokenizer (BPE, byte fallback, `▁` for spaces) in which the world's words are whole."""
+    rng = random.Random(0)
+    corpus = []
+    for index in range(3000):
+        scene = toyworld.make_scene("train", index)
+        for kind in ("description", "existence", "attribute"):
+            corpus.append("\n ASSISTANT: USER: ".join(text for _, text in toyworld.conversation(scene, kind, rng)))
+    normalizer = normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])
+    trained = FastTokenizer(models.BPE())
+    trained.normalizer = normalizer
+    trained.pre_tokenizer = pre_tokenizers.Sequence([
+        pre_tokenizers.Split("▁", "merged_with_next"), pre_tokenizers.Punctuation("isolated"),
+    ])  # fmt: skip
+    alphabet = [chr(c) for c in range(33, 127)] + ["▁"]
+    trained.train_from_iterator(corpus, trainers.BpeTrainer(vocab_size=10_000, initial_alphabet=alphabet,
+                                                            limit_alphabet=200, show_progress=False))  # fmt: skip
+    import json  # the trained pieces and merges are only to be had through the JSON form
+
+    model = json.loads(trained.to_str())["model"]
+    pieces = [piece for piece, _ in sorted(model["vocab"].items(), key=lambda item: item[1]) if piece != "\n"]
+    names = CONTROL + [f"<0x{byte:02X}>" for byte in range(256)] + pieces
+    merges = [tuple(merge) for merge in model["merges"] if "\n" not in "".join(merge)]
+    bpe = models.BPE(vocab={name: i for i, name in enumerate(names)}, merges=merges, unk_token="<unk>",
+                     fuse_unk=True, byte_fallback=True)  # fmt: skip
+    tokenizer = FastTokenizer(bpe)
+    tokenizer.normalizer = normalizer
+    tokenizer.decoder = decoders.Sequence([
+        decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0),
+    ])  # fmt: skip
+    tokenizer.add_special_tokens(CONTROL)
+    return tokenizer
+
+
+def write_companions(folder: Path) -> Tokenizer:
+    """Everything of the model folder but the weights; returns the tokenizer."""
+    folder.mkdir(parents=True, exist_ok=True)
+    fast = build_tokenizer()
+    fast.save(str(folder / "tokenizer.json"))
+    write_json(folder / "config.json", config_json(fast.get_vocab_size()))
+    write_json(folder / "tokenizer_config.json", {
+        "tokenizer_class": "PreTrainedTokenizerFast", "bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>",
+        "pad_token": "<pad>", "image_token": "<image>", "clean_up_tokenization_spaces": False, "padding_side": "right",
+    })  # fmt: skip
+    default = ImageProcessor()
+    write_json(folder / "preprocessor_config.json", {
+        "image_processor_type": "CLIPImageProcessor", "do_resize": True, "size": {"shortest_edge": SIZE},
+        "resample": 3, "do_center_crop": True, "crop_size": {"height": SIZE, "width": SIZE}, "do_rescale": True,
+        "rescale_factor": 1 / 255, "do_normalize": True, "image_mean": default.mean, "image_std": default.std,
+        "do_convert_rgb": True,
+    })  # fmt: skip
+    return Tokenizer.from_folder(folder)
+
+
+def optimise(parameters, steps: int, loss_of, title: str) -> None:
+    """`steps` updates of one-cycle AdamW on `loss_of(step)`."""
+    parameters = list(parameters)
+    optimizer = torch.optim.AdamW(parameters, lr=PEAK_LR, weight_decay=0.01)
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, PEAK_LR, total_steps=steps, pct_start=0.1)
+    bar = tqdm(range(steps), desc=title, mininterval=5)
+    for step in bar:
+        loss = loss_of(step)
+        optimizer.zero_grad()
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(parameters, 1.0)
+        optimizer.step()
+        schedule.step()
+        bar.set_postfix(loss=f"{loss.item():.3f}", refresh=False)
+
+
+def pretrain_tower(tower: Clip, processor: ImageProcessor, steps: int) -> None:
+    """Stage 1: name the object, the colour and the setting of every patch, on decorrelated pictures."""
+    width = tower.post_layernorm.weight.shape[0]
+    heads = torch.nn.Linear(width, len(OBJECTS) + 1 + len(COLOURS) + 1 + len(SETTINGS))
+    sizes = [len(OBJECTS) + 1, len(COLOURS) + 1, len(SETTINGS)]
+    objects, colours, settings = list(OBJECTS), list(COLOURS), list(SETTINGS)
+    side = SIZE // PATCH
+
+    def labels(scene: toyworld.Scene) -> torch.Tensor:
+        grid = torch.zeros(side, side, 3, dtype=torch.long)
+        grid[..., 2] = settings.index(scene.setting)
+        for (row, column), (name, colour) in scene.cells.items():
+            rows = slice(row * side // ROWS, (row + 1) * side // ROWS)
+            columns = slice(column * side // COLUMNS, (column + 1) * side // COLUMNS)
+            grid[rows, columns, 0] = 1 + objects.index(name)
+            grid[rows, columns, 1] = 1 + colours.index(colour)
+        return grid.flatten(0, 1)
+
+    def loss_of(step: int) -> torch.Tensor:
+        # Seeds above the training split's own: same world, without its bias.
+        scenes = [toyworld.make_scene("alignment", 5 * 10**8 + step * 2 * BATCH + i) for i in range(2 * BATCH)]
+        pixels = torch.stack([processor(toyworld.picture(scene)) for scene in scenes])
+        target = torch.stack([labels(scene) for scene in scenes]).flatten(0, 1)  # (N * patches, 3)
+        scores = heads(tower(pixels)).flatten(0, 1).split(sizes, dim=-1)
+        loss_of.accuracy = [(s.argmax(-1) == target[:, i]).float().mean().item() for i, s in enumerate(scores)]
+        return sum(F.cross_entropy(s, target[:, i]) for i, s in enumerate(scores))
+
+    optimise([*tower.parameters(), *heads.parameters()], steps, loss_of, "1/3 tower")
+    print("tower accuracy per patch (object, colour, setting):", [f"{a:.3f}" for a in loss_of.accuracy])
+
+
+def conversation_row(tokenizer: Tokenizer, turns: list[toyworld.Turn], image: bool) -> tuple[list[int], list[bool]]:
+    """One conversation's ids, and which of them are learned: answers and their end token, never the questions."""
+    ids: list[int] = []
+    learned: list[bool] = []
+    for number in range(0, len(turns), 2):
+        prompt = tokenizer.prompt(turns[: number + 1], image)
+        learned += [False] * (len(prompt) - len(ids))
+        answer = tokenizer.response(turns[number + 1][1])
+        learned += [True] * len(answer)
+        ids = prompt + answer
+    return ids, learned
+
+
+def language_loss(model: Llava, tokenizer: Tokenizer, rows: list[list], features) -> torch.Tensor:
+    """Next-token loss on the learned tokens. A row is a picture's conversations, branches of one trunk."""
+    sequences, learned = [], []
+    for conversations, has_image in rows:
+        shared = conversations[0][0].index(tokenizer.image_id) + 1 if has_image else 1  # up to the image, or <s>
+        branches = [Branch(ids[shared:]) for ids, _ in conversations]
+        patches = model.config.vision.patches if has_image else 0
+        sequences.append(Sequence(conversations[0][0][:shared], branches, patches))
+        learned.append([flag for _, flags in conversations for flag in flags[shared:]])
+    tree = build_tree(sequences, tokenizer.image_id, tokenizer.pad_id)
+    row, column = (tree.branch > 0).nonzero(as_tuple=True)
+    keep = torch.tensor([flag for flags in learned for flag in flags])
+    row, column = row[keep], column[keep]
+    hidden = model(tree, features)
+    return F.cross_entropy(model.lm_head(hidden[row, tree.parent[row, column]]), tree.ids[row, column])
+
+
+def pretrain(folder: Path, joint_steps: int = JOINT_STEPS, text_steps: int = TEXT_STEPS) -> None:
+    """Make the toy checkpoint in `folder`, from seed 0."""
+    torch.manual_seed(0)
+    started = time.time()
+    tokenizer = write_companions(folder)
+    config = read_config(folder)
+    model = Llava(config)
+    for parameter in model.parameters():
+        if parameter.dim() == 2:
+            torch.nn.init.normal_(parameter, std=0.02)
+    processor = ImageProcessor.from_folder(folder)
+    pretrain_tower(model.vision_tower, processor, TOWER_STEPS)
+    kinds = ("description", "existence", "attribute")
+
+    def row(index: int, image: bool) -> tuple[list, bool]:
+        scene, rng = toyworld.make_scene("train", index), random.Random(index)
+        talks = [toyworld.conversation(scene, kind, rng) for kind in kinds]
+        return [conversation_row(tokenizer, talk, image) for talk in talks], image
+
+    def text_loss(step: int) -> torch.Tensor:
+        return language_loss(model, tokenizer, [row(step * BATCH + i, False) for i in range(BATCH)], None)
+
+    def joint_loss(step: int) -> torch.Tensor:
+        first = (text_steps + step) * BATCH
+        seen = [first + i for i in range(BATCH - BATCH // 10)]
+        pixels = torch.stack([processor(toyworld.picture(toyworld.make_scene("train", i))) for i in seen])
+        rows = [row(i, True) for i in seen] + [row(first + BATCH - 1 - i, False) for i in range(BATCH // 10)]
+        return language_loss(model, tokenizer, rows, model.encode_images(pixels))
+
+    language = [*model.language_model.parameters(), *model.lm_head.parameters()]
+    optimise(language, text_steps, text_loss, "2/3 text")
+    optimise([*model.multi_modal_projector.parameters(), *language], joint_steps, joint_loss, "3/3 joint")
+    save_model(model.state_dict(), config.raw, folder, folder, torch.float16)
+    print(f"wrote {folder} after {(time.time() - started) / 60:.1f} minutes")
