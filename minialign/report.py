@@ -63,7 +63,7 @@ path { fill: none; } .axis { stroke: var(--soft); } .zero { stroke: var(--rule);
 .pair { display: grid; grid-template-columns: minmax(0, 18rem) minmax(0, 1fr); gap: .6rem 1.6rem;
   padding: 1.4rem 0; align-items: start; } .pair + .pair { border-top: 1px solid var(--rule); }
 img { max-width: 100%; height: auto; } .text { margin: 0 0 .7rem; white-space: pre-wrap; }
-dl, dl div { display: flex; flex-wrap: wrap; gap: 0 .35rem; } dl { column-gap: 1.2rem; margin: .2rem 0 .5rem; }
+dl, dl div { display: flex; flex-wrap: wrap; gap: 0 .35rem; } dl { column-gap: 1rem; margin: .2rem 0 .5rem; }
 ins, del { text-underline-offset: .2em; } ins { background: var(--ins); text-decoration: underline; }
 del { background: var(--del); text-decoration: underline wavy 1px; }
 pre { white-space: pre-wrap; font: .8rem/1.5 ui-monospace, monospace; }
@@ -239,7 +239,7 @@ def axes(x, y, steps: tuple[float, float], values: tuple[float, float], label: s
 
 def pair_list(pairs: list[ReportPair]) -> str:
     """The pairs one after another, with a line that explains the marks."""
-    note = "Masked patches are grey. Words that differ are <ins>underlined</ins> in the chosen response, "
+    note = "Masked patches are dimmed. Words that differ are <ins>underlined</ins> in the chosen response, "
     note += "<del>underlined with a wave</del> in the rejected one."
     note = note if pairs else "No pairs were recorded."
     return f'<p class="note">{note}</p>\n' + "\n".join(map(pair_block, pairs))

@@ -1,0 +1,60 @@
+"""Command lines from one frozen dataclass per script: a field is a flag, its comment is its help."""
+
+import argparse
+import dataclasses
+import inspect
+import re
+import sys
+import types
+import typing
+from collections.abc import Callable
+
+from minialign.errors import UserError
+
+
+def parse_config(kind: type, doc: str, argv: list[str] | None = None):
+    """Read `argv` (default: the command line) into a `kind`.
+
+    A `Literal` gives the choices, `bool` a --flag / --no-flag pair; a typo ends with exit code 2.
+    """
+    parser = argparse.ArgumentParser(
+        description=doc, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
+    )
+    hints, helps = typing.get_type_hints(kind), field_comments(kind)
+    for field in dataclasses.fields(kind):
+        flag, hint = "--" + field.name.replace("_", "-"), hints[field.name]
+        text = f"{helps.get(field.name, '')} [{field.default}]".replace("%", "%%")
+        if isinstance(hint, types.UnionType):  # `str | None`
+            hint = next(t for t in typing.get_args(hint) if t is not type(None))
+        if hint is bool:
+            parser.add_argument(flag, action=argparse.BooleanOptionalAction, default=field.default, help=text)
+        elif typing.get_origin(hint) is typing.Literal:
+            parser.add_argument(flag, choices=typing.get_args(hint), default=field.default, help=text)
+        else:
+            parser.add_argument(flag, type=hint, default=field.default, help=text, metavar=hint.__name__.upper())
+    return kind(**vars(parser.parse_args(argv)))
+
+
+def field_comments(kind: type) -> dict[str, str]:
+    """The end-of-line comment of every field in a dataclass's source."""
+    lines = inspect.getsource(kind).splitlines()
+    found = (re.match(r"\s+(\w+)\s*:[^#]*#\s*(.+)", line) for line in lines)
+    return {match[1]: match[2] for match in found if match}
+
+
+def require(condition: bool, message: str) -> None:
+    """Refuse a flag's value: `message` says which, and the remedy."""
+    if not condition:
+        raise UserError(message)
+
+
+def run_main(main: Callable[[], object]) -> None:
+    """Run a program; a `UserError` becomes one line on stderr and exit code 2, never a traceback."""
+    try:
+        main()
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(2)
+    except KeyboardInterrupt:
+        print("interrupted; what was written so far is whole", file=sys.stderr)
+        sys.exit(130)

@@ -1,0 +1,211 @@
+"""Readers of supervised records and preference pairs, and the collation of pairs into one token tree."""
+
+import json
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+from PIL import Image
+from torch import Tensor
+from tqdm import tqdm
+
+from minialign import toyworld
+from minialign.chat import Tokenizer, Turn
+from minialign.errors import UserError
+from minialign.images import ImageProcessor
+from minialign.masks import Branch, Sequence, TokenTree, build_tree
+
+TOY_RECORDS = 2000  # alignment records of the embedded world, unless --limit says otherwise
+ROLES = {"human": "user", "user": "user", "gpt": "assistant", "assistant": "assistant"}
+
+
+@dataclass(frozen=True)
+class Record:
+    """One example: its image's name, the conversation before the answer, the answer(s)."""
+
+    id: str
+    image: str
+    turns: list[Turn]
+    chosen: str
+    rejected: str = ""
+    bdhs: dict = field(default_factory=dict)
+
+
+def read_instruct(data: str, limit: int | None, skip_bad: bool = False) -> list[Record]:
+    """Records in LLaVA-Instruct form (a JSON array), or `toy` for the embedded world's alignment split."""
+    if data == "toy":
+        raws = toyworld.alignment_records(TOY_RECORDS if limit is None else limit)
+        return [instruct_record(raw) for raw in raws]
+    path = Path(data)
+    try:
+        raws = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise UserError(f"--data {data}: no such file; give a LLaVA-Instruct JSON array, or `toy`") from None
+    except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
+        raise UserError(f"--data {data}: not readable as JSON ({error}); give a LLaVA-Instruct JSON array") from None
+    if not isinstance(raws, list):
+        raise UserError(f"--data {data}: expected a JSON array of records in LLaVA-Instruct form")
+    numbered = ((f"{path}, record {number}", raw) for number, raw in enumerate(raws, start=1))
+    return collect(numbered, instruct_record, limit, skip_bad)
+
+
+def read_pairs(pairs: Path, limit: int | None, skip_bad: bool = False) -> list[Record]:
+    """The pairs file that sample_bdhs.py writes: JSON Lines of id, images, prompt, chosen, rejected."""
+
+    def lines() -> Iterator[tuple[str, object]]:
+        with open(pairs, encoding="utf-8") as file:
+            for number, line in enumerate(file, start=1):
+                try:
+                    yield f"{pairs}, line {number}", json.loads(line)
+                except json.JSONDecodeError as error:
+                    yield f"{pairs}, line {number}", UserError(f"not JSON ({error})")
+
+    try:
+        records = collect(lines(), pair_record, limit, skip_bad)
+    except FileNotFoundError:
+        raise UserError(f"--pairs {pairs}: no such file; make one with sample_bdhs.py") from None
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"--pairs {pairs}: not readable as text ({error}); give JSON Lines") from None
+    different = [record for record in records if record.chosen != record.rejected]
+    if len(different) < len(records):
+        tqdm.write(f"{len(records) - len(different)} pairs left out: chosen and rejected are the same text")
+    if not different:
+        raise UserError(f"--pairs {pairs}: no usable pair; make one with sample_bdhs.py")
+    return different
+
+
+def collect(raws, parse: Callable[[dict], Record], limit: int | None, skip_bad: bool) -> list[Record]:
+    """Parse (place, raw record) one by one; a bad one ends the run with its place, or is skipped and counted."""
+    records, bad = [], []
+    for place, raw in raws:
+        if limit is not None and len(records) >= limit:
+            break
+        try:
+            if isinstance(raw, UserError):
+                raise raw
+            records.append(parse(raw))
+        except UserError as error:
+            bad.append(f"{place}: {error}")
+            if not skip_bad:
+                raise UserError(f"{bad[0]}; mend it, or pass --skip-bad-records") from None
+    if bad:
+        tqdm.write(f"{len(bad)} bad records skipped, the first: {bad[0]}")
+    return records
+
+
+def text_field(raw: object, name: str) -> str:
+    """`raw[name]`, which must be a text with something in it."""
+    value = raw.get(name) if isinstance(raw, dict) else None
+    if not isinstance(value, str):
+        raise UserError(f"field {name!r} is {'missing' if value is None else 'not a text'}")
+    if not value.strip():
+        raise UserError(f"field {name!r} is empty")
+    return value
+
+
+def instruct_record(raw: dict) -> Record:
+    """One LLaVA-Instruct record; its last answer is y+, what stands before it the prompt."""
+    if not isinstance(raw, dict):
+        raise UserError("expected a JSON object")
+    talk = raw.get("conversations")
+    if not isinstance(talk, list) or len(talk) < 2:
+        raise UserError("field 'conversations' must hold a question and its answer")
+    turns = []
+    for number, turn in enumerate(talk):
+        text = text_field(turn, "value")
+        if number == 0:  # the placeholder's place is the template's choice
+            text = text.replace("<image>\n", "", 1).replace("\n<image>", "", 1).replace("<image>", "", 1)
+        turns.append((role_of(turn, "from", number), text.strip()))
+    if len(turns) % 2:
+        raise UserError("field 'conversations' must end with an answer")
+    identity = str(raw.get("id", "")) or text_field(raw, "id")
+    return Record(identity, text_field(raw, "image"), turns[:-1], turns[-1][1])
+
+
+def role_of(turn: dict, name: str, number: int) -> str:
+    """A turn's role; turns alternate and begin with the user."""
+    role = ROLES.get(text_field(turn, name))
+    if role != ("user", "assistant")[number % 2]:
+        raise UserError(f"turn {number + 1} is from {turn[name]!r}; turns alternate, the user's first")
+    return role
+
+
+def pair_record(raw: dict) -> Record:
+    """One line of a pairs file; `prompt` is a question, or a list of messages for several turns."""
+    if not isinstance(raw, dict):
+        raise UserError("expected a JSON object")
+    images = raw.get("images")
+    if not isinstance(images, list) or len(images) != 1 or not isinstance(images[0], str):
+        raise UserError("field 'images' must be a list of one path")
+    prompt = raw.get("prompt")
+    if isinstance(prompt, list) and len(prompt) % 2:
+        turns = [(role_of(turn, "role", n), text_field(turn, "content")) for n, turn in enumerate(prompt)]
+    else:
+        turns = [("user", text_field(raw, "prompt"))]
+    bdhs = raw.get("bdhs") if isinstance(raw.get("bdhs"), dict) else {}
+    chosen, rejected = text_field(raw, "chosen"), text_field(raw, "rejected")
+    return Record(text_field(raw, "id"), images[0], turns, chosen, rejected, bdhs)
+
+
+def prompt_field(turns: list[Turn]) -> str | list[dict]:
+    """The `prompt` of a pairs file: the bare question, or messages where there are earlier turns."""
+    if len(turns) == 1:
+        return turns[0][1]
+    return [{"role": role, "content": text} for role, text in turns]
+
+
+def open_image(images: str, name: str) -> Image.Image:
+    """A record's picture as RGB: a file below the folder `images`, or a scene of the world that `toy` names."""
+    if images == "toy":
+        return toyworld.picture(toyworld.scene_of(name))
+    root = Path(images).resolve()
+    path = (root / name).resolve()
+    if not path.is_relative_to(root):
+        raise UserError(f"image {name!r} leaves the folder --images {images}; paths must stay inside it")
+    try:
+        with Image.open(path) as picture:
+            return picture.convert("RGB")
+    except FileNotFoundError:
+        raise UserError(f"image {path}: no such file; is --images {images} the right folder?") from None
+    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
+        raise UserError(f"image {path}: not a readable picture ({error}); replace it or drop its record") from None
+
+
+@dataclass(frozen=True)
+class PairBatch:
+    """Pairs as one token tree each (branches: chosen, rejected), and their pixels (B, 3, H, W)."""
+
+    tree: TokenTree
+    pixels: Tensor
+
+
+@dataclass(frozen=True)
+class PairCollator:
+    """Records to a `PairBatch`; `patches` is the number of image tokens of one picture."""
+
+    tokenizer: Tokenizer
+    processor: ImageProcessor
+    images: str
+    patches: int
+    max_response_tokens: int
+
+    def responses(self, record: Record) -> list[list[int]]:
+        """Chosen and rejected ids; a response over the limit is refused, never cut."""
+        ids = [self.tokenizer.response(text) for text in (record.chosen, record.rejected)]
+        longest = max(map(len, ids))
+        if longest > self.max_response_tokens:
+            raise UserError(
+                f"record {record.id}: a response of {longest} tokens, --max-response-tokens is "
+                f"{self.max_response_tokens}; raise it or drop the record"
+            )
+        return ids
+
+    def __call__(self, records: list[Record]) -> PairBatch:
+        """A pair is ONE sequence: image and prompt once, then two branches."""
+        sequences = [
+            Sequence(self.tokenizer.prompt(r.turns), [Branch(ids) for ids in self.responses(r)], self.patches)
+            for r in records
+        ]
+        pixels = torch.stack([self.processor(open_image(self.images, r.image)) for r in records])
+        return PairBatch(build_tree(sequences, self.tokenizer.image_id, self.tokenizer.pad_id), pixels)

@@ -1,0 +1,217 @@
+"""Benchmarks. `--benchmark toy` counts hallucinations in the embedded world against exact ground truth.
+
+CHAIR_i: share of mentioned objects that are not there; CHAIR_s: share of descriptions with at least one;
+recall: share of the objects that are mentioned; POPE: yes/no questions about three objects that are there and
+three that are not: random, popular (frequent in the training split) or adversarial (typical of the setting).
+Every figure has a bootstrap 95 % interval over images.
+"""
+
+import json
+import random
+import re
+from collections import Counter
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+from typing import Literal
+
+import numpy as np
+import torch
+from tqdm import tqdm
+
+from minialign import toyworld
+from minialign.chat import Tokenizer
+from minialign.checkpoint import load_model, resolve_model
+from minialign.cli import parse_config, require, run_main
+from minialign.generate import Sampling, generate
+from minialign.images import ImageProcessor
+from minialign.llava import Llava
+from minialign.lora import load_adapter
+from minialign.masks import Branch, Sequence
+from minialign.toydraw import COLOURS, OBJECTS, SETTINGS
+
+SETTINGS_OF_POPE = ("random", "popular", "adversarial")
+MENTION = re.compile(rf"\b(?:({'|'.join(COLOURS)}) )?({'|'.join(OBJECTS)})\b")
+POSITION = re.compile(rf"\b({'|'.join(toyworld.POSITIONS.values())})\b")
+Counts = dict[str, float]
+
+
+@cache
+def popular_objects() -> tuple[str, ...]:
+    """The objects in order of their frequency in the first 2,000 training scenes."""
+    counts = Counter(name for i in range(2000) for name in toyworld.make_scene("train", i).objects)
+    return tuple(name for name, _ in counts.most_common())
+
+
+def pope_verdict(answer: str) -> bool:
+    """POPE's reading of an answer: in its first sentence, without commas, the word No, no or not means no."""
+    words = answer.split(".")[0].replace(",", "").split(" ")
+    return not any(word in ("No", "no", "not") for word in words)
+
+
+def pope_questions(scene: toyworld.Scene) -> dict[str, list[str]]:
+    """Up to three present objects, and as many absent ones for each of POPE's three settings."""
+    rng = random.Random(scene.seed + 3)
+    absent = [o for o in OBJECTS if o not in scene.objects]
+    typical = [o for o in absent if o in SETTINGS[scene.setting]]
+    others = [o for o in absent if o not in typical]
+    present = rng.sample(list(scene.objects), min(3, len(scene.objects)))
+    n = len(present)
+    adversarial = rng.sample(typical, len(typical)) + rng.sample(others, len(others))
+    popular = [o for o in popular_objects() if o in absent]
+    return {"present": present, "random": rng.sample(absent, n), "popular": popular[:n], "adversarial": adversarial[:n]}
+
+
+def count_description(scene: toyworld.Scene, text: str) -> Counts:
+    """What one description says, against what is there."""
+    counts = Counter({"images": 1, "length": len(text.split()), "objects": len(scene.objects)})
+    for sentence in re.split(r"(?<=\.)\s", text):
+        place = POSITION.search(sentence)
+        for colour, name in MENTION.findall(sentence):
+            counts["mentioned"] += 1
+            if name not in scene.objects:
+                counts["hallucinated"] += 1
+                counts["typical"] += name in SETTINGS[scene.setting]
+                continue
+            true_colour, true_place = scene.objects[name]
+            counts["true"] += 1
+            counts["wrong_colour"] += bool(colour) and colour != true_colour
+            counts["wrong_place"] += bool(place) and place[1] != true_place
+    counts["hallucinating"] = counts["hallucinated"] > 0
+    counts["found"] = sum(bool(re.search(rf"\b{name}\b", text)) for name in scene.objects)
+    return counts
+
+
+def count_pope(questions: dict[str, list[str]], answers: dict[tuple[str, str], str]) -> Counts:
+    """True and false yeses and noes of one image, for each of POPE's settings."""
+    counts: Counts = Counter()
+    said = {key: pope_verdict(answer) for key, answer in answers.items()}
+    for setting in SETTINGS_OF_POPE:
+        counts[f"{setting}_tp"] = sum(said["present", name] for name in questions["present"])
+        counts[f"{setting}_fn"] = len(questions["present"]) - counts[f"{setting}_tp"]
+        counts[f"{setting}_fp"] = sum(said[setting, name] for name in questions[setting])
+        counts[f"{setting}_tn"] = len(questions[setting]) - counts[f"{setting}_fp"]
+    return counts
+
+
+def ratios(sums: Counts) -> dict[str, np.ndarray]:
+    """Metrics from summed counts (arrays over bootstrap resamples)."""
+
+    def per(a, b):
+        return np.divide(a, b, out=np.zeros_like(b, dtype=float), where=b > 0)
+
+    values = {
+        "chair_i": per(sums["hallucinated"], sums["mentioned"]),
+        "chair_s": per(sums["hallucinating"], sums["images"]),
+        "recall": per(sums["found"], sums["objects"]),
+        "typical_share": per(sums["typical"], sums["hallucinated"]),
+        "colour_errors": per(sums["wrong_colour"], sums["true"]),
+        "position_errors": per(sums["wrong_place"], sums["true"]),
+        "length": per(sums["length"], sums["images"]),
+    }
+    for setting in SETTINGS_OF_POPE:
+        tp, fp, fn, tn = (sums[f"{setting}_{part}"] for part in ("tp", "fp", "fn", "tn"))
+        values[f"pope_{setting}"] = per(tp + tn, tp + fp + fn + tn)
+        values[f"pope_{setting}_f1"] = per(2 * tp, 2 * tp + fp + fn)
+        values[f"pope_{setting}_yes"] = per(tp + fp, tp + fp + fn + tn)
+    return values
+
+
+def with_intervals(counts: list[Counts], resamples: int = 1000) -> dict[str, dict[str, float]]:
+    """Every metric with its bootstrap 95 % interval over images: {name: {value, low, high}}."""
+    names = sorted({name for c in counts for name in c})
+    table = np.array([[c[name] for name in names] for c in counts], dtype=float)  # (images, counts)
+    weights = np.random.default_rng(0).multinomial(len(table), np.full(len(table), 1 / len(table)), resamples)
+    weights = np.concatenate([np.ones((1, len(table))), weights])  # the first row is the sample itself
+    empty = np.zeros(len(weights))
+    sums = dict.fromkeys(COUNTED, empty) | dict(zip(names, (weights @ table).T, strict=True))
+    return {
+        name: {"value": v[0], "low": np.percentile(v[1:], 2.5), "high": np.percentile(v[1:], 97.5)}
+        for name, v in ratios(sums).items()
+    }
+
+
+COUNTED = ("images", "length", "objects", "mentioned", "hallucinated", "typical", "true", "wrong_colour",
+           "wrong_place", "hallucinating", "found")  # fmt: skip
+
+
+@dataclass(frozen=True)
+class ToyBenchmark:
+    """The embedded world's test or validation images, described and questioned."""
+
+    split: Literal["test", "validation"] = "test"
+    images: int = 500
+    batch_size: int = 50
+
+    def run(self, model: Llava, tokenizer: Tokenizer, processor: ImageProcessor, title="evaluate") -> dict:
+        """Greedy answers for every image -> {metric: {value, low, high}}."""
+        counts: list[Counts] = []
+        for first in tqdm(range(0, self.images, self.batch_size), desc=title, leave=False):
+            numbers = range(first, min(first + self.batch_size, self.images))
+            scenes = [toyworld.make_scene(self.split, i) for i in numbers]
+            pixels = torch.stack([processor(toyworld.picture(scene)) for scene in scenes])
+            features = model.encode_images(pixels)
+            texts = self.answers(model, tokenizer, features, [[toyworld.DESCRIBE[0]] for _ in scenes], 128)
+            questions = [pope_questions(scene) for scene in scenes]
+            asked = [[(kind, name) for kind, names in q.items() for name in names] for q in questions]
+            spoken = [[toyworld.EXISTS[1].format(toyworld.with_article(n)) for _, n in keys] for keys in asked]
+            replies = self.answers(model, tokenizer, features, spoken, 16)
+            for scene, text, q, keys, reply in zip(scenes, texts, questions, asked, replies, strict=True):
+                pope = count_pope(q, dict(zip(keys, reply, strict=True)))
+                counts.append(count_description(scene, text[0]) | pope)
+        return with_intervals(counts)
+
+    def answers(self, model, tokenizer, features, questions: list[list[str]], limit: int) -> list[list[str]]:
+        """Greedy answers to several questions per image: the image is the trunk, each question a branch."""
+        sequences = []
+        for asked in questions:
+            prompts = [tokenizer.prompt([("user", question)]) for question in asked]
+            shared = prompts[0].index(tokenizer.image_id) + 1
+            branches = [Branch(prompt[shared:]) for prompt in prompts]
+            sequences.append(Sequence(prompts[0][:shared], branches, model.config.vision.patches))
+        done = generate(model, sequences, features, Sampling(limit, 0.0), {tokenizer.eos_id}, pad_id=tokenizer.pad_id)
+        return [[tokenizer.decode(completion.ids) for completion in row] for row in done]
+
+
+def print_table(columns: dict[str, dict[str, dict[str, float]]]) -> None:
+    """One line per metric, one column per run: value and interval."""
+    names = [name for name in next(iter(columns.values()))]
+    print(f"{'':22}" + "".join(f"{title:>26}" for title in columns))
+    for name in names:
+        cells = (f"{v['value']:.3f} [{v['low']:.3f}, {v['high']:.3f}]" for v in (c[name] for c in columns.values()))
+        print(f"{name:22}" + "".join(f"{cell:>26}" for cell in cells))
+
+
+@dataclass(frozen=True)
+class Config:
+    """Flags of `python -m minialign.evaluate`."""
+
+    model: str = "toy"  # Hugging Face LLaVA folder, or `toy`
+    adapter: str | None = None  # adapter folder that train_dpo.py wrote
+    benchmark: Literal["toy"] = "toy"  # what to run
+    split: Literal["test", "validation"] = "test"  # choices are made on validation; test is looked at last
+    images: int = 500  # how many images
+    batch_size: int = 50  # images answered at a time
+    device: str = "cpu"  # torch device
+    json: bool = False  # print one JSON object instead of the table
+
+
+def main() -> None:
+    """Evaluate one model."""
+    config = parse_config(Config, __doc__)
+    require(config.images > 0, f"--images {config.images}: at least 1")
+    require(config.batch_size > 0, f"--batch-size {config.batch_size}: at least 1")
+    folder = resolve_model(config.model)
+    model = load_model(folder, config.device)
+    if config.adapter:
+        load_adapter(model, Path(config.adapter))
+    benchmark = ToyBenchmark(config.split, config.images, config.batch_size)
+    result = benchmark.run(model, Tokenizer.from_folder(folder), ImageProcessor.from_folder(folder))
+    if config.json:
+        print(json.dumps(result))
+    else:
+        print_table({config.split: result})
+
+
+if __name__ == "__main__":
+    run_main(main)

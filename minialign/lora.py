@@ -1,0 +1,149 @@
+"""LoRA adapters by hand; switched off, the model is the reference policy.
+
+The numerics and the exported folder follow PEFT: W x + (alpha / rank) B A x, with B zero at the start, and the
+projector trained as a full copy beside its original (PEFT calls that `modules_to_save`).
+"""
+
+import copy
+import math
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from minialign.checkpoint import check_tensors, read_tensors
+from minialign.errors import UserError
+from minialign.files import read_json, write_folder_whole, write_json
+from minialign.llava import Llava
+
+TARGETS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
+PROJECTOR = "multi_modal_projector"
+
+
+class LoraLinear(nn.Module):
+    """A frozen linear layer with a trainable low-rank update."""
+
+    def __init__(self, base: nn.Linear, rank: int, alpha: float):
+        super().__init__()
+        self.base, self.scaling, self.enabled = base, alpha / rank, True
+        where = {"device": base.weight.device, "dtype": torch.float32}
+        self.lora_A = nn.Parameter(torch.empty(rank, base.in_features, **where))
+        self.lora_B = nn.Parameter(torch.zeros(base.out_features, rank, **where))
+        nn.init.kaiming_uniform_(self.lora_A, a=math.sqrt(5))
+
+    def forward(self, x: Tensor) -> Tensor:
+        out = self.base(x)
+        if self.enabled:
+            out = out + (F.linear(F.linear(x.float(), self.lora_A), self.lora_B) * self.scaling).to(out.dtype)
+        return out
+
+    def merged(self) -> Tensor:
+        """The weight of the plain linear layer that does the same."""
+        return self.base.weight + (self.lora_B @ self.lora_A * self.scaling).to(self.base.weight.dtype)
+
+
+class TrainableCopy(nn.Module):
+    """A module trained in full, with its original kept for the reference."""
+
+    def __init__(self, base: nn.Module):
+        super().__init__()
+        self.base, self.copy, self.enabled = base, copy.deepcopy(base).float(), True
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.copy(x.float()).to(x.dtype) if self.enabled else self.base(x)
+
+
+def add_adapters(model: Llava, rank: int, alpha: float) -> None:
+    """Freeze the model; give every decoder linear a LoRA update and the projector a trainable copy."""
+    model.requires_grad_(False)
+    for layer in model.language_model.layers:
+        for block in (layer.self_attn, layer.mlp):
+            for name, child in list(block.named_children()):
+                if name in TARGETS:
+                    setattr(block, name, LoraLinear(child, rank, alpha))
+    model.multi_modal_projector = TrainableCopy(model.multi_modal_projector)
+    model.multi_modal_projector.copy.requires_grad_(True)
+
+
+@contextmanager
+def adapters_off(model: Llava) -> Iterator[None]:
+    """Inside, the model is the reference policy: base weights only, no gradients."""
+    adapters = [m for m in model.modules() if isinstance(m, LoraLinear | TrainableCopy)]
+    for module in adapters:
+        module.enabled = False
+    try:
+        with torch.no_grad():
+            yield
+    finally:
+        for module in adapters:
+            module.enabled = True
+
+
+def trainable_groups(model: Llava, lr: float, projector_lr: float) -> list[dict]:
+    """Optimizer groups: the adapters at `lr`, the projector at its own rate (App. A)."""
+    projector = list(model.multi_modal_projector.copy.parameters())
+    lora = [p for m in model.modules() if isinstance(m, LoraLinear) for p in (m.lora_A, m.lora_B)]
+    return [{"params": lora, "lr": lr}, {"params": projector, "lr": projector_lr}]
+
+
+def adapter_state(model: Llava) -> dict[str, Tensor]:
+    """The trained tensors by our names."""
+    return {name: p for name, p in model.state_dict().items() if "lora_" in name or f"{PROJECTOR}.copy." in name}
+
+
+def merged_state(model: Llava) -> dict[str, Tensor]:
+    """The state of the plain model that does the same: updates folded in, the projector's copy in its place."""
+    state = dict(model.state_dict())
+    for name, module in model.named_modules():
+        if isinstance(module, LoraLinear):
+            for key in ("lora_A", "lora_B", "base.weight"):
+                del state[f"{name}.{key}"]
+            state[f"{name}.weight"] = module.merged()
+        elif isinstance(module, TrainableCopy):
+            for key, value in module.copy.state_dict().items():
+                del state[f"{name}.base.{key}"], state[f"{name}.copy.{key}"]
+                state[f"{name}.{key}"] = value
+    return state
+
+
+def peft_name(name: str) -> str:
+    """Our name of a trained tensor -> its key in PEFT's adapter_model.safetensors."""
+    name = name.replace(f"{PROJECTOR}.copy.", f"{PROJECTOR}.")
+    name = name.replace(".lora_A", ".lora_A.weight").replace(".lora_B", ".lora_B.weight")
+    return f"base_model.model.model.{name}"
+
+
+def save_adapter(model: Llava, rank: int, alpha: float, base: str, folder: Path) -> None:
+    """Write a folder that `PeftModel.from_pretrained` reads, whole."""
+    tensors = {peft_name(k): v.detach().cpu().contiguous() for k, v in adapter_state(model).items()}
+
+    def write(partial: Path) -> None:
+        save_file(tensors, partial / "adapter_model.safetensors", metadata={"format": "pt"})
+        write_json(partial / "adapter_config.json", {
+            "peft_type": "LORA", "task_type": None, "base_model_name_or_path": base, "r": rank,
+            "lora_alpha": alpha, "lora_dropout": 0.0, "bias": "none", "inference_mode": True,
+            "target_modules": rf".*language_model\.layers\..*\.({'|'.join(TARGETS)})", "modules_to_save": [PROJECTOR],
+        })  # fmt: skip
+
+    write_folder_whole(folder, write)
+
+
+def load_adapter(model: Llava, folder: Path) -> None:
+    """Add the adapters of a folder that `save_adapter` wrote."""
+    raw = read_json(folder / "adapter_config.json", "an adapter folder needs PEFT's adapter_config.json")
+    if raw.get("peft_type") != "LORA" or not isinstance(raw.get("r"), int):
+        raise UserError(f"{folder}: not a LoRA adapter (peft_type {raw.get('peft_type')!r}); give one that train_dpo.py wrote")
+    file = folder / "adapter_model.safetensors"
+    if not file.exists():
+        raise UserError(f"{file}: no such file; adapters are read from safetensors only, never from pickle")
+    add_adapters(model, raw["r"], raw["lora_alpha"])
+    found = dict(read_tensors(file))
+    wanted = {peft_name(name): p for name, p in adapter_state(model).items()}
+    check_tensors(folder, wanted, found)
+    with torch.no_grad():
+        for name, parameter in wanted.items():
+            parameter.copy_(found[name])
