@@ -4,7 +4,6 @@ A folder holds config.json, model.safetensors (or shards with an index), tokeniz
 preprocessor_config.json. `NAMES` is the whole mapping between Hugging Face's keys and this code's.
 """
 
-import json
 import re
 import shutil
 from dataclasses import fields
@@ -104,7 +103,9 @@ def weight_files(folder: Path) -> list[Path]:
         if file.exists():
             continue
         if any(folder.glob("*.bin")) or any(folder.glob("*.pt")) or any(folder.glob("*.pth")):
-            raise UserError(f"{folder}: only pickle weights (.bin, .pt), which are never loaded; convert to safetensors")
+            raise UserError(
+                f"{folder}: only pickle weights (.bin, .pt), which are never loaded; convert them to safetensors"
+            )
         raise UserError(f"{file}: no such file; a model folder needs model.safetensors or its shards with an index")
     return files
 
@@ -166,10 +167,3 @@ def save_model(state: dict[str, Tensor], raw_config: dict, source: Path, folder:
                 shutil.copyfile(source / name, partial / name)
 
     write_folder_whole(folder, write)
-
-
-def save_tensors(path: Path, tensors: dict[str, Tensor], metadata: dict | None = None) -> None:
-    """Write one safetensors file, whole."""
-    partial = path.with_name(f".{path.name}.partial")
-    save_file({k: v.detach().cpu().contiguous() for k, v in tensors.items()}, partial, {"json": json.dumps(metadata or {})})
-    partial.replace(path)

@@ -42,6 +42,11 @@ def field_comments(kind: type) -> dict[str, str]:
     return {match[1]: match[2] for match in found if match}
 
 
+def fill(config, defaults: dict):
+    """The config with every flag that was not given (None) at its value in `defaults`."""
+    return dataclasses.replace(config, **{k: v for k, v in defaults.items() if getattr(config, k) is None})
+
+
 def require(condition: bool, message: str) -> None:
     """Refuse a flag's value: `message` says which, and the remedy."""
     if not condition:

@@ -14,7 +14,8 @@ from minialign import toyworld
 from minialign.chat import Tokenizer, Turn
 from minialign.errors import UserError
 from minialign.images import ImageProcessor
-from minialign.masks import Branch, Sequence, TokenTree, build_tree
+from minialign.masks import Branch, Sequence, TokenTree, build_tree, image_attention_mask
+from minialign.report import ReportPair
 
 TOY_RECORDS = 2000  # alignment records of the embedded world, unless --limit says otherwise
 ROLES = {"human": "user", "user": "user", "gpt": "assistant", "assistant": "assistant"}
@@ -209,3 +210,14 @@ class PairCollator:
         ]
         pixels = torch.stack([self.processor(open_image(self.images, r.image)) for r in records])
         return PairBatch(build_tree(sequences, self.tokenizer.image_id, self.tokenizer.pad_id), pixels)
+
+    def report_pair(self, record: Record) -> ReportPair:
+        """What the report shows of a pair: the crop that the tower saw, its visible patches, the texts."""
+        mask = None
+        if record.bdhs.get("rho_th"):
+            generator = torch.Generator().manual_seed(record.bdhs["mask_seed"])
+            mask = image_attention_mask(self.patches, record.bdhs["rho_th"], generator).tolist()
+        question = record.turns[-1][1]
+        picture = self.processor.crop(open_image(self.images, record.image))
+        facts = (record.bdhs.get(name) for name in ("iterations", "similarity", "guided"))
+        return ReportPair(record.id, picture, mask, question, record.chosen, record.rejected, *facts)

@@ -158,7 +158,7 @@ class ToyBenchmark:
             replies = self.answers(model, tokenizer, features, spoken, 16)
             for scene, text, q, keys, reply in zip(scenes, texts, questions, asked, replies, strict=True):
                 pope = count_pope(q, dict(zip(keys, reply, strict=True)))
-                counts.append(count_description(scene, text[0]) | pope)
+                counts.append({**count_description(scene, text[0]), **pope})
         return with_intervals(counts)
 
     def answers(self, model, tokenizer, features, questions: list[list[str]], limit: int) -> list[list[str]]:

@@ -45,3 +45,23 @@ def read_json(path: Path, remedy: str) -> dict:
     if not isinstance(value, dict):
         raise UserError(f"{path}: expected a JSON object; {remedy}")
     return value
+
+
+def append_lines(path: Path, values: list[dict]) -> None:
+    """Append JSON lines in one write, and see them onto the disk."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    text = "".join(json.dumps(value, ensure_ascii=False) + "\n" for value in values)
+    with open(path, "ab", buffering=0) as file:
+        file.write(text.encode("utf-8"))
+        os.fsync(file.fileno())
+
+
+def whole_lines(path: Path) -> list[str]:
+    """The whole lines of a file that a killed run may have left; half a line at its end is cut off."""
+    if not path.exists():
+        return []
+    data = path.read_bytes()
+    whole = data.rfind(b"\n") + 1
+    if whole < len(data):
+        os.truncate(path, whole)
+    return data[:whole].decode("utf-8").split("\n")[:-1]

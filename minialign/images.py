@@ -38,8 +38,8 @@ class ImageProcessor:
             crop, tuple(raw.get("image_mean", default.mean)), tuple(raw.get("image_std", default.std))
         )
 
-    def __call__(self, image: Image.Image) -> Tensor:
-        """PIL picture -> (3, size, size) float32."""
+    def crop(self, image: Image.Image) -> Image.Image:
+        """The square that the tower sees, before normalising."""
         image = image.convert("RGB")
         width, height = image.size
         short, long = min(width, height), max(width, height)
@@ -48,9 +48,12 @@ class ImageProcessor:
         if new != image.size:
             image = image.resize(new, Image.Resampling.BICUBIC)
         left, top = (new[0] - self.size) // 2, (new[1] - self.size) // 2
-        image = image.crop((left, top, left + self.size, top + self.size))
+        return image.crop((left, top, left + self.size, top + self.size))
+
+    def __call__(self, image: Image.Image) -> Tensor:
+        """PIL picture -> (3, size, size) float32."""
         # float64 until the end, as transformers' numpy path: the result is then equal to the last bit.
-        pixels = np.asarray(image) * (1 / 255)
+        pixels = np.asarray(self.crop(image)) * (1 / 255)
         pixels = (pixels.astype(np.float32) - np.array(self.mean, np.float32)) / np.array(self.std, np.float32)
         return torch.from_numpy(np.ascontiguousarray(pixels.transpose(2, 0, 1)))
 

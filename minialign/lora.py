@@ -136,7 +136,7 @@ def load_adapter(model: Llava, folder: Path) -> None:
     """Add the adapters of a folder that `save_adapter` wrote."""
     raw = read_json(folder / "adapter_config.json", "an adapter folder needs PEFT's adapter_config.json")
     if raw.get("peft_type") != "LORA" or not isinstance(raw.get("r"), int):
-        raise UserError(f"{folder}: not a LoRA adapter (peft_type {raw.get('peft_type')!r}); give one that train_dpo.py wrote")
+        raise UserError(f"{folder}: no LoRA adapter (peft_type {raw.get('peft_type')!r}); give one of train_dpo.py's")
     file = folder / "adapter_model.safetensors"
     if not file.exists():
         raise UserError(f"{file}: no such file; adapters are read from safetensors only, never from pickle")

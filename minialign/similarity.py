@@ -155,7 +155,6 @@ class SentenceEncoder:
         pooling, config = read_pooling(folder), read_config(folder / "config.json")
         return cls(read_encoder(folder, config).to(device), read_tokenizer(folder, config), pooling)
 
-    @torch.no_grad()
     def embed(self, texts: list[str], batch_size: int = 32) -> Tensor:
         """Embed N texts -> (N, D) float32, each row of length 1, on the encoder's device.
 
@@ -285,7 +284,7 @@ def lexical_cosine(a: str, b: str) -> float:
         return float(not first and not second)
     dot = sum(count * second[word] for word, count in first.items())
     squares = (sum(count * count for count in words.values()) for words in (first, second))
-    return min(1.0, dot / math.sqrt(math.prod(squares)))
+    return dot / math.sqrt(math.prod(squares))  # all whole numbers, so never above 1
 
 
 def load_similarity(encoder: str | None, device: str = "cpu") -> Similarity:

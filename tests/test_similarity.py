@@ -126,7 +126,7 @@ def test_embeddings_equal_transformers(kind, pooling, seed, tmp_path):
     with torch.no_grad():
         expected = oracle_embeddings(oracle, kind, texts, pooling)
     got = encoder.embed(texts, batch_size=rng.choice([4, 5, 32]))
-    assert got.dtype == torch.float32 and got.shape == expected.shape
+    assert got.dtype == torch.float32 and got.shape == expected.shape and not got.requires_grad
     torch.testing.assert_close(got, expected, atol=1e-5, rtol=0)
     torch.testing.assert_close(got.norm(dim=-1), torch.ones(len(texts)), atol=1e-6, rtol=0)
 
@@ -195,6 +195,7 @@ def test_cosine_is_pairwise(tiny):
     rng = random.Random(3)
     first, second = random_texts(rng, kind), random_texts(rng, kind)
     second[0] = first[0]
+    assert max(load_similarity(str(folder))(WORDS, WORDS)) <= 1.0  # in spite of rounding
     phi = load_similarity(str(folder))(first, second)
     a, b = (SentenceEncoder.from_folder(folder).embed(texts) for texts in (first, second))
     assert phi == pytest.approx((a * b).sum(-1).tolist(), abs=1e-5)
@@ -279,6 +280,7 @@ def test_weights_that_do_not_fit_are_listed(tiny):
         ("config.json", {"model_type": "roberta"}, "roberta"),
         ("config.json", {"hidden_act": "gelu_new"}, "gelu_new"),
         ("config.json", {"position_embedding_type": "relative_key"}, "relative_key"),
+        ("config.json", {"is_decoder": True}, "is_decoder"),
         ("config.json", {"intermediate_size": None}, "intermediate_size"),
         ("sentence_bert_config.json", {"max_seq_length": None}, "max_seq_length"),
         ("sentence_bert_config.json", {"max_seq_length": LIMIT + 3}, "max_seq_length"),

@@ -1,0 +1,52 @@
+"""Progress of a training run: trained tensors, optimizer moments and the step, in one safetensors file.
+
+The data order follows from the seed and the step, and training draws no other random numbers, so that a resumed
+run goes on bit for bit. No pickle is written or read.
+"""
+
+import json
+from pathlib import Path
+
+import torch
+from safetensors import safe_open
+from safetensors.torch import save_file
+
+from minialign.checkpoint import check_tensors, read_tensors
+from minialign.errors import UserError
+from minialign.llava import Llava
+from minialign.lora import adapter_state
+
+
+def save_progress(folder: Path, model: Llava, optimizer: torch.optim.Optimizer, step: int) -> None:
+    """Write `folder`/progress.safetensors, whole: the state after `step` optimizer steps."""
+    folder.mkdir(parents=True, exist_ok=True)
+    partial, path = folder / ".progress.partial", folder / "progress.safetensors"
+    tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in progress_tensors(model, optimizer).items()}
+    save_file(tensors, partial, {"progress": json.dumps({"step": step})})
+    partial.replace(path)
+
+
+def progress_tensors(model: Llava, optimizer: torch.optim.Optimizer) -> dict[str, torch.Tensor]:
+    """Trained tensors by name; moments by group and index, zero before the first step."""
+    tensors = {f"model.{name}": tensor for name, tensor in adapter_state(model).items()}
+    for g, group in enumerate(optimizer.param_groups):
+        for i, parameter in enumerate(group["params"]):
+            state = optimizer.state[parameter]
+            for name in ("exp_avg", "exp_avg_sq"):
+                tensors[f"optimizer.{g}.{i}.{name}"] = state.setdefault(name, torch.zeros_like(parameter))
+            tensors[f"optimizer.{g}.{i}.step"] = state.setdefault("step", torch.tensor(0.0))
+    return tensors
+
+
+def load_progress(folder: Path, model: Llava, optimizer: torch.optim.Optimizer) -> int:
+    """Read what `save_progress` wrote into model and optimizer; returns the number of steps done."""
+    path = folder / "progress.safetensors"
+    if not path.exists():
+        raise UserError(f"{path}: no such file; the run was stopped before its first checkpoint, leave --resume out")
+    found, wanted = dict(read_tensors(path)), progress_tensors(model, optimizer)
+    check_tensors(path, wanted, found)
+    with torch.no_grad():
+        for name, tensor in wanted.items():
+            tensor.copy_(found[name])
+    with safe_open(path, framework="pt") as file:
+        return json.loads(file.metadata()["progress"])["step"]

@@ -1,0 +1,138 @@
+"""Sample rejected responses by Bias-Driven Hallucination Sampling: Algorithm 1 over a data set.
+
+    python sample_bdhs.py                       # the embedded world, its own checkpoint
+    python sample_bdhs.py --model DIR --data FILE --images DIR --encoder DIR --out pairs.jsonl
+
+Reads supervised records (LLaVA-Instruct form), writes a pairs file: JSON Lines of id, images, prompt, chosen
+(the record's answer), rejected (sampled) and bdhs (iterations, similarity, mask_seed, guided, rho_th).
+A killed run continues where it stopped: whole batches are appended, and what is there is not sampled again.
+An example's pair depends on --seed and its id alone, not on the batch size or the order.
+
+Differs from the paper: see minialign/bdhs.py. Without --encoder the similarity is lexical, not MPNet's.
+"""
+
+import json
+from collections import Counter
+from dataclasses import asdict, dataclass, fields
+from pathlib import Path
+
+from tqdm import tqdm
+
+from minialign.bdhs import Bdhs, BdhsConfig, Example, Sampled
+from minialign.chat import Tokenizer
+from minialign.checkpoint import load_model, resolve_model
+from minialign.cli import fill, parse_config, require, run_main
+from minialign.data import Record, open_image, prompt_field, read_instruct
+from minialign.errors import UserError
+from minialign.files import append_lines, read_json, whole_lines, write_json
+from minialign.generate import Sampling
+from minialign.images import ImageProcessor
+from minialign.similarity import load_similarity
+
+# What stands for a flag that is not given: the paper's value, or the toy model's, chosen on validation.
+PAPER = {"rho_th": 0.99, "temperature": 1.0}
+TOY = {"rho_th": 0.7, "temperature": 0.0}
+
+
+@dataclass(frozen=True)
+class Config:
+    """Flags."""
+
+    model: str = "toy"  # Hugging Face LLaVA folder, or `toy`
+    data: str = "toy"  # LLaVA-Instruct JSON array, or `toy` for the embedded world's alignment split
+    images: str = "toy"  # folder of the pictures, or `toy`
+    out: str = "runs/bdhs/pairs.jsonl"  # pairs file to write, or to continue
+    rho_th: float | None = None  # Eq. 6: an image token is hidden with this probability (0.99; toy: 0.7)
+    n_bdhs: int = 5  # iterations at most; the last one is unguided
+    eps_s: float = 0.97  # a response this similar to y+ or more is sampled again
+    noise_steps: int = 0  # BDHS_noise: diffusion steps of Eq. 9 (500 in the paper, with --rho-th 0)
+    guided: bool = True  # complete y+'s sentences (Eq. 7); --no-guided samples whole responses
+    encoder: str | None = None  # sentence-transformers folder (all-mpnet-base-v2); without it a lexical cosine
+    temperature: float | None = None  # 0 is greedy (1.0; toy: 0)
+    top_p: float = 1.0  # nucleus sampling
+    max_new_tokens: int = 128  # limit of one completion
+    batch_size: int = 32  # examples sampled together
+    seed: int = 0  # masks, cuts, swaps and tokens follow from it
+    limit: int | None = None  # the first so many records only (toy: 2000)
+    device: str = "cpu"  # torch device
+    skip_bad_records: bool = False  # skip and count malformed records instead of stopping
+
+
+def check(config: Config) -> None:
+    """Refuse values that make no sense, before anything is loaded."""
+    require(0 <= config.rho_th <= 1, f"--rho-th {config.rho_th}: a probability between 0 and 1")
+    require(config.n_bdhs >= 1, f"--n-bdhs {config.n_bdhs}: at least 1")
+    require(config.batch_size >= 1, f"--batch-size {config.batch_size}: at least 1")
+    require(0 <= config.noise_steps <= 1000, f"--noise-steps {config.noise_steps}: between 0 and 1000")
+    require(config.temperature >= 0, f"--temperature {config.temperature}: 0 (greedy) or more")
+    require(0 < config.top_p <= 1, f"--top-p {config.top_p}: above 0, at most 1")
+    require(config.max_new_tokens >= 1, f"--max-new-tokens {config.max_new_tokens}: at least 1")
+    require(config.limit is None or config.limit >= 1, f"--limit {config.limit}: at least 1")
+
+
+def open_out(config: Config) -> tuple[Path, list[dict]]:
+    """The pairs file and what an earlier run of the same settings left in it."""
+    out = Path(config.out)
+    settings, beside = asdict(config) | {"limit": None, "batch_size": None}, out.with_suffix(".config.json")
+    done = [json.loads(line) for line in whole_lines(out)]
+    if done and read_json(beside, f"remove {out} to start anew") != settings:
+        raise UserError(f"--out {out}: holds pairs of other settings ({beside}); give another --out, or remove it")
+    write_json(beside, settings)
+    return out, done
+
+
+def pair_line(record: Record, sampled: Sampled, rho_th: float) -> dict:
+    """One line of the pairs file; TRL reads it as it is."""
+    bdhs = asdict(sampled)
+    return {
+        "id": record.id,
+        "images": [record.image],
+        "prompt": prompt_field(record.turns),
+        "chosen": record.chosen,
+        "rejected": bdhs.pop("rejected"),
+        "bdhs": bdhs | {"rho_th": rho_th},
+    }
+
+
+def resolved_curve(pairs: list[dict], n_bdhs: int) -> list[float]:
+    """Fig. 10: the share of responses that differ from y+ after 1, 2, ... iterations."""
+    needed = Counter(pair["bdhs"]["iterations"] for pair in pairs)
+    return [round(sum(needed[i] for i in range(1, n + 1)) / max(1, len(pairs)), 4) for n in range(1, n_bdhs + 1)]
+
+
+def main(config: Config) -> None:
+    """Sample every record that the pairs file does not hold yet."""
+    config = fill(config, TOY if config.model == "toy" else PAPER)
+    check(config)
+    folder = resolve_model(config.model)
+    records = read_instruct(config.data, config.limit, config.skip_bad_records)
+    out, pairs = open_out(config)
+    known = {pair["id"] for pair in pairs}
+    todo = [record for record in records if record.id not in known]
+    if known:
+        print(f"{out}: {len(known)} pairs are there, {len(todo)} to go")
+
+    model, tokenizer = load_model(folder, config.device), Tokenizer.from_folder(folder)
+    knobs = {f.name: getattr(config, f.name) for f in fields(BdhsConfig) if f.name != "sampling"}
+    sampling = Sampling(config.max_new_tokens, config.temperature, config.top_p)
+    similarity = load_similarity(config.encoder, config.device)
+    processor = ImageProcessor.from_folder(folder)
+    bdhs = Bdhs(model, tokenizer, processor, similarity, BdhsConfig(**knobs, sampling=sampling))
+    with tqdm(total=len(todo), desc="bdhs", unit="pair") as bar:
+        for first in range(0, len(todo), config.batch_size):
+            batch = todo[first : first + config.batch_size]
+            examples = [Example(r.id, open_image(config.images, r.image), r.turns, r.chosen) for r in batch]
+            new = [pair_line(r, s, config.rho_th) for r, s in zip(batch, bdhs.sample(examples), strict=True)]
+            append_lines(out, new)
+            pairs += new
+            bar.update(len(batch))
+
+    curve = resolved_curve(pairs, config.n_bdhs)
+    same = sum(pair["chosen"] == pair["rejected"] for pair in pairs)
+    write_json(out.with_suffix(".stats.json"), {"pairs": len(pairs), "resolved": curve, "identical": same})
+    shown = ", ".join(f"{share:.1%} after {i}" for i, share in enumerate(curve, start=1))
+    print(f"{out}: {len(pairs)} pairs; different from y+ (Fig. 10): {shown}; identical in the end: {same}")
+
+
+if __name__ == "__main__":
+    run_main(lambda: main(parse_config(Config, __doc__)))

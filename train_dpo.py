@@ -1,0 +1,230 @@
+"""Direct preference optimisation of a LLaVA on a pairs file: DPO (Eq. 3), IPO and SLiC (Sec. 5.7).
+
+    python train_dpo.py                         # the whole road on the embedded world, in minutes
+    python train_dpo.py --model DIR --pairs pairs.jsonl --images DIR --out runs/mine
+
+Without --pairs the pairs are sampled first (sample_bdhs.py). Each pair is ONE sequence: image and prompt once,
+then chosen and rejected as two branches (minialign/masks.py). The policy is the base model with LoRA adapters
+and a trainable copy of the projector; with both switched off it is the reference. The vision tower is frozen
+and sees each image once per step.
+
+Left in --out: config.json, metrics.jsonl, result.json, adapter/ (PEFT), merged/ (Hugging Face), checkpoint/
+(--resume), report.html. `--loss sft` is the supervised control: y+ alone, no rejected response, no reference.
+
+Differs from the paper: AdamW without weight decay, warm-up and cosine decay by default (the paper is silent).
+"""
+
+import json
+import math
+import random
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Literal
+
+import torch
+from tqdm import tqdm
+
+import sample_bdhs
+from minialign.chat import Tokenizer
+from minialign.checkpoint import load_model, resolve_model, save_model
+from minialign.cli import fill, parse_config, require, run_main
+from minialign.data import PairBatch, PairCollator, Record, read_pairs
+from minialign.errors import UserError
+from minialign.evaluate import ToyBenchmark, print_table
+from minialign.files import append_lines, read_json, whole_lines, write_json, write_whole
+from minialign.images import ImageProcessor
+from minialign.llava import Llava
+from minialign.lora import adapters_off, add_adapters, merged_state, save_adapter, trainable_groups
+from minialign.losses import LOSSES, branch_logps, log_ratio_difference
+from minialign.report import write_report
+from minialign.resume import load_progress, save_progress
+
+# What stands for a flag that is not given: the paper's value (App. A), or the toy model's, chosen on validation.
+PAPER = {"lr": 5e-7, "projector_lr": 2e-6, "lora_rank": 128, "lora_alpha": 256.0, "epochs": 3, "batch_size": 16}
+TOY = {"lr": 3e-4, "projector_lr": 3e-5, "lora_rank": 64, "lora_alpha": 128.0, "epochs": 1, "batch_size": 16}
+
+SHOWN = ("loss", "rewards/accuracies", "rewards/margins", "logps/chosen")  # in the progress bar
+
+
+@dataclass(frozen=True)
+class Config:
+    """Flags."""
+
+    model: str = "toy"  # Hugging Face LLaVA folder, or `toy`
+    pairs: str | None = None  # pairs file; without it BDHS pairs are sampled into --out first
+    images: str = "toy"  # folder of the pictures, or `toy`
+    out: str = "runs/dpo"  # folder to write
+    loss: Literal["dpo", "ipo", "slic", "sft"] = "dpo"  # sft: the supervised control on y+ alone
+    beta: float = 0.1  # strength of the pull to the reference
+    lr: float | None = None  # peak learning rate of the adapters (5e-7; toy: 3e-4)
+    projector_lr: float | None = None  # peak learning rate of the projector (2e-6; toy: 3e-5)
+    lora_rank: int | None = None  # rank of the adapters (128; toy: 64)
+    lora_alpha: float | None = None  # updates are scaled by alpha / rank (256; toy: 128)
+    epochs: int | None = None  # passes over the pairs (3; toy: 1)
+    batch_size: int | None = None  # pairs per optimizer step (16)
+    accumulate: int = 1  # split each batch into so many forward passes
+    warmup: float = 0.1  # share of the steps in which the rate rises
+    schedule: Literal["cosine", "linear"] = "cosine"  # how the rate falls to zero after that
+    clip: float = 1.0  # gradient norm limit
+    max_response_tokens: int = 512  # longer responses are refused, never cut
+    limit: int | None = None  # the first so many pairs only
+    save_every: int = 50  # steps between checkpoints
+    seed: int = 0  # sampling, adapters' first values and data order follow from it
+    eval_split: Literal["test", "validation"] = "test"  # choices are made on validation; test is looked at last
+    eval_images: int = 500  # images of the embedded world before and after; 0 skips both
+    resume: bool = False  # continue from --out/checkpoint
+    device: str = "cpu"  # torch device
+    skip_bad_records: bool = False  # skip and count malformed pairs instead of stopping
+
+
+def check(config: Config) -> None:
+    """Refuse values that make no sense, before anything is loaded."""
+    for name in ("beta", "lr", "lora_alpha", "clip"):
+        require(getattr(config, name) > 0, f"--{name.replace('_', '-')} {getattr(config, name)}: above 0")
+    for name in ("lora_rank", "epochs", "batch_size", "accumulate", "save_every"):
+        require(getattr(config, name) >= 1, f"--{name.replace('_', '-')} {getattr(config, name)}: at least 1")
+    require(config.projector_lr >= 0, f"--projector-lr {config.projector_lr}: 0 or more")
+    require(0 <= config.warmup < 1, f"--warmup {config.warmup}: a share of the steps, below 1")
+    require(config.eval_images >= 0, f"--eval-images {config.eval_images}: 0 or more")
+    require(config.limit is None or config.limit >= 1, f"--limit {config.limit}: at least 1")
+
+
+def batches_of_epoch(records: list[Record], batch_size: int, seed: int, epoch: int) -> list[list[Record]]:
+    """The epoch's batches: every record once, in an order that follows from the seed."""
+    order = list(records)
+    random.Random(f"{seed}-{epoch}").shuffle(order)
+    return [order[i : i + batch_size] for i in range(0, len(order), batch_size)]
+
+
+def learning_rate(step: int, total: int, warmup: float, schedule: str) -> float:
+    """Share of the peak rate at `step`: a linear rise, then a cosine or linear fall to zero."""
+    rise = max(1, round(warmup * total))
+    if step < rise:
+        return (step + 1) / rise
+    done = (step - rise) / max(1, total - rise)
+    return 0.5 * (1 + math.cos(math.pi * done)) if schedule == "cosine" else 1 - done
+
+
+def pair_loss(model: Llava, batch: PairBatch, config: Config) -> tuple[torch.Tensor, dict[str, float]]:
+    """The mean loss of a batch, and its metrics by TRL's names."""
+    features = model.encode_images(batch.pixels)  # once, for policy and reference
+    tree = batch.tree.to(model.device)
+    with adapters_off(model):
+        ref_chosen, ref_rejected = branch_logps(model, tree, features).unbind(1)  # (B,) each
+    chosen, rejected = branch_logps(model, tree, features).unbind(1)
+    if config.loss == "sft":
+        loss = -chosen.sum() / (tree.branch == 1).sum()  # mean over y+'s tokens
+    else:
+        h = log_ratio_difference(chosen, rejected, ref_chosen, ref_rejected)
+        loss = LOSSES[config.loss](h, config.beta).mean()
+    reward_chosen, reward_rejected = config.beta * (chosen - ref_chosen), config.beta * (rejected - ref_rejected)
+    metrics = {
+        "loss": loss,
+        "rewards/chosen": reward_chosen.mean(),
+        "rewards/rejected": reward_rejected.mean(),
+        "rewards/accuracies": (reward_chosen > reward_rejected).float().mean(),
+        "rewards/margins": (reward_chosen - reward_rejected).mean(),
+        "logps/chosen": chosen.mean(),
+        "logps/rejected": rejected.mean(),
+        "logps/ref_accuracies": (ref_chosen > ref_rejected).float().mean(),  # does the base rank the pair already?
+    }
+    return loss, {name: value.item() for name, value in metrics.items()}
+
+
+def train(model: Llava, records: list[Record], collate: PairCollator, config: Config, out: Path) -> list[dict]:
+    """The loop: from the first step, or from the last checkpoint with --resume; returns metrics.jsonl's rows."""
+    optimizer = torch.optim.AdamW(trainable_groups(model, config.lr, config.projector_lr), weight_decay=0.0)
+    peaks = [group["lr"] for group in optimizer.param_groups]
+    trainable = [p for group in optimizer.param_groups for p in group["params"]]
+    per_epoch = math.ceil(len(records) / config.batch_size)
+    total = per_epoch * config.epochs
+    start = load_progress(out / "checkpoint", model, optimizer) if config.resume else 0
+    log = out / "metrics.jsonl"
+    rows = [json.loads(line) for line in whole_lines(log)][:start] if start else []
+    write_whole(log, "".join(json.dumps(row) + "\n" for row in rows))
+
+    bar = tqdm(range(start, total), initial=start, total=total, desc=config.loss)
+    for step in bar:
+        share = learning_rate(step, total, config.warmup, config.schedule)
+        for group, peak in zip(optimizer.param_groups, peaks, strict=True):
+            group["lr"] = share * peak
+        batch = batches_of_epoch(records, config.batch_size, config.seed, step // per_epoch)[step % per_epoch]
+        size = math.ceil(len(batch) / config.accumulate)
+        metrics: dict[str, float] = {}
+        for part in (batch[i : i + size] for i in range(0, len(batch), size)):
+            loss, part_metrics = pair_loss(model, collate(part), config)
+            weight = len(part) / len(batch)
+            (loss * weight).backward()
+            for name, value in part_metrics.items():
+                metrics[name] = metrics.get(name, 0.0) + weight * value
+        norm = torch.nn.utils.clip_grad_norm_(trainable, config.clip)
+        if not (math.isfinite(metrics["loss"]) and torch.isfinite(norm)):
+            save_progress(out / "checkpoint", model, optimizer, step)  # the weights of the step before
+            raise UserError(
+                f"step {step}: loss {metrics['loss']}, gradient norm {norm.item()}; the last good weights are in "
+                f"{out}/checkpoint; lower --lr {config.lr} or raise --warmup {config.warmup}"
+            )
+        optimizer.step()
+        optimizer.zero_grad()
+        rows.append({"step": step + 1, **metrics, "grad_norm": norm.item(), "lr": share * config.lr})
+        append_lines(log, rows[-1:])
+        bar.set_postfix({name: f"{metrics[name]:.3f}" for name in SHOWN})
+        if (step + 1) % config.save_every == 0 or step + 1 == total:
+            save_progress(out / "checkpoint", model, optimizer, step + 1)
+    return rows
+
+
+def sample_pairs(config: Config, out: Path) -> Path:
+    """BDHS pairs of the embedded world, sampled from the model that is about to be trained."""
+    pairs = out / "pairs.jsonl"
+    if pairs.exists() and not config.resume:
+        pairs.unlink()
+    options = {"model": config.model, "out": str(pairs), "seed": config.seed, "device": config.device}
+    sample_bdhs.main(sample_bdhs.Config(**options, limit=config.limit))
+    return pairs
+
+
+def main(config: Config) -> None:
+    """Pairs, evaluation, training, evaluation, export, report."""
+    config = fill(config, TOY if config.model == "toy" else PAPER)
+    check(config)
+    require(config.pairs is not None or config.images == "toy", "--pairs is missing; make one with sample_bdhs.py")
+    folder, out = resolve_model(config.model), Path(config.out)
+    if config.resume:
+        before = read_json(out / "config.json", "there is nothing to resume; leave --resume out")
+        changed = [k for k, v in (asdict(config) | {"resume": False}).items() if before.get(k) != v]
+        require(not changed, f"--resume: {', '.join(changed)} differ from {out}/config.json; keep them as they were")
+    records = read_pairs(Path(config.pairs), config.limit, config.skip_bad_records) if config.pairs else None
+    model, tokenizer = load_model(folder, config.device), Tokenizer.from_folder(folder)
+    processor = ImageProcessor.from_folder(folder)
+    collate = PairCollator(tokenizer, processor, config.images, model.config.vision.patches, config.max_response_tokens)
+    write_json(out / "config.json", asdict(config) | {"resume": False})
+    if records is None:
+        records = read_pairs(sample_pairs(config, out), config.limit)
+    for record in records:
+        collate.responses(record)  # refuse what does not fit before the first step
+
+    benchmark = ToyBenchmark(config.eval_split, config.eval_images)
+    evaluate = config.images == "toy" and config.eval_images > 0
+    result = {"before": benchmark.run(model, tokenizer, processor, "before")} if evaluate else {}
+    torch.manual_seed(config.seed)
+    add_adapters(model, config.lora_rank, config.lora_alpha)
+    rows = train(model, records, collate, config, out)
+
+    save_adapter(model, config.lora_rank, config.lora_alpha, str(folder), out / "adapter")
+    dtype = getattr(torch, str(model.config.raw.get("dtype", model.config.raw.get("torch_dtype", "float32"))))
+    save_model(merged_state(model), model.config.raw, folder, out / "merged", dtype)
+    if evaluate:
+        result["after"] = benchmark.run(model, tokenizer, processor, "after")
+        print_table(result)
+    first_epoch = rows[: math.ceil(len(records) / config.batch_size)]
+    ranked = sum(row["logps/ref_accuracies"] for row in first_epoch) / len(first_epoch)
+    print(f"the base ranks {ranked:.1%} of the pairs right; {out}/report.html shows pairs, curves and this table")
+    write_json(out / "result.json", result | {"base_preference_accuracy": ranked})
+    shown = [collate.report_pair(record) for record in records[:8]]
+    title = f"minialign: {config.loss} on {len(records)} pairs"
+    write_report(out / "report.html", title, asdict(config), shown, rows, result)
+
+
+if __name__ == "__main__":
+    run_main(lambda: main(parse_config(Config, __doc__)))
