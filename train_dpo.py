@@ -30,7 +30,7 @@ from minialign.checkpoint import load_model, resolve_model, save_model
 from minialign.cli import fill, parse_config, require, run_main
 from minialign.data import PairBatch, PairCollator, Record, read_pairs
 from minialign.errors import UserError
-from minialign.evaluate import ToyBenchmark, print_table
+from minialign.evaluate import ToyBenchmark, print_table, with_intervals
 from minialign.files import append_lines, read_json, whole_lines, write_json, write_whole
 from minialign.images import ImageProcessor
 from minialign.llava import Llava
@@ -206,7 +206,7 @@ def main(config: Config) -> None:
 
     benchmark = ToyBenchmark(config.eval_split, config.eval_images)
     evaluate = config.images == "toy" and config.eval_images > 0
-    result = {"before": benchmark.run(model, tokenizer, processor, "before")} if evaluate else {}
+    counts = {"before": benchmark.run(model, tokenizer, processor, "before")} if evaluate else {}
     torch.manual_seed(config.seed)
     add_adapters(model, config.lora_rank, config.lora_alpha)
     rows = train(model, records, collate, config, out)
@@ -215,7 +215,10 @@ def main(config: Config) -> None:
     dtype = getattr(torch, str(model.config.raw.get("dtype", model.config.raw.get("torch_dtype", "float32"))))
     save_model(merged_state(model), model.config.raw, folder, out / "merged", dtype)
     if evaluate:
-        result["after"] = benchmark.run(model, tokenizer, processor, "after")
+        counts["after"] = benchmark.run(model, tokenizer, processor, "after")
+        write_json(out / "counts.json", counts)
+    result = {title: with_intervals([each]) for title, each in counts.items()}
+    if result:
         print_table(result)
     first_epoch = rows[: math.ceil(len(records) / config.batch_size)]
     ranked = sum(row["logps/ref_accuracies"] for row in first_epoch) / len(first_epoch)

@@ -117,18 +117,32 @@ def ratios(sums: Counts) -> dict[str, np.ndarray]:
     return values
 
 
-def with_intervals(counts: list[Counts], resamples: int = 1000) -> dict[str, dict[str, float]]:
-    """Every metric with its bootstrap 95 % interval over images: {name: {value, low, high}}."""
-    names = sorted({name for c in counts for name in c})
-    table = np.array([[c[name] for name in names] for c in counts], dtype=float)  # (images, counts)
-    weights = np.random.default_rng(0).multinomial(len(table), np.full(len(table), 1 / len(table)), resamples)
-    weights = np.concatenate([np.ones((1, len(table))), weights])  # the first row is the sample itself
-    empty = np.zeros(len(weights))
-    sums = dict.fromkeys(COUNTED, empty) | dict(zip(names, (weights @ table).T, strict=True))
-    return {
-        name: {"value": v[0], "low": np.percentile(v[1:], 2.5), "high": np.percentile(v[1:], 97.5)}
-        for name, v in ratios(sums).items()
-    }
+def bootstrap(runs: list[list[Counts]], resamples: int = 1000) -> dict[str, np.ndarray]:
+    """Metrics of the runs' pooled counts, (1 + resamples,) each: as they are, then over resampled images and runs.
+
+    `runs` are evaluations of the same images, one per training seed. The resampling depends on the numbers of
+    runs and images alone, so that two rows of a study are resampled alike and their difference is paired.
+    """
+    names = sorted({name for counts in runs for c in counts for name in c})
+    tables = np.array([[[c.get(name, 0) for name in names] for c in counts] for counts in runs], dtype=float)
+    rng, (n_runs, n_images, _) = np.random.default_rng(0), tables.shape
+    images = rng.multinomial(n_images, np.full(n_images, 1 / n_images), resamples)
+    of_runs = rng.multinomial(n_runs, np.full(n_runs, 1 / n_runs), resamples)
+    images = np.concatenate([np.ones((1, n_images)), images])  # the first row is the sample itself
+    of_runs = np.concatenate([np.ones((1, n_runs)), of_runs])
+    sums = np.einsum("br,bi,ric->cb", of_runs, images, tables, optimize=True)
+    return ratios(dict.fromkeys(COUNTED, np.zeros(1 + resamples)) | dict(zip(names, sums, strict=True)))
+
+
+def interval(values: np.ndarray) -> dict[str, float]:
+    """A bootstrapped figure as {value, low, high} of its 95 % interval."""
+    low, high = np.percentile(values[1:], [2.5, 97.5])
+    return {"value": round(float(values[0]), 5), "low": round(float(low), 5), "high": round(float(high), 5)}
+
+
+def with_intervals(runs: list[list[Counts]]) -> dict[str, dict[str, float]]:
+    """Every metric of one or more runs on the same images: {name: {value, low, high}}."""
+    return {name: interval(values) for name, values in bootstrap(runs).items()}
 
 
 COUNTED = ("images", "length", "objects", "mentioned", "hallucinated", "typical", "true", "wrong_colour",
@@ -143,8 +157,8 @@ class ToyBenchmark:
     images: int = 500
     batch_size: int = 50
 
-    def run(self, model: Llava, tokenizer: Tokenizer, processor: ImageProcessor, title="evaluate") -> dict:
-        """Greedy answers for every image -> {metric: {value, low, high}}."""
+    def run(self, model: Llava, tokenizer: Tokenizer, processor: ImageProcessor, title="evaluate") -> list[Counts]:
+        """Greedy answers for every image, counted against its scene; `with_intervals` makes metrics of them."""
         counts: list[Counts] = []
         for first in tqdm(range(0, self.images, self.batch_size), desc=title, leave=False):
             numbers = range(first, min(first + self.batch_size, self.images))
@@ -159,7 +173,7 @@ class ToyBenchmark:
             for scene, text, q, keys, reply in zip(scenes, texts, questions, asked, replies, strict=True):
                 pope = count_pope(q, dict(zip(keys, reply, strict=True)))
                 counts.append({**count_description(scene, text[0]), **pope})
-        return with_intervals(counts)
+        return counts
 
     def answers(self, model, tokenizer, features, questions: list[list[str]], limit: int) -> list[list[str]]:
         """Greedy answers to several questions per image: the image is the trunk, each question a branch."""
@@ -206,7 +220,8 @@ def main() -> None:
     if config.adapter:
         load_adapter(model, Path(config.adapter))
     benchmark = ToyBenchmark(config.split, config.images, config.batch_size)
-    result = benchmark.run(model, Tokenizer.from_folder(folder), ImageProcessor.from_folder(folder))
+    counts = benchmark.run(model, Tokenizer.from_folder(folder), ImageProcessor.from_folder(folder))
+    result = with_intervals([counts])
     if config.json:
         print(json.dumps(result))
     else:

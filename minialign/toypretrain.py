@@ -129,34 +129,40 @@ def optimise(parameters, steps: int, loss_of, title: str) -> None:
 
 
 def pretrain_tower(tower: Clip, processor: ImageProcessor, steps: int) -> None:
-    """Stage 1: name the object, the colour and the setting of every patch, on decorrelated pictures."""
+    """Stage 1: name object, colour, setting and place of every patch, on decorrelated pictures.
+
+    The place is named so that the features keep it, as CLIP's do: the decoder must find "the top left".
+    """
     width = tower.post_layernorm.weight.shape[0]
-    heads = torch.nn.Linear(width, len(OBJECTS) + 1 + len(COLOURS) + 1 + len(SETTINGS))
-    sizes = [len(OBJECTS) + 1, len(COLOURS) + 1, len(SETTINGS)]
+    sizes = [len(OBJECTS) + 1, len(COLOURS) + 1, len(SETTINGS), ROWS * COLUMNS]
+    heads = torch.nn.Linear(width, sum(sizes))
     objects, colours, settings = list(OBJECTS), list(COLOURS), list(SETTINGS)
     side = SIZE // PATCH
 
     def labels(scene: toyworld.Scene) -> torch.Tensor:
-        grid = torch.zeros(side, side, 3, dtype=torch.long)
+        grid = torch.zeros(side, side, len(sizes), dtype=torch.long)
         grid[..., 2] = settings.index(scene.setting)
-        for (row, column), (name, colour) in scene.cells.items():
+        for number, (row, column) in enumerate(toyworld.CELLS):
             rows = slice(row * side // ROWS, (row + 1) * side // ROWS)
             columns = slice(column * side // COLUMNS, (column + 1) * side // COLUMNS)
-            grid[rows, columns, 0] = 1 + objects.index(name)
-            grid[rows, columns, 1] = 1 + colours.index(colour)
+            grid[rows, columns, 3] = number
+            if (row, column) in scene.cells:
+                name, colour = scene.cells[row, column]
+                grid[rows, columns, 0] = 1 + objects.index(name)
+                grid[rows, columns, 1] = 1 + colours.index(colour)
         return grid.flatten(0, 1)
 
     def loss_of(step: int) -> torch.Tensor:
         # Seeds above the training split's own: same world, without its bias.
         scenes = [toyworld.make_scene("alignment", 5 * 10**8 + step * 2 * BATCH + i) for i in range(2 * BATCH)]
         pixels = torch.stack([processor(toyworld.picture(scene)) for scene in scenes])
-        target = torch.stack([labels(scene) for scene in scenes]).flatten(0, 1)  # (N * patches, 3)
+        target = torch.stack([labels(scene) for scene in scenes]).flatten(0, 1)  # (N * patches, 4)
         scores = heads(tower(pixels)).flatten(0, 1).split(sizes, dim=-1)
         loss_of.accuracy = [(s.argmax(-1) == target[:, i]).float().mean().item() for i, s in enumerate(scores)]
         return sum(F.cross_entropy(s, target[:, i]) for i, s in enumerate(scores))
 
     optimise([*tower.parameters(), *heads.parameters()], steps, loss_of, "1/3 tower")
-    print("tower accuracy per patch (object, colour, setting):", [f"{a:.3f}" for a in loss_of.accuracy])
+    print("tower accuracy per patch (object, colour, setting, place):", [f"{a:.3f}" for a in loss_of.accuracy])
 
 
 def conversation_row(tokenizer: Tokenizer, turns: list[toyworld.Turn], image: bool) -> tuple[list[int], list[bool]]:
