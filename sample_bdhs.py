@@ -22,11 +22,11 @@ from minialign.bdhs import Bdhs, BdhsConfig, Example, Sampled
 from minialign.chat import Tokenizer
 from minialign.checkpoint import load_model, resolve_model
 from minialign.cli import fill, parse_config, require, run_main
-from minialign.data import Record, open_image, prompt_field, read_instruct
+from minialign.data import Record, prompt_field, read_instruct
 from minialign.errors import UserError
 from minialign.files import append_lines, read_json, whole_lines, write_json
 from minialign.generate import Sampling
-from minialign.images import ImageProcessor
+from minialign.images import ImageProcessor, open_image
 from minialign.similarity import load_similarity
 
 # What stands for a flag that is not given: the paper's value, or the toy model's, chosen on validation.

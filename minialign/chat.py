@@ -2,16 +2,27 @@
 
 Control tokens come from the template alone. Text is data: a user who types `</s>` or `<image>` gets the
 ordinary pieces of those characters.
+
+`python -m minialign.chat` answers a question about a picture, or scores an answer that is given to it.
 """
 
 import json
 from dataclasses import dataclass
 from pathlib import Path
 
+import torch
 from tokenizers import Tokenizer as FastTokenizer
 
+from minialign import toyworld
+from minialign.checkpoint import load_model, resolve_model
+from minialign.cli import parse_config, require, run_main
 from minialign.errors import UserError
 from minialign.files import read_json
+from minialign.generate import Sampling, generate, stable_seed
+from minialign.images import ImageProcessor, open_image
+from minialign.lora import load_adapter
+from minialign.losses import token_logps
+from minialign.masks import Branch, Sequence, build_tree, image_attention_mask
 
 Turn = tuple[str, str]  # ("user" | "assistant", text)
 
@@ -86,3 +97,69 @@ class Tokenizer:
     def response(self, text: str) -> list[int]:
         """The ids of an answer: its text, then the end token."""
         return [*self.encode(text), self.eos_id]
+
+
+@dataclass(frozen=True)
+class Config:
+    """Flags of `python -m minialign.chat`."""
+
+    image: str | None = None  # picture; or the name of one in the embedded world, such as test-000000.png
+    prompt: str = "Describe the picture."  # the question
+    response: str | None = None  # score this answer instead of sampling one
+    model: str = "toy"  # Hugging Face LLaVA folder, or `toy`
+    adapter: str | None = None  # adapter folder that train_dpo.py wrote
+    rho_th: float = 0.0  # Eq. 6: hide each image token with this probability
+    temperature: float = 0.0  # 0 is greedy
+    max_new_tokens: int = 256  # limit of the answer
+    seed: int = 0  # mask and sampling follow from it
+    device: str = "cpu"  # torch device
+    json: bool = False  # print one JSON object
+
+
+def picture_for(config: Config):
+    """The picture of --image: a file, or a scene of the embedded world."""
+    require(config.image is not None, "--image is missing; give a picture, or test-000000.png of the embedded world")
+    path = Path(config.image)
+    if not path.exists() and toyworld.NAME.fullmatch(config.image):
+        return open_image("toy", config.image)
+    return open_image(str(path.parent), path.name)
+
+
+def main() -> None:
+    """Answer, or score an answer."""
+    config = parse_config(Config, __doc__)
+    require(0 <= config.rho_th <= 1, f"--rho-th {config.rho_th}: a probability between 0 and 1")
+    require(config.temperature >= 0, f"--temperature {config.temperature}: 0 (greedy) or more")
+    require(config.max_new_tokens >= 1, f"--max-new-tokens {config.max_new_tokens}: at least 1")
+    require(config.response is None or config.response.strip() != "", "--response is empty; give the answer to score")
+    folder = resolve_model(config.model)
+    pixels = ImageProcessor.from_folder(folder)(picture_for(config))
+    model, tokenizer = load_model(folder, config.device), Tokenizer.from_folder(folder)
+    if config.adapter:
+        load_adapter(model, Path(config.adapter))
+    patches = model.config.vision.patches
+    mask = image_attention_mask(patches, config.rho_th, torch.Generator().manual_seed(config.seed))
+    prompt_ids = tokenizer.prompt([("user", config.prompt)])
+    features = model.encode_images(pixels[None])
+    if config.response is None:
+        sequence = Sequence(prompt_ids, [Branch([])], patches, mask)
+        sampling, seeds = Sampling(config.max_new_tokens, config.temperature), [[stable_seed(config.seed)]]
+        done = generate(model, [sequence], features, sampling, {tokenizer.eos_id}, seeds, tokenizer.pad_id)[0][0]
+        text, response_ids, logps = tokenizer.decode(done.ids), done.ids, done.logps
+    else:
+        text, response_ids = config.response, tokenizer.response(config.response)
+        sequence = Sequence(prompt_ids, [Branch(response_ids)], patches, mask)
+        tree = build_tree([sequence], tokenizer.image_id, tokenizer.pad_id).to(model.device)
+        with torch.no_grad():
+            logps = token_logps(model, tree, features)[2].tolist()
+    if config.json:
+        print(json.dumps({
+            "text": text, "prompt_ids": prompt_ids, "response_ids": response_ids, "image_tokens": patches,
+            "logps": logps, "sum_logps": sum(logps),
+        }))  # fmt: skip
+    else:
+        print(text if config.response is None else f"{sum(logps):.4f} nats over {len(logps)} tokens")
+
+
+if __name__ == "__main__":
+    run_main(main)

@@ -38,6 +38,11 @@ HUB_NAMES = [
     (r"^language_model\.", "language_model.model."),
 ]
 IGNORED = re.compile(r"(position_ids|\.inv_freq)$")
+# transformers' defaults of a vision_config that is there but sparse; without any, the tower is `ClipConfig()`.
+SPARSE_VISION = {
+    "hidden_size": 768, "intermediate_size": 3072, "num_hidden_layers": 12, "num_attention_heads": 12,
+    "image_size": 224, "patch_size": 32,
+}  # fmt: skip
 COMPANIONS = ("tokenizer.json", "tokenizer_config.json", "preprocessor_config.json", "special_tokens_map.json")
 
 
@@ -64,29 +69,38 @@ def read_config(folder: Path) -> LlavaConfig:
     raw = read_json(path, "a model folder needs Hugging Face's config.json")
     if raw.get("model_type") != "llava":
         raise UserError(f"{path}: model_type is {raw.get('model_type')!r}; only 'llava' is supported")
-    text, vision = dict(raw.get("text_config", {})), dict(raw.get("vision_config", {}))
-    expected = {
-        "vision_feature_select_strategy": (raw, "default"),
-        "projector_hidden_act": (raw, "gelu"),
-        "hidden_act": (vision, "quick_gelu"),
-    }
-    for name, (section, value) in expected.items():
+    text, vision = dict(raw.get("text_config") or {}), dict(raw.get("vision_config") or {})
+    if vision:
+        vision = SPARSE_VISION | vision
+    rope = text.get("rope_parameters") or text.get("rope_scaling") or {}
+    expected = [
+        ("vision_feature_select_strategy", raw, "default"),
+        ("projector_hidden_act", raw, "gelu"),
+        ("hidden_act", vision, "quick_gelu"),
+        ("hidden_act", text, "silu"),
+        ("rope_type", {"rope_type": rope.get("type", "default")} | rope, "default"),
+    ]
+    for name, section, value in expected:
         if section.get(name, value) != value:
             raise UserError(f"{path}: {name} is {section[name]!r}; only {value!r} is supported")
-    text.setdefault("rope_theta", text.get("rope_parameters", {}).get("rope_theta", LlamaConfig.rope_theta))
+    text.setdefault("rope_theta", rope.get("rope_theta", LlamaConfig.rope_theta))
     heads = text.get("num_attention_heads", LlamaConfig.num_attention_heads)
     text["num_key_value_heads"] = text.get("num_key_value_heads") or heads
     text["head_dim"] = text.get("head_dim") or text.get("hidden_size", LlamaConfig.hidden_size) // heads
-    text["tie_word_embeddings"] = raw.get("tie_word_embeddings", text.get("tie_word_embeddings", False))
+    text["tie_word_embeddings"] = bool(raw.get("tie_word_embeddings") or text.get("tie_word_embeddings"))
 
     def known(section: dict, kind: type) -> dict:
         return {f.name: section[f.name] for f in fields(kind) if f.name in section}
 
+    tower, layer = ClipConfig(**known(vision, ClipConfig)), raw.get("vision_feature_layer", -2)
+    blocks = tower.num_hidden_layers
+    if not isinstance(layer, int) or not -blocks - 1 <= layer <= blocks:
+        raise UserError(f"{path}: vision_feature_layer is {layer!r}; it must be one of the tower's {blocks} layers")
     return LlavaConfig(
         text=LlamaConfig(**known(text, LlamaConfig)),
-        vision=ClipConfig(**known(vision, ClipConfig)),
+        vision=tower,
         image_token_id=raw.get("image_token_index", raw.get("image_token_id", 32000)),
-        vision_feature_layer=raw.get("vision_feature_layer", -2),
+        vision_feature_layer=layer,
         raw=raw,
     )
 
@@ -134,10 +148,13 @@ def load_model(folder: Path, device: str = "cpu", dtype: torch.dtype = torch.flo
         for key, tensor in read_tensors(file, device, dtype):
             if not IGNORED.search(key):
                 state[rename(key, NAMES)] = tensor
-    if config.text.tie_word_embeddings:
-        state.setdefault("lm_head.weight", state.get("language_model.embed_tokens.weight"))
+    embedding = state.get("language_model.embed_tokens.weight")
+    if config.text.tie_word_embeddings and embedding is not None:
+        state.setdefault("lm_head.weight", embedding)
     check_tensors(folder, wanted, state)
     model.load_state_dict(state, assign=True)
+    if state["lm_head.weight"] is embedding:  # assign made two parameters of it
+        model.lm_head.weight = model.language_model.embed_tokens.weight
     return model.eval()
 
 
@@ -159,7 +176,9 @@ def save_model(state: dict[str, Tensor], raw_config: dict, source: Path, folder:
     """Write a Hugging Face folder whole: `state` by our names, the config as read, companions copied."""
 
     def write(partial: Path) -> None:
-        tensors = {rename(k, HUB_NAMES): v.detach().to("cpu", dtype).contiguous() for k, v in state.items()}
+        tied = state["lm_head.weight"].data_ptr() == state["language_model.embed_tokens.weight"].data_ptr()
+        kept = {k: v for k, v in state.items() if not (tied and k == "lm_head.weight")}
+        tensors = {rename(k, HUB_NAMES): v.detach().to("cpu", dtype).contiguous() for k, v in kept.items()}
         save_file(tensors, partial / "model.safetensors", metadata={"format": "pt"})
         write_json(partial / "config.json", raw_config | {"dtype": str(dtype).removeprefix("torch.")})
         for name in COMPANIONS:

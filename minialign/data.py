@@ -6,14 +6,13 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
-from PIL import Image
 from torch import Tensor
 from tqdm import tqdm
 
 from minialign import toyworld
 from minialign.chat import Tokenizer, Turn
 from minialign.errors import UserError
-from minialign.images import ImageProcessor
+from minialign.images import ImageProcessor, open_image
 from minialign.masks import Branch, Sequence, TokenTree, build_tree, image_attention_mask
 from minialign.report import ReportPair
 
@@ -154,23 +153,6 @@ def prompt_field(turns: list[Turn]) -> str | list[dict]:
     if len(turns) == 1:
         return turns[0][1]
     return [{"role": role, "content": text} for role, text in turns]
-
-
-def open_image(images: str, name: str) -> Image.Image:
-    """A record's picture as RGB: a file below the folder `images`, or a scene of the world that `toy` names."""
-    if images == "toy":
-        return toyworld.picture(toyworld.scene_of(name))
-    root = Path(images).resolve()
-    path = (root / name).resolve()
-    if not path.is_relative_to(root):
-        raise UserError(f"image {name!r} leaves the folder --images {images}; paths must stay inside it")
-    try:
-        with Image.open(path) as picture:
-            return picture.convert("RGB")
-    except FileNotFoundError:
-        raise UserError(f"image {path}: no such file; is --images {images} the right folder?") from None
-    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
-        raise UserError(f"image {path}: not a readable picture ({error}); replace it or drop its record") from None
 
 
 @dataclass(frozen=True)

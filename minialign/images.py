@@ -8,6 +8,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+from minialign import toyworld
 from minialign.errors import UserError
 from minialign.files import read_json
 
@@ -77,3 +78,20 @@ def add_noise(image: Image.Image, steps: int, generator: torch.Generator) -> Ima
     noise = torch.randn(pixels.shape, generator=generator, dtype=torch.float64)
     noisy = (abar**0.5 * pixels + (1 - abar) ** 0.5 * noise).clamp(0, 1)
     return Image.fromarray((noisy * 255).round().to(torch.uint8).numpy())
+
+
+def open_image(images: str, name: str) -> Image.Image:
+    """A record's picture as RGB: a file below the folder `images`, or a scene of the world that `toy` names."""
+    if images == "toy":
+        return toyworld.picture(toyworld.scene_of(name))
+    root = Path(images).resolve()
+    path = (root / name).resolve()
+    if not path.is_relative_to(root):
+        raise UserError(f"image {name!r} leaves the folder --images {images}; paths must stay inside it")
+    try:
+        with Image.open(path) as picture:
+            return picture.convert("RGB")
+    except FileNotFoundError:
+        raise UserError(f"image {path}: no such file; is --images {images} the right folder?") from None
+    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
+        raise UserError(f"image {path}: not a readable picture ({error}); replace it or drop its record") from None

@@ -12,8 +12,8 @@ from minialign.masks import TokenTree
 Loss = Literal["dpo", "ipo", "slic"]
 
 
-def branch_logps(model: Llava, tree: TokenTree, tower_features: Tensor | None) -> Tensor:
-    """Log-probability of every branch, summed over its tokens: (B, S), float32.
+def token_logps(model: Llava, tree: TokenTree, tower_features: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
+    """Log-probability of every branch token: (row, branch - 1, log-prob), (branch tokens,) each, float32.
 
     A branch's first token is predicted by the trunk token before its fork. The LM head runs on the tokens that
     predict a branch's, and nowhere else.
@@ -21,9 +21,14 @@ def branch_logps(model: Llava, tree: TokenTree, tower_features: Tensor | None) -
     hidden = model(tree, tower_features)
     row, column = (tree.branch > 0).nonzero(as_tuple=True)
     logits = model.lm_head(hidden[row, tree.parent[row, column]]).float()  # (branch tokens, V)
-    token_logps = logits.log_softmax(-1).gather(-1, tree.ids[row, column, None])[:, 0]
-    sums = torch.zeros(tree.tip.shape, dtype=torch.float32, device=hidden.device)
-    return sums.index_put((row, tree.branch[row, column] - 1), token_logps, accumulate=True)
+    logps = logits.log_softmax(-1).gather(-1, tree.ids[row, column, None])[:, 0]
+    return row, tree.branch[row, column] - 1, logps
+
+
+def branch_logps(model: Llava, tree: TokenTree, tower_features: Tensor | None) -> Tensor:
+    """Log-probability of every branch, summed over its tokens: (B, S), float32."""
+    row, branch, logps = token_logps(model, tree, tower_features)
+    return logps.new_zeros(tree.tip.shape).index_put((row, branch), logps, accumulate=True)
 
 
 def log_ratio_difference(policy_chosen, policy_rejected, ref_chosen, ref_rejected) -> Tensor:

@@ -9,13 +9,11 @@ the five times smaller all-MiniLM-L6-v2. One class serves both, for they differ 
   attention   no bias            a learned bias per head and relative distance, the same in every layer
 
 The numerics follow transformers (`BertModel`, `MPNetModel`) and sentence-transformers (truncation, pooling),
-in evaluation mode and float32. With no encoder there is `lexical_cosine`, which compares word counts.
+in evaluation mode and float32. With no encoder there is `lexical_cosine` of word trigrams.
 """
 
 import json
 import math
-import re
-from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass, fields
 from pathlib import Path
@@ -28,6 +26,7 @@ from torch import Tensor, nn
 
 from minialign.errors import UserError
 from minialign.files import read_json
+from minialign.lexical import lexical_cosine
 
 REMEDY = "give a complete sentence-transformers folder, such as a copy of all-mpnet-base-v2"
 MPNET_PADDING = 1  # MPNet's padding token id, and the position of every padding token
@@ -272,19 +271,6 @@ def read_encoder(folder: Path, config: EncoderConfig) -> Encoder:
         raise unusable(path, f"does not fit config.json: {', '.join(listed)}")
     encoder.load_state_dict({wanted[key]: tensor for key, tensor in stored.items()}, assign=True)
     return encoder.requires_grad_(False)
-
-
-def lexical_cosine(a: str, b: str) -> float:
-    """Cosine of the two bags of lower-cased words, in [0, 1]; needs no encoder and ignores word order.
-
-    A word is a run of letters, digits and underscores. Two texts without words give 1, one without gives 0.
-    """
-    first, second = (Counter(re.findall(r"\w+", text.lower())) for text in (a, b))
-    if not first or not second:
-        return float(not first and not second)
-    dot = sum(count * second[word] for word, count in first.items())
-    squares = (sum(count * count for count in words.values()) for words in (first, second))
-    return dot / math.sqrt(math.prod(squares))  # all whole numbers, so never above 1
 
 
 def load_similarity(encoder: str | None, device: str = "cpu") -> Similarity:

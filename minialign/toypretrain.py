@@ -17,7 +17,7 @@ from tokenizers import decoders, models, normalizers, pre_tokenizers, trainers
 from tqdm import tqdm
 
 from minialign import toyworld
-from minialign.chat import Tokenizer
+from minialign.chat import Tokenizer, Turn
 from minialign.checkpoint import read_config, save_model
 from minialign.clip import Clip
 from minialign.files import write_json
@@ -165,7 +165,7 @@ def pretrain_tower(tower: Clip, processor: ImageProcessor, steps: int) -> None:
     print("tower accuracy per patch (object, colour, setting, place):", [f"{a:.3f}" for a in loss_of.accuracy])
 
 
-def conversation_row(tokenizer: Tokenizer, turns: list[toyworld.Turn], image: bool) -> tuple[list[int], list[bool]]:
+def conversation_row(tokenizer: Tokenizer, turns: list[Turn], image: bool) -> tuple[list[int], list[bool]]:
     """One conversation's ids, and which of them are learned: answers and their end token, never the questions."""
     ids: list[int] = []
     learned: list[bool] = []

@@ -14,13 +14,13 @@ from dataclasses import dataclass
 
 from PIL import Image
 
-from minialign.chat import Turn
 from minialign.errors import UserError
 from minialign.toydraw import COLOURS, COLUMNS, OBJECTS, ROWS, SETTINGS, draw_scene
 
 BIAS = 0.85  # how often a training scene's object, and its colour, is the typical one
 # First seed of each split, and whether its scenes are biased. An index stays below the distance of two splits.
 SPLITS = {"train": (0, True), "alignment": (10**9, False), "validation": (2 * 10**9, False), "test": (3 * 10**9, False)}
+NAME = re.compile(rf"({'|'.join(SPLITS)})-(\d{{1,9}})\.png")  # of a picture
 TYPICAL_COLOUR = {
     "cup": "blue", "kettle": "red", "pan": "black", "fork": "white",
     "car": "red", "bus": "yellow", "bicycle": "blue", "lamp": "black",
@@ -81,8 +81,8 @@ def image_name(split: str, index: int) -> str:
 
 def scene_of(name: str) -> Scene:
     """The scene behind a picture's name; another name is a `UserError`."""
-    match = re.fullmatch(r"(\w+)-(\d+)\.png", name)
-    if not match or match[1] not in SPLITS:
+    match = NAME.fullmatch(name)
+    if not match:
         raise UserError(f"image {name!r} is not in the embedded world; give --images DIR for pictures of your own")
     return make_scene(match[1], int(match[2]))
 
@@ -124,7 +124,7 @@ def attribute(scene: Scene, rng: random.Random) -> tuple[str, str]:
     ])  # fmt: skip
 
 
-def conversation(scene: Scene, kind: str, rng: random.Random) -> list[Turn]:
+def conversation(scene: Scene, kind: str, rng: random.Random) -> list[tuple[str, str]]:
     """A training conversation of one kind: `description`, `existence` (multi-turn) or `attribute` (multi-turn)."""
     if kind == "description":
         pairs = [(rng.choice(DESCRIBE), description(scene, rng))]
