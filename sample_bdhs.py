@@ -6,12 +6,12 @@
 Reads supervised records (LLaVA-Instruct form), writes a pairs file: JSON Lines of id, images, prompt, chosen
 (the record's answer), rejected (sampled) and bdhs (iterations, similarity, mask_seed, guided, rho_th).
 A killed run continues where it stopped: whole batches are appended, and what is there is not sampled again.
-An example's pair depends on --seed and its id alone, not on the batch size or the order.
+An example's pair depends on --seed and its id alone, not on the batch size or the order; repeated ids are numbered.
+Where a record has earlier turns, prompt, chosen and rejected are lists of messages in the whole file.
 
 Differs from the paper: see minialign/bdhs.py. Without --encoder the similarity is lexical, not MPNet's.
 """
 
-import json
 from collections import Counter
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
@@ -21,10 +21,10 @@ from tqdm import tqdm
 from minialign.bdhs import Bdhs, BdhsConfig, Example, Sampled
 from minialign.chat import Tokenizer
 from minialign.checkpoint import load_model, resolve_model
-from minialign.cli import fill, parse_config, require, run_main
-from minialign.data import Record, prompt_field, read_instruct
+from minialign.cli import fill, parse_config, require, require_device, run_main
+from minialign.data import Record, collect, pair_record, preference_fields, read_instruct
 from minialign.errors import UserError
-from minialign.files import append_lines, read_json, whole_lines, write_json
+from minialign.files import append_lines, read_json, read_lines, write_json
 from minialign.generate import Sampling
 from minialign.images import ImageProcessor, open_image
 from minialign.similarity import load_similarity
@@ -32,6 +32,7 @@ from minialign.similarity import load_similarity
 # What stands for a flag that is not given: the paper's value, or the toy model's, chosen on validation.
 PAPER = {"rho_th": 0.99, "temperature": 1.0}
 TOY = {"rho_th": 0.7, "temperature": 0.0}
+ANY = ("out", "limit", "batch_size", "skip_bad_records")  # a continued run may change these
 
 
 @dataclass(frozen=True)
@@ -62,41 +63,52 @@ def check(config: Config) -> None:
     """Refuse values that make no sense, before anything is loaded."""
     require(0 <= config.rho_th <= 1, f"--rho-th {config.rho_th}: a probability between 0 and 1")
     require(config.n_bdhs >= 1, f"--n-bdhs {config.n_bdhs}: at least 1")
+    require(0 <= config.eps_s <= 1, f"--eps-s {config.eps_s}: a similarity between 0 and 1")
     require(config.batch_size >= 1, f"--batch-size {config.batch_size}: at least 1")
     require(0 <= config.noise_steps <= 1000, f"--noise-steps {config.noise_steps}: between 0 and 1000")
     require(config.temperature >= 0, f"--temperature {config.temperature}: 0 (greedy) or more")
     require(0 < config.top_p <= 1, f"--top-p {config.top_p}: above 0, at most 1")
     require(config.max_new_tokens >= 1, f"--max-new-tokens {config.max_new_tokens}: at least 1")
     require(config.limit is None or config.limit >= 1, f"--limit {config.limit}: at least 1")
+    require(not Path(config.out).is_dir(), f"--out {config.out}: is a folder; name the pairs file to write")
+    require_device(config.device)
 
 
-def open_out(config: Config) -> tuple[Path, list[dict]]:
-    """The pairs file and what an earlier run of the same settings left in it."""
-    out = Path(config.out)
-    settings, beside = asdict(config) | {"limit": None, "batch_size": None}, out.with_suffix(".config.json")
-    done = [json.loads(line) for line in whole_lines(out)]
-    if done and read_json(beside, f"remove {out} to start anew") != settings:
-        raise UserError(f"--out {out}: holds pairs of other settings ({beside}); give another --out, or remove it")
-    write_json(beside, settings)
-    return out, done
+def pairs_of_earlier_run(out: Path, settings: dict) -> list[dict]:
+    """What an earlier run of the same settings left in the pairs file; any other file is left alone."""
+    if not out.exists() or out.stat().st_size == 0:
+        return []
+    beside, remedy = out.with_suffix(".config.json"), f"give another --out, or remove {out}"
+    before = read_json(beside, f"so {out} is not known to be a pairs file of these settings; {remedy}")
+    changed = [name for name, value in settings.items() if name not in ANY and before.get(name) != value]
+    if changed:
+        raise UserError(f"--out {out}: holds pairs of another {', '.join(changed)} (see {beside}); {remedy}")
+    pairs = read_lines(out, remedy)
+    collect(((f"{out}, line {number}", pair) for number, pair in enumerate(pairs, start=1)), pair_record, None, False)
+    return pairs
 
 
-def pair_line(record: Record, sampled: Sampled, rho_th: float) -> dict:
+def with_pictures(records: list[Record], config: Config) -> list[tuple[Record, Example]]:
+    """The records with their pictures, without those whose picture cannot be read if --skip-bad-records is given."""
+
+    def opened(record: Record) -> tuple[Record, Example]:
+        return record, Example(record.id, open_image(config.images, record.image), record.turns, record.chosen)
+
+    return collect(((f"record {record.id}", record) for record in records), opened, None, config.skip_bad_records)
+
+
+def pair_line(record: Record, sampled: Sampled, rho_th: float, messages: bool) -> dict:
     """One line of the pairs file; TRL reads it as it is."""
     bdhs = asdict(sampled)
-    return {
-        "id": record.id,
-        "images": [record.image],
-        "prompt": prompt_field(record.turns),
-        "chosen": record.chosen,
-        "rejected": bdhs.pop("rejected"),
-        "bdhs": bdhs | {"rho_th": rho_th},
-    }
+    fields = preference_fields(record.turns, record.chosen, bdhs.pop("rejected"), messages)
+    return {"id": record.id, "images": [record.image], **fields, "bdhs": bdhs | {"rho_th": rho_th}}
 
 
-def resolved_curve(pairs: list[dict], n_bdhs: int) -> list[float]:
-    """Fig. 10: the share of responses that differ from y+ after 1, 2, ... iterations."""
-    needed = Counter(pair["bdhs"]["iterations"] for pair in pairs)
+def resolved_curve(pairs: list[dict], n_bdhs: int, eps_s: float) -> list[float]:
+    """Fig. 10: the share of responses that differ from y+ (similarity below eps_s) after 1, 2, ... iterations."""
+    found = [pair.get("bdhs", {}) for pair in pairs]
+    # Whatever is sampled last is kept, different or not.
+    needed = Counter(b.get("iterations") for b in found if b.get("iterations") != n_bdhs or b["similarity"] < eps_s)
     return [round(sum(needed[i] for i in range(1, n + 1)) / max(1, len(pairs)), 4) for n in range(1, n_bdhs + 1)]
 
 
@@ -106,7 +118,9 @@ def main(config: Config) -> None:
     check(config)
     folder = resolve_model(config.model)
     records = read_instruct(config.data, config.limit, config.skip_bad_records)
-    out, pairs = open_out(config)
+    messages = any(len(record.turns) > 1 for record in records)
+    out, settings = Path(config.out), asdict(config) | {"messages": messages}
+    pairs = pairs_of_earlier_run(out, settings)
     known = {pair["id"] for pair in pairs}
     todo = [record for record in records if record.id not in known]
     if known:
@@ -118,20 +132,26 @@ def main(config: Config) -> None:
     similarity = load_similarity(config.encoder, config.device)
     processor = ImageProcessor.from_folder(folder)
     bdhs = Bdhs(model, tokenizer, processor, similarity, BdhsConfig(**knobs, sampling=sampling))
+    write_json(out.with_suffix(".config.json"), settings)
+    left_out = 0  # no readable picture, or nothing was sampled: an empty response is no pair
     with tqdm(total=len(todo), desc="bdhs", unit="pair") as bar:
         for first in range(0, len(todo), config.batch_size):
-            batch = todo[first : first + config.batch_size]
-            examples = [Example(r.id, open_image(config.images, r.image), r.turns, r.chosen) for r in batch]
-            new = [pair_line(r, s, config.rho_th) for r, s in zip(batch, bdhs.sample(examples), strict=True)]
+            part = todo[first : first + config.batch_size]
+            batch = with_pictures(part, config)
+            sampled = bdhs.sample([example for _, example in batch]) if batch else []
+            both = zip((record for record, _ in batch), sampled, strict=True)
+            new = [pair_line(r, s, config.rho_th, messages) for r, s in both if s.rejected]
             append_lines(out, new)
             pairs += new
-            bar.update(len(batch))
+            left_out += len(part) - len(new)
+            bar.update(len(part))
 
-    curve = resolved_curve(pairs, config.n_bdhs)
+    curve = resolved_curve(pairs, config.n_bdhs, config.eps_s)
     same = sum(pair["chosen"] == pair["rejected"] for pair in pairs)
-    write_json(out.with_suffix(".stats.json"), {"pairs": len(pairs), "resolved": curve, "identical": same})
+    stats = {"pairs": len(pairs), "resolved": curve, "identical": same, "left_out": left_out}
+    write_json(out.with_suffix(".stats.json"), stats)
     shown = ", ".join(f"{share:.1%} after {i}" for i, share in enumerate(curve, start=1))
-    print(f"{out}: {len(pairs)} pairs; different from y+ (Fig. 10): {shown}; identical in the end: {same}")
+    print(f"{out}: {len(pairs)} pairs, {left_out} left out; different from y+ (Fig. 10): {shown}; identical: {same}")
 
 
 if __name__ == "__main__":

@@ -27,11 +27,11 @@ from tqdm import tqdm
 import sample_bdhs
 from minialign.chat import Tokenizer
 from minialign.checkpoint import load_model, resolve_model, save_model
-from minialign.cli import fill, parse_config, require, run_main
+from minialign.cli import fill, parse_config, require, require_device, run_main
 from minialign.data import PairBatch, PairCollator, Record, read_pairs
 from minialign.errors import UserError
 from minialign.evaluate import ToyBenchmark, print_table, with_intervals
-from minialign.files import append_lines, read_json, whole_lines, write_json, write_whole
+from minialign.files import append_lines, read_json, read_lines, write_json, write_whole
 from minialign.images import ImageProcessor
 from minialign.llava import Llava
 from minialign.lora import adapters_off, add_adapters, merged_state, save_adapter, trainable_groups
@@ -79,14 +79,19 @@ class Config:
 
 def check(config: Config) -> None:
     """Refuse values that make no sense, before anything is loaded."""
-    for name in ("beta", "lr", "lora_alpha", "clip"):
-        require(getattr(config, name) > 0, f"--{name.replace('_', '-')} {getattr(config, name)}: above 0")
+    for name in ("beta", "lr", "lora_alpha"):
+        value = getattr(config, name)
+        require(0 < value <= 1e30, f"--{name.replace('_', '-')} {value}: above 0, at most 1e30")
     for name in ("lora_rank", "epochs", "batch_size", "accumulate", "save_every"):
         require(getattr(config, name) >= 1, f"--{name.replace('_', '-')} {getattr(config, name)}: at least 1")
-    require(config.projector_lr >= 0, f"--projector-lr {config.projector_lr}: 0 or more")
+    require(0 <= config.projector_lr <= 1e30, f"--projector-lr {config.projector_lr}: 0 or more, at most 1e30")
+    require(config.clip > 0, f"--clip {config.clip}: above 0")
     require(0 <= config.warmup < 1, f"--warmup {config.warmup}: a share of the steps, below 1")
     require(config.eval_images >= 0, f"--eval-images {config.eval_images}: 0 or more")
     require(config.limit is None or config.limit >= 1, f"--limit {config.limit}: at least 1")
+    require(-(2**63) <= config.seed < 2**63, f"--seed {config.seed}: a number of 64 bits")
+    require(not Path(config.out).is_file(), f"--out {config.out}: is a file; name a folder")
+    require_device(config.device)
 
 
 def batches_of_epoch(records: list[Record], batch_size: int, seed: int, epoch: int) -> list[list[Record]]:
@@ -105,15 +110,18 @@ def learning_rate(step: int, total: int, warmup: float, schedule: str) -> float:
     return 0.5 * (1 + math.cos(math.pi * done)) if schedule == "cosine" else 1 - done
 
 
-def pair_loss(model: Llava, batch: PairBatch, config: Config) -> tuple[torch.Tensor, dict[str, float]]:
-    """The mean loss of a batch, and its metrics by TRL's names."""
+def pair_loss(model: Llava, batch: PairBatch, config: Config, length: float) -> tuple[torch.Tensor, dict[str, float]]:
+    """The mean loss of a batch, and its metrics by TRL's names. `length` is for sft: mean tokens of y+.
+
+    `length` is the mean of the whole batch, of which `batch` is a part with --accumulate.
+    """
     features = model.encode_images(batch.pixels)  # once, for policy and reference
     tree = batch.tree.to(model.device)
     with adapters_off(model):
         ref_chosen, ref_rejected = branch_logps(model, tree, features).unbind(1)  # (B,) each
     chosen, rejected = branch_logps(model, tree, features).unbind(1)
     if config.loss == "sft":
-        loss = -chosen.sum() / (tree.branch == 1).sum()  # mean over y+'s tokens
+        loss = -chosen.mean() / length  # mean over y+'s tokens
     else:
         h = log_ratio_difference(chosen, rejected, ref_chosen, ref_rejected)
         loss = LOSSES[config.loss](h, config.beta).mean()
@@ -140,7 +148,8 @@ def train(model: Llava, records: list[Record], collate: PairCollator, config: Co
     total = per_epoch * config.epochs
     start = load_progress(out / "checkpoint", model, optimizer) if config.resume else 0
     log = out / "metrics.jsonl"
-    rows = [json.loads(line) for line in whole_lines(log)][:start] if start else []
+    rows = read_lines(log, "leave --resume out")[:start] if start else []
+    require(len(rows) == start, f"{log}: {len(rows)} of the checkpoint's {start} steps; leave --resume out")
     write_whole(log, "".join(json.dumps(row) + "\n" for row in rows))
 
     bar = tqdm(range(start, total), initial=start, total=total, desc=config.loss)
@@ -150,19 +159,21 @@ def train(model: Llava, records: list[Record], collate: PairCollator, config: Co
             group["lr"] = share * peak
         batch = batches_of_epoch(records, config.batch_size, config.seed, step // per_epoch)[step % per_epoch]
         size = math.ceil(len(batch) / config.accumulate)
+        length = sum(len(collate.responses(record)[0]) for record in batch) / len(batch)
         metrics: dict[str, float] = {}
         for part in (batch[i : i + size] for i in range(0, len(batch), size)):
-            loss, part_metrics = pair_loss(model, collate(part), config)
+            loss, part_metrics = pair_loss(model, collate(part), config, length)
             weight = len(part) / len(batch)
             (loss * weight).backward()
             for name, value in part_metrics.items():
                 metrics[name] = metrics.get(name, 0.0) + weight * value
         norm = torch.nn.utils.clip_grad_norm_(trainable, config.clip)
         if not (math.isfinite(metrics["loss"]) and torch.isfinite(norm)):
-            save_progress(out / "checkpoint", model, optimizer, step)  # the weights of the step before
+            if all(p.isfinite().all() for p in trainable):
+                save_progress(out / "checkpoint", model, optimizer, step)  # the weights of the step before
             raise UserError(
-                f"step {step}: loss {metrics['loss']}, gradient norm {norm.item()}; the last good weights are in "
-                f"{out}/checkpoint; lower --lr {config.lr} or raise --warmup {config.warmup}"
+                f"step {step + 1}: loss {metrics['loss']}, gradient norm {norm.item()}; the last finite weights are "
+                f"in {out}/checkpoint; lower --lr {config.lr} or raise --warmup {config.warmup}"
             )
         optimizer.step()
         optimizer.zero_grad()
@@ -192,17 +203,20 @@ def main(config: Config) -> None:
     folder, out = resolve_model(config.model), Path(config.out)
     if config.resume:
         before = read_json(out / "config.json", "there is nothing to resume; leave --resume out")
-        changed = [k for k, v in (asdict(config) | {"resume": False}).items() if before.get(k) != v]
+        changed = [k for k, v in asdict(config).items() if k not in ("resume", "out") and before.get(k) != v]
         require(not changed, f"--resume: {', '.join(changed)} differ from {out}/config.json; keep them as they were")
     records = read_pairs(Path(config.pairs), config.limit, config.skip_bad_records) if config.pairs else None
     model, tokenizer = load_model(folder, config.device), Tokenizer.from_folder(folder)
     processor = ImageProcessor.from_folder(folder)
     collate = PairCollator(tokenizer, processor, config.images, model.config.vision.patches, config.max_response_tokens)
+    if records is not None:
+        records = collate.usable(records, config.skip_bad_records)
+    progress = out / "checkpoint" / "progress.safetensors"
+    if progress.exists() and not config.resume:  # an earlier run's, which --resume must not take for this one's
+        progress.unlink()
     write_json(out / "config.json", asdict(config) | {"resume": False})
     if records is None:
-        records = read_pairs(sample_pairs(config, out), config.limit)
-    for record in records:
-        collate.responses(record)  # refuse what does not fit before the first step
+        records = collate.usable(read_pairs(sample_pairs(config, out), config.limit), skip_bad=False)
 
     benchmark = ToyBenchmark(config.eval_split, config.eval_images)
     evaluate = config.images == "toy" and config.eval_images > 0
@@ -212,7 +226,7 @@ def main(config: Config) -> None:
     rows = train(model, records, collate, config, out)
 
     save_adapter(model, config.lora_rank, config.lora_alpha, str(folder), out / "adapter")
-    dtype = getattr(torch, str(model.config.raw.get("dtype", model.config.raw.get("torch_dtype", "float32"))))
+    dtype = getattr(torch, model.config.raw.get("dtype") or model.config.raw.get("torch_dtype") or "float32")
     save_model(merged_state(model), model.config.raw, folder, out / "merged", dtype)
     if evaluate:
         counts["after"] = benchmark.run(model, tokenizer, processor, "after")
@@ -220,8 +234,8 @@ def main(config: Config) -> None:
     result = {title: with_intervals([each]) for title, each in counts.items()}
     if result:
         print_table(result)
-    first_epoch = rows[: math.ceil(len(records) / config.batch_size)]
-    ranked = sum(row["logps/ref_accuracies"] for row in first_epoch) / len(first_epoch)
+    first_epoch = zip(batches_of_epoch(records, config.batch_size, config.seed, 0), rows, strict=False)
+    ranked = sum(len(batch) * row["logps/ref_accuracies"] for batch, row in first_epoch) / len(records)
     print(f"the base ranks {ranked:.1%} of the pairs right; {out}/report.html shows pairs, curves and this table")
     write_json(out / "result.json", result | {"base_preference_accuracy": ranked})
     shown = [collate.report_pair(record) for record in records[:8]]

@@ -136,7 +136,7 @@ class Bdhs:
             for i, text, phi in zip(pending, texts, phis, strict=True):
                 seed = self.mask_seed(examples[i], iteration)
                 results[i] = Sampled(text, iteration, round(phi, 4), seed, guided)
-            pending = [i for i in pending if results[i].similarity >= self.config.eps_s]
+            pending = [i for i, phi in zip(pending, phis, strict=True) if phi >= self.config.eps_s]
             if not pending:
                 break
         return results

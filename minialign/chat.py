@@ -15,11 +15,11 @@ from tokenizers import Tokenizer as FastTokenizer
 
 from minialign import toyworld
 from minialign.checkpoint import load_model, resolve_model
-from minialign.cli import parse_config, require, run_main
+from minialign.cli import parse_config, require, require_device, run_main
 from minialign.errors import UserError
 from minialign.files import read_json
 from minialign.generate import Sampling, generate, stable_seed
-from minialign.images import ImageProcessor, open_image
+from minialign.images import ImageProcessor, open_image, read_picture
 from minialign.lora import load_adapter
 from minialign.losses import token_logps
 from minialign.masks import Branch, Sequence, build_tree, image_attention_mask
@@ -66,6 +66,9 @@ class Tokenizer:
             raise UserError(f"{path}: no <s> or </s>; only Llama-2 style tokenizers are supported")
         pad_id = config.get("pad_token_id", 0)
         template = config.get("minialign_template", "vicuna")
+        if template not in SYSTEMS:
+            known = ", ".join(SYSTEMS)
+            raise UserError(f"{folder / 'config.json'}: minialign_template {template!r} is none of {known}; name one")
         return Tokenizer(fast, ids["<s>"], ids["</s>"], 0 if pad_id is None else pad_id, image_id, SYSTEMS[template])
 
     def encode(self, text: str) -> list[int]:
@@ -120,9 +123,9 @@ def picture_for(config: Config):
     """The picture of --image: a file, or a scene of the embedded world."""
     require(config.image is not None, "--image is missing; give a picture, or test-000000.png of the embedded world")
     path = Path(config.image)
-    if not path.exists() and toyworld.NAME.fullmatch(config.image):
+    if toyworld.NAME.fullmatch(config.image) and not path.exists():
         return open_image("toy", config.image)
-    return open_image(str(path.parent), path.name)
+    return read_picture(path, "give a picture, or test-000000.png of the embedded world")
 
 
 def main() -> None:
@@ -130,6 +133,7 @@ def main() -> None:
     config = parse_config(Config, __doc__)
     require(0 <= config.rho_th <= 1, f"--rho-th {config.rho_th}: a probability between 0 and 1")
     require(config.temperature >= 0, f"--temperature {config.temperature}: 0 (greedy) or more")
+    require_device(config.device)
     require(config.max_new_tokens >= 1, f"--max-new-tokens {config.max_new_tokens}: at least 1")
     require(config.response is None or config.response.strip() != "", "--response is empty; give the answer to score")
     folder = resolve_model(config.model)

@@ -53,6 +53,17 @@ def require(condition: bool, message: str) -> None:
         raise UserError(message)
 
 
+def require_device(device: str) -> None:
+    """Refuse a torch device that this machine does not have."""
+    import torch  # here, so that a program's --help does not wait for it
+
+    try:
+        torch.zeros(1, device=device).item()
+    except (RuntimeError, AssertionError) as error:
+        first = str(error).splitlines()[0]
+        raise UserError(f"--device {device}: not to be had here ({first}); `cpu` always is") from None
+
+
 def run_main(main: Callable[[], object]) -> None:
     """Run a program; a `UserError` becomes one line on stderr and exit code 2, never a traceback."""
     try:

@@ -1,8 +1,9 @@
 """Readers of supervised records and preference pairs, and the collation of pairs into one token tree."""
 
 import json
+from collections import Counter
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import torch
@@ -17,6 +18,7 @@ from minialign.masks import Branch, Sequence, TokenTree, build_tree, image_atten
 from minialign.report import ReportPair
 
 TOY_RECORDS = 2000  # alignment records of the embedded world, unless --limit says otherwise
+BDHS_FIELDS = {"iterations": int, "similarity": int | float, "mask_seed": int, "guided": bool, "rho_th": int | float}
 ROLES = {"human": "user", "user": "user", "gpt": "assistant", "assistant": "assistant"}
 
 
@@ -39,26 +41,44 @@ def read_instruct(data: str, limit: int | None, skip_bad: bool = False) -> list[
         return [instruct_record(raw) for raw in raws]
     path = Path(data)
     try:
-        raws = json.loads(path.read_text(encoding="utf-8"))
+        raws = json.loads(path.read_text(encoding="utf-8-sig"))
     except FileNotFoundError:
         raise UserError(f"--data {data}: no such file; give a LLaVA-Instruct JSON array, or `toy`") from None
-    except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise UserError(f"--data {data}: not readable as JSON ({error}); give a LLaVA-Instruct JSON array") from None
     if not isinstance(raws, list):
         raise UserError(f"--data {data}: expected a JSON array of records in LLaVA-Instruct form")
     numbered = ((f"{path}, record {number}", raw) for number, raw in enumerate(raws, start=1))
-    return collect(numbered, instruct_record, limit, skip_bad)
+    records = collect(numbered, instruct_record, limit, skip_bad)
+    if not records:
+        raise UserError(f"--data {data}: no usable record; give a LLaVA-Instruct JSON array, or `toy`")
+    return number_repeats(records)
+
+
+def number_repeats(records: list[Record]) -> list[Record]:
+    """Ids made unique (`7`, `7#2`, ...): LLaVA-Instruct names the picture, but a pair's seed follows from its id."""
+    taken: set[str] = set()
+    times: Counter[str] = Counter()
+    unique = []
+    for record in records:
+        identity = record.id
+        while identity in taken:
+            times[record.id] += 1
+            identity = f"{record.id}#{times[record.id] + 1}"
+        taken.add(identity)
+        unique.append(replace(record, id=identity))
+    return unique
 
 
 def read_pairs(pairs: Path, limit: int | None, skip_bad: bool = False) -> list[Record]:
     """The pairs file that sample_bdhs.py writes: JSON Lines of id, images, prompt, chosen, rejected."""
 
     def lines() -> Iterator[tuple[str, object]]:
-        with open(pairs, encoding="utf-8") as file:
+        with open(pairs, encoding="utf-8-sig") as file:
             for number, line in enumerate(file, start=1):
                 try:
                     yield f"{pairs}, line {number}", json.loads(line)
-                except json.JSONDecodeError as error:
+                except (ValueError, RecursionError) as error:
                     yield f"{pairs}, line {number}", UserError(f"not JSON ({error})")
 
     try:
@@ -75,7 +95,7 @@ def read_pairs(pairs: Path, limit: int | None, skip_bad: bool = False) -> list[R
     return different
 
 
-def collect(raws, parse: Callable[[dict], Record], limit: int | None, skip_bad: bool) -> list[Record]:
+def collect(raws, parse: Callable, limit: int | None, skip_bad: bool) -> list:
     """Parse (place, raw record) one by one; a bad one ends the run with its place, or is skipped and counted."""
     records, bad = [], []
     for place, raw in raws:
@@ -101,6 +121,10 @@ def text_field(raw: object, name: str) -> str:
         raise UserError(f"field {name!r} is {'missing' if value is None else 'not a text'}")
     if not value.strip():
         raise UserError(f"field {name!r} is empty")
+    try:
+        value.encode("utf-8")
+    except UnicodeEncodeError:
+        raise UserError(f"field {name!r} holds half a surrogate pair, which no file can hold") from None
     return value
 
 
@@ -116,10 +140,12 @@ def instruct_record(raw: dict) -> Record:
         text = text_field(turn, "value")
         if number == 0:  # the placeholder's place is the template's choice
             text = text.replace("<image>\n", "", 1).replace("\n<image>", "", 1).replace("<image>", "", 1)
+            text = text_field({"value": text}, "value")
         turns.append((role_of(turn, "from", number), text.strip()))
     if len(turns) % 2:
         raise UserError("field 'conversations' must end with an answer")
-    identity = str(raw.get("id", "")) or text_field(raw, "id")
+    identity = raw.get("id")
+    identity = str(identity) if type(identity) is int else text_field(raw, "id")
     return Record(identity, text_field(raw, "image"), turns[:-1], turns[-1][1])
 
 
@@ -132,27 +158,57 @@ def role_of(turn: dict, name: str, number: int) -> str:
 
 
 def pair_record(raw: dict) -> Record:
-    """One line of a pairs file; `prompt` is a question, or a list of messages for several turns."""
+    """One line of a pairs file; `prompt` is a question, or messages for several turns, then so are the answers."""
     if not isinstance(raw, dict):
         raise UserError("expected a JSON object")
     images = raw.get("images")
-    if not isinstance(images, list) or len(images) != 1 or not isinstance(images[0], str):
+    if not isinstance(images, list) or len(images) != 1:
         raise UserError("field 'images' must be a list of one path")
+    image = text_field({"images": images[0]}, "images")
     prompt = raw.get("prompt")
-    if isinstance(prompt, list) and len(prompt) % 2:
+    if isinstance(prompt, list):
         turns = [(role_of(turn, "role", n), text_field(turn, "content")) for n, turn in enumerate(prompt)]
+        if len(turns) % 2 == 0:
+            raise UserError("field 'prompt' must end with the user's message")
     else:
         turns = [("user", text_field(raw, "prompt"))]
-    bdhs = raw.get("bdhs") if isinstance(raw.get("bdhs"), dict) else {}
-    chosen, rejected = text_field(raw, "chosen"), text_field(raw, "rejected")
-    return Record(text_field(raw, "id"), images[0], turns, chosen, rejected, bdhs)
+    chosen, rejected = answer_field(raw, "chosen"), answer_field(raw, "rejected")
+    return Record(text_field(raw, "id"), image, turns, chosen, rejected, bdhs_field(raw))
 
 
-def prompt_field(turns: list[Turn]) -> str | list[dict]:
-    """The `prompt` of a pairs file: the bare question, or messages where there are earlier turns."""
-    if len(turns) == 1:
-        return turns[0][1]
-    return [{"role": role, "content": text} for role, text in turns]
+def answer_field(raw: dict, name: str) -> str:
+    """An answer: a text, or a list of one message by the assistant."""
+    value = raw.get(name)
+    if not isinstance(value, list):
+        return text_field(raw, name)
+    if len(value) != 1:
+        raise UserError(f"field {name!r} must be a text, or a list of one message")
+    role_of(value[0], "role", 1)
+    return text_field(value[0], "content")
+
+
+def bdhs_field(raw: dict) -> dict:
+    """How a pair came about. Only the report uses it; pairs from elsewhere lack it."""
+    bdhs = raw.get("bdhs") or {}
+    if not isinstance(bdhs, dict):
+        raise UserError("field 'bdhs' must be an object")
+    for name, kind in BDHS_FIELDS.items():
+        value = bdhs.get(name)
+        right = isinstance(value, kind) and isinstance(value, bool) == (kind is bool)  # to Python, True is an int
+        if value is not None and not (right and abs(value) < 2**63):
+            raise UserError(f"field 'bdhs.{name}' is {str(value)[:40]!r}, not what sample_bdhs.py writes")
+    return bdhs
+
+
+def preference_fields(turns: list[Turn], chosen: str, rejected: str, messages: bool) -> dict:
+    """`prompt`, `chosen` and `rejected` of a pairs file: bare texts, or messages where there are earlier turns.
+
+    A file keeps to one form, as its readers (datasets, TRL) want one type per field.
+    """
+    if not messages:
+        return {"prompt": turns[-1][1], "chosen": chosen, "rejected": rejected}
+    sides = {"prompt": turns, "chosen": [("assistant", chosen)], "rejected": [("assistant", rejected)]}
+    return {name: [{"role": role, "content": text} for role, text in side] for name, side in sides.items()}
 
 
 @dataclass(frozen=True)
@@ -179,10 +235,26 @@ class PairCollator:
         longest = max(map(len, ids))
         if longest > self.max_response_tokens:
             raise UserError(
-                f"record {record.id}: a response of {longest} tokens, --max-response-tokens is "
-                f"{self.max_response_tokens}; raise it or drop the record"
+                f"a response of {longest} tokens is longer than --max-response-tokens "
+                f"{self.max_response_tokens}; raise it"
             )
         return ids
+
+    def usable(self, records: list[Record], skip_bad: bool) -> list[Record]:
+        """The records whose responses fit and whose pictures open; a bad one is met here, not after hours."""
+
+        def check(record: Record) -> Record:
+            self.responses(record)
+            if self.images == "toy":
+                toyworld.scene_of(record.image)  # drawing it would take longer
+            else:
+                open_image(self.images, record.image)
+            return record
+
+        kept = collect(((f"record {record.id}", record) for record in records), check, None, skip_bad)
+        if not kept:
+            raise UserError("no usable pair: no picture can be read, or no response fits; see above")
+        return kept
 
     def __call__(self, records: list[Record]) -> PairBatch:
         """A pair is ONE sequence: image and prompt once, then two branches."""
@@ -196,7 +268,7 @@ class PairCollator:
     def report_pair(self, record: Record) -> ReportPair:
         """What the report shows of a pair: the crop that the tower saw, its visible patches, the texts."""
         mask = None
-        if record.bdhs.get("rho_th"):
+        if record.bdhs.get("rho_th") and record.bdhs.get("mask_seed") is not None:
             generator = torch.Generator().manual_seed(record.bdhs["mask_seed"])
             mask = image_attention_mask(self.patches, record.bdhs["rho_th"], generator).tolist()
         question = record.turns[-1][1]

@@ -73,10 +73,11 @@ def count_description(scene: toyworld.Scene, text: str) -> Counts:
                 counts["hallucinated"] += 1
                 counts["typical"] += name in SETTINGS[scene.setting]
                 continue
-            true_colour, true_place = scene.objects[name]
+            places = scene.objects[name]  # {position: colour}
+            here = places.get(place[1]) if place else None
             counts["true"] += 1
-            counts["wrong_colour"] += bool(colour) and colour != true_colour
-            counts["wrong_place"] += bool(place) and place[1] != true_place
+            counts["wrong_place"] += bool(place) and here is None
+            counts["wrong_colour"] += bool(colour) and colour not in ([here] if here else places.values())
     counts["hallucinating"] = counts["hallucinated"] > 0
     counts["found"] = sum(bool(re.search(rf"\b{name}\b", text)) for name in scene.objects)
     return counts

@@ -10,23 +10,33 @@ from minialign.errors import UserError
 
 def write_whole(path: Path, text: str) -> None:
     """Write `text` beside `path`, then rename: a reader sees the old file or the new one, never a part."""
-    path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_name(f".{path.name}.partial")
-    partial.write_text(text, encoding="utf-8")
-    os.replace(partial, path)
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        partial.write_bytes(text.encode("utf-8"))
+        os.replace(partial, path)
+    except OSError as error:
+        raise UserError(f"{path}: cannot be written ({error}); make room for it, or write elsewhere") from None
+    finally:
+        if partial.is_file():
+            partial.unlink()
 
 
 def write_folder_whole(folder: Path, write) -> None:
     """Call `write(partial_folder)`, then put the result in the place of `folder`."""
     folder.parent.mkdir(parents=True, exist_ok=True)
-    partial = folder.with_name(f".{folder.name}.partial")
-    if partial.exists():
-        shutil.rmtree(partial)
+    partial, old = (folder.with_name(f".{folder.name}.{what}") for what in ("partial", "old"))
+    for left_over in (partial, old):
+        shutil.rmtree(left_over, ignore_errors=True)
     partial.mkdir()
-    write(partial)
-    if folder.exists():
-        shutil.rmtree(folder)
-    os.replace(partial, folder)
+    try:
+        write(partial)
+        if folder.exists():
+            os.replace(folder, old)  # a rename, as a folder being deleted is half a folder
+        os.replace(partial, folder)
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+    shutil.rmtree(old, ignore_errors=True)
 
 
 def write_json(path: Path, value: object) -> None:
@@ -40,7 +50,7 @@ def read_json(path: Path, remedy: str) -> dict:
         value = json.loads(Path(path).read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise UserError(f"{path}: no such file; {remedy}") from None
-    except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise UserError(f"{path}: not readable as JSON ({error}); {remedy}") from None
     if not isinstance(value, dict):
         raise UserError(f"{path}: expected a JSON object; {remedy}")
@@ -65,3 +75,14 @@ def whole_lines(path: Path) -> list[str]:
     if whole < len(data):
         os.truncate(path, whole)
     return data[:whole].decode("utf-8").split("\n")[:-1]
+
+
+def read_lines(path: Path, remedy: str) -> list[dict]:
+    """The objects that `append_lines` wrote; a line that is none is a `UserError` that ends in `remedy`."""
+    try:
+        values = [json.loads(line) for line in whole_lines(path)]
+    except (OSError, ValueError, RecursionError) as error:
+        raise UserError(f"{path}: not readable as JSON Lines ({error}); {remedy}") from None
+    if not all(isinstance(value, dict) for value in values):
+        raise UserError(f"{path}: expected a JSON object in every line; {remedy}")
+    return values

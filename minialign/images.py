@@ -13,6 +13,14 @@ from minialign.errors import UserError
 from minialign.files import read_json
 
 
+def to_rgb(image: Image.Image) -> Image.Image:
+    """RGB as transformers 5 has it: what is transparent becomes white."""
+    if "A" in image.getbands() or image.info.get("transparency") is not None:
+        image = image.convert("RGBA")
+        image = Image.alpha_composite(Image.new("RGBA", image.size, (255, 255, 255, 255)), image)
+    return image.convert("RGB")
+
+
 @dataclass(frozen=True)
 class ImageProcessor:
     """CLIP's preprocessing: short edge to `size`, centre crop, rescale, normalise. Follows CLIPImageProcessor.
@@ -41,7 +49,7 @@ class ImageProcessor:
 
     def crop(self, image: Image.Image) -> Image.Image:
         """The square that the tower sees, before normalising."""
-        image = image.convert("RGB")
+        image = to_rgb(image)
         width, height = image.size
         short, long = min(width, height), max(width, height)
         long = int(self.size * long / short)
@@ -73,7 +81,7 @@ def add_noise(image: Image.Image, steps: int, generator: torch.Generator) -> Ima
     """
     if steps == 0:
         return image
-    pixels = torch.from_numpy(np.asarray(image.convert("RGB")) / 255.0)
+    pixels = torch.from_numpy(np.asarray(to_rgb(image)) / 255.0)
     abar = noise_level(steps)
     noise = torch.randn(pixels.shape, generator=generator, dtype=torch.float64)
     noisy = (abar**0.5 * pixels + (1 - abar) ** 0.5 * noise).clamp(0, 1)
@@ -85,13 +93,21 @@ def open_image(images: str, name: str) -> Image.Image:
     if images == "toy":
         return toyworld.picture(toyworld.scene_of(name))
     root = Path(images).resolve()
-    path = (root / name).resolve()
+    try:
+        path = (root / name).resolve()
+    except (OSError, ValueError, RuntimeError) as error:  # a NUL, a loop of links
+        raise UserError(f"image {name!r}: no path of a file ({error}); give one below --images {images}") from None
     if not path.is_relative_to(root):
         raise UserError(f"image {name!r} leaves the folder --images {images}; paths must stay inside it")
+    return read_picture(path, f"is --images {images} the right folder?")
+
+
+def read_picture(path: Path, remedy: str) -> Image.Image:
+    """A picture file as RGB; `remedy` is what to do where there is none."""
     try:
         with Image.open(path) as picture:
-            return picture.convert("RGB")
+            return to_rgb(picture)
     except FileNotFoundError:
-        raise UserError(f"image {path}: no such file; is --images {images} the right folder?") from None
+        raise UserError(f"image {path}: no such file; {remedy}") from None
     except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
         raise UserError(f"image {path}: not a readable picture ({error}); replace it or drop its record") from None

@@ -135,8 +135,11 @@ def save_adapter(model: Llava, rank: int, alpha: float, base: str, folder: Path)
 def load_adapter(model: Llava, folder: Path) -> None:
     """Add the adapters of a folder that `save_adapter` wrote."""
     raw = read_json(folder / "adapter_config.json", "an adapter folder needs PEFT's adapter_config.json")
-    if raw.get("peft_type") != "LORA" or not isinstance(raw.get("r"), int):
+    if raw.get("peft_type") != "LORA" or not {"r", "lora_alpha"} <= raw.keys():
         raise UserError(f"{folder}: no LoRA adapter (peft_type {raw.get('peft_type')!r}); give one of train_dpo.py's")
+    foreign = [k for k in ("use_rslora", "use_dora", "rank_pattern", "alpha_pattern") if raw.get(k)]
+    if foreign:  # they change what the same tensors mean
+        raise UserError(f"{folder}: {', '.join(foreign)} is set, and not supported; give one of train_dpo.py's")
     file = folder / "adapter_model.safetensors"
     if not file.exists():
         raise UserError(f"{file}: no such file; adapters are read from safetensors only, never from pickle")

@@ -127,6 +127,8 @@ def _row(sequence: Sequence, image_token_id: int, feature_offset: int, drop_hidd
     places = sequence.trunk.count(image_token_id)
     if places != (1 if sequence.image_tokens else 0):
         raise ValueError(f"{places} image places in the prompt, {sequence.image_tokens} image features to fill them")
+    if sequence.image_visible is not None and len(sequence.image_visible) != sequence.image_tokens:
+        raise ValueError(f"a mask of {len(sequence.image_visible)} for {sequence.image_tokens} image features")
     row: list[list] = [[] for _ in COLUMNS]
     tips = []
 

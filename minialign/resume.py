@@ -12,7 +12,6 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 
 from minialign.checkpoint import check_tensors, read_tensors
-from minialign.errors import UserError
 from minialign.llava import Llava
 from minialign.lora import adapter_state
 
@@ -39,10 +38,14 @@ def progress_tensors(model: Llava, optimizer: torch.optim.Optimizer) -> dict[str
 
 
 def load_progress(folder: Path, model: Llava, optimizer: torch.optim.Optimizer) -> int:
-    """Read what `save_progress` wrote into model and optimizer; returns the number of steps done."""
+    """Read what `save_progress` wrote into model and optimizer; returns the number of steps done.
+
+    That is 0 where a run was stopped before its first checkpoint: it begins anew, and leaves the same bytes.
+    """
     path = folder / "progress.safetensors"
     if not path.exists():
-        raise UserError(f"{path}: no such file; the run was stopped before its first checkpoint, leave --resume out")
+        print(f"{path}: no checkpoint yet; beginning at the first step")
+        return 0
     found, wanted = dict(read_tensors(path)), progress_tensors(model, optimizer)
     check_tensors(path, wanted, found)
     with torch.no_grad():

@@ -11,7 +11,7 @@ Leaves study.json: {"rows": [...], "findings": [{"id", "status", "evidence"}]}.
 import json
 import subprocess
 import sys
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Literal
 
@@ -82,6 +82,17 @@ def run_row(row: str, seed: int, config: Config) -> dict[str, list[Counts]]:
     return read_json(out / "counts.json", f"remove {out} and run again")
 
 
+def same_settings(config: Config) -> None:
+    """Refuse an --out whose rows were made with another split, other images or another limit."""
+    path, settings = Path(config.out) / "settings.json", asdict(config)
+    kept = {name: settings[name] for name in ("split", "images", "limit")}
+    if path.exists():
+        before = read_json(path, f"remove {config.out} and run again")
+        changed = [f"--{name} {value}" for name, value in kept.items() if before.get(name) != value]
+        require(not changed, f"{', '.join(changed)}: {path} says otherwise; give another --out")
+    write_json(path, kept)
+
+
 def judge(metrics: dict[str, dict[str, np.ndarray]]) -> list[dict]:
     """Every finding whose rows were run: reproduced, not reproduced, or undecided where the interval holds zero."""
     findings = []
@@ -103,7 +114,10 @@ def main() -> None:
     rows = config.rows.split(",")
     for row in rows:
         require(row in ROWS, f"--rows {row}: no such row; there are {', '.join(ROWS)}")
+    require(len(set(rows)) == len(rows), f"--rows {config.rows}: a row stands twice; name each once")
     require(config.seeds >= 1, f"--seeds {config.seeds}: at least 1")
+    require(config.images >= 1, f"--images {config.images}: at least 1")
+    same_settings(config)
     runs: dict[str, list[list[Counts]]] = {}
     for row in tqdm(rows, desc="rows"):
         for seed in range(config.seeds):

@@ -6,6 +6,7 @@ decoder are joined on biased supervised data, a tenth of it text only, as LLaVA'
 well and yet says what is typical: a language model whose prior overrides its eyes, which is what BDHS is about.
 """
 
+import json
 import random
 import time
 from pathlib import Path
@@ -19,7 +20,8 @@ from tqdm import tqdm
 from minialign import toyworld
 from minialign.chat import Tokenizer, Turn
 from minialign.checkpoint import read_config, save_model
-from minialign.clip import Clip
+from minialign.clip import Clip, ClipConfig
+from minialign.evaluate import ToyBenchmark, print_table, with_intervals
 from minialign.files import write_json
 from minialign.images import ImageProcessor
 from minialign.llava import Llava
@@ -28,7 +30,8 @@ from minialign.toydraw import COLOURS, COLUMNS, OBJECTS, ROWS, SETTINGS, SIZE
 
 PATCH = 16
 CONTROL = ["<unk>", "<s>", "</s>", "<pad>", "<image>"]
-TOWER_STEPS, TEXT_STEPS, JOINT_STEPS, BATCH, PEAK_LR = 1000, 300, 1200, 32, 2e-3
+TOWER_STEPS, TEXT_STEPS, JOINT_STEPS = 2000, 300, 1500
+TOWER_BATCH, BATCH, TEXT_ONLY, PEAK_LR = 64, 16, 2, 2e-3
 
 
 def config_json(vocab_size: int) -> dict:
@@ -75,8 +78,7 @@ def build_tokenizer() -> FastTokenizer:
     alphabet = [chr(c) for c in range(33, 127)] + ["▁"]
     trained.train_from_iterator(corpus, trainers.BpeTrainer(vocab_size=10_000, initial_alphabet=alphabet,
                                                             limit_alphabet=200, show_progress=False))  # fmt: skip
-    import json  # the trained pieces and merges are only to be had through the JSON form
-
+    # The trained pieces and merges are only to be had through the JSON form.
     model = json.loads(trained.to_str())["model"]
     pieces = [piece for piece, _ in sorted(model["vocab"].items(), key=lambda item: item[1]) if piece != "\n"]
     names = CONTROL + [f"<0x{byte:02X}>" for byte in range(256)] + pieces
@@ -128,14 +130,14 @@ def optimise(parameters, steps: int, loss_of, title: str) -> None:
         bar.set_postfix(loss=f"{loss.item():.3f}", refresh=False)
 
 
-def pretrain_tower(tower: Clip, processor: ImageProcessor, steps: int) -> None:
+def pretrain_tower(config: ClipConfig, processor: ImageProcessor) -> Clip:
     """Stage 1: name object, colour, setting and place of every patch, on decorrelated pictures.
 
     The place is named so that the features keep it, as CLIP's do: the decoder must find "the top left".
     """
-    width = tower.post_layernorm.weight.shape[0]
-    sizes = [len(OBJECTS) + 1, len(COLOURS) + 1, len(SETTINGS), ROWS * COLUMNS]
-    heads = torch.nn.Linear(width, sum(sizes))
+    tower = initialise(Clip(config))
+    sizes = [len(OBJECTS), len(COLOURS), len(SETTINGS), ROWS * COLUMNS]
+    heads = torch.nn.Linear(config.hidden_size, sum(sizes))
     objects, colours, settings = list(OBJECTS), list(COLOURS), list(SETTINGS)
     side = SIZE // PATCH
 
@@ -145,24 +147,32 @@ def pretrain_tower(tower: Clip, processor: ImageProcessor, steps: int) -> None:
         for number, (row, column) in enumerate(toyworld.CELLS):
             rows = slice(row * side // ROWS, (row + 1) * side // ROWS)
             columns = slice(column * side // COLUMNS, (column + 1) * side // COLUMNS)
+            name, colour = scene.cells[row, column]
+            grid[rows, columns, 0] = objects.index(name)
+            grid[rows, columns, 1] = colours.index(colour)
             grid[rows, columns, 3] = number
-            if (row, column) in scene.cells:
-                name, colour = scene.cells[row, column]
-                grid[rows, columns, 0] = 1 + objects.index(name)
-                grid[rows, columns, 1] = 1 + colours.index(colour)
         return grid.flatten(0, 1)
 
     def loss_of(step: int) -> torch.Tensor:
         # Seeds above the training split's own: same world, without its bias.
-        scenes = [toyworld.make_scene("alignment", 5 * 10**8 + step * 2 * BATCH + i) for i in range(2 * BATCH)]
+        scenes = [toyworld.make_scene("alignment", 5 * 10**8 + step * TOWER_BATCH + i) for i in range(TOWER_BATCH)]
         pixels = torch.stack([processor(toyworld.picture(scene)) for scene in scenes])
         target = torch.stack([labels(scene) for scene in scenes]).flatten(0, 1)  # (N * patches, 4)
         scores = heads(tower(pixels)).flatten(0, 1).split(sizes, dim=-1)
         loss_of.accuracy = [(s.argmax(-1) == target[:, i]).float().mean().item() for i, s in enumerate(scores)]
         return sum(F.cross_entropy(s, target[:, i]) for i, s in enumerate(scores))
 
-    optimise([*tower.parameters(), *heads.parameters()], steps, loss_of, "1/3 tower")
+    optimise([*tower.parameters(), *heads.parameters()], TOWER_STEPS, loss_of, "1/3 tower")
     print("tower accuracy per patch (object, colour, setting, place):", [f"{a:.3f}" for a in loss_of.accuracy])
+    return tower
+
+
+def initialise(module: torch.nn.Module) -> torch.nn.Module:
+    """Draw every matrix anew from N(0, 0.02)."""
+    for parameter in module.parameters():
+        if parameter.dim() == 2:
+            torch.nn.init.normal_(parameter, std=0.02)
+    return module
 
 
 def conversation_row(tokenizer: Tokenizer, turns: list[Turn], image: bool) -> tuple[list[int], list[bool]]:
@@ -195,37 +205,36 @@ def language_loss(model: Llava, tokenizer: Tokenizer, rows: list[list], features
     return F.cross_entropy(model.lm_head(hidden[row, tree.parent[row, column]]), tree.ids[row, column])
 
 
-def pretrain(folder: Path, joint_steps: int = JOINT_STEPS, text_steps: int = TEXT_STEPS) -> None:
-    """Make the toy checkpoint in `folder`, from seed 0."""
-    torch.manual_seed(0)
+def pretrain(folder: Path) -> None:
+    """Make the toy checkpoint in `folder` from seed 0, and print what it does on the validation split."""
     started = time.time()
     tokenizer = write_companions(folder)
-    config = read_config(folder)
-    model = Llava(config)
-    for parameter in model.parameters():
-        if parameter.dim() == 2:
-            torch.nn.init.normal_(parameter, std=0.02)
-    processor = ImageProcessor.from_folder(folder)
-    pretrain_tower(model.vision_tower, processor, TOWER_STEPS)
-    kinds = ("description", "existence", "attribute")
+    config, processor = read_config(folder), ImageProcessor.from_folder(folder)
+    torch.manual_seed(0)
+    tower = pretrain_tower(config.vision, processor)
+    torch.manual_seed(0)
+    model = initialise(Llava(config))
+    model.vision_tower = tower
 
     def row(index: int, image: bool) -> tuple[list, bool]:
         scene, rng = toyworld.make_scene("train", index), random.Random(index)
-        talks = [toyworld.conversation(scene, kind, rng) for kind in kinds]
+        talks = [toyworld.conversation(scene, kind, rng) for kind in ("description", "existence", "attribute")]
         return [conversation_row(tokenizer, talk, image) for talk in talks], image
 
     def text_loss(step: int) -> torch.Tensor:
         return language_loss(model, tokenizer, [row(step * BATCH + i, False) for i in range(BATCH)], None)
 
     def joint_loss(step: int) -> torch.Tensor:
-        first = (text_steps + step) * BATCH
-        seen = [first + i for i in range(BATCH - BATCH // 10)]
+        indices = [(TEXT_STEPS + step) * BATCH + i for i in range(BATCH)]
+        seen = indices[TEXT_ONLY:]
         pixels = torch.stack([processor(toyworld.picture(toyworld.make_scene("train", i))) for i in seen])
-        rows = [row(i, True) for i in seen] + [row(first + BATCH - 1 - i, False) for i in range(BATCH // 10)]
+        rows = [row(i, True) for i in seen] + [row(i, False) for i in indices[:TEXT_ONLY]]
         return language_loss(model, tokenizer, rows, model.encode_images(pixels))
 
     language = [*model.language_model.parameters(), *model.lm_head.parameters()]
-    optimise(language, text_steps, text_loss, "2/3 text")
-    optimise([*model.multi_modal_projector.parameters(), *language], joint_steps, joint_loss, "3/3 joint")
+    optimise(language, TEXT_STEPS, text_loss, "2/3 text")
+    optimise([*model.multi_modal_projector.parameters(), *language], JOINT_STEPS, joint_loss, "3/3 joint")
     save_model(model.state_dict(), config.raw, folder, folder, torch.float16)
     print(f"wrote {folder} after {(time.time() - started) / 60:.1f} minutes")
+    counts = ToyBenchmark("validation", 500).run(model.eval(), tokenizer, processor)
+    print_table({"validation": with_intervals([counts])})

@@ -1,23 +1,30 @@
 """The embedded world: scenes with exact ground truth, and the bias that makes a language model hallucinate.
 
-A scene is a setting (kitchen, street, ...) and a 2 x 3 grid of cells, each empty or holding one object.
-Training scenes are biased: 85 % of the objects are typical of their setting, 85 % have their typical colour.
+A scene is a setting (kitchen, street, ...) and a 2 x 3 grid of cells with a coloured object in each.
+Training scenes are biased: 85 % of the objects are typical of their setting, and 85 % of those have the colour
+that is typical of them there; some settings are more frequent than others.
 All other splits are decorrelated, so that whoever trusts the prior rather than the picture is caught.
 Everything follows from a split and an index; a picture's name is `SPLIT-INDEX.png`.
 
-`python -m minialign.toyworld --pretrain` makes the toy checkpoint, `--export DIR` writes pictures and texts.
+`python -m minialign.toyworld --pretrain` makes the toy checkpoint anew, `--export DIR` writes the alignment split
+as ordinary files: pictures, and a data.json in LLaVA-Instruct form.
 """
 
+import json
 import random
 import re
 from dataclasses import dataclass
+from pathlib import Path
 
 from PIL import Image
 
+from minialign.cli import parse_config, require, run_main
 from minialign.errors import UserError
+from minialign.files import write_whole
 from minialign.toydraw import COLOURS, COLUMNS, OBJECTS, ROWS, SETTINGS, draw_scene
 
-BIAS = 0.85  # how often a training scene's object, and its colour, is the typical one
+BIAS = 0.85  # how often a training scene's object, and a typical object's colour, is the typical one
+FREQUENCY = (5, 4, 4, 3, 3)  # of the settings in training scenes
 # First seed of each split, and whether its scenes are biased. An index stays below the distance of two splits.
 SPLITS = {"train": (0, True), "alignment": (10**9, False), "validation": (2 * 10**9, False), "test": (3 * 10**9, False)}
 NAME = re.compile(rf"({'|'.join(SPLITS)})-(\d{{1,9}})\.png")  # of a picture
@@ -31,25 +38,28 @@ TYPICAL_COLOUR = {
 CELLS = [(row, column) for row in range(ROWS) for column in range(COLUMNS)]
 POSITIONS = dict(zip(CELLS, ["top left", "top middle", "top right", "bottom left", "bottom middle", "bottom right"],
                      strict=True))  # fmt: skip
-NUMBERS = ("zero", "one", "two", "three", "four", "five", "six")
-# Every opener can be followed by an object or by `nothing`: prior and picture compete inside the sentence.
-OPENERS = ("At the {} is", "The {} shows", "In the {} there is")
+TIMES = ("Never", "Once", "Twice", "Three times", "Four times", "Five times", "Six times")
+# The position comes first and the object last: prior and picture compete inside the sentence.
+SENTENCES = ("At the {} is {}.", "In the {} there is {}.", "The {} shows {}.")
 DESCRIBE = ("Describe the picture.", "What do you see?", "Tell me what is in this picture.")
 EXISTS = ("Is there {}?", "Is there {} in the picture?", "Do you see {}?")
 
 
 @dataclass(frozen=True)
 class Scene:
-    """A setting and its objects: (row, column) -> (object, colour). Objects of one scene are distinct."""
+    """A setting and its objects: (row, column) -> (object, colour)."""
 
     setting: str
     cells: dict[tuple[int, int], tuple[str, str]]
     seed: int
 
     @property
-    def objects(self) -> dict[str, tuple[str, str]]:
-        """object -> (colour, position): the ground truth that hallucinations are counted against."""
-        return {name: (colour, POSITIONS[cell]) for cell, (name, colour) in self.cells.items()}
+    def objects(self) -> dict[str, dict[str, str]]:
+        """object -> {position: colour}: the ground truth that hallucinations are counted against."""
+        found: dict[str, dict[str, str]] = {}
+        for cell, (name, colour) in self.cells.items():
+            found.setdefault(name, {})[POSITIONS[cell]] = colour
+        return found
 
 
 def make_scene(split: str, index: int) -> Scene:
@@ -57,14 +67,12 @@ def make_scene(split: str, index: int) -> Scene:
     first, biased = SPLITS[split]
     seed = first + index
     rng = random.Random(seed)
-    setting = rng.choice(list(SETTINGS))
+    setting = rng.choices(list(SETTINGS), FREQUENCY if biased else None)[0]
     cells: dict[tuple[int, int], tuple[str, str]] = {}
-    used: set[str] = set()
-    for cell in rng.sample(CELLS, rng.choice((2, 3, 4))):
-        pool = SETTINGS[setting] if biased and rng.random() < BIAS else OBJECTS
-        name = rng.choice([o for o in pool if o not in used] or [o for o in OBJECTS if o not in used])
-        typical_colour = biased and rng.random() < BIAS
-        used.add(name)
+    for cell in CELLS:
+        name = rng.choice(SETTINGS[setting] if biased and rng.random() < BIAS else OBJECTS)
+        # At home an object has its typical colour, elsewhere any: so a colour speaks for the setting's own objects.
+        typical_colour = biased and name in SETTINGS[setting] and rng.random() < BIAS
         cells[cell] = (name, TYPICAL_COLOUR[name] if typical_colour else rng.choice(list(COLOURS)))
     return Scene(setting, cells, seed)
 
@@ -96,32 +104,39 @@ def description(scene: Scene, rng: random.Random) -> str:
     """The setting, then every cell in random order: the next sentence is not given away by the last."""
     sentences = [f"This is a {scene.setting}."]
     for cell in rng.sample(CELLS, len(CELLS)):
-        content = with_article("{1} {0}".format(*scene.cells[cell])) if cell in scene.cells else "nothing"
-        sentences.append(f"{rng.choice(OPENERS).format(POSITIONS[cell])} {content}.")
+        content = with_article("{1} {0}".format(*scene.cells[cell]))
+        sentences.append(rng.choice(SENTENCES).format(POSITIONS[cell], content))
     return " ".join(sentences)
 
 
 def existence(scene: Scene, name: str, rng: random.Random) -> tuple[str, str]:
-    """One yes/no question about an object, and its true answer."""
+    """One yes/no question about an object, and its true answer.
+
+    Yes and No are followed by alike sentences: so a swap (Alg. 1 l. 11-13) is as likely one way as the other.
+    """
     question = rng.choice(EXISTS).format(with_article(name))
-    if name not in scene.objects:
-        return question, f"No, there is no {name}."
-    colour, position = scene.objects[name]
-    return question, f"Yes, {with_article(f'{colour} {name}')} is at the {position}."
+    if name in scene.objects:
+        return question, f"Yes, there is {with_article(name)}."
+    return question, f"No, there is no {name}."
 
 
 def attribute(scene: Scene, rng: random.Random) -> tuple[str, str]:
-    """One question about a colour, a position, a cell, the count or the setting, and its true answer."""
-    name, (colour, position) = rng.choice(list(scene.objects.items()))
+    """One question about a colour, a position, a cell, a number or the setting, and its true answer."""
     cell = rng.choice(CELLS)
-    content = with_article("{1} {0}".format(*scene.cells[cell])) if cell in scene.cells else "nothing"
-    return rng.choice([
-        (f"What colour is the {name}?", f"The {name} is {colour}."),
-        (f"Where is the {name}?", f"The {name} is at the {position}."),
-        (f"What is at the {POSITIONS[cell]}?", f"At the {POSITIONS[cell]} is {content}."),
-        ("How many things are there?", f"There are {NUMBERS[len(scene.cells)]} things."),
+    name, colour = scene.cells[cell]
+    position, places = POSITIONS[cell], scene.objects[name]
+    content = with_article(f"{colour} {name}")
+    questions = [
+        (f"What is at the {position}?", f"At the {position} is {content}."),
+        (f"How often is there {with_article(name)}?", f"{TIMES[len(places)]}."),
         ("What place is this?", f"This is a {scene.setting}."),
-    ])  # fmt: skip
+    ]
+    if len(places) == 1:
+        questions += [
+            (f"What colour is the {name}?", f"The {name} is {colour}."),
+            (f"Where is the {name}?", f"The {name} is at the {position}."),
+        ]
+    return rng.choice(questions)
 
 
 def conversation(scene: Scene, kind: str, rng: random.Random) -> list[tuple[str, str]]:
@@ -162,3 +177,35 @@ def alignment_records(count: int, split: str = "alignment", first: int = 0) -> l
             ],
         })  # fmt: skip
     return records
+
+
+@dataclass(frozen=True)
+class Config:
+    """Flags of `python -m minialign.toyworld`."""
+
+    pretrain: bool = False  # make the toy checkpoint: tower, prior, then both joined
+    out: str = str(Path(__file__).parent / "assets" / "toy-llava")  # where --pretrain writes it
+    export: str | None = None  # folder for pictures and data.json
+    limit: int = 500  # how many records --export writes
+
+
+def main() -> None:
+    """Make the checkpoint, or write files."""
+    config = parse_config(Config, __doc__)
+    require(config.pretrain or config.export is not None, "nothing to do; give --pretrain or --export DIR")
+    require(config.limit >= 1, f"--limit {config.limit}: at least 1")
+    if config.pretrain:
+        from minialign.toypretrain import pretrain  # it imports this file
+
+        pretrain(Path(config.out))
+    if config.export:
+        folder, records = Path(config.export), alignment_records(config.limit)
+        folder.mkdir(parents=True, exist_ok=True)
+        for record in records:
+            picture(scene_of(record["image"])).save(folder / record["image"])
+        write_whole(folder / "data.json", json.dumps(records, indent=1) + "\n")
+        print(f"{folder}: {len(records)} pictures and data.json")
+
+
+if __name__ == "__main__":
+    run_main(main)

@@ -19,7 +19,6 @@ from helpers import (
     toy_tokenizer,
     worst,
 )
-from trl import DPOTrainer
 
 from minialign import toyworld
 from minialign.data import PairCollator, Record, instruct_record
@@ -108,7 +107,8 @@ def trl_loss(kind: str, beta: float, policy, ref, lengths) -> torch.Tensor:
         "attention_mask": torch.ones(len(lengths), width + 1, dtype=torch.long),
         "completion_mask": torch.cat([torch.zeros(len(lengths), 1, dtype=torch.long), inside.long()], dim=1),
     }
-    return DPOTrainer._compute_loss(trainer, lambda **_: outputs(policy), inputs, return_outputs=False)
+    compute_loss = pytest.importorskip("trl").DPOTrainer._compute_loss
+    return compute_loss(trainer, lambda **_: outputs(policy), inputs, return_outputs=False)
 
 
 def our_loss(kind: str, beta: float, policy, ref, lengths) -> torch.Tensor:
