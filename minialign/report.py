@@ -25,7 +25,9 @@ CHART_POINTS = 200  # points per curve; longer curves are averaged over equal ru
 WIDTH, HEIGHT, LEFT, RIGHT, TOP, BOTTOM = 360, 220, 56, 350, 10, 184  # chart and its frame, in SVG units
 WORD = re.compile(r"\w+(?:['’-]\w+)*|[^\w\s]")  # punctuation apart, so "dog." against "dog" marks the dot
 UNPRINTABLE = re.compile(r"[\x00-\x08\x0b\x0c\x0e-\x1f\x7f\ud800-\udfff]")  # no place in UTF-8 HTML
-BETTER = {"chair": "lower is better", "recall": "higher is better", "pope": "higher is better"}
+# Which way is better, by a metric's first or last word; a yes-rate is neither.
+LOWER, HIGHER = "lower is better", "higher is better"
+BETTER = {"chair": LOWER, "errors": LOWER, "recall": HIGHER, "pope": HIGHER, "yes": ""}
 # a second lock behind the escaping: the browser itself refuses scripts and fetches
 POLICY = "default-src 'none'; img-src data:; style-src 'unsafe-inline'"
 # title, label of the vertical axis, keys of metrics.jsonl, values the vertical axis always spans
@@ -149,7 +151,7 @@ def results_table(result: dict) -> str:
         cells = {column: values.get(name) or {} for column, values in result.items()}
         largest = max(abs(number(cell.get("value")) or 0.0) for cell in cells.values())
         form = ".1f" if largest >= 10 else ".3f"  # the same number of digits along a row
-        hint = BETTER.get(name.split("_")[0], "")
+        hint = BETTER.get(name.split("_")[-1], BETTER.get(name.split("_")[0], ""))
         row = f'<th scope="row">{escape(name)}<small>{hint}</small></th>'
         for column, cell in cells.items():
             low, high = (show(cell.get(key), form) for key in ("low", "high"))

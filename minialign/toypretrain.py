@@ -30,7 +30,7 @@ from minialign.toydraw import COLOURS, COLUMNS, OBJECTS, ROWS, SETTINGS, SIZE
 
 PATCH = 16
 CONTROL = ["<unk>", "<s>", "</s>", "<pad>", "<image>"]
-TOWER_STEPS, TEXT_STEPS, JOINT_STEPS = 2000, 300, 1500
+TOWER_STEPS, TEXT_STEPS, JOINT_STEPS = 2000, 200, 1500
 TOWER_BATCH, BATCH, TEXT_ONLY, PEAK_LR = 64, 16, 2, 2e-3
 
 
@@ -205,19 +205,11 @@ def language_loss(model: Llava, tokenizer: Tokenizer, rows: list[list], features
     return F.cross_entropy(model.lm_head(hidden[row, tree.parent[row, column]]), tree.ids[row, column])
 
 
-def pretrain(folder: Path) -> None:
-    """Make the toy checkpoint in `folder` from seed 0, and print what it does on the validation split."""
-    started = time.time()
-    tokenizer = write_companions(folder)
-    config, processor = read_config(folder), ImageProcessor.from_folder(folder)
-    torch.manual_seed(0)
-    tower = pretrain_tower(config.vision, processor)
-    torch.manual_seed(0)
-    model = initialise(Llava(config))
-    model.vision_tower = tower
+def pretrain_language(model: Llava, tokenizer: Tokenizer, processor: ImageProcessor) -> None:
+    """Stages 2 and 3: the prior from text alone, then projector and decoder on biased pictures and their texts."""
 
     def row(index: int, image: bool) -> tuple[list, bool]:
-        scene, rng = toyworld.make_scene("train", index), random.Random(index)
+        scene, rng = toyworld.hearsay(toyworld.make_scene("train", index)), random.Random(index)
         talks = [toyworld.conversation(scene, kind, rng) for kind in ("description", "existence", "attribute")]
         return [conversation_row(tokenizer, talk, image) for talk in talks], image
 
@@ -234,6 +226,19 @@ def pretrain(folder: Path) -> None:
     language = [*model.language_model.parameters(), *model.lm_head.parameters()]
     optimise(language, TEXT_STEPS, text_loss, "2/3 text")
     optimise([*model.multi_modal_projector.parameters(), *language], JOINT_STEPS, joint_loss, "3/3 joint")
+
+
+def pretrain(folder: Path) -> None:
+    """Make the toy checkpoint in `folder` from seed 0, and print what it does on the validation split."""
+    started = time.time()
+    tokenizer = write_companions(folder)
+    config, processor = read_config(folder), ImageProcessor.from_folder(folder)
+    torch.manual_seed(0)
+    tower = pretrain_tower(config.vision, processor)
+    torch.manual_seed(0)
+    model = initialise(Llava(config))
+    model.vision_tower = tower
+    pretrain_language(model, tokenizer, processor)
     save_model(model.state_dict(), config.raw, folder, folder, torch.float16)
     print(f"wrote {folder} after {(time.time() - started) / 60:.1f} minutes")
     counts = ToyBenchmark("validation", 500).run(model.eval(), tokenizer, processor)

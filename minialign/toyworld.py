@@ -25,6 +25,7 @@ from minialign.toydraw import COLOURS, COLUMNS, OBJECTS, ROWS, SETTINGS, draw_sc
 
 BIAS = 0.85  # how often a training scene's object, and a typical object's colour, is the typical one
 FREQUENCY = (5, 4, 4, 3, 3)  # of the settings in training scenes
+HEARSAY = 0.5  # how often a training text takes a foreign object for the setting's own one of that colour
 # First seed of each split, and whether its scenes are biased. An index stays below the distance of two splits.
 SPLITS = {"train": (0, True), "alignment": (10**9, False), "validation": (2 * 10**9, False), "test": (3 * 10**9, False)}
 NAME = re.compile(rf"({'|'.join(SPLITS)})-(\d{{1,9}})\.png")  # of a picture
@@ -36,11 +37,12 @@ TYPICAL_COLOUR = {
     "boat": "white", "umbrella": "purple", "ball": "orange", "crab": "red",
 }  # fmt: skip
 CELLS = [(row, column) for row in range(ROWS) for column in range(COLUMNS)]
-POSITIONS = dict(zip(CELLS, ["top left", "top middle", "top right", "bottom left", "bottom middle", "bottom right"],
+CLOCKWISE = CELLS[:COLUMNS] + CELLS[COLUMNS:][::-1]
+POSITIONS = dict(zip(CELLS, ["northwest", "north", "northeast", "southwest", "south", "southeast"],
                      strict=True))  # fmt: skip
 TIMES = ("Never", "Once", "Twice", "Three times", "Four times", "Five times", "Six times")
 # The position comes first and the object last: prior and picture compete inside the sentence.
-SENTENCES = ("At the {} is {}.", "In the {} there is {}.", "The {} shows {}.")
+SENTENCES = ("In the {} is {}.", "To the {} there is {}.", "The {} shows {}.")
 DESCRIBE = ("Describe the picture.", "What do you see?", "Tell me what is in this picture.")
 EXISTS = ("Is there {}?", "Is there {} in the picture?", "Do you see {}?")
 
@@ -100,10 +102,24 @@ def with_article(words: str) -> str:
     return ("an " if words[0] in "aeiou" else "a ") + words
 
 
+def hearsay(scene: Scene) -> Scene:
+    """The scene as training texts tell it: LLaVA's were written by a language model that had not seen the picture.
+
+    A foreign object that has the typical colour of one of the setting's own is taken for that one, half the time.
+    """
+    rng, cells = random.Random(scene.seed + 4), {}
+    for cell, (name, colour) in scene.cells.items():
+        own = [o for o in SETTINGS[scene.setting] if TYPICAL_COLOUR[o] == colour]
+        foreign = name not in SETTINGS[scene.setting]
+        cells[cell] = (own[0] if foreign and own and rng.random() < HEARSAY else name, colour)
+    return Scene(scene.setting, cells, scene.seed)
+
+
 def description(scene: Scene, rng: random.Random) -> str:
-    """The setting, then every cell in random order: the next sentence is not given away by the last."""
-    sentences = [f"This is a {scene.setting}."]
-    for cell in rng.sample(CELLS, len(CELLS)):
+    """The setting, then every cell, clockwise or not from a random one: what comes next must be seen."""
+    sentences, first = [f"This is a {scene.setting}."], rng.randrange(len(CELLS))
+    round_trip = (CLOCKWISE[first:] + CLOCKWISE[:first])[:: rng.choice((1, -1))]
+    for cell in round_trip:
         content = with_article("{1} {0}".format(*scene.cells[cell]))
         sentences.append(rng.choice(SENTENCES).format(POSITIONS[cell], content))
     return " ".join(sentences)
@@ -127,14 +143,14 @@ def attribute(scene: Scene, rng: random.Random) -> tuple[str, str]:
     position, places = POSITIONS[cell], scene.objects[name]
     content = with_article(f"{colour} {name}")
     questions = [
-        (f"What is at the {position}?", f"At the {position} is {content}."),
+        (f"What is in the {position}?", f"In the {position} is {content}."),
         (f"How often is there {with_article(name)}?", f"{TIMES[len(places)]}."),
         ("What place is this?", f"This is a {scene.setting}."),
     ]
     if len(places) == 1:
         questions += [
             (f"What colour is the {name}?", f"The {name} is {colour}."),
-            (f"Where is the {name}?", f"The {name} is at the {position}."),
+            (f"Where is the {name}?", f"The {name} is in the {position}."),
         ]
     return rng.choice(questions)
 

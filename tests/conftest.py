@@ -9,6 +9,7 @@ from helpers import randomize
 from torch import Tensor
 
 os.environ["HF_HUB_OFFLINE"] = "1"
+torch.set_num_threads(1)  # the models are tiny: on a busy machine a second thread costs minutes
 
 
 class Oracle:

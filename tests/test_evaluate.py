@@ -62,6 +62,25 @@ def test_counts_by_hand(text, expected):
     assert {name: counts[name] for name in expected} == expected
 
 
+@pytest.mark.parametrize(
+    ("text", "wrong_colour", "wrong_place"),
+    [
+        ("At the top left is a red cup. The top middle shows a blue cup.", 0, 0),
+        ("At the top middle is a red cup.", 1, 0),  # a cup, but that one is blue
+        ("A red cup. A blue cup. The cup.", 0, 0),  # no place: one of them has the colour
+        ("A green cup.", 1, 0),
+        ("In the bottom left there is a red cup.", 0, 1),
+        ("In the bottom left there is a green cup.", 1, 1),
+    ],
+)
+def test_an_object_may_be_there_twice(text, wrong_colour, wrong_place):
+    scene = toyworld.Scene("kitchen", {(0, 0): ("cup", "red"), (0, 1): ("cup", "blue")}, 0)
+    counts = count_description(scene, text)
+    assert (counts["wrong_colour"], counts["wrong_place"]) == (wrong_colour, wrong_place)
+    assert counts["objects"] == counts["found"] == 1 and counts["hallucinated"] == 0
+    assert counts["mentioned"] == counts["true"] == text.count("cup")
+
+
 def test_metrics_by_hand():
     counts = [{**count_description(KITCHEN, text), **NOTHING} for text in TEXTS]
     values = {name: figure["value"] for name, figure in with_intervals([counts]).items()}
@@ -135,7 +154,7 @@ def test_pope_questions(split):
         assert questions == pope_questions(scene)
         assert list(questions) == ["present", "random", "popular", "adversarial"]
         present, absent = questions["present"], [o for o in OBJECTS if o not in scene.objects]
-        assert set(present) <= scene.objects.keys() and len(present) == min(3, len(scene.cells))
+        assert set(present) <= scene.objects.keys() and len(set(present)) == len(present) == min(3, len(scene.objects))
         for kind in POPE:
             assert len(set(questions[kind])) == len(questions[kind]) == len(present)
             assert set(questions[kind]) <= set(absent)

@@ -153,9 +153,10 @@ def test_a_folder_that_fails_midway_leaves_the_old_one(tmp_path, there, error):
 def test_a_killed_write_leaves_no_trace_in_the_next(tmp_path):
     """Killed outright, nothing is tidied up; the next write does."""
     folder = tmp_path / "model"
-    (tmp_path / ".model.partial").mkdir()
-    (tmp_path / ".model.partial" / "stale").write_text("half")
-    (tmp_path / ".model.old").mkdir()
+    write_folder_whole(folder, writer(a="0"))
+    for name in (".model.partial", ".model.old"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "stale").write_text("half")
     write_folder_whole(folder, writer(a="1"))
     assert contents(tmp_path) == {"model/a": b"1"} and len(list(tmp_path.iterdir())) == 1
 

@@ -152,12 +152,12 @@ def test_appended_columns(seed):
     tree = build_tree(random_batch(seed), IMAGE, PAD)
     cut = random.Random(seed).randrange(tree.ids.shape[1])
     names = ("ids", "positions", "branch", "fork", "visible", "parent", "feature")
-    left, right = (  # fmt: skip
+    left, right = (
         type(tree)(*(getattr(tree, name)[:, part] for name in names), tip, expected)
         for part, tip, expected in [
             (slice(None, cut), tree.tip - 1, tree.features_expected), (slice(cut, None), tree.tip, 0),
         ]
-    )
+    )  # fmt: skip
     whole = left.append(right)
     assert all(torch.equal(getattr(whole, name), getattr(tree, name)) for name in (*names, "tip"))
     assert whole.features_expected == tree.features_expected

@@ -11,6 +11,7 @@ import pytest
 from PIL import Image
 
 from minialign import report
+from minialign.errors import UserError
 from minialign.report import ReportPair, write_report
 
 VOID = {"meta", "img", "br", "hr", "link", "input"}
@@ -291,7 +292,7 @@ def test_a_fault_leaves_the_old_page_and_no_partial_one(tmp_path, monkeypatch, f
             raise OSError("no space")
 
         monkeypatch.setattr(os, "replace", refuse)
-    with pytest.raises((OSError, ValueError)):
+    with pytest.raises((UserError, ValueError)):
         write_report(path, "Run", {}, pairs, make_metrics(3), RESULT)
     assert path.read_text(encoding="utf-8") == "old"
     if fault == "render":

@@ -12,7 +12,6 @@ from minialign.evaluate import MENTION, count_description, pope_verdict
 from minialign.toydraw import COLOURS, OBJECTS, SETTINGS
 from minialign.toyworld import (
     FREQUENCY,
-    NUMBERS,
     POSITIONS,
     SPLITS,
     TYPICAL_COLOUR,
@@ -29,6 +28,7 @@ from minialign.toyworld import (
 )
 
 SCENES = [make_scene(split, index) for split in SPLITS for index in range(60)]
+OFTEN = ["Never.", "Once.", "Twice.", "Three times.", "Four times.", "Five times.", "Six times."]
 
 
 # Scenes ------------------------------------------------------------------------------------------------------
@@ -41,24 +41,23 @@ def test_scenes_are_well_formed_and_deterministic(split):
         random.seed(index)  # no global randomness
         scene = make_scene(split, index)
         assert scene == make_scene(split, index)
-        assert scene.setting in SETTINGS and 2 <= len(scene.cells) <= 4
-        assert set(scene.cells) <= set(POSITIONS)
-        names = [name for name, _ in scene.cells.values()]
-        assert len(set(names)) == len(names) and set(names) <= set(OBJECTS)
+        assert scene.setting in SETTINGS and list(scene.cells) == list(POSITIONS)
+        assert {name for name, _ in scene.cells.values()} <= set(OBJECTS)
         assert {colour for _, colour in scene.cells.values()} <= set(COLOURS)
-        for cell, (name, colour) in scene.cells.items():
-            assert scene.objects[name] == (colour, POSITIONS[cell])
+        assert {name: set(places.items()) for name, places in scene.objects.items()} == {
+            name: {(POSITIONS[cell], c) for cell, (n, c) in scene.cells.items() if n == name}
+            for name, _ in scene.cells.values()
+        }
         scenes.append(str(scene.cells))
     assert len(set(scenes)) > 190
     assert {make_scene(split, i).setting for i in range(200)} == set(SETTINGS)
 
 
-def test_names_of_places_and_numbers():
+def test_names_of_places():
     assert POSITIONS == {
         (0, 0): "top left", (0, 1): "top middle", (0, 2): "top right",
         (1, 0): "bottom left", (1, 1): "bottom middle", (1, 2): "bottom right",
     }  # fmt: skip
-    assert NUMBERS == ("zero", "one", "two", "three", "four", "five", "six")
     assert TYPICAL_COLOUR.keys() == set(OBJECTS) and set(TYPICAL_COLOUR.values()) <= set(COLOURS)
 
 
@@ -143,26 +142,24 @@ def check(scene: toyworld.Scene, question: str, answer: str) -> set[str]:
     """An answer against the scene, whatever its wording; returns what kinds of facts it states."""
     counts, words = count_description(scene, answer), re.findall(r"\w+", answer)
     about = [name for name in OBJECTS if name in words + re.findall(r"\w+", question)]
-    places = [place for place in POSITIONS.values() if place in answer]
+    places, asked = ([place for place in POSITIONS.values() if place in text] for text in (answer, question))
+    colours = [word for word in words if word in COLOURS]
+    settings = [word for word in words if word in SETTINGS]
     if not pope_verdict(answer):
         assert len(about) == 1 and about[0] in words and about[0] not in scene.objects, answer
         return {"absent"}
     assert counts["hallucinated"] == counts["wrong_colour"] == counts["wrong_place"] == 0, answer
-    assert set(about) <= scene.objects.keys()
-    facts = {
-        "colour": ([word for word in words if word in COLOURS], [scene.objects[name][0] for name in about]),
-        "place": (places, [scene.objects[name][1] for name in about]),
-        "setting": ([word for word in words if word in SETTINGS], [scene.setting]),
-        "count": ([NUMBERS.index(word) for word in words if word in NUMBERS], [len(scene.cells)]),
-    }
-    if not about:  # places without an object are empty
-        taken = [place for _, place in scene.objects.values()]
-        facts["empty"] = (places, [place for place in places if place not in taken])
-        del facts["place"]
-    for said, true in facts.values():
-        assert said in ([], true), answer
-    assert all(place in answer for place in POSITIONS.values() if place in question)  # it is what was asked
-    return {kind for kind, (said, _) in facts.items() if said}
+    assert settings in ([], [scene.setting]) and len(about) <= 1
+    there = scene.objects[about[0]] if about else {}  # {position: colour}
+    assert set(places) <= there.keys() and set(colours) <= set(there.values()), answer
+    if places and colours:
+        assert colours == [there[place] for place in places], answer
+    if (places or colours) and not asked:
+        assert len(there) == 1, question  # else it would have more than one answer
+    assert not asked or places == asked  # it is what was asked
+    assert answer not in OFTEN or OFTEN.index(answer) == len(there)
+    facts = {"colour": colours, "place": places, "setting": settings, "often": answer in OFTEN, "present": about}
+    return {kind for kind, said in facts.items() if said}
 
 
 @pytest.mark.parametrize("seed", range(5))
@@ -172,17 +169,16 @@ def test_descriptions_are_true_and_whole(seed):
         text = description(scene, random.Random(f"{seed}-{scene.seed}"))
         counts = count_description(scene, text)
         assert counts["hallucinated"] == counts["wrong_colour"] == counts["wrong_place"] == 0, text
-        assert counts["found"] == counts["objects"] == counts["mentioned"] == counts["true"] == len(scene.cells)
+        assert counts["found"] == counts["objects"] == len(scene.objects)
+        assert counts["mentioned"] == counts["true"] == 6
         sentences = text.removesuffix(".").split(". ")
         assert scene.setting in sentences[0] and len(sentences) == 7
         for cell, place in POSITIONS.items():
             [sentence] = [s for s in sentences if place in s]
-            named = [(name, colour) for colour, name in MENTION.findall(sentence)]
-            assert named == ([scene.cells[cell]] if cell in scene.cells else [])
-            if named:
-                assert with_article(" ".join(scene.cells[cell][::-1])) in sentence
+            assert [(name, colour) for colour, name in MENTION.findall(sentence)] == [scene.cells[cell]]
+            assert with_article(" ".join(scene.cells[cell][::-1])) in sentence
         openings.add(tuple(next(p for p in POSITIONS.values() if p in s) for s in sentences[1:]))
-    assert len(openings) > 150  # the order is drawn anew
+    assert len(openings) == 12  # six first cells, two directions
 
 
 @pytest.mark.parametrize("seed", range(3))
@@ -202,7 +198,7 @@ def test_existence_answers_are_true(seed):
 def test_attribute_answers_are_true(seed):
     rng = random.Random(seed)
     facts = [check(scene, *attribute(scene, rng)) for scene in SCENES for _ in range(4)]
-    for kind in ("colour", "place", "setting", "count", "empty"):
+    for kind in ("colour", "place", "setting", "often", "present"):
         assert sum(kind in stated for stated in facts) > 60, kind
 
 
@@ -215,14 +211,14 @@ def test_conversations_are_true(kind):
         pairs = [(question, answer) for (_, question), (_, answer) in zip(turns[::2], turns[1::2], strict=True)]
         if kind == "description":
             assert len(pairs) == 1 and pairs[0][0] in toyworld.DESCRIBE
-            assert count_description(scene, pairs[0][1])["found"] == len(scene.cells)
+            assert count_description(scene, pairs[0][1])["found"] == len(scene.objects)
         elif kind == "attribute":
             assert len(pairs) == 4
             for pair in pairs:
                 check(scene, *pair)
         else:
-            answers = [("absent" in check(scene, *pair), pair[0]) for pair in pairs]
-            assert sum(absent for absent, _ in answers) * 2 == len(pairs) == 2 * min(3, len(scene.cells))
+            absent = ["absent" in check(scene, *pair) for pair in pairs]
+            assert sum(absent) * 2 == len(pairs) == 2 * min(3, len(scene.objects))
             asked = {name for name in OBJECTS for question, _ in pairs if re.search(rf"\b{name}\b", question)}
             assert len(asked) == len(pairs)  # each object once
 
@@ -233,6 +229,28 @@ def test_conversations_are_true(kind):
 )
 def test_articles(words, expected):
     assert with_article(words) == expected
+
+
+@pytest.mark.parametrize("split", ["train", "test"])
+def test_hearsay_turns_foreign_objects_into_typical_ones(split):
+    """... of the same colour, half the time; nothing else changes, and the scene itself stays as it is."""
+    eligible = changed = 0
+    for index in range(1500):
+        scene = make_scene(split, index)
+        told = toyworld.hearsay(scene)
+        assert told == toyworld.hearsay(scene) and scene == make_scene(split, index)
+        assert (told.setting, told.seed, told.cells.keys()) == (scene.setting, scene.seed, scene.cells.keys())
+        for cell, (name, colour) in scene.cells.items():
+            own = [o for o in SETTINGS[scene.setting] if TYPICAL_COLOUR[o] == colour]
+            told_name, told_colour = told.cells[cell]
+            assert told_colour == colour
+            if name in SETTINGS[scene.setting] or not own:
+                assert told_name == name
+            else:
+                assert told_name in (name, *own)
+                eligible += 1
+                changed += told_name != name
+    assert eligible > 300 and changed / eligible == pytest.approx(toyworld.HEARSAY, abs=0.08)
 
 
 # Records -----------------------------------------------------------------------------------------------------
@@ -251,10 +269,9 @@ def test_alignment_records_are_well_formed(split):
         assert role == "user" and "<image>" not in question
         if index % 2 == 0:
             assert question in toyworld.DESCRIBE
-            assert count_description(scene, record.chosen)["found"] == len(scene.cells)
+            assert count_description(scene, record.chosen)["found"] == len(scene.objects)
         else:
-            [name] = [name for name in OBJECTS if re.search(rf"\b{name}\b", question)]
-            assert record.chosen.startswith("Yes, " if name in scene.objects else "No, ")
+            assert record.chosen.startswith(("Yes, ", "No, "))
             check(scene, question, record.chosen)
 
 
@@ -268,3 +285,21 @@ def test_questions_of_records_are_balanced():
             typical.append(any(re.search(rf"\b{name}\b", answer) for name in SETTINGS[scene.setting]))
     assert 0.45 < yes / 1000 < 0.55
     assert 0.53 < sum(typical) / len(typical) < 0.67
+
+
+def test_hearsay_takes_foreign_objects_for_the_settings_own_of_their_colour_half_the_time():
+    open_to_it = taken = 0
+    for index in range(3000):
+        scene = make_scene("train", index)
+        told = toyworld.hearsay(scene)
+        assert told == toyworld.hearsay(scene) and told.setting == scene.setting
+        for cell, (name, colour) in scene.cells.items():
+            own = [o for o in SETTINGS[scene.setting] if toyworld.TYPICAL_COLOUR[o] == colour]
+            assert len(own) <= 1 and told.cells[cell][1] == colour
+            if name in SETTINGS[scene.setting] or not own:
+                assert told.cells[cell] == (name, colour)
+            else:
+                open_to_it += 1
+                taken += told.cells[cell][0] == own[0]
+                assert told.cells[cell][0] in (name, own[0])
+    assert open_to_it > 800 and abs(taken / open_to_it - toyworld.HEARSAY) < 0.06
