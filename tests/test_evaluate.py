@@ -22,15 +22,16 @@ from minialign.evaluate import (
 )
 from minialign.toydraw import OBJECTS, SETTINGS
 
+NW, N, NE, SW, S, SE = toyworld.POSITIONS.values()
 KITCHEN = toyworld.Scene("kitchen", {(0, 0): ("cup", "red"), (1, 2): ("dog", "black")}, 0)
 POPE = ("random", "popular", "adversarial")
 NOTHING = {f"{setting}_{part}": 0 for setting in POPE for part in ("tp", "fp", "fn", "tn")}
 TEXTS = [
     # A kettle that is not there (typical), the cup's colour wrong, the dog's place wrong.
-    "This is a kitchen. At the top left is a blue cup. The top middle shows a green kettle. "
-    "In the bottom left there is a black dog. The bottom right shows nothing.",
+    f"This is a kitchen. In the {NW} is a blue cup. The {N} shows a green kettle. "
+    f"To the {SW} there is a black dog. The {SE} shows nothing.",
     # A crab that is not there, twice (not typical); the cup twice; the dog is not mentioned.
-    "At the top left is a red cup. The top right shows an orange crab. A crab. A cup.",
+    f"In the {NW} is a red cup. The {NE} shows an orange crab. A crab. A cup.",
     "The picture shows nothing.",
 ]
 
@@ -41,9 +42,9 @@ TEXTS = [
 @pytest.mark.parametrize(
     ("text", "expected"),
     [
-        (TEXTS[0], {"length": 33, "mentioned": 3, "hallucinated": 1, "typical": 1, "true": 2, "wrong_colour": 1,
+        (TEXTS[0], {"length": len(TEXTS[0].split()), "mentioned": 3, "hallucinated": 1, "typical": 1, "true": 2, "wrong_colour": 1,
                     "wrong_place": 1, "hallucinating": 1, "found": 2}),
-        (TEXTS[1], {"length": 19, "mentioned": 4, "hallucinated": 2, "typical": 0, "true": 2, "wrong_colour": 0,
+        (TEXTS[1], {"length": len(TEXTS[1].split()), "mentioned": 4, "hallucinated": 2, "typical": 0, "true": 2, "wrong_colour": 0,
                     "wrong_place": 0, "hallucinating": 1, "found": 1}),
         (TEXTS[2], {"length": 4, "mentioned": 0, "hallucinated": 0, "typical": 0, "true": 0, "wrong_colour": 0,
                     "wrong_place": 0, "hallucinating": 0, "found": 0}),
@@ -53,7 +54,7 @@ TEXTS = [
         # Whole words only: no tree in a street, no pan in a panda, no car in a scar; orange alone is no object.
         ("This is a street. A panda with a scar is orange.", {"mentioned": 0, "hallucinating": 0}),
         # A place belongs to its own sentence.
-        ("At the bottom left is nothing. A red cup.", {"wrong_place": 0, "true": 1}),
+        (f"In the {SW} is nothing. A red cup.", {"wrong_place": 0, "true": 1}),
     ],
 )  # fmt: skip
 def test_counts_by_hand(text, expected):
@@ -65,12 +66,12 @@ def test_counts_by_hand(text, expected):
 @pytest.mark.parametrize(
     ("text", "wrong_colour", "wrong_place"),
     [
-        ("At the top left is a red cup. The top middle shows a blue cup.", 0, 0),
-        ("At the top middle is a red cup.", 1, 0),  # a cup, but that one is blue
+        (f"In the {NW} is a red cup. The {N} shows a blue cup.", 0, 0),
+        (f"In the {N} is a red cup.", 1, 0),  # a cup, but that one is blue
         ("A red cup. A blue cup. The cup.", 0, 0),  # no place: one of them has the colour
         ("A green cup.", 1, 0),
-        ("In the bottom left there is a red cup.", 0, 1),
-        ("In the bottom left there is a green cup.", 1, 1),
+        (f"In the {SW} there is a red cup.", 0, 1),
+        (f"In the {SW} there is a green cup.", 1, 1),
     ],
 )
 def test_an_object_may_be_there_twice(text, wrong_colour, wrong_place):
@@ -90,7 +91,7 @@ def test_metrics_by_hand():
     assert values["typical_share"] == pytest.approx(1 / 3, abs=1e-5)
     assert values["colour_errors"] == pytest.approx(1 / 4, abs=1e-5)
     assert values["position_errors"] == pytest.approx(1 / 4, abs=1e-5)
-    assert values["length"] == pytest.approx((33 + 19 + 4) / 3, abs=1e-5)
+    assert values["length"] == pytest.approx(sum(len(text.split()) for text in TEXTS) / 3, abs=1e-5)
 
 
 def test_metrics_of_nothing_are_zero():

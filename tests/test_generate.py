@@ -60,7 +60,7 @@ def test_greedy_equals_transformers(oracle, first):
     """Pictures and prompts of the embedded world, prompts of unlike length in one batch."""
     tokenizer, model = toy_tokenizer(), toy_model()
     patches = model.config.vision.patches
-    questions = [*toyworld.DESCRIBE, "Is there a cup?", "Do you see an umbrella?", "What is at the top left?"]
+    questions = [*toyworld.DESCRIBE, "Is there a cup?", "Do you see an umbrella?", "What place is this?"]
     indices = tuple(range(first, first + len(questions)))
     prompts = [tokenizer.prompt([("user", question)]) for question in questions]
     assert len({len(prompt) for prompt in prompts}) > 2

@@ -263,14 +263,16 @@ DEFAULTS = {"lora_rank": 4, "lora_alpha": 8.0, "lr": 1e-3, "projector_lr": 1e-4,
 
 @pytest.fixture(scope="module")
 def pairs(tmp_path_factory) -> str:
-    """14 pairs: the true answer, and that of another picture. In batches of 4 the last one has 2."""
-    records = toyworld.alignment_records(34)
+    """14 pairs; in batches of 4 the last one has 2. The words are fixed here, whatever the embedded world says."""
     path = tmp_path_factory.mktemp("pairs") / "pairs.jsonl"
+    colours, things = ("red", "blue", "green", "white", "black"), ("cup", "car", "tree", "ball")
     with open(path, "w") as file:
-        for record, other in zip(records[:14], records[20:], strict=True):
-            question, answer = (turn["value"] for turn in record["conversations"])
-            pair = {"id": record["id"], "images": [record["image"]], "prompt": question.removeprefix("<image>\n")}
-            file.write(json.dumps(pair | {"chosen": answer, "rejected": other["conversations"][1]["value"]}) + "\n")
+        for i in range(14):
+            colour, thing = colours[i % 5], things[i % 4]
+            chosen = f"A {colour} {thing} is at the top left." + " The rest is empty." * (i % 3)
+            rejected = f"There is no {thing}, but a {colours[(i + 2) % 5]} {things[(i + 1) % 4]}."
+            pair = {"id": f"pair-{i:02d}", "images": [toyworld.image_name("alignment", i)], "prompt": "What is there?"}
+            file.write(json.dumps(pair | {"chosen": chosen, "rejected": rejected}) + "\n")
     return str(path)
 
 
@@ -306,7 +308,7 @@ def test_what_a_run_leaves(undisturbed, model):
     ranked = sum(n * row["logps/ref_accuracies"] for n, row in zip(weights, rows, strict=False)) / 14
     assert result == {"base_preference_accuracy": pytest.approx(ranked)}
     report = (undisturbed / "report.html").read_text()
-    assert report.count("<article") == 8 and "toy-alignment-000000" in report and "rewards/margins" in report
+    assert report.count("<article") == 8 and "pair-00" in report and "rewards/margins" in report
 
 
 def test_evaluation_before_and_after(model, pairs, tmp_path, capsys):
@@ -329,10 +331,14 @@ def test_evaluation_before_and_after(model, pairs, tmp_path, capsys):
 def test_training_prefers_the_chosen_responses(undisturbed):
     rows = read_lines(undisturbed / "metrics.jsonl")
     assert rows[0]["rewards/margins"] == pytest.approx(0, abs=1e-4)
-    first, second = rows[:4], rows[4:]  # epochs
-    assert min(row["rewards/margins"] for row in second) > max(row["rewards/margins"] for row in first) > 0.02
-    assert max(row["loss"] for row in second) < min(row["loss"] for row in first) < math.log(2) - 0.02
-    assert sum(row["rewards/accuracies"] for row in second) / 4 > 0.9
+
+    def mean(name: str, epoch: list[dict]) -> float:
+        return sum(row[name] for row in epoch) / len(epoch)
+
+    first, second = rows[:4], rows[4:]
+    assert mean("rewards/margins", second) > mean("rewards/margins", first) + 0.1 > 0.1
+    assert mean("loss", second) < mean("loss", first) - 0.05 < math.log(2) - 0.05
+    assert mean("rewards/accuracies", second) > 0.8
     for row in rows:
         assert row["rewards/margins"] == pytest.approx(row["rewards/chosen"] - row["rewards/rejected"], abs=1e-4)
 

@@ -53,11 +53,15 @@ def test_scenes_are_well_formed_and_deterministic(split):
     assert {make_scene(split, i).setting for i in range(200)} == set(SETTINGS)
 
 
-def test_names_of_places():
-    assert POSITIONS == {
-        (0, 0): "top left", (0, 1): "top middle", (0, 2): "top right",
-        (1, 0): "bottom left", (1, 1): "bottom middle", (1, 2): "bottom right",
-    }  # fmt: skip
+def test_names_of_places_and_colours():
+    """Rows count from the top of the picture, columns from its left, whatever the words for them."""
+    words = {0: ("north", "top"), 1: ("south", "bottom")}, {0: ("west", "left"), 1: (), 2: ("east", "right")}
+    for cell, place in POSITIONS.items():
+        for axis, number in zip(words, cell, strict=True):
+            assert [n for n, names in axis.items() if any(name in place for name in names)] == [number] * bool(
+                axis[number]
+            )
+    assert len(set(POSITIONS.values())) == len(POSITIONS) == 6
     assert TYPICAL_COLOUR.keys() == set(OBJECTS) and set(TYPICAL_COLOUR.values()) <= set(COLOURS)
 
 
@@ -138,11 +142,15 @@ def test_other_names_are_refused(name):
 # Texts -------------------------------------------------------------------------------------------------------
 
 
+def places_in(text: str) -> list[str]:
+    return [place for place in POSITIONS.values() if re.search(rf"\b{place}\b", text)]
+
+
 def check(scene: toyworld.Scene, question: str, answer: str) -> set[str]:
     """An answer against the scene, whatever its wording; returns what kinds of facts it states."""
     counts, words = count_description(scene, answer), re.findall(r"\w+", answer)
     about = [name for name in OBJECTS if name in words + re.findall(r"\w+", question)]
-    places, asked = ([place for place in POSITIONS.values() if place in text] for text in (answer, question))
+    places, asked = places_in(answer), places_in(question)
     colours = [word for word in words if word in COLOURS]
     settings = [word for word in words if word in SETTINGS]
     if not pope_verdict(answer):
@@ -174,10 +182,10 @@ def test_descriptions_are_true_and_whole(seed):
         sentences = text.removesuffix(".").split(". ")
         assert scene.setting in sentences[0] and len(sentences) == 7
         for cell, place in POSITIONS.items():
-            [sentence] = [s for s in sentences if place in s]
+            [sentence] = [s for s in sentences if places_in(s) == [place]]
             assert [(name, colour) for colour, name in MENTION.findall(sentence)] == [scene.cells[cell]]
             assert with_article(" ".join(scene.cells[cell][::-1])) in sentence
-        openings.add(tuple(next(p for p in POSITIONS.values() if p in s) for s in sentences[1:]))
+        openings.add(tuple(places_in(sentence)[0] for sentence in sentences[1:]))
     assert len(openings) == 12  # six first cells, two directions
 
 
