@@ -30,8 +30,8 @@ from minialign.images import ImageProcessor, open_image
 from minialign.similarity import load_similarity
 
 # What stands for a flag that is not given: the paper's value, or the toy model's, chosen on validation.
-PAPER = {"rho_th": 0.99, "temperature": 1.0}
-TOY = {"rho_th": 0.7, "temperature": 0.0}
+PAPER = {"rho_th": 0.99}
+TOY = {"rho_th": 0.7}
 ANY = ("out", "limit", "batch_size", "skip_bad_records")  # a continued run may change these
 
 
@@ -49,7 +49,7 @@ class Config:
     noise_steps: int = 0  # BDHS_noise: diffusion steps of Eq. 9 (500 in the paper, with --rho-th 0)
     guided: bool = True  # complete y+'s sentences (Eq. 7); --no-guided samples whole responses
     encoder: str | None = None  # sentence-transformers folder (all-mpnet-base-v2); without it a lexical cosine
-    temperature: float | None = None  # 0 is greedy (1.0; toy: 0)
+    temperature: float = 1.0  # 0 is greedy
     top_p: float = 1.0  # nucleus sampling
     max_new_tokens: int = 128  # limit of one completion
     batch_size: int = 32  # examples sampled together

@@ -40,9 +40,8 @@ from minialign.report import write_report
 from minialign.resume import load_progress, save_progress
 
 # What stands for a flag that is not given: the paper's value (App. A), or the toy model's, chosen on validation.
-PAPER = {"lr": 5e-7, "projector_lr": 2e-6, "lora_rank": 128, "lora_alpha": 256.0, "epochs": 3, "batch_size": 16}
-TOY = {"lr": 3e-4, "projector_lr": 3e-5, "lora_rank": 64, "lora_alpha": 128.0, "epochs": 1, "batch_size": 16}
-
+PAPER = {"beta": 0.1, "lr": 5e-7, "projector_lr": 2e-6, "lora_rank": 128, "lora_alpha": 256.0, "epochs": 3}
+TOY = {"beta": 0.3, "lr": 3e-4, "projector_lr": 3e-5, "lora_rank": 64, "lora_alpha": 128.0, "epochs": 1}
 SHOWN = ("loss", "rewards/accuracies", "rewards/margins", "logps/chosen")  # in the progress bar
 
 
@@ -55,13 +54,13 @@ class Config:
     images: str = "toy"  # folder of the pictures, or `toy`
     out: str = "runs/dpo"  # folder to write
     loss: Literal["dpo", "ipo", "slic", "sft"] = "dpo"  # sft: the supervised control on y+ alone
-    beta: float = 0.1  # strength of the pull to the reference
+    beta: float | None = None  # strength of the pull to the reference (0.1; toy: 0.3)
     lr: float | None = None  # peak learning rate of the adapters (5e-7; toy: 3e-4)
     projector_lr: float | None = None  # peak learning rate of the projector (2e-6; toy: 3e-5)
     lora_rank: int | None = None  # rank of the adapters (128; toy: 64)
     lora_alpha: float | None = None  # updates are scaled by alpha / rank (256; toy: 128)
     epochs: int | None = None  # passes over the pairs (3; toy: 1)
-    batch_size: int | None = None  # pairs per optimizer step (16)
+    batch_size: int = 16  # pairs per optimizer step
     accumulate: int = 1  # split each batch into so many forward passes
     warmup: float = 0.1  # share of the steps in which the rate rises
     schedule: Literal["cosine", "linear"] = "cosine"  # how the rate falls to zero after that

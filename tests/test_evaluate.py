@@ -42,9 +42,9 @@ TEXTS = [
 @pytest.mark.parametrize(
     ("text", "expected"),
     [
-        (TEXTS[0], {"length": len(TEXTS[0].split()), "mentioned": 3, "hallucinated": 1, "typical": 1, "true": 2, "wrong_colour": 1,
+        (TEXTS[0], {"mentioned": 3, "hallucinated": 1, "typical": 1, "true": 2, "wrong_colour": 1,
                     "wrong_place": 1, "hallucinating": 1, "found": 2}),
-        (TEXTS[1], {"length": len(TEXTS[1].split()), "mentioned": 4, "hallucinated": 2, "typical": 0, "true": 2, "wrong_colour": 0,
+        (TEXTS[1], {"mentioned": 4, "hallucinated": 2, "typical": 0, "true": 2, "wrong_colour": 0,
                     "wrong_place": 0, "hallucinating": 1, "found": 1}),
         (TEXTS[2], {"length": 4, "mentioned": 0, "hallucinated": 0, "typical": 0, "true": 0, "wrong_colour": 0,
                     "wrong_place": 0, "hallucinating": 0, "found": 0}),
@@ -91,7 +91,8 @@ def test_metrics_by_hand():
     assert values["typical_share"] == pytest.approx(1 / 3, abs=1e-5)
     assert values["colour_errors"] == pytest.approx(1 / 4, abs=1e-5)
     assert values["position_errors"] == pytest.approx(1 / 4, abs=1e-5)
-    assert values["length"] == pytest.approx(sum(len(text.split()) for text in TEXTS) / 3, abs=1e-5)
+    counts = [{**count_description(KITCHEN, text), **NOTHING} for text in ("A red cup.", TEXTS[2])]
+    assert with_intervals([counts])["length"]["value"] == pytest.approx((3 + 4) / 2, abs=1e-5)
 
 
 def test_metrics_of_nothing_are_zero():

@@ -55,12 +55,10 @@ def test_scenes_are_well_formed_and_deterministic(split):
 
 def test_names_of_places_and_colours():
     """Rows count from the top of the picture, columns from its left, whatever the words for them."""
-    words = {0: ("north", "top"), 1: ("south", "bottom")}, {0: ("west", "left"), 1: (), 2: ("east", "right")}
-    for cell, place in POSITIONS.items():
-        for axis, number in zip(words, cell, strict=True):
-            assert [n for n, names in axis.items() if any(name in place for name in names)] == [number] * bool(
-                axis[number]
-            )
+    rows, columns = (("north", "top"), ("south", "bottom")), (("west", "left"), (), ("east", "right"))
+    for (row, column), place in POSITIONS.items():
+        assert [any(word in place for word in words) for words in rows] == [row == 0, row == 1]
+        assert [any(word in place for word in words) for words in columns] == [column == 0, False, column == 2]
     assert len(set(POSITIONS.values())) == len(POSITIONS) == 6
     assert TYPICAL_COLOUR.keys() == set(OBJECTS) and set(TYPICAL_COLOUR.values()) <= set(COLOURS)
 
