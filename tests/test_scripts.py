@@ -271,6 +271,7 @@ def pairs(tmp_path_factory) -> str:
             colour, thing = colours[i % 5], things[i % 4]
             chosen = f"A {colour} {thing} is at the top left." + " The rest is empty." * (i % 3)
             rejected = f"There is no {thing}, but a {colours[(i + 2) % 5]} {things[(i + 1) % 4]}."
+            rejected += " It is large." * (4 - 2 * (i % 3))  # so that the base ranks some pairs right
             pair = {"id": f"pair-{i:02d}", "images": [toyworld.image_name("alignment", i)], "prompt": "What is there?"}
             file.write(json.dumps(pair | {"chosen": chosen, "rejected": rejected}) + "\n")
     return str(path)
@@ -306,7 +307,8 @@ def test_what_a_run_leaves(undisturbed, model):
     result = json.loads((undisturbed / "result.json").read_text())
     weights = [4, 4, 4, 2]  # pairs in the batches of the first epoch
     ranked = sum(n * row["logps/ref_accuracies"] for n, row in zip(weights, rows, strict=False)) / 14
-    assert result == {"base_preference_accuracy": pytest.approx(ranked)}
+    assert result == {"base_preference_accuracy": pytest.approx(ranked)} and 0 < ranked < 1
+    assert ranked != pytest.approx(sum(row["logps/ref_accuracies"] for row in rows[:4]) / 4)  # not the batches' mean
     report = (undisturbed / "report.html").read_text()
     assert report.count("<article") == 8 and "pair-00" in report and "rewards/margins" in report
 
@@ -579,8 +581,8 @@ def test_a_loss_that_is_not_finite(model, pairs, tmp_path, monkeypatch, bad):
     monkeypatch.setattr(train_dpo, "pair_loss", failing)
     with pytest.raises(UserError, match=r"^step 2: loss (nan|inf), .*/checkpoint; lower --lr 0.001 or raise --warmup"):
         train(model, tmp_path / "bad", pairs=pairs)
-    good, found = (load_file(tmp_path / name / "checkpoint" / "progress.safetensors") for name in ("good", "bad"))
-    assert good.keys() == found.keys() and all(torch.equal(good[name], found[name]) for name in good)
+    good, found = (tmp_path / name / "checkpoint" / "progress.safetensors" for name in ("good", "bad"))
+    assert found.read_bytes() == good.read_bytes()  # tensors, moments and the number of steps
     assert len(read_lines(tmp_path / "bad" / "metrics.jsonl")) == 1
     assert not any((tmp_path / "bad" / name).exists() for name in ("result.json", "adapter", "merged", "report.html"))
 
