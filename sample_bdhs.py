@@ -21,7 +21,7 @@ from tqdm import tqdm
 from minialign.bdhs import Bdhs, BdhsConfig, Example, Sampled
 from minialign.chat import Tokenizer
 from minialign.checkpoint import load_model, resolve_model
-from minialign.cli import fill, parse_config, require, require_device, run_main
+from minialign.cli import fill, parse_config, require, require_device, require_temperature, run_main
 from minialign.data import Record, collect, pair_record, preference_fields, read_instruct
 from minialign.errors import UserError
 from minialign.files import append_lines, read_json, read_lines, write_json
@@ -66,7 +66,7 @@ def check(config: Config) -> None:
     require(0 <= config.eps_s <= 1, f"--eps-s {config.eps_s}: a similarity between 0 and 1")
     require(config.batch_size >= 1, f"--batch-size {config.batch_size}: at least 1")
     require(0 <= config.noise_steps <= 1000, f"--noise-steps {config.noise_steps}: between 0 and 1000")
-    require(config.temperature >= 0, f"--temperature {config.temperature}: 0 (greedy) or more")
+    require_temperature(config.temperature)
     require(0 < config.top_p <= 1, f"--top-p {config.top_p}: above 0, at most 1")
     require(config.max_new_tokens >= 1, f"--max-new-tokens {config.max_new_tokens}: at least 1")
     require(config.limit is None or config.limit >= 1, f"--limit {config.limit}: at least 1")
@@ -74,15 +74,20 @@ def check(config: Config) -> None:
     require_device(config.device)
 
 
+def beside(out: Path, what: str) -> Path:
+    """The file beside the pairs file that holds its settings or its statistics."""
+    return out.with_name(f"{out.name}.{what}.json")
+
+
 def pairs_of_earlier_run(out: Path, settings: dict) -> list[dict]:
     """What an earlier run of the same settings left in the pairs file; any other file is left alone."""
     if not out.exists() or out.stat().st_size == 0:
         return []
-    beside, remedy = out.with_suffix(".config.json"), f"give another --out, or remove {out}"
-    before = read_json(beside, f"so {out} is not known to be a pairs file of these settings; {remedy}")
+    settings_file, remedy = beside(out, "config"), f"give another --out, or remove {out}"
+    before = read_json(settings_file, f"so {out} is not known to be a pairs file of these settings; {remedy}")
     changed = [name for name, value in settings.items() if name not in ANY and before.get(name) != value]
     if changed:
-        raise UserError(f"--out {out}: holds pairs of another {', '.join(changed)} (see {beside}); {remedy}")
+        raise UserError(f"--out {out}: holds pairs of another {', '.join(changed)} (see {settings_file}); {remedy}")
     pairs = read_lines(out, remedy)
     collect(((f"{out}, line {number}", pair) for number, pair in enumerate(pairs, start=1)), pair_record, None, False)
     return pairs
@@ -132,7 +137,7 @@ def main(config: Config) -> None:
     similarity = load_similarity(config.encoder, config.device)
     processor = ImageProcessor.from_folder(folder)
     bdhs = Bdhs(model, tokenizer, processor, similarity, BdhsConfig(**knobs, sampling=sampling))
-    write_json(out.with_suffix(".config.json"), settings)
+    write_json(beside(out, "config"), settings)
     left_out = 0  # no readable picture, or nothing was sampled: an empty response is no pair
     with tqdm(total=len(todo), desc="bdhs", unit="pair") as bar:
         for first in range(0, len(todo), config.batch_size):
@@ -149,7 +154,7 @@ def main(config: Config) -> None:
     curve = resolved_curve(pairs, config.n_bdhs, config.eps_s)
     same = sum(pair["chosen"] == pair["rejected"] for pair in pairs)
     stats = {"pairs": len(pairs), "resolved": curve, "identical": same, "left_out": left_out}
-    write_json(out.with_suffix(".stats.json"), stats)
+    write_json(beside(out, "stats"), stats)
     shown = ", ".join(f"{share:.1%} after {i}" for i, share in enumerate(curve, start=1))
     print(f"{out}: {len(pairs)} pairs, {left_out} left out; different from y+ (Fig. 10): {shown}; identical: {same}")
 

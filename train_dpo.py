@@ -26,7 +26,7 @@ from tqdm import tqdm
 
 import sample_bdhs
 from minialign.chat import Tokenizer
-from minialign.checkpoint import load_model, resolve_model, save_model
+from minialign.checkpoint import load_model, resolve_model, save_model, weights_dtype
 from minialign.cli import fill, parse_config, require, require_device, run_main
 from minialign.data import PairBatch, PairCollator, Record, read_pairs
 from minialign.errors import UserError
@@ -187,8 +187,6 @@ def train(model: Llava, records: list[Record], collate: PairCollator, config: Co
 def sample_pairs(config: Config, out: Path) -> Path:
     """BDHS pairs of the embedded world, sampled from the model that is about to be trained."""
     pairs = out / "pairs.jsonl"
-    if pairs.exists() and not config.resume:
-        pairs.unlink()
     options = {"model": config.model, "out": str(pairs), "seed": config.seed, "device": config.device}
     sample_bdhs.main(sample_bdhs.Config(**options, limit=config.limit))
     return pairs
@@ -200,6 +198,8 @@ def main(config: Config) -> None:
     check(config)
     require(config.pairs is not None or config.images == "toy", "--pairs is missing; make one with sample_bdhs.py")
     folder, out = resolve_model(config.model), Path(config.out)
+    require(out.resolve() != folder.resolve(), f"--out {out}: is the model's own folder; name another")
+    dtype = weights_dtype(folder)  # before anything is spent
     if config.resume:
         before = read_json(out / "config.json", "there is nothing to resume; leave --resume out")
         changed = [k for k, v in asdict(config).items() if k not in ("resume", "out") and before.get(k) != v]
@@ -225,7 +225,6 @@ def main(config: Config) -> None:
     rows = train(model, records, collate, config, out)
 
     save_adapter(model, config.lora_rank, config.lora_alpha, str(folder), out / "adapter")
-    dtype = getattr(torch, model.config.raw.get("dtype") or model.config.raw.get("torch_dtype") or "float32")
     save_model(merged_state(model), model.config.raw, folder, out / "merged", dtype)
     if evaluate:
         counts["after"] = benchmark.run(model, tokenizer, processor, "after")

@@ -105,6 +105,16 @@ def read_config(folder: Path) -> LlavaConfig:
     )
 
 
+def weights_dtype(folder: Path) -> torch.dtype:
+    """The type that config.json says the weights have: `dtype`, or `torch_dtype` as transformers 4 wrote."""
+    raw = read_config(folder).raw
+    name = raw.get("dtype") or raw.get("torch_dtype") or "float32"
+    dtype = getattr(torch, name, None) if isinstance(name, str) else None
+    if not isinstance(dtype, torch.dtype):
+        raise UserError(f"{folder / 'config.json'}: dtype {name!r} is none of torch's; write float16, say")
+    return dtype
+
+
 def weight_files(folder: Path) -> list[Path]:
     """The folder's safetensors files. Pickle is never loaded."""
     index = folder / "model.safetensors.index.json"

@@ -23,7 +23,8 @@ def parse_config(kind: type, doc: str, argv: list[str] | None = None):
     hints, helps = typing.get_type_hints(kind), field_comments(kind)
     for field in dataclasses.fields(kind):
         flag, hint = "--" + field.name.replace("_", "-"), hints[field.name]
-        text = f"{helps.get(field.name, '')} [{field.default}]".replace("%", "%%")
+        default = "" if field.default is None else f" [{field.default}]"
+        text = f"{helps.get(field.name, '')}{default}".replace("%", "%%")
         if isinstance(hint, types.UnionType):  # `str | None`
             hint = next(t for t in typing.get_args(hint) if t is not type(None))
         if hint is bool:
@@ -51,6 +52,12 @@ def require(condition: bool, message: str) -> None:
     """Refuse a flag's value: `message` says which, and the remedy."""
     if not condition:
         raise UserError(message)
+
+
+def require_temperature(temperature: float) -> None:
+    """Refuse a temperature by which logits cannot be divided."""
+    message = f"--temperature {temperature}: 0 (greedy), or a number from 0.001 to 1000"
+    require(temperature == 0 or 0.001 <= temperature <= 1000, message)
 
 
 def require_device(device: str) -> None:

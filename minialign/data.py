@@ -1,6 +1,7 @@
 """Readers of supervised records and preference pairs, and the collation of pairs into one token tree."""
 
 import json
+import re
 from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
@@ -139,7 +140,7 @@ def instruct_record(raw: dict) -> Record:
     for number, turn in enumerate(talk):
         text = text_field(turn, "value")
         if number == 0:  # the placeholder's place is the template's choice
-            text = text.replace("<image>\n", "", 1).replace("\n<image>", "", 1).replace("<image>", "", 1)
+            text = re.sub(r"<image>\n|\n<image>|<image>", "", text, count=1)
             text = text_field({"value": text}, "value")
         turns.append((role_of(turn, "from", number), text.strip()))
     if len(turns) % 2:

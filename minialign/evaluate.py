@@ -22,7 +22,7 @@ from tqdm import tqdm
 from minialign import toyworld
 from minialign.chat import Tokenizer
 from minialign.checkpoint import load_model, resolve_model
-from minialign.cli import parse_config, require, run_main
+from minialign.cli import parse_config, require, require_device, run_main
 from minialign.generate import Sampling, generate
 from minialign.images import ImageProcessor
 from minialign.llava import Llava
@@ -216,6 +216,7 @@ def main() -> None:
     config = parse_config(Config, __doc__)
     require(config.images > 0, f"--images {config.images}: at least 1")
     require(config.batch_size > 0, f"--batch-size {config.batch_size}: at least 1")
+    require_device(config.device)
     folder = resolve_model(config.model)
     model = load_model(folder, config.device)
     if config.adapter:

@@ -59,11 +59,15 @@ def read_json(path: Path, remedy: str) -> dict:
 
 def append_lines(path: Path, values: list[dict]) -> None:
     """Append JSON lines in one write, and see them onto the disk."""
-    path.parent.mkdir(parents=True, exist_ok=True)
     text = "".join(json.dumps(value, ensure_ascii=False) + "\n" for value in values)
-    with open(path, "ab", buffering=0) as file:
-        file.write(text.encode("utf-8"))
-        os.fsync(file.fileno())
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with open(path, "ab") as file:
+            file.write(text.encode("utf-8"))
+            file.flush()
+            os.fsync(file.fileno())
+    except OSError as error:
+        raise UserError(f"{path}: cannot be written ({error}); make room for it, or write elsewhere") from None
 
 
 def whole_lines(path: Path) -> list[str]:

@@ -137,6 +137,8 @@ def load_adapter(model: Llava, folder: Path) -> None:
     raw = read_json(folder / "adapter_config.json", "an adapter folder needs PEFT's adapter_config.json")
     if raw.get("peft_type") != "LORA" or not {"r", "lora_alpha"} <= raw.keys():
         raise UserError(f"{folder}: no LoRA adapter (peft_type {raw.get('peft_type')!r}); give one of train_dpo.py's")
+    if not (isinstance(raw["r"], int) and raw["r"] >= 1 and isinstance(raw["lora_alpha"], int | float)):
+        raise UserError(f"{folder}: r {raw['r']!r} or lora_alpha {raw['lora_alpha']!r} is no number above 0")
     foreign = [k for k in ("use_rslora", "use_dora", "rank_pattern", "alpha_pattern") if raw.get(k)]
     if foreign:  # they change what the same tensors mean
         raise UserError(f"{folder}: {', '.join(foreign)} is set, and not supported; give one of train_dpo.py's")

@@ -1,15 +1,11 @@
 """The paper's losses: pure functions of summed log-probs, and the one place that computes log-probs."""
 
-from typing import Literal
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from minialign.llava import Llava
 from minialign.masks import TokenTree
-
-Loss = Literal["dpo", "ipo", "slic"]
 
 
 def token_logps(model: Llava, tree: TokenTree, tower_features: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:

@@ -150,7 +150,7 @@ class SentenceEncoder:
         """Read a sentence-transformers folder; anything missing or not supported is a `UserError`."""
         folder = Path(path)
         if not folder.is_dir():
-            raise UserError(f"{folder}: no such folder; {REMEDY}, or name no encoder to compare word counts")
+            raise UserError(f"{folder}: no such folder; {REMEDY}, or name no encoder to compare word trigrams")
         pooling, config = read_pooling(folder), read_config(folder / "config.json")
         return cls(read_encoder(folder, config).to(device), read_tokenizer(folder, config), pooling)
 

@@ -133,7 +133,7 @@ def optimise(parameters, steps: int, loss_of, title: str) -> None:
 def pretrain_tower(config: ClipConfig, processor: ImageProcessor) -> Clip:
     """Stage 1: name object, colour, setting and place of every patch, on decorrelated pictures.
 
-    The place is named so that the features keep it, as CLIP's do: the decoder must find "the top left".
+    The place is named so that the features keep it, as CLIP's do: the decoder must find "the northwest".
     """
     tower = initialise(Clip(config))
     sizes = [len(OBJECTS), len(COLOURS), len(SETTINGS), ROWS * COLUMNS]
@@ -154,7 +154,7 @@ def pretrain_tower(config: ClipConfig, processor: ImageProcessor) -> Clip:
         return grid.flatten(0, 1)
 
     def loss_of(step: int) -> torch.Tensor:
-        # Seeds above the training split's own: same world, without its bias.
+        # Far behind the alignment split's own scenes: the world without its bias.
         scenes = [toyworld.make_scene("alignment", 5 * 10**8 + step * TOWER_BATCH + i) for i in range(TOWER_BATCH)]
         pixels = torch.stack([processor(toyworld.picture(scene)) for scene in scenes])
         target = torch.stack([labels(scene) for scene in scenes]).flatten(0, 1)  # (N * patches, 4)

@@ -16,7 +16,7 @@ import train_dpo
 from minialign import chat, evaluate, study, toyworld
 from minialign.checkpoint import TOY, save_model
 from minialign.cli import parse_config
-from minialign.data import PairCollator, Record, number_repeats, read_instruct, read_pairs
+from minialign.data import PairCollator, Record, instruct_record, number_repeats, read_instruct, read_pairs
 from minialign.errors import UserError
 from minialign.images import open_image
 
@@ -313,7 +313,7 @@ def test_bad_pictures(model, tmp_path, pictures, name, match):
     (tmp_path / "data.json").write_bytes(array(instruct(0, image="good.png"), instruct(1, image=name)))
     run = ["--data", str(tmp_path / "data.json"), *images, "--batch-size", "1"]
     refused(lambda: sample(model, out, *run), match)
-    assert left_in(out) == ["pairs.config.json", "pairs.jsonl"]  # the first batch, whole
+    assert left_in(out) == ["pairs.jsonl", "pairs.jsonl.config.json"]  # the first batch, whole
     assert (out / "pairs.jsonl").read_text().endswith("}\n") and len(read_pairs(out / "pairs.jsonl", None)) == 1
 
 
@@ -363,7 +363,7 @@ def test_bad_records_are_skipped_and_counted(model, tmp_path, pictures, capsys):
     sample(model, tmp_path / "a", "--data", str(tmp_path / "good.json"), *flags)
     sample(model, tmp_path / "b", "--data", str(tmp_path / "mixed.json"), *flags, "--skip-bad-records")
     assert (tmp_path / "a" / "pairs.jsonl").read_bytes() == (tmp_path / "b" / "pairs.jsonl").read_bytes()
-    assert json.loads((tmp_path / "b" / "pairs.stats.json").read_text())["left_out"] == 2
+    assert json.loads((tmp_path / "b" / "pairs.jsonl.stats.json").read_text())["left_out"] == 2
     shown = capsys.readouterr()
     assert "2 bad records skipped, the first:" in shown.out + shown.err
     (tmp_path / "all.json").write_bytes(array(*bad[1:3]))
@@ -470,3 +470,16 @@ def test_damaged_records(tmp_path, seed):
         json.dumps(record.id + record.image).encode("utf-8")
     path.write_bytes(array(*neighbours))
     assert [records[0], records[-1]] == read_instruct(str(path), None)
+
+
+@pytest.mark.parametrize("value", [-1.0, 1e-320, float("inf"), float("nan")])
+def test_a_temperature_that_cannot_divide_is_refused(tmp_path, value):
+    with pytest.raises(UserError, match="--temperature"):
+        sample_bdhs.main(sample_bdhs.Config(out=str(tmp_path / "pairs.jsonl"), limit=1, temperature=value))
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_only_the_placeholder_is_taken_out_of_a_question():
+    talk = [{"from": "human", "value": "<image>\nWhat does <image> mean?"}, {"from": "gpt", "value": "A picture."}]
+    record = instruct_record({"id": "1", "image": "a.png", "conversations": talk})
+    assert record.turns == [("user", "What does <image> mean?")]

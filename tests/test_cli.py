@@ -101,7 +101,8 @@ def test_the_comment_is_the_help(capsys):
     comments = field_comments(Config)
     assert comments["share"] == "50 % of the whole: {a} \\\\d" and len(comments) == 7
     for field in dataclasses.fields(Config):
-        assert f"{comments[field.name]} [{field.default}]" in shown
+        default = "" if field.default is None else f" [{field.default}]"
+        assert f"{comments[field.name]}{default}" in shown
         assert f"--{field.name.replace('_', '-')}" in shown
     assert "{fast,slow}" in shown and "--no-safe" in shown
 
@@ -156,7 +157,8 @@ def test_help_of_every_program(program, capsys, modules):
     assert " ".join(doc.split()) in shown  # the docstring says what the program does
     for field in fields:
         assert f"--{field.name.replace('_', '-')}" in shown
-        text = " ".join(f"{comments[field.name]} [{field.default}]".split())
+        default = "" if field.default is None else f" [{field.default}]"
+        text = " ".join(f"{comments[field.name]}{default}".split())
         assert re.sub(r"\s", "", text) in re.sub(r"\s", "", shown), f"{program}: help of {field.name}"
 
 

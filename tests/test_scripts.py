@@ -83,8 +83,8 @@ def test_pairs_file(model, tmp_path):
         assert 1 <= pair["bdhs"]["iterations"] <= 3 and 0 <= pair["bdhs"]["similarity"] <= 1
         assert pair["bdhs"]["guided"] == (pair["bdhs"]["iterations"] < 3) and pair["bdhs"]["rho_th"] == 0.7
     assert len({pair["bdhs"]["mask_seed"] for pair in pairs}) == 7
-    assert sorted(contents(tmp_path / "deep")) == ["pairs.config.json", "pairs.jsonl", "pairs.stats.json"]
-    config = json.loads((tmp_path / "deep" / "pairs.config.json").read_text())
+    assert sorted(contents(tmp_path / "deep")) == ["pairs.jsonl", "pairs.jsonl.config.json", "pairs.jsonl.stats.json"]
+    config = json.loads((tmp_path / "deep" / "pairs.jsonl.config.json").read_text())
     assert config["model"] == model and config["max_new_tokens"] == 5 and config["encoder"] is None
 
 
@@ -144,9 +144,9 @@ def test_a_killed_run_continues_to_the_same_bytes(model, tmp_path, seed):
     lines = whole.splitlines(keepends=True)
     cut = rng.randrange(len(whole)) if seed % 2 else len(b"".join(lines[: rng.randrange(len(lines))]))
     (out / "pairs.jsonl").write_bytes(whole[:cut])
-    (out / "pairs.stats.json").unlink()
+    (out / "pairs.jsonl.stats.json").unlink()
     sample(model, out / "pairs.jsonl", batch_size=rng.choice([1, 2, 3, 7]))
-    for name in ("pairs.jsonl", "pairs.stats.json"):
+    for name in ("pairs.jsonl", "pairs.jsonl.stats.json"):
         assert (out / name).read_bytes() == (undisturbed / name).read_bytes()
 
 
@@ -162,7 +162,7 @@ def test_a_run_that_is_interrupted_keeps_whole_batches(model, tmp_path, monkeypa
     monkeypatch.setattr(Bdhs, "sample", interrupted)
     with pytest.raises(KeyboardInterrupt):
         sample(model, tmp_path / "pairs.jsonl", batch_size=2)
-    assert len(read_lines(tmp_path / "pairs.jsonl")) == 4 and not (tmp_path / "pairs.stats.json").exists()
+    assert len(read_lines(tmp_path / "pairs.jsonl")) == 4 and not (tmp_path / "pairs.jsonl.stats.json").exists()
     monkeypatch.setattr(Bdhs, "sample", real)
     assert sample(model, tmp_path / "pairs.jsonl", batch_size=2) == sample(model, tmp_path / "other.jsonl")
 
@@ -226,7 +226,7 @@ def test_stats(model, tmp_path, monkeypatch):
     monkeypatch.setattr(Bdhs, "sample", made_up)
     pairs = sample(model, tmp_path / "pairs.jsonl", limit=4, batch_size=4)
     assert [pair["rejected"] for pair in pairs] == ["Other.", "Late.", pairs[2]["chosen"]]
-    stats = json.loads((tmp_path / "pairs.stats.json").read_text())
+    stats = json.loads((tmp_path / "pairs.jsonl.stats.json").read_text())
     assert stats == {"pairs": 3, "resolved": [0.3333, 0.3333, 0.6667], "identical": 1, "left_out": 1}
     assert len(read_pairs(tmp_path / "pairs.jsonl", None)) == 2  # the identical one teaches nothing
 
@@ -269,9 +269,9 @@ def pairs(tmp_path_factory) -> str:
     with open(path, "w") as file:
         for i in range(14):
             colour, thing = colours[i % 5], things[i % 4]
-            chosen = f"A {colour} {thing} is at the top left." + " The rest is empty." * (i % 3)
+            chosen = f"A {colour} {thing} is at the top left." + " The rest is empty." * ((i + 1) % 3)
             rejected = f"There is no {thing}, but a {colours[(i + 2) % 5]} {things[(i + 1) % 4]}."
-            rejected += " It is large." * (4 - 2 * (i % 3))  # so that the base ranks some pairs right
+            rejected += " It is large." * (4 - 2 * ((i + 1) % 3))  # so that the base ranks some pairs right
             pair = {"id": f"pair-{i:02d}", "images": [toyworld.image_name("alignment", i)], "prompt": "What is there?"}
             file.write(json.dumps(pair | {"chosen": chosen, "rejected": rejected}) + "\n")
     return str(path)
@@ -640,8 +640,10 @@ def test_without_pairs_they_are_sampled_first(model, tmp_path, monkeypatch):
         train(model, tmp_path / "b", resume=True, **knobs)
     assert sum(map(len, calls)) == 1  # the fifth; four were there
     a, b = contents(tmp_path / "a"), contents(tmp_path / "b")
-    assert a.keys() == b.keys() and {name for name in a if a[name] != b[name]} == {"config.json", "pairs.config.json"}
-    with open(tmp_path / "b" / "pairs.jsonl", "a") as file:
-        file.write("rubbish\n")
-    train(model, tmp_path / "b", **knobs)  # a new run samples anew
+    different = {name for name in a if a[name] != b[name]}
+    assert a.keys() == b.keys() and different == {"config.json", "pairs.jsonl.config.json"}
+    train(model, tmp_path / "b", **knobs)  # a new run of the same settings takes the pairs that are there
+    assert contents(tmp_path / "b").keys() == b.keys() and sum(map(len, calls)) == 1
+    with pytest.raises(UserError, match="pairs of another seed .*give another --out, or remove"):
+        train(model, tmp_path / "b", seed=1, **knobs)
     assert (tmp_path / "b" / "pairs.jsonl").read_bytes() == (tmp_path / "a" / "pairs.jsonl").read_bytes()
