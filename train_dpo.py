@@ -37,7 +37,7 @@ from minialign.llava import Llava
 from minialign.lora import adapters_off, add_adapters, merged_state, save_adapter, trainable_groups
 from minialign.losses import LOSSES, branch_logps, log_ratio_difference
 from minialign.report import write_report
-from minialign.resume import load_progress, save_progress
+from minialign.resume import load_progress, require_same_data, save_progress
 
 # What stands for a flag that is not given: the paper's value (App. A), or the toy model's, chosen on validation.
 PAPER = {"beta": 0.1, "lr": 5e-7, "projector_lr": 2e-6, "lora_rank": 128, "lora_alpha": 256.0, "epochs": 3}
@@ -216,6 +216,7 @@ def main(config: Config) -> None:
     write_json(out / "config.json", asdict(config) | {"resume": False})
     if records is None:
         records = collate.usable(read_pairs(sample_pairs(config, out), config.limit), skip_bad=False)
+    require_same_data(out / "checkpoint", records, config.resume)
 
     benchmark = ToyBenchmark(config.eval_split, config.eval_images)
     evaluate = config.images == "toy" and config.eval_images > 0

@@ -12,8 +12,20 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 
 from minialign.checkpoint import check_tensors, read_tensors
+from minialign.data import Record
+from minialign.errors import UserError
+from minialign.files import read_json, write_json
+from minialign.generate import stable_seed
 from minialign.llava import Llava
 from minialign.lora import adapter_state
+
+
+def require_same_data(folder: Path, records: list[Record], resume: bool) -> None:
+    """Note which pairs a run trains on; a resumed run must find the same ones in its pairs file."""
+    path, data = folder / "data.json", {"pairs": len(records), "hash": stable_seed(*records)}
+    if resume and path.exists() and read_json(path, "leave --resume out") != data:
+        raise UserError(f"--resume: the pairs are not those that {path} was made for; leave --resume out")
+    write_json(path, data)
 
 
 def save_progress(folder: Path, model: Llava, optimizer: torch.optim.Optimizer, step: int) -> None:

@@ -298,7 +298,7 @@ def test_what_a_run_leaves(undisturbed, model):
     assert {p.name for p in (undisturbed / "adapter").iterdir()} == {"adapter_config.json", "adapter_model.safetensors"}
     merged = {p.name for p in (undisturbed / "merged").iterdir()}
     assert {"config.json", "model.safetensors", "tokenizer.json", "preprocessor_config.json"} <= merged
-    assert [p.name for p in (undisturbed / "checkpoint").iterdir()] == ["progress.safetensors"]
+    assert [p.name for p in (undisturbed / "checkpoint").iterdir()] == ["data.json", "progress.safetensors"]
     config = json.loads((undisturbed / "config.json").read_text())
     assert config["model"] == model and config["lr"] == 3e-3 and config["beta"] == 0.1 and config["resume"] is False
     rows = read_lines(undisturbed / "metrics.jsonl")
@@ -647,3 +647,39 @@ def test_without_pairs_they_are_sampled_first(model, tmp_path, monkeypatch):
     with pytest.raises(UserError, match="pairs of another seed .*give another --out, or remove"):
         train(model, tmp_path / "b", seed=1, **knobs)
     assert (tmp_path / "b" / "pairs.jsonl").read_bytes() == (tmp_path / "a" / "pairs.jsonl").read_bytes()
+    with open(tmp_path / "b" / "pairs.jsonl", "a") as file:
+        file.write("rubbish\n")
+    before = (tmp_path / "b" / "pairs.jsonl").read_bytes()
+    with pytest.raises(UserError, match="another --out"):  # what it did not write it does not remove
+        train(model, tmp_path / "b", **knobs)
+    assert (tmp_path / "b" / "pairs.jsonl").read_bytes() == before
+
+
+def test_the_models_own_folder_is_no_out(model):
+    before = contents(Path(model))
+    with pytest.raises(UserError, match="own folder"):
+        train(model, Path(model), pairs="none.jsonl")
+    assert contents(Path(model)) == before
+
+
+def test_settings_of_two_pairs_files_in_one_folder_stay_apart(model, tmp_path):
+    sample(model, tmp_path / "s0.0", limit=2, seed=0)
+    sample(model, tmp_path / "s0.1", limit=2, seed=1)
+    with pytest.raises(UserError, match="another seed"):
+        sample(model, tmp_path / "s0.0", limit=3, seed=1)
+
+
+def test_resuming_on_other_pairs_is_refused(model, tmp_path):
+    rows = [json.loads(line) for line in open_pairs(tmp_path, model)]
+    file = tmp_path / "mine.jsonl"
+    file.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    train(model, tmp_path / "run", pairs=str(file))
+    file.write_text("".join(json.dumps(row) + "\n" for row in rows[:-1]))
+    with pytest.raises(UserError, match="pairs are not those"):
+        train(model, tmp_path / "run", pairs=str(file), resume=True)
+
+
+def open_pairs(folder: Path, model: str) -> list[str]:
+    """The lines of a small pairs file."""
+    sample_bdhs.main(sample_bdhs.Config(out=str(folder / "pairs.jsonl"), limit=6))
+    return (folder / "pairs.jsonl").read_text().splitlines()
