@@ -204,18 +204,16 @@ def main(config: Config) -> None:
         before = read_json(out / "config.json", "there is nothing to resume; leave --resume out")
         changed = [k for k, v in asdict(config).items() if k not in ("resume", "out") and before.get(k) != v]
         require(not changed, f"--resume: {', '.join(changed)} differ from {out}/config.json; keep them as they were")
-    records = read_pairs(Path(config.pairs), config.limit, config.skip_bad_records) if config.pairs else None
+    pairs = Path(config.pairs) if config.pairs else sample_pairs(config, out)
+    records = read_pairs(pairs, config.limit, config.skip_bad_records)
     model, tokenizer = load_model(folder, config.device), Tokenizer.from_folder(folder)
     processor = ImageProcessor.from_folder(folder)
     collate = PairCollator(tokenizer, processor, config.images, model.config.vision.patches, config.max_response_tokens)
-    if records is not None:
-        records = collate.usable(records, config.skip_bad_records)
+    records = collate.usable(records, config.skip_bad_records)
     progress = out / "checkpoint" / "progress.safetensors"
     if progress.exists() and not config.resume:  # an earlier run's, which --resume must not take for this one's
         progress.unlink()
     write_json(out / "config.json", asdict(config) | {"resume": False})
-    if records is None:
-        records = collate.usable(read_pairs(sample_pairs(config, out), config.limit), skip_bad=False)
     require_same_data(out / "checkpoint", records, config.resume)
 
     benchmark = ToyBenchmark(config.eval_split, config.eval_images)
