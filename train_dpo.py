@@ -156,7 +156,9 @@ def train(model: Llava, records: list[Record], collate: PairCollator, config: Co
         share = learning_rate(step, total, config.warmup, config.schedule)
         for group, peak in zip(optimizer.param_groups, peaks, strict=True):
             group["lr"] = share * peak
-        batch = batches_of_epoch(records, config.batch_size, config.seed, step // per_epoch)[step % per_epoch]
+        if step == start or step % per_epoch == 0:
+            batches = batches_of_epoch(records, config.batch_size, config.seed, step // per_epoch)
+        batch = batches[step % per_epoch]
         size = math.ceil(len(batch) / config.accumulate)
         length = sum(len(collate.responses(record)[0]) for record in batch) / len(batch)
         metrics: dict[str, float] = {}

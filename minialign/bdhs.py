@@ -13,6 +13,7 @@ import random
 import re
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import cached_property
 
 import torch
 from PIL import Image
@@ -123,6 +124,11 @@ class Bdhs:
     similarity: Callable[[list[str], list[str]], list[float]]
     config: BdhsConfig
 
+    @cached_property
+    def sentence_stops(self) -> set[int]:
+        """`full_stop_ids`, looked up once: the vocabulary is long and every batch asks."""
+        return full_stop_ids(self.tokenizer)
+
     def sample(self, examples: list[Example]) -> list[Sampled]:
         """Algorithm 1 for a batch; only responses that are still too similar to y+ are sampled again."""
         results: list[Sampled | None] = [None] * len(examples)
@@ -171,7 +177,7 @@ class Bdhs:
             seeds.append([stable_seed(seed, k) for k in range(len(parts))])
             cuts.append(parts)
         features = self.model.encode_images(torch.stack(pixels))
-        stops = full_stop_ids(tokenizer) if guided else {tokenizer.eos_id}
+        stops = self.sentence_stops if guided else {tokenizer.eos_id}
         completions = generate(
             self.model, sequences, features, config.sampling, stops, seeds, pad_id=tokenizer.pad_id
         )
