@@ -22,7 +22,7 @@ from minialign.chat import Tokenizer, Turn
 from minialign.generate import Completion, Sampling, generate, stable_seed
 from minialign.images import ImageProcessor, add_noise
 from minialign.llava import Llava
-from minialign.masks import Branch, Sequence, image_attention_mask
+from minialign.masks import Branch, Sequence, mask_of_seed
 
 YES_NO = re.compile(r"(Yes|yes|No|no)\b")  # Alg. 1 l. 12
 SWAP = {"Yes": "No", "yes": "no", "No": "Yes", "no": "yes"}
@@ -153,8 +153,7 @@ class Bdhs:
 
     def mask(self, seed: int) -> torch.Tensor:
         """Eq. 6 for one picture."""
-        generator = torch.Generator().manual_seed(seed)
-        return image_attention_mask(self.model.config.vision.patches, self.config.rho_th, generator)
+        return mask_of_seed(self.model.config.vision.patches, self.config.rho_th, seed)
 
     def iterate(self, examples: list[Example], iteration: int, guided: bool) -> list[str]:
         """One iteration of Alg. 1 for a batch: one prefill, then all sentences of all examples at once."""

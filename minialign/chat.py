@@ -22,7 +22,7 @@ from minialign.generate import Sampling, generate, stable_seed
 from minialign.images import ImageProcessor, open_image, read_picture
 from minialign.lora import load_adapter
 from minialign.losses import token_logps
-from minialign.masks import Branch, Sequence, build_tree, image_attention_mask
+from minialign.masks import Branch, Sequence, build_tree, mask_of_seed
 
 Turn = tuple[str, str]  # ("user" | "assistant", text)
 
@@ -142,7 +142,7 @@ def main() -> None:
     if config.adapter:
         load_adapter(model, Path(config.adapter))
     patches = model.config.vision.patches
-    mask = image_attention_mask(patches, config.rho_th, torch.Generator().manual_seed(config.seed))
+    mask = mask_of_seed(patches, config.rho_th, config.seed)
     prompt_ids = tokenizer.prompt([("user", config.prompt)])
     features = model.encode_images(pixels[None])
     if config.response is None:

@@ -15,7 +15,7 @@ from minialign import toyworld
 from minialign.chat import Tokenizer, Turn
 from minialign.errors import UserError
 from minialign.images import ImageProcessor, open_image
-from minialign.masks import Branch, Sequence, TokenTree, build_tree, image_attention_mask
+from minialign.masks import Branch, Sequence, TokenTree, build_tree, mask_of_seed
 from minialign.report import ReportPair
 
 TOY_RECORDS = 2000  # alignment records of the embedded world, unless --limit says otherwise
@@ -270,8 +270,7 @@ class PairCollator:
         """What the report shows of a pair: the crop that the tower saw, its visible patches, the texts."""
         mask = None
         if record.bdhs.get("rho_th") and record.bdhs.get("mask_seed") is not None:
-            generator = torch.Generator().manual_seed(record.bdhs["mask_seed"])
-            mask = image_attention_mask(self.patches, record.bdhs["rho_th"], generator).tolist()
+            mask = mask_of_seed(self.patches, record.bdhs["rho_th"], record.bdhs["mask_seed"]).tolist()
         question = record.turns[-1][1]
         picture = self.processor.crop(open_image(self.images, record.image))
         facts = (record.bdhs.get(name) for name in ("iterations", "similarity", "guided"))

@@ -75,6 +75,11 @@ def image_attention_mask(image_tokens: int, rho_th: float, generator: torch.Gene
     return torch.rand(image_tokens, generator=generator) >= rho_th
 
 
+def mask_of_seed(image_tokens: int, rho_th: float, seed: int) -> Tensor:
+    """The mask that a seed stands for: a pair stores its seed, and the report draws the same mask again."""
+    return image_attention_mask(image_tokens, rho_th, torch.Generator().manual_seed(seed))
+
+
 @dataclass(frozen=True)
 class Branch:
     """Token ids that fork from the trunk before `trunk[fork]`; None forks at the trunk's end."""

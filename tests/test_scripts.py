@@ -91,11 +91,11 @@ def test_pairs_file(model, tmp_path):
 def test_the_stored_seed_draws_the_mask_that_was_used(model, tmp_path, monkeypatch):
     used = []
 
-    def spy(patches, rho_th, generator):
-        used.append(image_attention_mask(patches, rho_th, generator).tolist())
+    def spy(patches, rho_th, seed):
+        used.append(image_attention_mask(patches, rho_th, torch.Generator().manual_seed(seed)).tolist())
         return torch.tensor(used[-1])
 
-    monkeypatch.setattr("minialign.bdhs.image_attention_mask", spy)
+    monkeypatch.setattr("minialign.bdhs.mask_of_seed", spy)
     pairs = sample(model, tmp_path / "pairs.jsonl", n_bdhs=1)
     collate = PairCollator(toy_tokenizer(), toy_processor(), "toy", 36, 512)
     shown = [collate.report_pair(record) for record in read_pairs(tmp_path / "pairs.jsonl", None)]
