@@ -4,7 +4,8 @@
     python sample_bdhs.py --model DIR --data FILE --images DIR --encoder DIR --out pairs.jsonl
 
 Reads supervised records (LLaVA-Instruct form), writes a pairs file: JSON Lines of id, images, prompt, chosen
-(the record's answer), rejected (sampled) and bdhs (iterations, similarity, mask_seed, guided, rho_th).
+(the record's answer), rejected (sampled) and bdhs (iterations, similarity, mask_seed, guided, truncated,
+rho_th, noise_steps).
 A killed run continues where it stopped: whole batches are appended, and what is there is not sampled again.
 An example's pair depends on --seed and its id alone, not on the batch size or the order; repeated ids are numbered.
 Where a record has earlier turns, prompt, chosen and rejected are lists of messages in the whole file.
@@ -102,18 +103,19 @@ def with_pictures(records: list[Record], config: Config) -> list[tuple[Record, E
     return collect(((f"record {record.id}", record) for record in records), opened, None, config.skip_bad_records)
 
 
-def pair_line(record: Record, sampled: Sampled, rho_th: float, messages: bool) -> dict:
+def pair_line(record: Record, sampled: Sampled, config: Config, messages: bool) -> dict:
     """One line of the pairs file; TRL reads it as it is."""
-    bdhs = asdict(sampled)
+    bdhs = asdict(sampled) | {"rho_th": config.rho_th, "noise_steps": config.noise_steps}
     fields = preference_fields(record.turns, record.chosen, bdhs.pop("rejected"), messages)
-    return {"id": record.id, "images": [record.image], **fields, "bdhs": bdhs | {"rho_th": rho_th}}
+    return {"id": record.id, "images": [record.image], **fields, "bdhs": bdhs}
 
 
 def resolved_curve(pairs: list[dict], n_bdhs: int, eps_s: float) -> list[float]:
-    """Fig. 10: the share of responses that differ from y+ (similarity below eps_s) after 1, 2, ... iterations."""
-    found = [pair.get("bdhs", {}) for pair in pairs]
-    # Whatever is sampled last is kept, different or not.
-    needed = Counter(b.get("iterations") for b in found if b.get("iterations") != n_bdhs or b["similarity"] < eps_s)
+    """Fig. 10: the share of whole responses that differ from y+ (similarity below eps_s) after 1, 2, ... iterations."""
+    found = [pair["bdhs"] for pair in pairs]
+    # Whatever is sampled last is kept, different and whole or not.
+    whole = (b for b in found if b["iterations"] < n_bdhs or b["similarity"] < eps_s and not b["truncated"])
+    needed = Counter(b["iterations"] for b in whole)
     return [round(sum(needed[i] for i in range(1, n + 1)) / max(1, len(pairs)), 4) for n in range(1, n_bdhs + 1)]
 
 
@@ -145,7 +147,7 @@ def main(config: Config) -> None:
             batch = with_pictures(part, config)
             sampled = bdhs.sample([example for _, example in batch]) if batch else []
             both = zip((record for record, _ in batch), sampled, strict=True)
-            new = [pair_line(r, s, config.rho_th, messages) for r, s in both if s.rejected]
+            new = [pair_line(r, s, config, messages) for r, s in both if s.rejected]
             append_lines(out, new)
             pairs += new
             left_out += len(part) - len(new)
@@ -153,10 +155,12 @@ def main(config: Config) -> None:
 
     curve = resolved_curve(pairs, config.n_bdhs, config.eps_s)
     same = sum(pair["chosen"] == pair["rejected"] for pair in pairs)
-    stats = {"pairs": len(pairs), "resolved": curve, "identical": same, "left_out": left_out}
+    truncated = sum(pair["bdhs"]["truncated"] for pair in pairs)
+    stats = {"pairs": len(pairs), "resolved": curve, "identical": same, "truncated": truncated, "left_out": left_out}
     write_json(beside(out, "stats"), stats)
     shown = ", ".join(f"{share:.1%} after {i}" for i, share in enumerate(curve, start=1))
-    print(f"{out}: {len(pairs)} pairs, {left_out} left out; different from y+ (Fig. 10): {shown}; identical: {same}")
+    print(f"{out}: {len(pairs)} pairs, {left_out} left out; different from y+ (Fig. 10): {shown}; identical: {same}; "
+          f"truncated: {truncated}")  # fmt: skip
 
 
 if __name__ == "__main__":

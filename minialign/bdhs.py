@@ -5,8 +5,9 @@ noise (Eq. 9). What it then says is what its language prior says: a plausible ha
 response that nobody had to write.
 
 Differs from the paper: the yes/no pattern ends at a word boundary, so that `Nobody` or `Yesterday` stay whole.
-Silent in the paper, chosen here: a cut falls on a word boundary and may keep nothing; hidden tokens leave gaps
-in the RoPE positions rather than shifting the text; every draw is seeded per example.
+Silent in the paper, chosen here: a cut falls on a word boundary and may keep nothing, but never takes a swapped
+word away; a response that is empty or runs into the length limit is sampled again like one that is too similar;
+hidden tokens leave gaps in the RoPE positions rather than shifting the text; every draw is seeded per example.
 """
 
 import random
@@ -20,7 +21,7 @@ from PIL import Image
 
 from minialign.chat import Tokenizer, Turn
 from minialign.generate import Completion, Sampling, generate, stable_seed
-from minialign.images import ImageProcessor, add_noise
+from minialign.images import ImageProcessor, noise_of_seed
 from minialign.llava import Llava
 from minialign.masks import Branch, Sequence, mask_of_seed
 
@@ -53,13 +54,14 @@ class Example:
 
 @dataclass(frozen=True)
 class Sampled:
-    """A rejected response y- and how it came about."""
+    """A rejected response y- and how it came about; `truncated`: the length limit ended a completion."""
 
     rejected: str
     iterations: int
     similarity: float
     mask_seed: int
     guided: bool
+    truncated: bool
 
 
 @dataclass(frozen=True)
@@ -82,10 +84,12 @@ def cut_sentence(text: str, span: tuple[int, int], ids: list[int], tokenizer: To
     start, end = span
     sentence = text[start:end]
     match = YES_NO.match(sentence)
+    places = [word.start() for word in re.finditer(r"\S+", sentence)]
     if match and rng.random() >= 0.5:
-        sentence = SWAP[match[1]] + sentence[match.end() :]
-    words = [word.start() for word in re.finditer(r"\S+", sentence)]
-    kept = sentence[: rng.choice(words)].rstrip()
+        said = SWAP[match[1]]
+        sentence = said + sentence[match.end() :]
+        places = [word.start() for word in re.finditer(r"\S+", sentence)][1:] or [len(said)]
+    kept = sentence[: rng.choice(places)].rstrip()
     # The swapped word belongs to its own sentence: the text before it is always the true one (Eq. 7).
     before = text[:start] if kept else text[:start].rstrip()
     kept_ids = tokenizer.encode(before + kept)
@@ -137,12 +141,15 @@ class Bdhs:
             last = iteration == self.config.n_bdhs
             guided = self.config.guided and not (self.config.n_bdhs > 1 and last)  # l. 5-7
             batch = [examples[i] for i in pending]
-            texts = self.iterate(batch, iteration, guided)
+            texts, truncated = self.iterate(batch, iteration, guided)
             phis = self.similarity(texts, [example.chosen for example in batch])
-            for i, text, phi in zip(pending, texts, phis, strict=True):
+            again = []
+            for i, text, cut_off, phi in zip(pending, texts, truncated, phis, strict=True):
                 seed = self.mask_seed(examples[i], iteration)
-                results[i] = Sampled(text, iteration, round(phi, 4), seed, guided)
-            pending = [i for i, phi in zip(pending, phis, strict=True) if phi >= self.config.eps_s]
+                results[i] = Sampled(text, iteration, round(phi, 4), seed, guided, cut_off)
+                if phi >= self.config.eps_s or cut_off or not text:
+                    again.append(i)
+            pending = again
             if not pending:
                 break
         return results
@@ -155,14 +162,16 @@ class Bdhs:
         """Eq. 6 for one picture."""
         return mask_of_seed(self.model.config.vision.patches, self.config.rho_th, seed)
 
-    def iterate(self, examples: list[Example], iteration: int, guided: bool) -> list[str]:
-        """One iteration of Alg. 1 for a batch: one prefill, then all sentences of all examples at once."""
+    def iterate(self, examples: list[Example], iteration: int, guided: bool) -> tuple[list[str], list[bool]]:
+        """One iteration of Alg. 1 for a batch: one prefill, then all sentences of all examples at once.
+
+        Returns the responses, and which of them the length limit cut off.
+        """
         config, tokenizer = self.config, self.tokenizer
         sequences, cuts, pixels, seeds = [], [], [], []
         for example in examples:
             seed = self.mask_seed(example, iteration)
-            noisy = add_noise(example.image, config.noise_steps, torch.Generator().manual_seed(seed))
-            pixels.append(self.processor(noisy))
+            pixels.append(self.processor(noise_of_seed(example.image, config.noise_steps, seed)))
             prompt = tokenizer.prompt(example.turns)
             if guided:
                 ids, rng = tokenizer.encode(example.chosen), random.Random(seed)
@@ -180,4 +189,5 @@ class Bdhs:
         completions = generate(
             self.model, sequences, features, config.sampling, stops, seeds, pad_id=tokenizer.pad_id
         )
-        return [join(c, done, tokenizer) for c, done in zip(cuts, completions, strict=True)]
+        texts = [join(c, done, tokenizer) for c, done in zip(cuts, completions, strict=True)]
+        return texts, [not all(completion.stopped for completion in done) for done in completions]

@@ -14,12 +14,14 @@ from tqdm import tqdm
 from minialign import toyworld
 from minialign.chat import Tokenizer, Turn
 from minialign.errors import UserError
-from minialign.images import ImageProcessor, open_image
+from minialign.files import read_json
+from minialign.images import ImageProcessor, noise_of_seed, open_image
 from minialign.masks import Branch, Sequence, TokenTree, build_tree, mask_of_seed
 from minialign.report import ReportPair
 
 TOY_RECORDS = 2000  # alignment records of the embedded world, unless --limit says otherwise
-BDHS_FIELDS = {"iterations": int, "similarity": int | float, "mask_seed": int, "guided": bool, "rho_th": int | float}
+BDHS_FIELDS = {"iterations": int, "similarity": int | float, "mask_seed": int, "guided": bool, "rho_th": int | float,
+               "noise_steps": int, "truncated": bool}  # fmt: skip
 ROLES = {"human": "user", "user": "user", "gpt": "assistant", "assistant": "assistant"}
 
 
@@ -40,16 +42,8 @@ def read_instruct(data: str, limit: int | None, skip_bad: bool = False) -> list[
     if data == "toy":
         raws = toyworld.alignment_records(TOY_RECORDS if limit is None else limit)
         return [instruct_record(raw) for raw in raws]
-    path = Path(data)
-    try:
-        raws = json.loads(path.read_text(encoding="utf-8-sig"))
-    except FileNotFoundError:
-        raise UserError(f"--data {data}: no such file; give a LLaVA-Instruct JSON array, or `toy`") from None
-    except (OSError, ValueError, RecursionError) as error:
-        raise UserError(f"--data {data}: not readable as JSON ({error}); give a LLaVA-Instruct JSON array") from None
-    if not isinstance(raws, list):
-        raise UserError(f"--data {data}: expected a JSON array of records in LLaVA-Instruct form")
-    numbered = ((f"{path}, record {number}", raw) for number, raw in enumerate(raws, start=1))
+    raws = read_json(Path(data), "give --data a LLaVA-Instruct JSON array, or `toy`", list)
+    numbered = ((f"{data}, record {number}", raw) for number, raw in enumerate(raws, start=1))
     records = collect(numbered, instruct_record, limit, skip_bad)
     if not records:
         raise UserError(f"--data {data}: no usable record; give a LLaVA-Instruct JSON array, or `toy`")
@@ -272,6 +266,9 @@ class PairCollator:
         if record.bdhs.get("rho_th") and record.bdhs.get("mask_seed") is not None:
             mask = mask_of_seed(self.patches, record.bdhs["rho_th"], record.bdhs["mask_seed"]).tolist()
         question = record.turns[-1][1]
-        picture = self.processor.crop(open_image(self.images, record.image))
+        picture = open_image(self.images, record.image)
+        if record.bdhs.get("noise_steps") and record.bdhs.get("mask_seed") is not None:
+            picture = noise_of_seed(picture, record.bdhs["noise_steps"], record.bdhs["mask_seed"])
+        picture = self.processor.crop(picture)
         facts = (record.bdhs.get(name) for name in ("iterations", "similarity", "guided"))
         return ReportPair(record.id, picture, mask, question, record.chosen, record.rejected, *facts)

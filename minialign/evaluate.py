@@ -96,10 +96,10 @@ def count_pope(questions: dict[str, list[str]], answers: dict[tuple[str, str], s
 
 
 def ratios(sums: Counts) -> dict[str, np.ndarray]:
-    """Metrics from summed counts (arrays over bootstrap resamples)."""
+    """Metrics from summed counts (arrays over bootstrap resamples); NaN where there was nothing to count."""
 
     def per(a, b):
-        return np.divide(a, b, out=np.zeros_like(b, dtype=float), where=b > 0)
+        return np.divide(a, b, out=np.full_like(b, np.nan, dtype=float), where=b > 0)
 
     values = {
         "chair_i": per(sums["hallucinated"], sums["mentioned"]),
@@ -135,9 +135,11 @@ def bootstrap(runs: list[list[Counts]], resamples: int = 1000) -> dict[str, np.n
     return ratios(dict.fromkeys(COUNTED, np.zeros(1 + resamples)) | dict(zip(names, sums, strict=True)))
 
 
-def interval(values: np.ndarray) -> dict[str, float]:
-    """A bootstrapped figure as {value, low, high} of its 95 % interval."""
-    low, high = np.percentile(values[1:], [2.5, 97.5])
+def interval(values: np.ndarray) -> dict[str, float | None]:
+    """A bootstrapped figure as {value, low, high} of its 95 % interval; None where nothing was there to measure."""
+    if np.isnan(values[0]):
+        return dict.fromkeys(("value", "low", "high"))
+    low, high = np.nanpercentile(values[1:], [2.5, 97.5])
     return {"value": round(float(values[0]), 5), "low": round(float(low), 5), "high": round(float(high), 5)}
 
 
@@ -193,7 +195,11 @@ def print_table(columns: dict[str, dict[str, dict[str, float]]]) -> None:
     names = [name for name in next(iter(columns.values()))]
     print(f"{'':22}" + "".join(f"{title:>26}" for title in columns))
     for name in names:
-        cells = (f"{v['value']:.3f} [{v['low']:.3f}, {v['high']:.3f}]" for v in (c[name] for c in columns.values()))
+        values = [column[name] for column in columns.values()]
+        cells = [
+            "not measured" if v["value"] is None else f"{v['value']:.3f} [{v['low']:.3f}, {v['high']:.3f}]"
+            for v in values
+        ]
         print(f"{name:22}" + "".join(f"{cell:>26}" for cell in cells))
 
 

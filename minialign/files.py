@@ -44,16 +44,16 @@ def write_json(path: Path, value: object) -> None:
     write_whole(path, json.dumps(value, indent=2, ensure_ascii=False) + "\n")
 
 
-def read_json(path: Path, remedy: str) -> dict:
-    """Read one JSON object; a missing or malformed file is a `UserError` that ends in `remedy`."""
+def read_json(path: Path, remedy: str, kind: type = dict) -> dict | list:
+    """Read one JSON object (or array); a missing or malformed file is a `UserError` that ends in `remedy`."""
     try:
-        value = json.loads(Path(path).read_text(encoding="utf-8"))
+        value = json.loads(Path(path).read_text(encoding="utf-8-sig"))
     except FileNotFoundError:
         raise UserError(f"{path}: no such file; {remedy}") from None
     except (OSError, ValueError, RecursionError) as error:
         raise UserError(f"{path}: not readable as JSON ({error}); {remedy}") from None
-    if not isinstance(value, dict):
-        raise UserError(f"{path}: expected a JSON object; {remedy}")
+    if not isinstance(value, kind):
+        raise UserError(f"{path}: expected a JSON {'object' if kind is dict else 'array'}; {remedy}")
     return value
 
 

@@ -88,6 +88,11 @@ def add_noise(image: Image.Image, steps: int, generator: torch.Generator) -> Ima
     return Image.fromarray((noisy * 255).round().to(torch.uint8).numpy())
 
 
+def noise_of_seed(image: Image.Image, steps: int, seed: int) -> Image.Image:
+    """The noisy picture that a pair's `mask_seed` stands for: sampler and report draw the same."""
+    return add_noise(image, steps, torch.Generator().manual_seed(seed))
+
+
 def open_image(images: str, name: str) -> Image.Image:
     """A record's picture as RGB: a file below the folder `images`, or a scene of the world that `toy` names."""
     if images == "toy":

@@ -134,11 +134,9 @@ def show(value: object, form: str = ".4g") -> str:
 
 
 def summary(config: dict) -> str:
-    """The date and the command, or the first few plain settings where no command is recorded."""
-    plain = [f"{key} {value}" for key, value in config.items() if not isinstance(value, (dict, list, tuple))]
-    command = config.get("command") or " · ".join(plain[:6])
-    command = command if isinstance(command, str) else " ".join(map(str, command))
-    return time.strftime("%Y-%m-%d %H:%M UTC", time.gmtime()) + (f" · {command}" if command else "")
+    """The date and the first few settings."""
+    settings = [f"{key} {value}" for key, value in list(config.items())[:6]]
+    return " · ".join([time.strftime("%Y-%m-%d %H:%M UTC", time.gmtime()), *settings])
 
 
 def results_table(result: dict) -> str:
@@ -175,18 +173,13 @@ def training_curves(metrics: list[dict]) -> str:
 
 
 def series(metrics: list[dict], key: str, size: int) -> tuple[list[tuple[float, float | None]], int]:
-    """(step, value) in order of steps, averaged over runs of `size`, and the number of values that are not
+    """(step, value), averaged over runs of `size` rows, and the number of values that are not
     finite. A run without any finite value becomes None, a gap in the line."""
-    rows = {}  # by step: a resumed run logs the steps after its checkpoint again, and the last row counts
-    for index, row in enumerate(metrics):
-        if key in row:
-            step = number(row.get("step"))
-            rows[index if step is None else step] = number(row[key])
-    points, means = sorted(rows.items()), []
+    points, means = [(row["step"], number(row[key])) for row in metrics if key in row], []
     for run in (points[start : start + size] for start in range(0, len(points), size)):
         values = [value for _, value in run if value is not None]
         means.append((run[-1][0], sum(values) / len(values) if values else None))
-    return means, list(rows.values()).count(None)
+    return means, [value for _, value in points].count(None)
 
 
 def chart(metrics: list[dict], size: int, title: str, label: str, keys: list[str], span: list[float]) -> str:

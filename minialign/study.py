@@ -83,12 +83,13 @@ def run_row(row: str, seed: int, config: Config) -> dict[str, list[Counts]]:
 
 
 def same_settings(config: Config) -> None:
-    """Refuse an --out whose rows were made with another split, other images or another limit."""
+    """Refuse an --out whose rows were made with another split, other images, another limit or other flags."""
     path, settings = Path(config.out) / "settings.json", asdict(config)
-    kept = {name: settings[name] for name in ("split", "images", "limit")}
+    kept = {name: settings[name] for name in ("split", "images", "limit")} | {"rows": ROWS}
     if path.exists():
         before = read_json(path, f"remove {config.out} and run again")
-        changed = [f"--{name} {value}" for name, value in kept.items() if before.get(name) != value]
+        asked = json.loads(json.dumps(kept))  # as a file gives it back: lists for tuples
+        changed = [f"--{name} {value}" for name, value in asked.items() if before.get(name) != value]
         require(not changed, f"{', '.join(changed)}: {path} says otherwise; give another --out")
     write_json(path, kept)
 
@@ -100,9 +101,12 @@ def judge(metrics: dict[str, dict[str, np.ndarray]]) -> list[dict]:
         if row not in metrics or other not in metrics:
             continue
         difference = interval(metrics[row][metric] - metrics[other][metric])
-        low, high = sorted((direction * difference["low"], direction * difference["high"]))
-        status = "reproduced" if low > 0 else "not reproduced" if high < 0 else "undecided"
-        shown = "{value:+.3f} [{low:+.3f}, {high:+.3f}]".format(**difference)
+        if difference["value"] is None:
+            status, shown = "undecided", "not measured"
+        else:
+            low, high = sorted((direction * difference["low"], direction * difference["high"]))
+            status = "reproduced" if low > 0 else "not reproduced" if high < 0 else "undecided"
+            shown = "{value:+.3f} [{low:+.3f}, {high:+.3f}]".format(**difference)
         evidence = f"{metric} {row} - {other}: {shown}"
         findings.append({"id": name, "status": status, "evidence": evidence})
     return findings

@@ -66,7 +66,7 @@ NO_DATA = [
 ]
 BAD_INSTRUCT = [
     (array(), "no usable record"),
-    (lines(instruct(0), instruct(1)), "give a LLaVA-Instruct JSON array"),  # JSON Lines
+    (lines(instruct(0), instruct(1)), "give --data a LLaVA-Instruct JSON array"),  # JSON Lines
     (array(instruct())[:-30], "not readable as JSON"),
     (json.dumps(instruct()).encode(), "expected a JSON array"),
     (array(instruct(0), 5), "record 2: expected a JSON object"),

@@ -89,7 +89,8 @@ def test_cuts_fall_on_word_boundaries(text):
             swapped = re.sub(r"^(Yes|yes|No|no)\b", lambda m: minialign.bdhs.SWAP[m[1]], sentence)
             whole = sentence if sentence.startswith(cut.kept) else swapped
             assert whole.startswith(cut.kept) and len(cut.kept) < len(whole)  # a prefix, and never all of it
-            assert cut.kept == "" or whole[len(cut.kept)].isspace()
+            alone = whole is swapped and len(sentence.split()) == 1
+            assert cut.kept == "" or alone or whole[len(cut.kept)].isspace()
             # What the branch continues: the true text before the sentence, and what is kept of it.
             before = text[:start] + cut.kept if cut.kept else text[:start].rstrip()
             assert cut.kept_ids == tokenizer.encode(before)
@@ -181,6 +182,17 @@ def test_swap_in_about_half_of_the_cases(word):
     assert len(kept) > 400
     swapped = sum(not k.startswith(word) for k in kept)
     assert abs(swapped / len(kept) - 0.5) < 0.08  # about four standard deviations
+
+
+@pytest.mark.parametrize(("text", "said"), [("Yes.", "No"), ("no!", "yes"), ("No", "Yes")])
+def test_a_swapped_word_is_never_cut_away(text, said):
+    """In an answer of one word the cut falls behind it; in a longer one it may not fall before the second."""
+    for seed in range(40):
+        swaps = random.Random(seed).random() >= 0.5
+        [(_, cut)] = cuts(text, random.Random(seed))
+        assert cut.kept == (said if swaps else "")
+        [(_, cut)] = cuts(f"{text[:2] if said != 'No' else 'Yes'}, it is so.", random.Random(seed))
+        assert not swaps or cut.kept.startswith(said)
 
 
 def test_the_swapped_word_belongs_to_its_own_sentence():
@@ -313,6 +325,23 @@ def test_only_too_similar_responses_are_sampled_again(calls):
         texts = [text for call in asked for text, reference in call if reference == example.chosen]
         assert len(texts) == result.iterations and result.rejected == texts[-1]
     assert len({r.mask_seed for r in results}) == 4
+
+
+def test_what_the_limit_cuts_off_is_sampled_again(calls):
+    """With room for one token a sentence ends by itself only where the full stop is all that is missing."""
+    batch = examples(4)
+    results = sampler(limit=1, n_bdhs=3, rho_th=0.7).sample(batch)
+    assert [len(call.sequences) for call in calls] == [4, 4, 4]
+    assert all(r.truncated and r.iterations == 3 for r in results)
+    results = sampler(limit=60, n_bdhs=3, rho_th=0.7).sample(batch)
+    assert not any(r.truncated for r in results) and all(r.iterations == 1 for r in results)
+
+
+def test_an_empty_response_is_sampled_again(monkeypatch):
+    texts = iter([["", "a."], ["b."]])
+    monkeypatch.setattr(Bdhs, "iterate", lambda self, part, i, guided: (next(texts), [False] * len(part)))
+    results = sampler(n_bdhs=5).sample(examples(2))
+    assert [(r.rejected, r.iterations) for r in results] == [("b.", 2), ("a.", 1)]
 
 
 @pytest.mark.parametrize("n_bdhs", [2, 3])

@@ -106,16 +106,11 @@ def test_full_page_is_well_formed_and_in_order(tmp_path):
     assert "iterations–similarity–guided–visible patches–" in page.text
 
 
-def test_command_replaces_the_settings_in_the_summary(tmp_path):
-    _, page = write(tmp_path, config={"command": ["python", "-m", "minialign"], "seed": 0})
-    assert "UTC · python -m minialign" in page.text and "· seed 0" not in page.text
-
-
 def test_everything_from_outside_stays_text(tmp_path):
     pair = make_pair(id=EVIL, prompt=EVIL, chosen=EVIL + " one", rejected=EVIL + " two")
     config = {"name": EVIL, EVIL: 1}
     cell = {"value": 0.5, "low": 0.4, "high": 0.6}
-    metrics = [{"step": 1, "loss": 0.5, EVIL: 1.0}, {"step": EVIL, "loss": EVIL}]
+    metrics = [{"step": 1, "loss": 0.5, EVIL: 1.0}, {"step": 2, "loss": EVIL}]
     result = {EVIL: {EVIL: cell}, "a": {}, "b": {}}
     source, page = write(tmp_path, EVIL, config, [pair], metrics, result)
     assert not page.all("script") and "<script" not in source.lower()
@@ -260,17 +255,18 @@ def test_accuracy_spans_zero_to_one(tmp_path):
     assert re.findall(r"<text[^>]*>([^<]*)</text>", chart) == ["0", "1", "1", "2", "share of pairs", "step"]
 
 
-def test_long_runs_are_averaged_and_repeated_steps_count_once():
+def test_long_runs_are_averaged():
     line, lost = report.series(make_metrics(1000), "loss", 5)
     assert lost == 0 and len(line) == 200
     assert line[0] == (4, pytest.approx(-2 / 7)) and line[-1][0] == 999
     rows = [
         {"step": 1, "loss": 1.0},
         {"step": 2, "loss": math.nan},
-        {"step": 2, "loss": 4.0},
-        {"step": 0, "loss": 3.0},
+        {"step": 3},
+        {"step": 4, "loss": 4.0},
+        {"step": 5, "loss": math.nan},
     ]
-    assert report.series(rows, "loss", 1) == ([(0.0, 3.0), (1.0, 1.0), (2.0, 4.0)], 0)
+    assert report.series(rows, "loss", 2) == ([(2, 1.0), (5, 4.0)], 2)
 
 
 def test_long_runs_keep_the_page_small(tmp_path):
