@@ -26,6 +26,8 @@ from minialign.toydraw import COLOURS, COLUMNS, OBJECTS, ROWS, SETTINGS, draw_sc
 BIAS = 0.85  # how often a training scene's object, and a typical object's colour, is the typical one
 FREQUENCY = (5, 4, 4, 3, 3)  # of the settings in training scenes
 HEARSAY = 0.5  # how often a training text takes a foreign object for the setting's own one of that colour
+ALIGNMENT_HEARSAY = 0.3  # and an answer of the alignment split: they hallucinate about as often as the model does
+HARD = 0.5  # share of training conversations that ask for what the prior gets wrong
 # First seed of each split, and whether its scenes are biased. An index stays below the distance of two splits.
 SPLITS = {"train": (0, True), "alignment": (10**9, False), "validation": (2 * 10**9, False), "test": (3 * 10**9, False)}
 NAME = re.compile(rf"({'|'.join(SPLITS)})-(\d{{1,9}})\.png")  # of a picture
@@ -102,16 +104,16 @@ def with_article(words: str) -> str:
     return ("an " if words[0] in "aeiou" else "a ") + words
 
 
-def hearsay(scene: Scene) -> Scene:
+def hearsay(scene: Scene, rate: float = HEARSAY) -> Scene:
     """The scene as training texts tell it: LLaVA's were written by a language model that had not seen the picture.
 
-    A foreign object that has the typical colour of one of the setting's own is taken for that one, half the time.
+    A foreign object that has the typical colour of one of the setting's own is taken for that one at this rate.
     """
     rng, cells = random.Random(scene.seed + 4), {}
     for cell, (name, colour) in scene.cells.items():
         own = [o for o in SETTINGS[scene.setting] if TYPICAL_COLOUR[o] == colour]
         foreign = name not in SETTINGS[scene.setting]
-        cells[cell] = (own[0] if foreign and own and rng.random() < HEARSAY else name, colour)
+        cells[cell] = (own[0] if foreign and own and rng.random() < rate else name, colour)
     return Scene(scene.setting, cells, scene.seed)
 
 
@@ -155,27 +157,39 @@ def attribute(scene: Scene, rng: random.Random) -> tuple[str, str]:
     return rng.choice(questions)
 
 
+def shuffled(names: list[str], rng: random.Random) -> list[str]:
+    """The names in random order."""
+    return rng.sample(names, len(names))
+
+
 def conversation(scene: Scene, kind: str, rng: random.Random) -> list[tuple[str, str]]:
     """A training conversation of one kind: `description`, `existence` (multi-turn) or `attribute` (multi-turn)."""
     if kind == "description":
         pairs = [(rng.choice(DESCRIBE), description(scene, rng))]
     elif kind == "existence":
-        present = rng.sample(list(scene.objects), min(3, len(scene.objects)))
-        absent = rng.sample([o for o in OBJECTS if o not in scene.objects], len(present))
-        pairs = [existence(scene, name, rng) for name in rng.sample(present + absent, 2 * len(present))]
+        own, hard = SETTINGS[scene.setting], rng.random() < HARD
+        present = shuffled(list(scene.objects), rng)
+        absent = shuffled([o for o in OBJECTS if o not in scene.objects], rng)
+        if hard:  # foreign objects that are there, the setting's own that are not; else the prior answers it all
+            present.sort(key=lambda o: o in own)
+            absent.sort(key=lambda o: o not in own)
+        asked = present[:3] + absent[: min(3, len(present))]
+        pairs = [existence(scene, name, rng) for name in shuffled(asked, rng)]
     else:
         pairs = [attribute(scene, rng) for _ in range(4)]
     return [turn for question, answer in pairs for turn in (("user", question), ("assistant", answer))]
 
 
 def alignment_records(count: int, split: str = "alignment", first: int = 0) -> list[dict]:
-    """Records in LLaVA-Instruct form, one question and its true answer each: half descriptions, half existence.
+    """Records in LLaVA-Instruct form, one question and its answer each: half descriptions, half existence.
 
-    An absent object that is asked about is typical of the scene every other time, as POPE's adversarial ones.
+    The answers are hearsay too, as LLaVA-Instruct's are: no better than what the model says already, so that
+    imitating them teaches nothing new. An absent object that is asked about is typical of the scene every other
+    time, as POPE's adversarial ones.
     """
     records = []
     for index in range(first, first + count):
-        scene = make_scene(split, index)
+        scene = hearsay(make_scene(split, index), ALIGNMENT_HEARSAY)
         rng = random.Random(scene.seed + 2)
         if index % 2 == 0:
             question, answer = rng.choice(DESCRIBE), description(scene, rng)

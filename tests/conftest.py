@@ -1,82 +1,120 @@
-"""transformers as the independent oracle: random tiny LLaVA models, and logits under any mask."""
+"""Fixtures that more than one test file needs: transformers, model folders, pairs, pictures, a finished run."""
 
+import json
 import os
-import random
+import shutil
+from pathlib import Path
 
 import pytest
 import torch
-from helpers import randomize
-from torch import Tensor
+from encoder_folders import KINDS, make_encoder, make_folder
+from helpers import random_toy, toy_model
+from llava_folders import SEED
+from oracle import Oracle
+from PIL import Image
+from script_runs import train
+
+from minialign import toyworld
+from minialign.checkpoint import TOY, save_model
 
 os.environ["HF_HUB_OFFLINE"] = "1"
 torch.set_num_threads(1)  # the models are tiny: on a busy machine a second thread costs minutes
-
-
-class Oracle:
-    """LLaVA as transformers has it."""
-
-    def __init__(self, transformers):
-        self.transformers = transformers
-        transformers.utils.logging.disable_progress_bar()
-
-    def make(self, seed: int, feature_layer: int = -2, tied: bool = False):
-        """A tiny LlavaForConditionalGeneration, sizes and weights from the seed; odd seeds group their queries."""
-        rng = random.Random(seed)
-        torch.manual_seed(seed)
-        heads = rng.choice([2, 3]) * (1 + seed % 2)
-        groups = 1 + seed % 2
-        tower_heads, patch = rng.choice([1, 2, 3]), rng.choice([4, 7])
-        text = self.transformers.LlamaConfig(
-            vocab_size=rng.randrange(40, 90),
-            hidden_size=heads * rng.choice([6, 8]),
-            intermediate_size=rng.randrange(20, 60),
-            num_hidden_layers=rng.choice([2, 3]),
-            num_attention_heads=heads,
-            num_key_value_heads=heads // groups,
-            head_dim=rng.choice([4, 8, 10]),
-            rms_norm_eps=rng.choice([1e-6, 1e-5, 1e-2]),
-            rope_parameters={"rope_type": "default", "rope_theta": rng.choice([50.0, 1e4, 1e6])},
-        )
-        vision = self.transformers.CLIPVisionConfig(
-            hidden_size=tower_heads * rng.choice([8, 12]),
-            intermediate_size=rng.randrange(20, 60),
-            num_hidden_layers=rng.choice([3, 4]),
-            num_attention_heads=tower_heads,
-            image_size=patch * rng.choice([2, 3]) + rng.choice([0, 2]),  # what is left of a patch is cut off
-            patch_size=patch,
-            layer_norm_eps=rng.choice([1e-5, 1e-2]),
-        )
-        config = self.transformers.LlavaConfig(
-            text_config=text.to_dict(),
-            vision_config=vision.to_dict(),
-            image_token_index=rng.randrange(3, 30),
-            vision_feature_layer=feature_layer,
-            tie_word_embeddings=tied,
-        )
-        model = self.transformers.LlavaForConditionalGeneration(config).eval()
-        randomize(model, seed, 1.5)
-        return model
-
-    @staticmethod
-    @torch.no_grad()
-    def logits(model, ids: list[int], pixels: Tensor, visible: list[bool] | None = None, additive=False, **options):
-        """(T, V) logits; the image token, once in `ids`, is expanded. `visible`: image columns that may be seen."""
-        vision, image = model.config.vision_config, model.config.image_token_id
-        patches = (vision.image_size // vision.patch_size) ** 2
-        place = ids.index(image)
-        whole = torch.tensor([ids[:place] + [image] * patches + ids[place + 1 :]])
-        if visible is not None:
-            width = whole.shape[1]
-            seen = torch.ones(width, dtype=torch.bool)
-            seen[place : place + patches] = torch.tensor(visible)
-            mask = (torch.ones(width, width).tril().bool() & seen)[None, None]
-            if additive:
-                mask = torch.zeros(mask.shape).masked_fill(~mask, torch.finfo(torch.float32).min)
-            options |= {"attention_mask": mask, "position_ids": torch.arange(width)[None]}
-        return model(input_ids=whole, pixel_values=pixels[None], **options).logits[0]
 
 
 @pytest.fixture(scope="session")
 def oracle() -> Oracle:
     """transformers, where it is installed."""
     return Oracle(pytest.importorskip("transformers"))
+
+
+# ---------------------------------------------------------------- the scripts
+
+
+@pytest.fixture(scope="session")
+def model(tmp_path_factory) -> str:
+    """A model folder of random weights, float32; not to be changed."""
+    folder = tmp_path_factory.mktemp("model") / "llava"
+    save_model(random_toy(1).state_dict(), toy_model().config.raw, TOY, folder, torch.float32)
+    return str(folder)
+
+
+@pytest.fixture(scope="session")
+def pairs(tmp_path_factory) -> str:
+    """14 pairs; in batches of 4 the last one has 2. The words are fixed here, whatever the embedded world says."""
+    path = tmp_path_factory.mktemp("pairs") / "pairs.jsonl"
+    colours, things = ("red", "blue", "green", "white", "black"), ("cup", "car", "tree", "ball")
+    with open(path, "w") as file:
+        for i in range(14):
+            colour, thing = colours[i % 5], things[i % 4]
+            chosen = f"A {colour} {thing} is at the top left." + " The rest is empty." * ((i + 1) % 3)
+            rejected = f"There is no {thing}, but a {colours[(i + 2) % 5]} {things[(i + 1) % 4]}."
+            rejected += " It is large." * (4 - 2 * ((i + 1) % 3))  # so that the base ranks some pairs right
+            pair = {"id": f"pair-{i:02d}", "images": [toyworld.image_name("alignment", i)], "prompt": "What is there?"}
+            file.write(json.dumps(pair | {"chosen": chosen, "rejected": rejected}) + "\n")
+    return str(path)
+
+
+@pytest.fixture(scope="session")
+def undisturbed(model, pairs, tmp_path_factory) -> Path:
+    """A run of 8 steps in two epochs, looked at by many tests and changed by none."""
+    out = tmp_path_factory.mktemp("undisturbed")
+    train(model, out, pairs=pairs, epochs=2, lr=3e-3)
+    return out
+
+
+@pytest.fixture
+def pictures(tmp_path) -> Path:
+    """A folder of one good and many bad pictures, and a good one outside of it."""
+    folder = tmp_path / "pictures"
+    (folder / "deep").mkdir(parents=True)
+    Image.linear_gradient("L").resize((40, 30)).save(folder / "good.png")
+    Image.linear_gradient("L").save(tmp_path / "outside.png")
+    data = (folder / "good.png").read_bytes()
+    (folder / "deep" / "good.png").write_bytes(data)
+    (folder / "truncated.png").write_bytes(data[: len(data) // 2])
+    (folder / "header.png").write_bytes(data[:8])
+    (folder / "broken.png").write_bytes(data[:60] + bytes(20) + data[80:])
+    (folder / "text.png").write_text("this is no picture")
+    (folder / "empty.png").write_bytes(b"")
+    os.symlink(tmp_path / "outside.png", folder / "link.png")
+    os.symlink(tmp_path, folder / "up")
+    os.symlink(folder / "good.png", folder / "inside.png")
+    os.symlink("loop.png", folder / "loop.png")
+    return folder
+
+
+# ---------------------------------------------------------------- model folders
+
+
+@pytest.fixture(scope="session")
+def llava(oracle):
+    """A tiny random model of transformers."""
+    return oracle.make(SEED)
+
+
+@pytest.fixture(scope="session")
+def written_llava(llava, tmp_path_factory) -> Path:
+    """The folder that transformers writes of it, and files of a tokenizer beside; not to be changed."""
+    folder = tmp_path_factory.mktemp("models") / "written"
+    llava.save_pretrained(folder)
+    for name in ("tokenizer.json", "tokenizer_config.json", "preprocessor_config.json"):
+        shutil.copyfile(TOY / name, folder / name)
+    return folder
+
+
+@pytest.fixture
+def llava_folder(written_llava, tmp_path) -> Path:
+    """A copy of that folder, to be spoilt."""
+    return Path(shutil.copytree(written_llava, tmp_path / "model"))
+
+
+@pytest.fixture(scope="session")
+def llava_state(llava) -> dict:
+    """The state as transformers 5 has it in memory: `model.language_model.layers...`, `lm_head.weight`."""
+    return {key: value for key, value in llava.state_dict().items() if not key.endswith("position_ids")}
+
+
+@pytest.fixture(params=KINDS)
+def encoder_folder(request, tmp_path) -> tuple[Path, str]:
+    """A valid folder to break, and its kind."""
+    return make_folder(tmp_path / "encoder", make_encoder(request.param, 7), request.param), request.param

@@ -1,4 +1,4 @@
-"""What several test files share: the toy checkpoint, random tiny models, and the plain way to do things.
+"""What several test files share: the toy checkpoint, random tiny models, refusals, the plain way to do things.
 
 The plain way knows nothing of token trees: one full sequence per response, an explicit causal mask, the logits of
 every position, a whole forward pass for every new token.
@@ -7,13 +7,16 @@ every position, a whole forward pass for every new token.
 import random
 from functools import cache
 
+import pytest
 import torch
 from torch import Tensor, nn
 
 from minialign import toyworld
+from minialign.bdhs import Cut, cut_sentence, split_sentences
 from minialign.chat import Tokenizer
 from minialign.checkpoint import TOY, load_model
 from minialign.clip import ClipConfig
+from minialign.errors import UserError
 from minialign.images import ImageProcessor
 from minialign.llama import LlamaConfig
 from minialign.llava import Llava, LlavaConfig
@@ -133,3 +136,21 @@ def plain_greedy(
 def worst(a: Tensor, b: Tensor) -> float:
     """The largest absolute difference."""
     return (a - b).abs().max().item() if a.numel() else 0.0
+
+
+def cuts(text: str, rng: random.Random) -> list[tuple[str, Cut]]:
+    """Every sentence of `text` with its cut."""
+    tokenizer = toy_tokenizer()
+    ids = tokenizer.encode(text)
+    return [(text[a:b], cut_sentence(text, (a, b), ids, tokenizer, rng)) for a, b in split_sentences(text)]
+
+
+def refused(call, *parts) -> str:
+    """`call()` must raise a UserError of one line with these parts in it."""
+    with pytest.raises(UserError) as caught:
+        call()
+    message = str(caught.value)
+    for part in parts:
+        assert str(part) in message, f"{part!r} is not in {message!r}"
+    assert "\n" not in message
+    return message

@@ -1,214 +1,19 @@
-"""Algorithm 1: sentences and cuts, the Yes/No swap, the branched completion, the loop over iterations."""
+"""Algorithm 1: the branched completion, the loop over iterations, and what hides the picture."""
 
 import random
-import re
-from collections import Counter
 from dataclasses import replace
 from types import SimpleNamespace
 
 import pytest
 import torch
-from helpers import plain_greedy, random_toy, toy_model, toy_processor, toy_tokenizer, worst
-from tokenizers import Tokenizer as FastTokenizer
-from tokenizers import models
+from helpers import cuts, plain_greedy, random_toy, toy_model, toy_processor, toy_tokenizer, worst
 
 import minialign.bdhs
 from minialign import toyworld
-from minialign.bdhs import Bdhs, BdhsConfig, Cut, Example, cut_sentence, full_stop_ids, join, split_sentences
-from minialign.generate import Completion, Sampling, generate
+from minialign.bdhs import Bdhs, BdhsConfig, Example, full_stop_ids, join, split_sentences
+from minialign.generate import Sampling, generate
 from minialign.images import add_noise
 from minialign.masks import image_attention_mask
-
-TEXTS = [
-    "This is a park. At the top left is a red cup. The bottom middle shows nothing.",
-    "No, there is no cup.",
-    "Yes, a red cup is at the top left. No. There is a dog",
-    "It is 3.5 m long, is it not?! Nobody knows.\n\nYesterday: no.\tNothing else ...",
-    "a",
-    "Wait... what? The\nlamp, e.g. the blue one.",
-    "Café „Größe“ – naïve 猫! no, 🐈 it is",
-]
-
-
-# Sentences ---------------------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize(
-    ("text", "sentences"),
-    [
-        ("One two. Three four.", ["One two.", "Three four."]),
-        ("No. 5 is red.", ["No.", "5 is red."]),  # the rule: a stop that a space follows
-        ("It is 3.5 m long. It is v1.2.", ["It is 3.5 m long.", "It is v1.2."]),
-        ("What?! Yes!! Really...", ["What?!", "Yes!!", "Really..."]),
-        ("A red cup. No stop at the end", ["A red cup.", "No stop at the end"]),
-        ("A cup\non a table.\n\nA dog.\tA cat", ["A cup\non a table.", "A dog.", "A cat"]),
-        ("  Led in by spaces.  Two between.  ", ["Led in by spaces.", "Two between."]),
-        ('He said "no." Then he left.', ['He said "no." Then he left.']),  # a quote, not a space, follows the stop
-        ("word", ["word"]),
-        (".", ["."]),
-        ("", []),
-        (" \n ", []),
-    ],
-)
-def test_split_sentences(text, sentences):
-    assert [text[start:end] for start, end in split_sentences(text)] == sentences
-
-
-@pytest.mark.parametrize("seed", range(20))
-def test_sentences_and_the_space_between_make_the_text(seed):
-    rng = random.Random(seed)
-    text = "".join(rng.choice(["ab", "C", " ", "  ", "\n", ".", "!", "?", ",", "3", "é"]) for _ in range(60))
-    spans, end = split_sentences(text), 0
-    for span in spans:
-        assert text[end : span[0]].strip() == "" and span[0] < span[1]
-        sentence, end = text[span[0] : span[1]], span[1]
-        assert not sentence[0].isspace() and not re.search(r"\S[.!?]\s", sentence[:-1])
-    assert text[end:].strip() == ""
-
-
-# Cuts --------------------------------------------------------------------------------------------------------
-
-
-def cuts(text: str, rng: random.Random) -> list[tuple[str, Cut]]:
-    """Every sentence of `text` with its cut."""
-    tokenizer = toy_tokenizer()
-    ids = tokenizer.encode(text)
-    return [(text[a:b], cut_sentence(text, (a, b), ids, tokenizer, rng)) for a, b in split_sentences(text)]
-
-
-@pytest.mark.parametrize("text", TEXTS)
-def test_cuts_fall_on_word_boundaries(text):
-    tokenizer, ids = toy_tokenizer(), toy_tokenizer().encode(text)
-    kept_of: dict[int, Counter] = {}
-    for seed in range(150):
-        position = 0
-        for number, (sentence, cut) in enumerate(cuts(text, random.Random(seed))):
-            start = text.index(sentence, position)
-            position = start + len(sentence)
-            kept_of.setdefault(number, Counter())[cut.kept] += 1
-            swapped = re.sub(r"^(Yes|yes|No|no)\b", lambda m: minialign.bdhs.SWAP[m[1]], sentence)
-            whole = sentence if sentence.startswith(cut.kept) else swapped
-            assert whole.startswith(cut.kept) and len(cut.kept) < len(whole)  # a prefix, and never all of it
-            alone = whole is swapped and len(sentence.split()) == 1
-            assert cut.kept == "" or alone or whole[len(cut.kept)].isspace()
-            # What the branch continues: the true text before the sentence, and what is kept of it.
-            before = text[:start] + cut.kept if cut.kept else text[:start].rstrip()
-            assert cut.kept_ids == tokenizer.encode(before)
-            assert cut.kept_ids[: cut.shared] == ids[: cut.shared]
-            assert cut.shared == min(len(cut.kept_ids), len(ids)) or cut.kept_ids[cut.shared] != ids[cut.shared]
-            assert re.fullmatch(r"\s*", cut.separator) and text[:start].endswith(cut.separator)
-            if whole is sentence and number == 0:
-                assert cut.shared == len(cut.kept_ids)  # nothing to force: the cut lies on the trunk
-    sentences = [text[a:b] for a, b in split_sentences(text)]
-    for number, sentence in enumerate(sentences):
-        words = len(sentence.split())
-        plain = [kept for kept in kept_of[number] if sentence.startswith(kept)]
-        assert len(plain) == words  # every word boundary, the first included, is met
-        if not minialign.bdhs.YES_NO.match(sentence):
-            assert len(kept_of[number]) == words
-            assert min(kept_of[number].values()) > 150 / words / 4  # and about equally often
-
-
-@pytest.mark.parametrize("text", TEXTS)
-@pytest.mark.parametrize("seed", range(5))
-def test_the_true_continuation_gives_the_true_text(text, seed):
-    """Every cut continued as y+ goes on: joined, the sentences are y+ again, with its own white space."""
-    tokenizer = toy_tokenizer()
-    parts, completions = [], []
-    for (start, end), (sentence, cut) in zip(split_sentences(text), cuts(text, random.Random(seed)), strict=True):
-        if not sentence.startswith(cut.kept):
-            cut = replace(cut, kept="", kept_ids=tokenizer.encode(text[:start].rstrip()))  # swapped: keep nothing
-        rest = tokenizer.encode(text[:end])
-        assert rest[: len(cut.kept_ids)] == cut.kept_ids
-        parts.append(cut)
-        completions.append(Completion(rest[len(cut.kept_ids) :], [], True))
-    assert join(parts, completions, tokenizer) == text.strip()
-
-
-def test_join_by_hand():
-    tokenizer = toy_tokenizer()
-
-    def completion(text):
-        return Completion([*tokenizer.encode(text), tokenizer.eos_id], [], True)
-
-    first = Cut("", "At the", tokenizer.encode("At the"), 2)
-    second = Cut("\n", "", tokenizer.encode("At the top is a cup."), 6)
-    nothing = Cut(" ", "", tokenizer.encode("At the top is a cup.\nNo."), 8)
-    third = Cut(" ", "Yes, a", tokenizer.encode("At the top is a cup.\nNo. Yes, a"), 8)
-    done = [completion("left."), completion("This is a dog."), completion(""), completion("cup.")]
-    assert join([first, second, nothing, third], done, tokenizer) == "At the left.\nThis is a dog. Yes, a cup."
-    assert join([Cut("", "", [], 0)], [completion("At the top.")], tokenizer) == "At the top."
-
-
-# Yes and no --------------------------------------------------------------------------------------------------
-
-
-class Scripted:
-    """A source of randomness with one xi, that cuts before the last word."""
-
-    def __init__(self, xi: float):
-        self.xi, self.asked = xi, 0
-
-    def random(self) -> float:
-        self.asked += 1
-        return self.xi
-
-    def choice(self, words):
-        return words[-1]
-
-
-@pytest.mark.parametrize("word", ["Nobody", "Yesterday", "Note", "Nothing", "None", "Yesno", "No1", "YES", "NO", "no_",
-                                  "Now", "nor", "yesyes", "Oh no", '"No']) # fmt: skip
-def test_no_swap_inside_a_word(word):
-    text, rng = f"{word} it is so.", Scripted(0.99)
-    [(_, cut)] = cuts(text, rng)
-    assert cut.kept == f"{word} it is"
-    assert rng.asked == 0
-
-
-@pytest.mark.parametrize(("word", "other"), [("Yes", "No"), ("No", "Yes"), ("yes", "no"), ("no", "yes")])
-@pytest.mark.parametrize("behind", [",", ":", "", " -", ";"])
-def test_swap_keeps_case_and_the_rest(word, other, behind):
-    text = f"{word}{behind} there is no cup yes."
-    for xi, said in ((0.5, other), (0.99, other), (0.49, word), (0.0, word)):
-        [(_, cut)] = cuts(text, Scripted(xi))
-        assert cut.kept == f"{said}{behind} there is no cup"
-
-
-@pytest.mark.parametrize("word", ["Yes", "no"])
-def test_swap_in_about_half_of_the_cases(word):
-    kept = [cuts(f"{word}, it is a red cup.", random.Random(seed))[0][1].kept for seed in range(600)]
-    kept = [k for k in kept if k]
-    assert len(kept) > 400
-    swapped = sum(not k.startswith(word) for k in kept)
-    assert abs(swapped / len(kept) - 0.5) < 0.08  # about four standard deviations
-
-
-@pytest.mark.parametrize(("text", "said"), [("Yes.", "No"), ("no!", "yes"), ("No", "Yes")])
-def test_a_swapped_word_is_never_cut_away(text, said):
-    """In an answer of one word the cut falls behind it; in a longer one it may not fall before the second."""
-    for seed in range(40):
-        swaps = random.Random(seed).random() >= 0.5
-        [(_, cut)] = cuts(text, random.Random(seed))
-        assert cut.kept == (said if swaps else "")
-        [(_, cut)] = cuts(f"{text[:2] if said != 'No' else 'Yes'}, it is so.", random.Random(seed))
-        assert not swaps or cut.kept.startswith(said)
-
-
-def test_the_swapped_word_belongs_to_its_own_sentence():
-    """Later sentences, and the trunk, hold the true one (Eq. 7)."""
-    text = "No, there is no cup. Yes, a dog is there. no lamp is there."
-    (_, first), (_, second), (_, third) = cuts(text, Scripted(0.9))
-    decode = toy_tokenizer().decode
-    assert decode(first.kept_ids) == "Yes, there is no"
-    assert decode(second.kept_ids) == "No, there is no cup. No, a dog is"
-    assert decode(third.kept_ids) == "No, there is no cup. Yes, a dog is there. yes lamp is"
-    ids = toy_tokenizer().encode(text)
-    assert first.shared == 0 and decode(ids[: second.shared]) == "No, there is no cup."
-    assert decode(ids[: third.shared]) == "No, there is no cup. Yes, a dog is there."
-
-
-# The branched completion -------------------------------------------------------------------------------------
 
 
 def examples(count: int, first: int = 0) -> list[Example]:
@@ -428,15 +233,3 @@ def test_masks_follow_from_example_and_iteration(rho_th):
     assert sampler(rho_th=rho_th, seed=4).mask_seed(replace(example, id="x0"), 1) != seeds[0]
     hidden = torch.stack([~bdhs.mask(seed) for seed in seeds]).float().mean().item()
     assert abs(hidden - rho_th) < 4 * (rho_th * (1 - rho_th) / (300 * 36)) ** 0.5
-
-
-# Full stops --------------------------------------------------------------------------------------------------
-
-
-def test_full_stop_ids():
-    tokenizer = toy_tokenizer()
-    assert full_stop_ids(tokenizer) == {tokenizer.encode("a.")[-1], tokenizer.eos_id}
-    pieces = ["<s>", "</s>", ".", "▁.", "...", "▁Inc.", "▁3.5", ".com", "!", "a", "<extra.>"]
-    fast = FastTokenizer(models.WordLevel({piece: i for i, piece in enumerate(pieces[:-1])}, unk_token="a"))
-    fast.add_special_tokens(["<extra.>", "<end>."])  # control tokens are no text
-    assert full_stop_ids(replace(tokenizer, fast=fast, eos_id=1)) == {1, 2, 3, 4, 5}

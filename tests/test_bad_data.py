@@ -1,0 +1,101 @@
+"""Bad records and pairs end in one line that names file, place and remedy, and leave nothing in --out."""
+
+import json
+import math
+
+import pytest
+from input_files import MESSAGE, array, gives_remedy, instruct, left_in, lines, pair, sample, talk, train
+
+DEEP, LONG_NUMBER = "[" * 100_000, "1" * 5000
+# What is no data at all, for both readers: bytes, and what the message says of them.
+NO_DATA = [
+    (b"", "no usable|not readable as JSON"),
+    (b"\n", "line 1: not JSON|not readable as JSON"),
+    (b"\x89PNG\r\n\x1a\n\x00\x00\xff\xfe", "not readable"),
+    ("[{}]".encode("utf-16"), "not readable"),
+    (b"\x00" * 50, "not JSON|not readable as JSON"),
+    (DEEP.encode(), "not JSON|not readable as JSON"),
+    (LONG_NUMBER.encode(), "not JSON|not readable as JSON"),
+    (b"5", "expected a JSON"),
+    (b'"text"', "expected a JSON"),
+    (b"null", "expected a JSON"),
+]
+BAD_INSTRUCT = [
+    (array(), "no usable record"),
+    (lines(instruct(0), instruct(1)), "give --data a LLaVA-Instruct JSON array"),  # JSON Lines
+    (array(instruct())[:-30], "not readable as JSON"),
+    (json.dumps(instruct()).encode(), "expected a JSON array"),
+    (array(instruct(0), 5), "record 2: expected a JSON object"),
+    (array(instruct(0), instruct(1, id=None)), "record 2: field 'id' is missing"),
+    (array(instruct(id="")), "record 1: field 'id' is empty"),
+    (array(instruct(id=True)), "field 'id' is not a text"),
+    (array(instruct(id=[1])), "field 'id' is not a text"),
+    (array(instruct(image=None)), "field 'image' is missing"),
+    (array(instruct(image=7)), "field 'image' is not a text"),
+    (array(instruct(conversations=None)), "field 'conversations'"),
+    (array(instruct(conversations="text")), "field 'conversations'"),
+    (array(instruct(conversations=talk(("human", "Q")))), "a question and its answer"),
+    (array(instruct(conversations=["Q", "A"])), "field 'value' is missing"),
+    (array(instruct(conversations=talk(("human", "Q"), ("gpt", "")))), "field 'value' is empty"),
+    (array(instruct(conversations=talk(("human", "Q"), ("gpt", " \n\t")))), "field 'value' is empty"),
+    (array(instruct(conversations=talk(("human", "<image>\n"), ("gpt", "A")))), "field 'value' is empty"),
+    (array(instruct(conversations=talk(("human", "Q"), ("gpt", 7)))), "field 'value' is not a text"),
+    (array(instruct(conversations=talk(("gpt", "A"), ("human", "Q")))), "turn 1 is from 'gpt'"),
+    (array(instruct(conversations=talk(("human", "Q"), ("human", "Q")))), "turn 2 is from 'human'"),
+    (array(instruct(conversations=talk(("human", "Q"), ("robot", "A")))), "turn 2 is from 'robot'"),
+    (array(instruct(conversations=talk(("human", "Q"), ("gpt", "A"), ("human", "Q")))), "end with an answer"),
+    (array(instruct(conversations=talk(("human", "Q"), ("gpt", "\ud800")))), "half a surrogate pair"),
+]
+BAD_PAIRS = [
+    (lines(pair(0), pair(1)) + b'{"id": "2", "ima', "line 3: not JSON"),
+    (lines(pair(0), "", pair(1)), "line 2: not JSON"),
+    (lines(pair(0), "{'id': 1}"), "line 2: not JSON"),
+    (lines(pair(0), '{"id": "a\tb"}'), "line 2: not JSON"),  # a control character
+    (lines(pair(0), [pair(1)]), "line 2: expected a JSON object"),
+    (lines(pair(0), pair(1, id=None)), "line 2: field 'id' is missing"),
+    (lines(pair(id=5)), "line 1: field 'id' is not a text"),
+    (lines(pair(images=None)), "field 'images'"),
+    (lines(pair(images=[])), "field 'images'"),
+    (lines(pair(images="a.png")), "field 'images'"),
+    (lines(pair(images=["a.png", "b.png"])), "field 'images'"),
+    (lines(pair(images=[{}])), "field 'images' is not a text"),
+    (lines(pair(prompt=None)), "field 'prompt' is missing"),
+    (lines(pair(prompt=" ")), "field 'prompt' is empty"),
+    (lines(pair(prompt=[])), "field 'prompt' must end with the user's"),
+    (lines(pair(prompt=[MESSAGE, {"role": "assistant", "content": "A"}])), "field 'prompt' must end with the user's"),
+    (lines(pair(prompt=[MESSAGE, MESSAGE, MESSAGE])), "turn 2 is from 'user'"),
+    (lines(pair(prompt=[{"role": "user"}])), "field 'content' is missing"),
+    (lines(pair(chosen=None)), "field 'chosen' is missing"),
+    (lines(pair(chosen="")), "field 'chosen' is empty"),
+    (lines(pair(rejected="  \n ")), "field 'rejected' is empty"),
+    (lines(pair(rejected=["A"])), "field 'role' is missing"),
+    (lines(pair(rejected=[MESSAGE])), "is from 'user'"),
+    (lines(pair(rejected=[])), "field 'rejected'"),
+    (lines(pair(chosen="\udfff")), "half a surrogate pair"),
+    (lines(pair(bdhs=[1])), "field 'bdhs'"),
+    (lines(pair(bdhs={"mask_seed": "7"})), "field 'bdhs.mask_seed'"),
+    (lines(pair(bdhs={"mask_seed": 2**70})), "field 'bdhs.mask_seed'"),
+    (lines(pair(bdhs={"rho_th": math.nan})), "field 'bdhs.rho_th'"),
+    (lines(pair(bdhs={"guided": "yes"})), "field 'bdhs.guided'"),
+    (lines(pair(bdhs={"guided": 1})), "field 'bdhs.guided'"),
+    (lines(pair(bdhs={"rho_th": 0.5, "mask_seed": True})), "field 'bdhs.mask_seed'"),
+    (lines(pair(chosen="The same.", rejected="The same.")), "no usable pair"),
+    (lines(pair(chosen="A cup. " * 300)), "record pair-0: a response of .* longer than --max-response-tokens 512"),
+    (lines(pair(images=["elsewhere.png"])), "record pair-0: image 'elsewhere.png' is not in the embedded world"),
+]
+
+
+@pytest.mark.parametrize("data,match", NO_DATA + BAD_INSTRUCT, ids=range(len(NO_DATA + BAD_INSTRUCT)))
+def test_bad_records(model, tmp_path, data, match):
+    path, out = tmp_path / "data.json", tmp_path / "out"
+    path.write_bytes(data)
+    gives_remedy(lambda: sample(model, out, "--data", str(path)), match, path)
+    assert left_in(out) == []
+
+
+@pytest.mark.parametrize("data,match", NO_DATA + BAD_PAIRS, ids=range(len(NO_DATA + BAD_PAIRS)))
+def test_bad_pairs(model, tmp_path, data, match):
+    path, out = tmp_path / "pairs.jsonl", tmp_path / "out"
+    path.write_bytes(data)
+    gives_remedy(lambda: train(model, out, "--pairs", str(path)), match, "" if "record pair-0" in match else path)
+    assert left_in(out) == []

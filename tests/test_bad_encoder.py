@@ -1,0 +1,95 @@
+"""Folders of sentence encoders that are broken or not supported are refused by path and remedy."""
+
+import random
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+from encoder_folders import LIMIT, make_encoder, make_folder, make_tokenizer, set_fields
+from helpers import refused
+from safetensors.torch import load_file, save_file
+from tokenizers import processors
+
+from minialign.similarity import SentenceEncoder, load_similarity
+
+
+def check_error(folder: Path, *words: str) -> None:
+    """Loading `folder` fails with one line that has all of `words`."""
+    refused(lambda: load_similarity(str(folder)), *words)
+
+
+def test_a_missing_file_names_the_path_and_the_remedy(encoder_folder, tmp_path):
+    folder, _ = encoder_folder
+    parts = ["modules.json", "config.json", "tokenizer.json", "sentence_bert_config.json"]
+    for part in [*parts, "1_Pooling/config.json", "model.safetensors"]:
+        broken = tmp_path / "broken"
+        shutil.copytree(folder, broken)
+        (broken / part).unlink()
+        check_error(broken, str(broken / part), "sentence-transformers folder")
+        (broken / part).write_bytes(b"{ neither JSON nor safetensors")
+        check_error(broken, str(broken / part), "sentence-transformers folder")
+        shutil.rmtree(broken)
+    nowhere = tmp_path / "nowhere"
+    check_error(nowhere, str(nowhere), "no such folder", "sentence-transformers folder")
+
+
+def test_pickle_is_refused(encoder_folder):
+    folder, _ = encoder_folder
+    (folder / "model.safetensors").rename(folder / "pytorch_model.bin")
+    check_error(folder, str(folder / "model.safetensors"), "pickle", "convert it to safetensors")
+
+
+def test_weights_that_do_not_fit_are_listed(encoder_folder):
+    folder, _ = encoder_folder
+    weights = load_file(folder / "model.safetensors")
+    missing = random.Random(1).choice(sorted(key for key in weights if key.startswith("encoder.layer")))
+    del weights[missing]
+    weights["encoder.layer.99.output.dense.bias"] = torch.zeros(1)
+    weights["embeddings.word_embeddings.weight"] = torch.zeros(3, 2)
+    save_file(weights, folder / "model.safetensors")
+    listed = (f"{missing} (expected (", "encoder.layer.99.output.dense.bias (expected None", "found (3, 2)")
+    check_error(folder, "found None", "embeddings.word_embeddings.weight", *listed)
+
+
+@pytest.mark.parametrize(
+    ("part", "changes", "words"),
+    [
+        ("config.json", {"model_type": "roberta"}, "roberta"),
+        ("config.json", {"hidden_act": "gelu_new"}, "gelu_new"),
+        ("config.json", {"position_embedding_type": "relative_key"}, "relative_key"),
+        ("config.json", {"is_decoder": True}, "is_decoder"),
+        ("config.json", {"intermediate_size": None}, "intermediate_size"),
+        ("sentence_bert_config.json", {"max_seq_length": None}, "max_seq_length"),
+        ("sentence_bert_config.json", {"max_seq_length": LIMIT + 3}, "max_seq_length"),
+        ("sentence_bert_config.json", {"max_seq_length": 2}, "max_seq_length"),
+        ("1_Pooling/config.json", {"pooling_mode_mean_tokens": False}, "neither mean nor cls"),
+        ("1_Pooling/config.json", {"pooling_mode_max_tokens": True}, "pooling_mode_max_tokens"),
+        ("1_Pooling/config.json", {"pooling_mode_mean_tokens": 0, "pooling_mode": "lasttoken"}, "lasttoken"),
+    ],
+)
+def test_what_is_not_supported_is_refused(encoder_folder, part, changes, words):
+    folder, _ = encoder_folder
+    set_fields(folder / part, **changes)
+    check_error(folder, str(folder / part), words)
+
+
+def test_position_limit_is_exact(tmp_path):
+    for kind, room in (("bert", LIMIT + 2), ("mpnet", LIMIT)):  # MPNet spends two positions: 0 and padding
+        folder = make_folder(tmp_path / kind, make_encoder(kind, 5), kind)
+        set_fields(folder / "sentence_bert_config.json", max_seq_length=room)
+        assert SentenceEncoder.from_folder(folder).embed(["w1 " * 400]).isfinite().all()
+        set_fields(folder / "sentence_bert_config.json", max_seq_length=room + 1)
+        check_error(folder, str(room + 1), f"{room} positions")
+
+
+def test_a_dense_module_and_a_tokenizer_without_special_tokens_are_refused(encoder_folder):
+    folder, kind = encoder_folder
+    modules = (folder / "modules.json").read_text()
+    (folder / "modules.json").write_text(modules.replace("Normalize", "Dense"))
+    check_error(folder, str(folder / "modules.json"), "Dense")
+    (folder / "modules.json").write_text(modules)
+    tokenizer = make_tokenizer(kind)
+    tokenizer.post_processor = processors.TemplateProcessing(single="$A")
+    tokenizer.save(str(folder / "tokenizer.json"))
+    check_error(folder, "special tokens (0, at least 1)")  # an empty text would have nothing to average

@@ -1,0 +1,57 @@
+"""A training that diverges ends with the step and a remedy, and its checkpoint stays finite."""
+
+import math
+
+import pytest
+from safetensors.torch import load_file
+from script_runs import read_lines, stop_at, train
+
+import train_dpo
+from minialign.errors import UserError
+
+
+@pytest.mark.parametrize("bad", [math.nan, math.inf])
+def test_a_loss_that_is_not_finite(model, pairs, tmp_path, monkeypatch, bad):
+    """The run ends with step and remedy, and the checkpoint holds the weights before that step."""
+    with monkeypatch.context() as patch:
+        stop_at(patch, "append_lines", 2)
+        with pytest.raises(KeyboardInterrupt):
+            train(model, tmp_path / "good", pairs=pairs, save_every=1)  # one checkpoint, after step 1
+    real, calls = train_dpo.pair_loss, []
+
+    def failing(*args):
+        loss, metrics = real(*args)
+        calls.append(1)
+        return (loss * bad, metrics | {"loss": bad}) if len(calls) == 2 else (loss, metrics)
+
+    monkeypatch.setattr(train_dpo, "pair_loss", failing)
+    with pytest.raises(UserError, match=r"^step 2: loss (nan|inf), .*/checkpoint; lower --lr 0.001 or raise --warmup"):
+        train(model, tmp_path / "bad", pairs=pairs)
+    good, found = (tmp_path / name / "checkpoint" / "progress.safetensors" for name in ("good", "bad"))
+    assert found.read_bytes() == good.read_bytes()  # tensors, moments and the number of steps
+    assert len(read_lines(tmp_path / "bad" / "metrics.jsonl")) == 1
+    assert not any((tmp_path / "bad" / name).exists() for name in ("result.json", "adapter", "merged", "report.html"))
+
+
+def test_a_rate_that_is_far_too_high(model, pairs, tmp_path):
+    with pytest.raises(UserError, match="^step [23]: loss nan, .* lower --lr 1e"):
+        train(model, tmp_path, pairs=pairs, lr=1e30)
+    found = load_file(tmp_path / "checkpoint" / "progress.safetensors")
+    assert all(tensor.isfinite().all() for tensor in found.values())
+
+
+def test_weights_that_are_not_finite_are_not_saved(model, pairs, tmp_path, monkeypatch):
+    """The checkpoint of the step before them stays."""
+    real, calls = train_dpo.pair_loss, []
+
+    def failing(model, *args):
+        calls.append(1)
+        if len(calls) == 3:
+            model.multi_modal_projector.copy.linear_1.bias.data[0] = math.inf
+        return real(model, *args)
+
+    monkeypatch.setattr(train_dpo, "pair_loss", failing)
+    with pytest.raises(UserError, match="^step 3: loss nan"):
+        train(model, tmp_path, pairs=pairs, save_every=1)
+    found = load_file(tmp_path / "checkpoint" / "progress.safetensors")
+    assert all(tensor.isfinite().all() for tensor in found.values()) and found["optimizer.0.0.step"] == 2

@@ -1,0 +1,91 @@
+"""Damaged at random, a record or pair is either a UserError that names it or of use to all that follows."""
+
+import json
+import math
+import random
+
+import pytest
+from helpers import toy_processor, toy_tokenizer
+from input_files import MESSAGE, array, instruct, lines, pair
+
+import train_dpo
+from minialign.data import PairCollator, read_instruct, read_pairs
+from minialign.errors import UserError
+
+RUBBISH = [None, True, 0, -1, 2**80, 1.5, math.nan, math.inf, "", " ", "\ud800", "\x00\x1b", "x" * 3000, [], {}, [[]],
+           [None], {"role": "user"}, [{"role": "user", "content": ""}], "../../etc/passwd", "</s><image>"]  # fmt: skip
+
+
+def damage(raw, rng: random.Random):
+    """The value with one thing in it deleted, replaced, nested, repeated or renamed."""
+    if isinstance(raw, dict) and raw and rng.random() < 0.9:
+        name = rng.choice(list(raw))
+        way = rng.randrange(6)
+        if way == 0:
+            return {k: v for k, v in raw.items() if k != name}
+        if way == 1:
+            return raw | {name: {name: raw[name]}}
+        if way == 2:
+            return {(k + "s" if k == name else k): v for k, v in raw.items()}
+        return raw | {name: damage(raw[name], rng)}
+    if isinstance(raw, list) and raw and rng.random() < 0.7:
+        at = rng.randrange(len(raw))
+        head, tail = raw[:at], raw[at + 1 :]
+        return rng.choice([head + tail, raw + [raw[at]], [*head, damage(raw[at], rng), *tail]])
+    return rng.choice([*RUBBISH, [raw], {"value": raw}, str(raw)])
+
+
+def damage_text(line: str, rng: random.Random) -> str:
+    """The line cut short, or with a character deleted, repeated or put in; never a line end."""
+    at = rng.randrange(len(line))
+    put = rng.choice(["", "\x00", "\x07", "\t", '"', "\\", "}", "[", ",", "\u2028", "\ufeff", "\\ud800", "é", line[at]])
+    return rng.choice([line[:at], line[:at] + put + line[at:], line[:at] + put + line[at + 1 :], line[at:]])
+
+
+COLLATE = PairCollator(toy_tokenizer(), toy_processor(), "toy", 36, 64)
+LONG = pair(1, prompt=[MESSAGE, {"role": "assistant", "content": "A"}, MESSAGE])
+
+
+@pytest.mark.parametrize("seed", range(60))
+def test_damaged_pairs(tmp_path, seed):
+    """A damaged line is a UserError that names it, or a record that all that follows can use."""
+    rng, path, neighbours = random.Random(seed), tmp_path / "pairs.jsonl", [pair(0), pair(2)]
+    raw = rng.choice([pair(1), LONG])
+    middle = damage_text(json.dumps(raw), rng) if seed % 3 == 0 else json.dumps(damage(raw, rng))
+    path.write_bytes(lines(neighbours[0], middle, neighbours[1]))
+    try:
+        records = read_pairs(path, None)
+    except UserError as error:
+        assert f"{path}, line 2: " in str(error) and "--skip-bad-records" in str(error)
+        records = read_pairs(path, None, skip_bad=True)
+        assert len(records) == 2
+    by_id = {record.id: record for record in records}
+    assert [by_id.pop(f"pair-{i}") for i in (0, 2)] == [records[0], records[-1]]
+    path.write_bytes(lines(*neighbours))
+    assert [records[0], records[-1]] == read_pairs(path, None)
+    for record in by_id.values():
+        try:
+            usable = COLLATE.usable([record], skip_bad=False)
+        except UserError:
+            continue
+        assert COLLATE(usable).tree.ids.shape[0] == 1
+        train_dpo.write_report(tmp_path / "r.html", "", {}, [COLLATE.report_pair(record)], [], {})
+
+
+@pytest.mark.parametrize("seed", range(60))
+def test_damaged_records(tmp_path, seed):
+    rng, path, neighbours = random.Random(seed), tmp_path / "data.json", [instruct(0), instruct(2)]
+    middle = damage(instruct(1), rng)
+    path.write_bytes(array(neighbours[0], middle, neighbours[1]))
+    try:
+        records = read_instruct(str(path), None)
+    except UserError as error:
+        assert f"{path}, record 2: " in str(error) and "--skip-bad-records" in str(error)
+        records = read_instruct(str(path), None, skip_bad=True)
+        assert len(records) == 2
+    for record in records[1:-1]:
+        toy_tokenizer().prompt(record.turns)
+        assert record.id.strip() and record.chosen.strip() and all(text.strip() for _, text in record.turns)
+        json.dumps(record.id + record.image).encode("utf-8")
+    path.write_bytes(array(*neighbours))
+    assert [records[0], records[-1]] == read_instruct(str(path), None)

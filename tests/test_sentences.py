@@ -1,0 +1,140 @@
+"""Sentences of Algorithm 1: where they end, where they are cut, and how they are joined again."""
+
+import random
+import re
+from collections import Counter
+from dataclasses import replace
+
+import pytest
+from helpers import cuts, toy_tokenizer
+from tokenizers import Tokenizer as FastTokenizer
+from tokenizers import models
+
+import minialign.bdhs
+from minialign.bdhs import Cut, full_stop_ids, join, split_sentences
+from minialign.generate import Completion
+
+TEXTS = [
+    "This is a park. At the top left is a red cup. The bottom middle shows nothing.",
+    "No, there is no cup.",
+    "Yes, a red cup is at the top left. No. There is a dog",
+    "It is 3.5 m long, is it not?! Nobody knows.\n\nYesterday: no.\tNothing else ...",
+    "a",
+    "Wait... what? The\nlamp, e.g. the blue one.",
+    "Café „Größe“ – naïve 猫! no, 🐈 it is",
+]
+
+
+# Sentences ---------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("text", "sentences"),
+    [
+        ("One two. Three four.", ["One two.", "Three four."]),
+        ("No. 5 is red.", ["No.", "5 is red."]),  # the rule: a stop that a space follows
+        ("It is 3.5 m long. It is v1.2.", ["It is 3.5 m long.", "It is v1.2."]),
+        ("What?! Yes!! Really...", ["What?!", "Yes!!", "Really..."]),
+        ("A red cup. No stop at the end", ["A red cup.", "No stop at the end"]),
+        ("A cup\non a table.\n\nA dog.\tA cat", ["A cup\non a table.", "A dog.", "A cat"]),
+        ("  Led in by spaces.  Two between.  ", ["Led in by spaces.", "Two between."]),
+        ('He said "no." Then he left.', ['He said "no." Then he left.']),  # a quote, not a space, follows the stop
+        ("word", ["word"]),
+        (".", ["."]),
+        ("", []),
+        (" \n ", []),
+    ],
+)
+def test_split_sentences(text, sentences):
+    assert [text[start:end] for start, end in split_sentences(text)] == sentences
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_sentences_and_the_space_between_make_the_text(seed):
+    rng = random.Random(seed)
+    text = "".join(rng.choice(["ab", "C", " ", "  ", "\n", ".", "!", "?", ",", "3", "é"]) for _ in range(60))
+    spans, end = split_sentences(text), 0
+    for span in spans:
+        assert text[end : span[0]].strip() == "" and span[0] < span[1]
+        sentence, end = text[span[0] : span[1]], span[1]
+        assert not sentence[0].isspace() and not re.search(r"\S[.!?]\s", sentence[:-1])
+    assert text[end:].strip() == ""
+
+
+# Cuts --------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("text", TEXTS)
+def test_cuts_fall_on_word_boundaries(text):
+    tokenizer, ids = toy_tokenizer(), toy_tokenizer().encode(text)
+    kept_of: dict[int, Counter] = {}
+    for seed in range(150):
+        position = 0
+        for number, (sentence, cut) in enumerate(cuts(text, random.Random(seed))):
+            start = text.index(sentence, position)
+            position = start + len(sentence)
+            kept_of.setdefault(number, Counter())[cut.kept] += 1
+            swapped = re.sub(r"^(Yes|yes|No|no)\b", lambda m: minialign.bdhs.SWAP[m[1]], sentence)
+            whole = sentence if sentence.startswith(cut.kept) else swapped
+            assert whole.startswith(cut.kept) and len(cut.kept) < len(whole)  # a prefix, and never all of it
+            alone = whole is swapped and len(sentence.split()) == 1
+            assert cut.kept == "" or alone or whole[len(cut.kept)].isspace()
+            # What the branch continues: the true text before the sentence, and what is kept of it.
+            before = text[:start] + cut.kept if cut.kept else text[:start].rstrip()
+            assert cut.kept_ids == tokenizer.encode(before)
+            assert cut.kept_ids[: cut.shared] == ids[: cut.shared]
+            assert cut.shared == min(len(cut.kept_ids), len(ids)) or cut.kept_ids[cut.shared] != ids[cut.shared]
+            assert re.fullmatch(r"\s*", cut.separator) and text[:start].endswith(cut.separator)
+            if whole is sentence and number == 0:
+                assert cut.shared == len(cut.kept_ids)  # nothing to force: the cut lies on the trunk
+    sentences = [text[a:b] for a, b in split_sentences(text)]
+    for number, sentence in enumerate(sentences):
+        words = len(sentence.split())
+        plain = [kept for kept in kept_of[number] if sentence.startswith(kept)]
+        assert len(plain) == words  # every word boundary, the first included, is met
+        if not minialign.bdhs.YES_NO.match(sentence):
+            assert len(kept_of[number]) == words
+            assert min(kept_of[number].values()) > 150 / words / 4  # and about equally often
+
+
+@pytest.mark.parametrize("text", TEXTS)
+@pytest.mark.parametrize("seed", range(5))
+def test_the_true_continuation_gives_the_true_text(text, seed):
+    """Every cut continued as y+ goes on: joined, the sentences are y+ again, with its own white space."""
+    tokenizer = toy_tokenizer()
+    parts, completions = [], []
+    for (start, end), (sentence, cut) in zip(split_sentences(text), cuts(text, random.Random(seed)), strict=True):
+        if not sentence.startswith(cut.kept):
+            cut = replace(cut, kept="", kept_ids=tokenizer.encode(text[:start].rstrip()))  # swapped: keep nothing
+        rest = tokenizer.encode(text[:end])
+        assert rest[: len(cut.kept_ids)] == cut.kept_ids
+        parts.append(cut)
+        completions.append(Completion(rest[len(cut.kept_ids) :], [], True))
+    assert join(parts, completions, tokenizer) == text.strip()
+
+
+def test_join_by_hand():
+    tokenizer = toy_tokenizer()
+
+    def completion(text):
+        return Completion([*tokenizer.encode(text), tokenizer.eos_id], [], True)
+
+    first = Cut("", "At the", tokenizer.encode("At the"), 2)
+    second = Cut("\n", "", tokenizer.encode("At the top is a cup."), 6)
+    nothing = Cut(" ", "", tokenizer.encode("At the top is a cup.\nNo."), 8)
+    third = Cut(" ", "Yes, a", tokenizer.encode("At the top is a cup.\nNo. Yes, a"), 8)
+    done = [completion("left."), completion("This is a dog."), completion(""), completion("cup.")]
+    assert join([first, second, nothing, third], done, tokenizer) == "At the left.\nThis is a dog. Yes, a cup."
+    assert join([Cut("", "", [], 0)], [completion("At the top.")], tokenizer) == "At the top."
+
+
+# Full stops --------------------------------------------------------------------------------------------------
+
+
+def test_full_stop_ids():
+    tokenizer = toy_tokenizer()
+    assert full_stop_ids(tokenizer) == {tokenizer.encode("a.")[-1], tokenizer.eos_id}
+    pieces = ["<s>", "</s>", ".", "▁.", "...", "▁Inc.", "▁3.5", ".com", "!", "a", "<extra.>"]
+    fast = FastTokenizer(models.WordLevel({piece: i for i, piece in enumerate(pieces[:-1])}, unk_token="a"))
+    fast.add_special_tokens(["<extra.>", "<end>."])  # control tokens are no text
+    assert full_stop_ids(replace(tokenizer, fast=fast, eos_id=1)) == {1, 2, 3, 4, 5}
