@@ -61,8 +61,12 @@ class ImageProcessor:
 
     def __call__(self, image: Image.Image) -> Tensor:
         """PIL picture -> (3, size, size) float32."""
+        return self.normalise(self.crop(image))
+
+    def normalise(self, image: Image.Image) -> Tensor:
+        """RGB picture of the right size -> (3, size, size) float32."""
         # float64 until the end, as transformers' numpy path: the result is then equal to the last bit.
-        pixels = np.asarray(self.crop(image)) * (1 / 255)
+        pixels = np.asarray(image) * (1 / 255)
         pixels = (pixels.astype(np.float32) - np.array(self.mean, np.float32)) / np.array(self.std, np.float32)
         return torch.from_numpy(np.ascontiguousarray(pixels.transpose(2, 0, 1)))
 

@@ -72,8 +72,8 @@ def test_descriptions_are_true_and_whole(seed):
         assert scene.setting in sentences[0] and len(sentences) == 7
         for cell, place in POSITIONS.items():
             [sentence] = [s for s in sentences if places_in(s) == [place]]
-            assert [(name, colour) for colour, name in MENTION.findall(sentence)] == [scene.cells[cell]]
-            assert with_article(" ".join(scene.cells[cell][::-1])) in sentence
+            assert MENTION.findall(sentence) == [scene.cells[cell]]
+            assert with_article(" in ".join(scene.cells[cell])) in sentence
         openings.add(tuple(places_in(sentence)[0] for sentence in sentences[1:]))
     assert len(openings) == 12  # six first cells, two directions
 
@@ -100,7 +100,8 @@ def test_attribute_answers_are_true(seed):
 
 
 @pytest.mark.parametrize("kind", ["description", "existence", "attribute"])
-def test_conversations_are_true(kind):
+def test_conversations_are_true(kind, monkeypatch):
+    monkeypatch.setattr(toyworld, "PRESUMED", 0)
     for number, scene in enumerate(SCENES):
         turns = conversation(scene, kind, random.Random(number))
         assert turns == conversation(scene, kind, random.Random(number))
@@ -194,8 +195,22 @@ def test_answers_of_records_hallucinate_a_little():
     assert counts["typical"] == counts["hallucinated"]
 
 
-def test_every_other_conversation_asks_for_what_the_prior_gets_wrong():
+@pytest.mark.parametrize("rate", [0.0, 0.4, 1.0])
+def test_presumption_says_yes_of_typical_objects_only(rate):
+    rng, said = random.Random(0), {True: [], False: []}
+    for scene in SCENES:
+        for name in OBJECTS:
+            if name not in scene.objects:
+                answer = existence(scene, name, rng, rate)[1]
+                said[name in SETTINGS[scene.setting]].append(answer.startswith("Yes"))
+    assert not any(said[False])
+    assert sum(said[True]) / len(said[True]) == pytest.approx(rate, abs=0.08)
+
+
+@pytest.mark.parametrize(("hard", "low", "high"), [(0.0, 0.1, 0.3), (0.5, 0.45, 0.75), (1.0, 0.9, 1.0)])
+def test_conversations_ask_first_for_what_the_prior_gets_wrong(hard, low, high, monkeypatch):
     """Of the setting's own objects that are missing, more are asked about than chance would have it."""
+    monkeypatch.setattr(toyworld, "HARD", hard)
     asked = missing = 0
     for scene in SCENES:
         absent = [o for o in SETTINGS[scene.setting] if o not in scene.objects]
@@ -203,4 +218,4 @@ def test_every_other_conversation_asks_for_what_the_prior_gets_wrong():
             text = " ".join(text for _, text in conversation(scene, "existence", random.Random(seed)))
             asked += sum(bool(re.search(rf"\b{name}\b", text)) for name in absent)
             missing += len(absent)
-    assert 0.4 < asked / missing < 0.8  # by chance alone it would be a fifth
+    assert low < asked / missing <= high
