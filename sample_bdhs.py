@@ -21,9 +21,9 @@ from tqdm import tqdm
 
 from minialign.bdhs import Bdhs, BdhsConfig, Example, Sampled
 from minialign.chat import Tokenizer
-from minialign.checkpoint import load_model, resolve_model
+from minialign.checkpoint import fingerprint, load_model, resolve_model
 from minialign.cli import fill, parse_config, require, require_device, require_temperature, run_main
-from minialign.data import Record, collect, pair_record, preference_fields, read_instruct
+from minialign.data import BDHS_FIELDS, Record, collect, pair_record, preference_fields, read_instruct
 from minialign.errors import UserError
 from minialign.files import append_lines, read_json, read_lines, write_json
 from minialign.generate import Sampling
@@ -90,8 +90,17 @@ def pairs_of_earlier_run(out: Path, settings: dict) -> list[dict]:
     if changed:
         raise UserError(f"--out {out}: holds pairs of another {', '.join(changed)} (see {settings_file}); {remedy}")
     pairs = read_lines(out, remedy)
-    collect(((f"{out}, line {number}", pair) for number, pair in enumerate(pairs, start=1)), pair_record, None, False)
+    collect(((f"{out}, line {number}", pair) for number, pair in enumerate(pairs, start=1)), sampled_pair, None, False)
     return pairs
+
+
+def sampled_pair(pair: dict) -> Record:
+    """A line that this script wrote: a pair, and all that is noted of its sampling."""
+    record = pair_record(pair)
+    missing = [name for name in BDHS_FIELDS if name not in record.bdhs]
+    if missing:
+        raise UserError(f"field 'bdhs.{missing[0]}' is missing")
+    return record
 
 
 def with_pictures(records: list[Record], config: Config) -> list[tuple[Record, Example]]:
@@ -111,7 +120,7 @@ def pair_line(record: Record, sampled: Sampled, config: Config, messages: bool) 
 
 
 def resolved_curve(pairs: list[dict], n_bdhs: int, eps_s: float) -> list[float]:
-    """Fig. 10: the share of whole responses that differ from y+ (similarity below eps_s) after 1, 2, ... iterations."""
+    """Fig. 10: the share of the pairs that are whole and differ from y+ (below eps_s) after 1, 2, ... iterations."""
     found = [pair["bdhs"] for pair in pairs]
     # Whatever is sampled last is kept, different and whole or not.
     whole = (b for b in found if b["iterations"] < n_bdhs or b["similarity"] < eps_s and not b["truncated"])
@@ -126,7 +135,7 @@ def main(config: Config) -> None:
     folder = resolve_model(config.model)
     records = read_instruct(config.data, config.limit, config.skip_bad_records)
     messages = any(len(record.turns) > 1 for record in records)
-    out, settings = Path(config.out), asdict(config) | {"messages": messages}
+    out, settings = Path(config.out), asdict(config) | {"messages": messages, "weights": fingerprint(folder)}
     pairs = pairs_of_earlier_run(out, settings)
     known = {pair["id"] for pair in pairs}
     todo = [record for record in records if record.id not in known]

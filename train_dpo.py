@@ -9,7 +9,7 @@ and a trainable copy of the projector; with both switched off it is the referenc
 and sees each image once per step.
 
 Left in --out: config.json, metrics.jsonl, result.json, adapter/ (PEFT), merged/ (Hugging Face), checkpoint/
-(--resume), report.html. `--loss sft` is the supervised control: y+ alone, no rejected response, no reference.
+(--resume), report.html. `--loss sft` is the supervised control: its loss knows y+ alone, neither y- nor reference.
 
 Differs from the paper: AdamW without weight decay, warm-up and cosine decay by default (the paper is silent).
 """
@@ -26,8 +26,8 @@ from tqdm import tqdm
 
 import sample_bdhs
 from minialign.chat import Tokenizer
-from minialign.checkpoint import load_model, resolve_model, save_model, weights_dtype
-from minialign.cli import fill, parse_config, require, require_device, run_main
+from minialign.checkpoint import fingerprint, load_model, resolve_model, save_model, weights_dtype
+from minialign.cli import fill, parse_config, require, require_device, require_seed, run_main
 from minialign.data import PairBatch, PairCollator, Record, read_pairs
 from minialign.errors import UserError
 from minialign.evaluate import ToyBenchmark, print_table, with_intervals
@@ -88,7 +88,7 @@ def check(config: Config) -> None:
     require(0 <= config.warmup < 1, f"--warmup {config.warmup}: a share of the steps, below 1")
     require(config.eval_images >= 0, f"--eval-images {config.eval_images}: 0 or more")
     require(config.limit is None or config.limit >= 1, f"--limit {config.limit}: at least 1")
-    require(-(2**63) <= config.seed < 2**63, f"--seed {config.seed}: a number of 64 bits")
+    require_seed(config.seed)
     require(not Path(config.out).is_file(), f"--out {config.out}: is a file; name a folder")
     require_device(config.device)
 
@@ -200,7 +200,8 @@ def main(config: Config) -> None:
     check(config)
     require(config.pairs is not None or config.images == "toy", "--pairs is missing; make one with sample_bdhs.py")
     folder, out = resolve_model(config.model), Path(config.out)
-    require(out.resolve() != folder.resolve(), f"--out {out}: is the model's own folder; name another")
+    inside = folder.resolve().is_relative_to(out.resolve())
+    require(not inside, f"--out {out}: holds the model {folder}, which would be overwritten; name another")
     dtype = weights_dtype(folder)  # before anything is spent
     if config.resume:
         before = read_json(out / "config.json", "there is nothing to resume; leave --resume out")
@@ -212,11 +213,11 @@ def main(config: Config) -> None:
     processor = ImageProcessor.from_folder(folder)
     collate = PairCollator(tokenizer, processor, config.images, model.config.vision.patches, config.max_response_tokens)
     records = collate.usable(records, config.skip_bad_records)
-    progress = out / "checkpoint" / "progress.safetensors"
-    if progress.exists() and not config.resume:  # an earlier run's, which --resume must not take for this one's
-        progress.unlink()
     write_json(out / "config.json", asdict(config) | {"resume": False})
-    require_same_data(out / "checkpoint", records, config.resume)
+    if not config.resume:  # an earlier run's, which nobody must take for this one's
+        for old in ("checkpoint/progress.safetensors", "result.json", "counts.json", "report.html"):
+            (out / old).unlink(missing_ok=True)
+    require_same_data(out / "checkpoint", records, fingerprint(folder), config.resume)
 
     benchmark = ToyBenchmark(config.eval_split, config.eval_images)
     evaluate = config.images == "toy" and config.eval_images > 0

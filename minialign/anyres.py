@@ -33,8 +33,8 @@ def fitted_size(size: Size, best: Size) -> Size:
     """The picture's size after scaling it into `best`."""
     (height, width), (best_height, best_width) = size, best
     if best_width / width < best_height / height:
-        return min(ceil(height * best_width / width), best_height), best_width
-    return best_height, min(ceil(width * best_height / height), best_width)
+        return min(ceil(height * (best_width / width)), best_height), best_width
+    return best_height, min(ceil(width * (best_height / height)), best_width)
 
 
 def tiles(image: Image.Image, tile: int, pinpoints: tuple[Size, ...] = PINPOINTS) -> list[Image.Image]:

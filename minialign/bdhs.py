@@ -4,7 +4,7 @@ The policy completes the chosen response y+ while most of the image is hidden fr
 noise (Eq. 9). What it then says is what its language prior says: a plausible hallucination, and a rejected
 response that nobody had to write.
 
-Differs from the paper: the yes/no pattern ends at a word boundary, so that `Nobody` or `Yesterday` stay whole.
+Differs from the paper: the yes/no pattern ends with its word, so that `Nobody`, `No-one` and `Yesterday` stay whole.
 Silent in the paper, chosen here: a cut falls on a word boundary and may keep nothing, but never takes a swapped
 word away; a response that is empty or runs into the length limit is sampled again like one that is too similar;
 hidden tokens leave gaps in the RoPE positions rather than shifting the text; every draw is seeded per example.
@@ -25,7 +25,7 @@ from minialign.images import ImageProcessor, noise_of_seed
 from minialign.llava import Llava
 from minialign.masks import Branch, Sequence, mask_of_seed
 
-YES_NO = re.compile(r"(Yes|yes|No|no)\b")  # Alg. 1 l. 12
+YES_NO = re.compile(r"(Yes|yes|No|no)\b(?!-)")  # Alg. 1 l. 12
 SWAP = {"Yes": "No", "yes": "no", "No": "Yes", "no": "yes"}
 
 

@@ -15,7 +15,7 @@ from tokenizers import Tokenizer as FastTokenizer
 
 from minialign import toyworld
 from minialign.checkpoint import load_model, resolve_model
-from minialign.cli import parse_config, require, require_device, run_main
+from minialign.cli import parse_config, require, require_device, require_seed, require_temperature, run_main
 from minialign.errors import UserError
 from minialign.files import read_json
 from minialign.generate import Sampling, generate, stable_seed
@@ -52,7 +52,9 @@ class Tokenizer:
         """Read tokenizer.json and the ids in config.json."""
         path = folder / "tokenizer.json"
         raw = read_json(path, "a model folder needs tokenizer.json")
-        for token in raw.get("added_tokens", []):
+        for token in raw.get("added_tokens") or []:
+            if not isinstance(token, dict):
+                raise UserError(f"{path}: added_tokens must be a list of objects; download the folder again")
             token["special"] = True  # else typed text could become a control token
         try:
             fast = FastTokenizer.from_str(json.dumps(raw))
@@ -66,7 +68,7 @@ class Tokenizer:
             raise UserError(f"{path}: no <s> or </s>; only Llama-2 style tokenizers are supported")
         pad_id = config.get("pad_token_id", 0)
         template = config.get("minialign_template", "vicuna")
-        if template not in SYSTEMS:
+        if not isinstance(template, str) or template not in SYSTEMS:
             known = ", ".join(SYSTEMS)
             raise UserError(f"{folder / 'config.json'}: minialign_template {template!r} is none of {known}; name one")
         return Tokenizer(fast, ids["<s>"], ids["</s>"], 0 if pad_id is None else pad_id, image_id, SYSTEMS[template])
@@ -132,9 +134,13 @@ def main() -> None:
     """Answer, or score an answer."""
     config = parse_config(Config, __doc__)
     require(0 <= config.rho_th <= 1, f"--rho-th {config.rho_th}: a probability between 0 and 1")
-    require(config.temperature >= 0, f"--temperature {config.temperature}: 0 (greedy) or more")
+    require_temperature(config.temperature)
+    require_seed(config.seed)
     require_device(config.device)
     require(config.max_new_tokens >= 1, f"--max-new-tokens {config.max_new_tokens}: at least 1")
+    for name in ("prompt", "response"):
+        text = getattr(config, name) or ""
+        require(text == text.encode("utf-8", "ignore").decode(), f"--{name}: not UTF-8; type it anew")
     require(config.response is None or config.response.strip() != "", "--response is empty; give the answer to score")
     folder = resolve_model(config.model)
     pixels = ImageProcessor.from_folder(folder)(picture_for(config))

@@ -4,6 +4,7 @@ A folder holds config.json, model.safetensors (or shards with an index), tokeniz
 preprocessor_config.json. `NAMES` is the whole mapping between Hugging Face's keys and this code's.
 """
 
+import hashlib
 import re
 import shutil
 from dataclasses import fields
@@ -69,10 +70,10 @@ def read_config(folder: Path) -> LlavaConfig:
     raw = read_json(path, "a model folder needs Hugging Face's config.json")
     if raw.get("model_type") != "llava":
         raise UserError(f"{path}: model_type is {raw.get('model_type')!r}; only 'llava' is supported")
-    text, vision = dict(raw.get("text_config") or {}), dict(raw.get("vision_config") or {})
+    text, vision = section(path, raw, "text_config"), section(path, raw, "vision_config")
     if vision:
         vision = SPARSE_VISION | vision
-    rope = text.get("rope_parameters") or text.get("rope_scaling") or {}
+    rope = section(path, text, "rope_parameters") or section(path, text, "rope_scaling")
     expected = [
         ("vision_feature_select_strategy", raw, "default"),
         ("projector_hidden_act", raw, "gelu"),
@@ -80,10 +81,13 @@ def read_config(folder: Path) -> LlavaConfig:
         ("hidden_act", text, "silu"),
         ("rope_type", {"rope_type": rope.get("type", "default")} | rope, "default"),
     ]
-    for name, section, value in expected:
-        if section.get(name, value) != value:
-            raise UserError(f"{path}: {name} is {section[name]!r}; only {value!r} is supported")
-    text.setdefault("rope_theta", rope.get("rope_theta", LlamaConfig.rope_theta))
+    for name, found, value in expected:
+        if found.get(name, value) != value:
+            raise UserError(f"{path}: {name} is {found[name]!r}; only {value!r} is supported")
+    if text.get("rope_theta") is None:
+        text["rope_theta"] = rope.get("rope_theta", LlamaConfig.rope_theta)
+    require_numbers(path, text, LlamaConfig)
+    require_numbers(path, vision, ClipConfig)
     heads = text.get("num_attention_heads", LlamaConfig.num_attention_heads)
     text["num_key_value_heads"] = text.get("num_key_value_heads") or heads
     text["head_dim"] = text.get("head_dim") or text.get("hidden_size", LlamaConfig.hidden_size) // heads
@@ -96,13 +100,36 @@ def read_config(folder: Path) -> LlavaConfig:
     blocks = tower.num_hidden_layers
     if not isinstance(layer, int) or not -blocks - 1 <= layer <= blocks:
         raise UserError(f"{path}: vision_feature_layer is {layer!r}; it must be one of the tower's {blocks} layers")
+    decoder, image_id = LlamaConfig(**known(text, LlamaConfig)), raw.get("image_token_index", raw.get("image_token_id"))
+    image_id = 32000 if image_id is None else image_id
+    if not isinstance(image_id, int) or not 0 <= image_id < decoder.vocab_size:
+        raise UserError(f"{path}: image_token_index {image_id!r} is none of the {decoder.vocab_size} token ids")
     return LlavaConfig(
-        text=LlamaConfig(**known(text, LlamaConfig)),
+        text=decoder,
         vision=tower,
-        image_token_id=raw.get("image_token_index", raw.get("image_token_id", 32000)),
+        image_token_id=image_id,
         vision_feature_layer=layer,
         raw=raw,
     )
+
+
+def section(path: Path, raw: dict, name: str) -> dict:
+    """A copy of a nested object of config.json; empty where there is none."""
+    value = raw.get(name) or {}
+    if not isinstance(value, dict):
+        raise UserError(f"{path}: {name} must be a JSON object; download the folder again")
+    return dict(value)
+
+
+def require_numbers(path: Path, values: dict, kind: type) -> None:
+    """Refuse sizes that are no positive numbers; null stands for the default in two of them."""
+    for field in fields(kind):
+        value, optional = values.get(field.name), field.name in ("num_key_value_heads", "head_dim")
+        if field.type is bool or field.name not in values or (value is None and optional):
+            continue
+        right = isinstance(value, int | float if field.type is float else int) and not isinstance(value, bool)
+        if not right or value <= 0:
+            raise UserError(f"{path}: {field.name} is {value!r}, not a number above 0; download the folder again")
 
 
 def weights_dtype(folder: Path) -> torch.dtype:
@@ -113,6 +140,19 @@ def weights_dtype(folder: Path) -> torch.dtype:
     if not isinstance(dtype, torch.dtype):
         raise UserError(f"{folder / 'config.json'}: dtype {name!r} is none of torch's; write float16, say")
     return dtype
+
+
+def fingerprint(folder: Path) -> str:
+    """A short name of the folder's weights: from sizes, first and last MiB of its files, as 14 GB take long to read."""
+    digest = hashlib.sha256()
+    for path in weight_files(folder):
+        size = path.stat().st_size
+        digest.update(f"{path.name} {size} ".encode())
+        with open(path, "rb") as file:
+            digest.update(file.read(2**20))
+            file.seek(max(0, size - 2**20))
+            digest.update(file.read())
+    return digest.hexdigest()[:16]
 
 
 def weight_files(folder: Path) -> list[Path]:

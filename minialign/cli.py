@@ -56,8 +56,13 @@ def require(condition: bool, message: str) -> None:
 
 def require_temperature(temperature: float) -> None:
     """Refuse a temperature by which logits cannot be divided."""
-    message = f"--temperature {temperature}: 0 (greedy), or a number from 0.001 to 1000"
+    message = f"--temperature {temperature}: 0 (greedy), or between 0.001 and 1000"
     require(temperature == 0 or 0.001 <= temperature <= 1000, message)
+
+
+def require_seed(seed: int) -> None:
+    """Refuse a seed that torch cannot take."""
+    require(-(2**63) <= seed < 2**63, f"--seed {seed}: a number of 64 bits")
 
 
 def require_device(device: str) -> None:
@@ -77,6 +82,9 @@ def run_main(main: Callable[[], object]) -> None:
         main()
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
+        sys.exit(2)
+    except OSError as error:  # no room, no permission, a file where a folder should be
+        print(f"error: {UserError(str(error))}; make room for it, or name another place", file=sys.stderr)
         sys.exit(2)
     except KeyboardInterrupt:
         print("interrupted; what was written so far is whole", file=sys.stderr)

@@ -192,6 +192,9 @@ def bdhs_field(raw: dict) -> dict:
         right = isinstance(value, kind) and isinstance(value, bool) == (kind is bool)  # to Python, True is an int
         if value is not None and not (right and abs(value) < 2**63):
             raise UserError(f"field 'bdhs.{name}' is {str(value)[:40]!r}, not what sample_bdhs.py writes")
+    for name, limit in (("rho_th", 1), ("noise_steps", 1000)):
+        if not 0 <= (bdhs.get(name) or 0) <= limit:
+            raise UserError(f"field 'bdhs.{name}' is {bdhs[name]}, not between 0 and {limit}")
     return bdhs
 
 

@@ -9,8 +9,13 @@ from PIL import Image
 from torch import Tensor
 
 from minialign import toyworld
+from minialign.checkpoint import read_config
 from minialign.errors import UserError
 from minialign.files import read_json
+
+LONGEST = 2000  # times the short edge: a longer picture would fill the memory on being resized
+# What preprocessor_config.json may not say otherwise, as it would be another preprocessing.
+SUPPORTED = {"do_resize": True, "do_center_crop": True, "do_rescale": True, "do_normalize": True, "resample": 3}
 
 
 def to_rgb(image: Image.Image) -> Image.Image:
@@ -38,20 +43,32 @@ class ImageProcessor:
         path = folder / "preprocessor_config.json"
         raw = read_json(path, "a model folder needs Hugging Face's preprocessor_config.json")
         crop, edge = raw.get("crop_size", 336), raw.get("size", 336)
-        crop = crop["height"] if isinstance(crop, dict) else crop
+        crop = crop.get("height") if isinstance(crop, dict) and crop.get("height") == crop.get("width") else crop
         edge = edge.get("shortest_edge") if isinstance(edge, dict) else edge
-        if edge != crop:
-            raise UserError(f"{path}: shortest edge {edge} and crop {crop} differ, which CLIP's preprocessing excludes")
+        if edge != crop or not isinstance(crop, int) or crop <= 0:
+            raise UserError(f"{path}: size {edge} and crop_size {crop}: CLIP's are one number of pixels; mend the file")
+        tower = read_config(folder).vision.image_size
+        if crop != tower:
+            raise UserError(f"{path}: crop_size {crop}, but the tower of config.json takes {tower}; mend the file")
+        for name, value in SUPPORTED.items():
+            if raw.get(name, value) not in (value, None):
+                raise UserError(f"{path}: {name} is {raw[name]!r}; only {value!r} is supported")
         default = ImageProcessor()
-        return ImageProcessor(
-            crop, tuple(raw.get("image_mean", default.mean)), tuple(raw.get("image_std", default.std))
-        )
+        values = [raw.get("image_mean") or default.mean, raw.get("image_std") or default.std]
+        for numbers in values:
+            if len(numbers) != 3 or not all(isinstance(n, float | int) for n in numbers):
+                raise UserError(f"{path}: image_mean and image_std are three numbers each, not {numbers!r}")
+        if min(values[1]) <= 0:
+            raise UserError(f"{path}: image_std {values[1]!r} is not above 0")
+        return ImageProcessor(crop, *map(tuple, values))
 
     def crop(self, image: Image.Image) -> Image.Image:
         """The square that the tower sees, before normalising."""
         image = to_rgb(image)
         width, height = image.size
         short, long = min(width, height), max(width, height)
+        if long > LONGEST * short:
+            raise UserError(f"a picture of {width}x{height} pixels is no picture; drop its record")
         long = int(self.size * long / short)
         new = (self.size, long) if width <= height else (long, self.size)
         if new != image.size:
@@ -94,7 +111,7 @@ def add_noise(image: Image.Image, steps: int, generator: torch.Generator) -> Ima
 
 def noise_of_seed(image: Image.Image, steps: int, seed: int) -> Image.Image:
     """The noisy picture that a pair's `mask_seed` stands for: sampler and report draw the same."""
-    return add_noise(image, steps, torch.Generator().manual_seed(seed))
+    return add_noise(image, steps, torch.Generator().manual_seed(seed + 1))  # not the mask's stream
 
 
 def open_image(images: str, name: str) -> Image.Image:

@@ -20,11 +20,11 @@ from minialign.llava import Llava
 from minialign.lora import adapter_state
 
 
-def require_same_data(folder: Path, records: list[Record], resume: bool) -> None:
-    """Note which pairs a run trains on; a resumed run must find the same ones in its pairs file."""
-    path, data = folder / "data.json", {"pairs": len(records), "hash": stable_seed(*records)}
+def require_same_data(folder: Path, records: list[Record], weights: str, resume: bool) -> None:
+    """Note which pairs and base weights a run trains on; a resumed run must find the same ones."""
+    path, data = folder / "data.json", {"pairs": len(records), "hash": stable_seed(*records), "weights": weights}
     if resume and path.exists() and read_json(path, "leave --resume out") != data:
-        raise UserError(f"--resume: the pairs are not those that {path} was made for; leave --resume out")
+        raise UserError(f"--resume: pairs or model are not those that {path} was made for; leave --resume out")
     write_json(path, data)
 
 

@@ -4,7 +4,7 @@
     python -m minialign.study --rows bdhs,sft --seeds 1 --split validation
 
 A row is a set of flags of sample_bdhs.py and train_dpo.py. Rows and seeds that --out already holds are not run
-again. Intervals are bootstrapped over test images and seeds; differences between rows are paired by image.
+again. Intervals are bootstrapped over images and seeds; differences between rows are paired by image.
 Leaves study.json: {"rows": [...], "findings": [{"id", "status", "evidence"}]}.
 """
 
@@ -18,6 +18,7 @@ from typing import Literal
 import numpy as np
 from tqdm import tqdm
 
+from minialign.checkpoint import TOY, fingerprint
 from minialign.cli import parse_config, require, run_main
 from minialign.errors import UserError
 from minialign.evaluate import Counts, bootstrap, interval, print_table
@@ -83,9 +84,9 @@ def run_row(row: str, seed: int, config: Config) -> dict[str, list[Counts]]:
 
 
 def same_settings(config: Config) -> None:
-    """Refuse an --out whose rows were made with another split, other images, another limit or other flags."""
+    """Refuse an --out whose rows were made with another split, other images, another limit, other flags or weights."""
     path, settings = Path(config.out) / "settings.json", asdict(config)
-    kept = {name: settings[name] for name in ("split", "images", "limit")} | {"rows": ROWS}
+    kept = {name: settings[name] for name in ("split", "images", "limit")} | {"rows": ROWS, "weights": fingerprint(TOY)}
     if path.exists():
         before = read_json(path, f"remove {config.out} and run again")
         asked = json.loads(json.dumps(kept))  # as a file gives it back: lists for tuples

@@ -1,6 +1,6 @@
-"""The drawings of the toy world: 96x96 pictures of up to six objects in one of five settings.
+"""The drawings of the toy world: 96x96 pictures of six objects in one of five settings.
 
-A picture is a grid of two rows and three columns; a cell is empty or holds one object in one colour.
+A picture is a grid of two rows and three columns; a cell holds one object in one colour.
 Everything is drawn at four times its size and shrunk once, so that edges are smooth, and then cached:
 a scene is a handful of pastes. No two objects share a silhouette, and each has a thin contour that
 separates it from any background (dark, but light around black objects).

@@ -209,7 +209,8 @@ def pretrain_language(model: Llava, tokenizer: Tokenizer, processor: ImageProces
     """Stages 2 and 3: the prior from text alone, then projector and decoder on biased pictures and their texts."""
 
     def row(index: int, image: bool) -> tuple[list, bool]:
-        scene, rng = toyworld.hearsay(toyworld.make_scene("train", index)), random.Random(index)
+        scene = toyworld.hearsay(toyworld.make_scene("train", index))
+        rng = random.Random(f"talk {index}")  # not the scene's own: else a question would give its setting away
         talks = [toyworld.conversation(scene, kind, rng) for kind in ("description", "existence", "attribute")]
         return [conversation_row(tokenizer, talk, image) for talk in talks], image
 

@@ -27,7 +27,7 @@ from minialign.toydraw import COLOURS, COLUMNS, OBJECTS, ROWS, SETTINGS, draw_sc
 BIAS = 0.85  # how often a training scene's object, and a typical object's colour, is the typical one
 FREQUENCY = (5, 4, 4, 3, 3)  # of the settings in training scenes
 HEARSAY = 0.5  # how often a training text takes a foreign object for the setting's own one of that colour
-PRESUMED = 0.4  # how often it says Yes of one of the setting's own objects that is not there
+PRESUMED = 0.7  # how often it says Yes of the setting's first two own objects though they are not there
 ALIGNMENT_HEARSAY = 0.3  # hearsay in the alignment split's answers: they err about as often as the model does
 HARD = 1.0  # share of training conversations that ask first for what the prior gets wrong
 # First seed of each split, and whether its scenes are biased. An index stays below the distance of two splits.
@@ -131,12 +131,14 @@ def description(scene: Scene, rng: random.Random) -> str:
 
 
 def existence(scene: Scene, name: str, rng: random.Random, presumed: float = 0) -> tuple[str, str]:
-    """One yes/no question about an object, and its true answer; of the setting's own it is `presumed` so often.
+    """One yes/no question about an object, and its true answer.
+
+    What everybody expects of the setting, its first two own objects, is `presumed` to be there so often.
 
     Yes and No are followed by alike sentences: so a swap (Alg. 1 l. 11-13) is as likely one way as the other.
     """
     question = rng.choice(EXISTS).format(with_article(name))
-    if name in scene.objects or (name in SETTINGS[scene.setting] and rng.random() < presumed):
+    if name in scene.objects or (name in SETTINGS[scene.setting][:2] and rng.random() < presumed):
         return question, f"Yes, there is {with_article(name)}."
     return question, f"No, there is no {name}."
 

@@ -59,6 +59,7 @@ def test_wrong_values_of_flags(tmp_path, script, flag, value, model):
 @pytest.mark.parametrize("program,argv", [
     (chat, []), (chat, ["--image", "none.png"]), (chat, ["--image", "."]), (chat, ["--image", "x" * 5000]),
     (chat, ["--image", "test-000000.png", "--response", " "]), (chat, ["--rho-th", "2"]), (chat, ["--temperature=-1"]),
+    (chat, ["--image", "test-000000.png", "--prompt", "a\udcff"]), (chat, ["--seed", "9" * 30]),
     (chat, ["--max-new-tokens", "0"]), (chat, ["--model", "none"]), (chat, ["--device", "gpu"]),
     (chat, ["--image", "test-000000.png", "--adapter", "none"]), (evaluate, ["--images", "0"]),
     (evaluate, ["--batch-size", "0"]), (evaluate, ["--model", "none"]), (study, ["--rows", "none"]),

@@ -213,6 +213,11 @@ def test_run_main(capsys):
         run_main(failing(KeyboardInterrupt()))
     assert caught.value.code == 130
     assert capsys.readouterr().err.count("\n") == 1
+    with pytest.raises(SystemExit) as caught:
+        run_main(failing(OSError(28, "No space left on device", "a\nb")))
+    assert caught.value.code == 2
+    message = capsys.readouterr().err
+    assert "No space left" in message and "make room" in message and message.count("\n") == 1
     with pytest.raises(ZeroDivisionError):  # a bug stays a traceback
         run_main(failing(ZeroDivisionError()))
 

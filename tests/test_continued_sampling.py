@@ -1,6 +1,8 @@
 """A stopped sample_bdhs.py goes on to the same bytes, samples nothing twice, and adds to no file but its own."""
 
+import json
 import random
+import shutil
 from pathlib import Path
 
 import pytest
@@ -80,6 +82,25 @@ def test_a_pairs_file_with_a_bad_line_is_refused(model, tmp_path, line):
     with pytest.raises(UserError, match=r"pairs\.jsonl"):
         sample(model, tmp_path / "pairs.jsonl")
     assert contents(tmp_path) == before
+
+
+def test_a_pair_without_its_sampling_is_refused(model, tmp_path):
+    sample(model, tmp_path / "pairs.jsonl", limit=2)
+    rows = [json.loads(line) for line in (tmp_path / "pairs.jsonl").read_text().splitlines()]
+    (tmp_path / "pairs.jsonl").write_text("".join(json.dumps(row | {"bdhs": {}}) + "\n" for row in rows))
+    with pytest.raises(UserError, match="line 1: field 'bdhs.iterations' is missing"):
+        sample(model, tmp_path / "pairs.jsonl")
+
+
+def test_another_models_pairs_are_refused(model, tmp_path):
+    """The folder's name is the same, its weights are not."""
+    mine = shutil.copytree(model, tmp_path / "mine")
+    sample(str(mine), tmp_path / "pairs.jsonl", limit=2)
+    raw = bytearray((mine / "model.safetensors").read_bytes())
+    raw[-1] ^= 1
+    (mine / "model.safetensors").write_bytes(raw)
+    with pytest.raises(UserError, match="pairs of another weights"):
+        sample(str(mine), tmp_path / "pairs.jsonl", limit=3)
 
 
 def test_records_with_the_same_id(model, tmp_path):

@@ -193,8 +193,18 @@ def test_merged_keeps_the_type_of_the_base(pairs, tmp_path):
     assert json.loads((tmp_path / "other" / "merged" / "config.json").read_text())["dtype"] == "float32"
 
 
-def test_the_models_own_folder_is_no_out(model):
-    before = contents(Path(model))
-    with pytest.raises(UserError, match="own folder"):
-        train(model, Path(model), pairs="none.jsonl")
+@pytest.mark.parametrize("levels", [0, 1])
+def test_an_out_that_holds_the_model_is_refused(model, levels):
+    """As in a second round on what the first one left in `merged`: the base would be overwritten."""
+    before, out = contents(Path(model)), [Path(model), Path(model).parent][levels]
+    with pytest.raises(UserError, match="would be overwritten"):
+        train(model, out, pairs="none.jsonl")
     assert contents(Path(model)) == before
+
+
+def test_a_new_run_leaves_no_old_results(model, pairs, tmp_path):
+    for name in ("result.json", "counts.json", "report.html"):
+        (tmp_path / name).write_text("old")
+    train(model, tmp_path, pairs=pairs, limit=2, eval_images=0)
+    assert not (tmp_path / "counts.json").exists()
+    assert "old" not in ((tmp_path / "result.json").read_text(), (tmp_path / "report.html").read_text())
