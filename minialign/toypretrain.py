@@ -205,14 +205,18 @@ def language_loss(model: Llava, tokenizer: Tokenizer, rows: list[list], features
     return F.cross_entropy(model.lm_head(hidden[row, tree.parent[row, column]]), tree.ids[row, column])
 
 
+def talks(index: int) -> list[list[Turn]]:
+    """What is said of training scene number `index`: a conversation of each kind."""
+    scene = toyworld.hearsay(toyworld.make_scene("train", index))
+    rng = random.Random(f"talk {index}")  # not the scene's own: else a question would give its setting away
+    return [toyworld.conversation(scene, kind, rng) for kind in ("description", "existence", "attribute")]
+
+
 def pretrain_language(model: Llava, tokenizer: Tokenizer, processor: ImageProcessor) -> None:
     """Stages 2 and 3: the prior from text alone, then projector and decoder on biased pictures and their texts."""
 
     def row(index: int, image: bool) -> tuple[list, bool]:
-        scene = toyworld.hearsay(toyworld.make_scene("train", index))
-        rng = random.Random(f"talk {index}")  # not the scene's own: else a question would give its setting away
-        talks = [toyworld.conversation(scene, kind, rng) for kind in ("description", "existence", "attribute")]
-        return [conversation_row(tokenizer, talk, image) for talk in talks], image
+        return [conversation_row(tokenizer, talk, image) for talk in talks(index)], image
 
     def text_loss(step: int) -> torch.Tensor:
         return language_loss(model, tokenizer, [row(step * BATCH + i, False) for i in range(BATCH)], None)

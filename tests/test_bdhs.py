@@ -12,7 +12,7 @@ import minialign.bdhs
 from minialign import toyworld
 from minialign.bdhs import Bdhs, BdhsConfig, Example, full_stop_ids, join, split_sentences
 from minialign.generate import Sampling, generate
-from minialign.images import add_noise
+from minialign.images import noise_of_seed
 from minialign.masks import image_attention_mask
 
 
@@ -219,7 +219,7 @@ def test_noise_is_another_way_to_blur_the_picture(calls, noise_steps):
     assert worst(all_logps(noisy), all_logps(clean)) > 1e-3  # blurred
     assert all(row.image_visible.all() for row in noisy.sequences)
     for i, (example, result) in enumerate(zip(batch, first, strict=True)):  # Eq. 9 on the raw picture
-        picture = add_noise(example.image, noise_steps, torch.Generator().manual_seed(result.mask_seed))
+        picture = noise_of_seed(example.image, noise_steps, result.mask_seed)
         features = random_toy().encode_images(toy_processor()(picture)[None])
         assert worst(features[0], noisy.features[i]) < 1e-4
 

@@ -10,6 +10,7 @@ from minialign import toyworld
 from minialign.data import instruct_record
 from minialign.evaluate import MENTION, count_description, pope_verdict
 from minialign.toydraw import COLOURS, OBJECTS, SETTINGS
+from minialign.toypretrain import talks
 from minialign.toyworld import (
     POSITIONS,
     SPLITS,
@@ -193,6 +194,14 @@ def test_answers_of_records_hallucinate_a_little():
         counts.update(count_description(make_scene("alignment", index), raw["conversations"][1]["value"]))
     assert 0.07 < counts["hallucinated"] / counts["mentioned"] < 0.13
     assert counts["typical"] == counts["hallucinated"]
+
+
+def test_questions_do_not_give_the_setting_away():
+    """Scene and talk have their own randomness: every question is asked as often in every setting."""
+    asked = Counter((talks(index)[0][0][1], make_scene("train", index).setting) for index in range(3000))
+    for setting in SETTINGS:
+        shares = [asked[question, setting] for question in toyworld.DESCRIBE]
+        assert max(shares) < 1.35 * min(shares)
 
 
 @pytest.mark.parametrize("rate", [0.0, 0.4, 1.0])

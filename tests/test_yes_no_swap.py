@@ -21,7 +21,7 @@ class Scripted:
 
 
 @pytest.mark.parametrize("word", ["Nobody", "Yesterday", "Note", "Nothing", "None", "Yesno", "No1", "YES", "NO", "no_",
-                                  "Now", "nor", "yesyes", "Oh no", '"No']) # fmt: skip
+                                  "No-one", "Now", "nor", "yesyes", "Oh no", '"No']) # fmt: skip
 def test_no_swap_inside_a_word(word):
     text, rng = f"{word} it is so.", Scripted(0.99)
     [(_, cut)] = cuts(text, rng)
