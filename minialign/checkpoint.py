@@ -101,13 +101,12 @@ def read_config(folder: Path) -> LlavaConfig:
     if not isinstance(layer, int) or not -blocks - 1 <= layer <= blocks:
         raise UserError(f"{path}: vision_feature_layer is {layer!r}; it must be one of the tower's {blocks} layers")
     decoder, image_id = LlamaConfig(**known(text, LlamaConfig)), raw.get("image_token_index", raw.get("image_token_id"))
-    image_id = 32000 if image_id is None else image_id
-    if not isinstance(image_id, int) or not 0 <= image_id < decoder.vocab_size:
+    if image_id is not None and not (isinstance(image_id, int) and 0 <= image_id < decoder.vocab_size):
         raise UserError(f"{path}: image_token_index {image_id!r} is none of the {decoder.vocab_size} token ids")
     return LlavaConfig(
         text=decoder,
         vision=tower,
-        image_token_id=image_id,
+        image_token_id=32000 if image_id is None else image_id,
         vision_feature_layer=layer,
         raw=raw,
     )
