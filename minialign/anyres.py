@@ -5,7 +5,6 @@ picture, squashed into one more tile, goes first. What the padding covered is le
 patches ends in a learned `image_newline`. All sizes are (height, width). Numerics as in transformers' LLaVA-NeXT.
 """
 
-from dataclasses import dataclass
 from math import ceil
 
 import torch
@@ -50,24 +49,14 @@ def tiles(image: Image.Image, tile: int, pinpoints: tuple[Size, ...] = PINPOINTS
     return [image.resize((tile, tile), Image.Resampling.BICUBIC), *parts]
 
 
-@dataclass(frozen=True)
-class Kept:
-    """The patches that are left of the padded grid: rows [top, bottom), columns [left, right)."""
-
-    top: int
-    bottom: int
-    left: int
-    right: int
-
-
-def kept_patches(size: Size, grid: Size) -> Kept:
-    """The part of a (rows, columns) patch grid that is not padding."""
+def kept_patches(size: Size, grid: Size) -> tuple[slice, slice]:
+    """The rows and columns of a (rows, columns) patch grid that are not padding."""
     (height, width), (rows, columns) = size, grid
     if width / height > columns / rows:
         padding = (rows - int(round(height * (columns / width), 7))) // 2
-        return Kept(padding, rows - padding, 0, columns)
+        return slice(padding, rows - padding), slice(None)
     padding = (columns - int(round(width * (rows / height), 7))) // 2
-    return Kept(0, rows, padding, columns - padding)
+    return slice(None), slice(padding, columns - padding)
 
 
 def packing(size: Size, tile: int, side: int, pinpoints: tuple[Size, ...] = PINPOINTS) -> Tensor:
@@ -79,7 +68,6 @@ def packing(size: Size, tile: int, side: int, pinpoints: tuple[Size, ...] = PINP
     down, across = best[0] // tile, best[1] // tile
     grid = torch.arange(side * side, side * side * (1 + down * across)).view(down, across, side, side)
     grid = grid.permute(0, 2, 1, 3).reshape(down * side, across * side)
-    kept = kept_patches(size, (down * side, across * side))
-    grid = grid[kept.top : kept.bottom, kept.left : kept.right]
+    grid = grid[kept_patches(size, (down * side, across * side))]
     lines = torch.cat([grid, torch.full((len(grid), 1), NEWLINE)], dim=1)
     return torch.cat([torch.arange(side * side), lines.flatten()])

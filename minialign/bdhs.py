@@ -84,11 +84,12 @@ def cut_sentence(text: str, span: tuple[int, int], ids: list[int], tokenizer: To
     start, end = span
     sentence = text[start:end]
     match = YES_NO.match(sentence)
-    places = [word.start() for word in re.finditer(r"\S+", sentence)]
-    if match and rng.random() >= 0.5:
-        said = SWAP[match[1]]
+    said = SWAP[match[1]] if match and rng.random() >= 0.5 else ""
+    if said:
         sentence = said + sentence[match.end() :]
-        places = [word.start() for word in re.finditer(r"\S+", sentence)][1:] or [len(said)]
+    places = [word.start() for word in re.finditer(r"\S+", sentence)]
+    if said:
+        places = places[1:] or [len(said)]
     kept = sentence[: rng.choice(places)].rstrip()
     # The swapped word belongs to its own sentence: the text before it is always the true one (Eq. 7).
     before = text[:start] if kept else text[:start].rstrip()

@@ -86,6 +86,7 @@ class Attention(nn.Module):
         self.o_proj = nn.Linear(q_size, config.hidden_size, bias=False)
 
     def forward(self, x, rotary, mask, cache: KVCache | None, layer: int) -> Tensor:
+        """(B, T, D) -> (B, T, D); mask (B, 1, T, keys) bool, keys being T, or all that `cache` holds with them."""
         B, T, _ = x.shape
         q, k, v = (  # (B, heads, T, head_dim)
             proj(x).view(B, T, -1, self.head_dim).transpose(1, 2) for proj in (self.q_proj, self.k_proj, self.v_proj)

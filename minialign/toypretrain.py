@@ -142,6 +142,7 @@ def pretrain_tower(config: ClipConfig, processor: ImageProcessor) -> Clip:
     side = SIZE // PATCH
 
     def labels(scene: toyworld.Scene) -> torch.Tensor:
+        """(patches, 4) class numbers: object, colour, setting and place of every patch, row by row."""
         grid = torch.zeros(side, side, len(sizes), dtype=torch.long)
         grid[..., 2] = settings.index(scene.setting)
         for number, (row, column) in enumerate(toyworld.CELLS):
