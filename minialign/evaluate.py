@@ -32,7 +32,7 @@ from minialign.masks import Branch, Sequence
 from minialign.toydraw import COLOURS, OBJECTS, SETTINGS
 
 SETTINGS_OF_POPE = ("random", "popular", "adversarial")
-MENTION = re.compile(rf"\b(?:({'|'.join(COLOURS)}) )?({'|'.join(OBJECTS)})\b")
+MENTION = re.compile(rf"\b({'|'.join(OBJECTS)})\b(?: is ({'|'.join(COLOURS)})\b)?")
 POSITION = re.compile(rf"\b({'|'.join(toyworld.POSITIONS.values())})\b")
 Counts = dict[str, float]
 
@@ -68,7 +68,7 @@ def count_description(scene: toyworld.Scene, text: str) -> Counts:
     counts = Counter({"images": 1, "length": len(text.split()), "objects": len(scene.objects)})
     for sentence in re.split(r"(?<=\.)\s", text):
         place = POSITION.search(sentence)
-        for colour, name in MENTION.findall(sentence):
+        for name, colour in MENTION.findall(sentence):
             counts["mentioned"] += 1
             if name not in scene.objects:
                 counts["hallucinated"] += 1

@@ -90,8 +90,9 @@ def same_settings(config: Config) -> None:
     if path.exists():
         before = read_json(path, f"remove {config.out} and run again")
         asked = json.loads(json.dumps(kept))  # as a file gives it back: lists for tuples
-        changed = [f"--{name} {value}" for name, value in asked.items() if before.get(name) != value]
-        require(not changed, f"{', '.join(changed)}: {path} says otherwise; give another --out")
+        changed = [name for name, value in asked.items() if before.get(name) != value]
+        require(not changed, f"--out {config.out}: holds a study of another {', '.join(changed)} (see {path}); "
+                             "give another --out")  # fmt: skip
     write_json(path, kept)
 
 

@@ -30,7 +30,7 @@ from minialign.toydraw import COLOURS, COLUMNS, OBJECTS, ROWS, SETTINGS, SIZE
 
 PATCH = 16
 CONTROL = ["<unk>", "<s>", "</s>", "<pad>", "<image>"]
-TOWER_STEPS, TEXT_STEPS, JOINT_STEPS = 2000, 200, 2500
+TOWER_STEPS, TEXT_STEPS, JOINT_STEPS = 2000, 200, 1500
 TOWER_BATCH, BATCH, TEXT_ONLY, PEAK_LR = 64, 16, 2, 2e-3
 
 
@@ -135,7 +135,7 @@ def pretrain_tower(config: ClipConfig, processor: ImageProcessor) -> Clip:
 
     The place is named so that the features keep it, as CLIP's do: the decoder must find "the northwest".
     """
-    tower = initialise(Clip(config))
+    tower = initialise(Clip(config), 0.02)
     sizes = [len(OBJECTS), len(COLOURS), len(SETTINGS), ROWS * COLUMNS]
     heads = torch.nn.Linear(config.hidden_size, sum(sizes))
     objects, colours, settings = list(OBJECTS), list(COLOURS), list(SETTINGS)
@@ -168,11 +168,11 @@ def pretrain_tower(config: ClipConfig, processor: ImageProcessor) -> Clip:
     return tower
 
 
-def initialise(module: torch.nn.Module) -> torch.nn.Module:
-    """Draw every matrix anew from N(0, 0.02)."""
+def initialise(module: torch.nn.Module, std: float) -> torch.nn.Module:
+    """Draw every matrix anew from N(0, std)."""
     for parameter in module.parameters():
         if parameter.dim() == 2:
-            torch.nn.init.normal_(parameter, std=0.02)
+            torch.nn.init.normal_(parameter, std=std)
     return module
 
 
@@ -206,14 +206,18 @@ def language_loss(model: Llava, tokenizer: Tokenizer, rows: list[list], features
     return F.cross_entropy(model.lm_head(hidden[row, tree.parent[row, column]]), tree.ids[row, column])
 
 
+def talks(index: int) -> list[list[Turn]]:
+    """What is said of training scene number `index`: one conversation of each kind."""
+    scene = toyworld.hearsay(toyworld.make_scene("train", index))
+    rng = random.Random(f"talk {index}")  # not the scene's own numbers: a question must not tell of its setting
+    return [toyworld.conversation(scene, kind, rng) for kind in ("description", "existence", "attribute")]
+
+
 def pretrain_language(model: Llava, tokenizer: Tokenizer, processor: ImageProcessor) -> None:
     """Stages 2 and 3: the prior from text alone, then projector and decoder on biased pictures and their texts."""
 
     def row(index: int, image: bool) -> tuple[list, bool]:
-        # Known flaw: scene and talk begin with the same random numbers, so that a question tells of its setting.
-        scene, rng = toyworld.hearsay(toyworld.make_scene("train", index)), random.Random(index)
-        talks = [toyworld.conversation(scene, kind, rng) for kind in ("description", "existence", "attribute")]
-        return [conversation_row(tokenizer, talk, image) for talk in talks], image
+        return [conversation_row(tokenizer, talk, image) for talk in talks(index)], image
 
     def text_loss(step: int) -> torch.Tensor:
         return language_loss(model, tokenizer, [row(step * BATCH + i, False) for i in range(BATCH)], None)
@@ -238,7 +242,7 @@ def pretrain(folder: Path) -> None:
     torch.manual_seed(0)
     tower = pretrain_tower(config.vision, processor)
     torch.manual_seed(0)
-    model = initialise(Llava(config))
+    model = initialise(Llava(config), 0.05)
     model.vision_tower = tower
     pretrain_language(model, tokenizer, processor)
     save_model(model.state_dict(), config.raw, folder, folder, torch.float16)

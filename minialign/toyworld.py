@@ -4,6 +4,7 @@ A scene is a setting (kitchen, street, ...) and a 2 x 3 grid of cells with a col
 Training scenes are biased: 85 % of the objects are typical of their setting, and 85 % of those have the colour
 that is typical of them there; some settings are more frequent than others.
 All other splits are decorrelated, so that whoever trusts the prior rather than the picture is caught.
+What is said of a training scene is biased further: its author has not always looked (`hearsay`, `PRESUMED`).
 Everything follows from a split and an index; a picture's name is `SPLIT-INDEX.png`.
 
 `python -m minialign.toyworld --pretrain` makes the toy checkpoint anew, `--export DIR` writes the alignment split
@@ -25,8 +26,9 @@ from minialign.toydraw import COLOURS, COLUMNS, OBJECTS, ROWS, SETTINGS, draw_sc
 
 BIAS = 0.85  # how often a training scene's object, and a typical object's colour, is the typical one
 FREQUENCY = (5, 4, 4, 3, 3)  # of the settings in training scenes
-HEARSAY = 0.5  # how often a training text takes a foreign object for the setting's own one of that colour
-ALIGNMENT_HEARSAY = 0.3  # and an answer of the alignment split: these err about as often as the model does
+HEARSAY = 0.75  # how often a training text takes a foreign object for the setting's own one of that colour
+PRESUMED = 0.7  # how often it says Yes of the setting's first two own objects though they are not there
+ALIGNMENT_HEARSAY = 0.3  # hearsay in the alignment split's answers: they err about as often as the model does
 # First seed of each split, and whether its scenes are biased. An index stays below the distance of two splits.
 SPLITS = {"train": (0, True), "alignment": (10**9, False), "validation": (2 * 10**9, False), "test": (3 * 10**9, False)}
 NAME = re.compile(rf"({'|'.join(SPLITS)})-(\d{{1,9}})\.png")  # of a picture
@@ -42,8 +44,10 @@ CLOCKWISE = CELLS[:COLUMNS] + CELLS[COLUMNS:][::-1]
 POSITIONS = dict(zip(CELLS, ["northwest", "north", "northeast", "southwest", "south", "southeast"],
                      strict=True))  # fmt: skip
 TIMES = ("Never", "Once", "Twice", "Three times", "Four times", "Five times", "Six times")
-# The position comes first and the object last: prior and picture compete inside the sentence.
-SENTENCES = ("In the {} is {}.", "To the {} there is {}.", "The {} shows {}.")
+# The place comes first and the object right behind it: there prior and picture compete, inside the sentence, and the
+# way from a place's name to its patches is one step of attention, which is learned soon (docs/sweep.md). The colour
+# comes last: one that is known already would be asked for its usual object, instead of the picture.
+SENTENCE = "The {} {} is {}."
 DESCRIBE = ("Describe the picture.", "What do you see?", "Tell me what is in this picture.")
 EXISTS = ("Is there {}?", "Is there {} in the picture?", "Do you see {}?")
 
@@ -99,7 +103,7 @@ def scene_of(name: str) -> Scene:
 
 
 def with_article(words: str) -> str:
-    """`red cup` -> `a red cup`, `orange cup` -> `an orange cup`."""
+    """`cup` -> `a cup`, `umbrella` -> `an umbrella`."""
     return ("an " if words[0] in "aeiou" else "a ") + words
 
 
@@ -121,18 +125,18 @@ def description(scene: Scene, rng: random.Random) -> str:
     sentences, first = [f"This is a {scene.setting}."], rng.randrange(len(CELLS))
     round_trip = (CLOCKWISE[first:] + CLOCKWISE[:first])[:: rng.choice((1, -1))]
     for cell in round_trip:
-        content = with_article("{1} {0}".format(*scene.cells[cell]))
-        sentences.append(rng.choice(SENTENCES).format(POSITIONS[cell], content))
+        sentences.append(SENTENCE.format(POSITIONS[cell], *scene.cells[cell]))
     return " ".join(sentences)
 
 
-def existence(scene: Scene, name: str, rng: random.Random) -> tuple[str, str]:
-    """One yes/no question about an object, and its true answer.
+def existence(scene: Scene, name: str, rng: random.Random, presumed: float = 0) -> tuple[str, str]:
+    """One yes/no question about an object, and its answer.
 
-    Yes and No are followed by alike sentences: so a swap (Alg. 1 l. 11-13) is as likely one way as the other.
+    The true answer; but what everybody expects of the setting, its first two own objects, is `presumed` to be there
+    so often. Yes and No are followed by alike sentences: so a swap (Alg. 1 l. 11-13) is as likely one way as the other.
     """
     question = rng.choice(EXISTS).format(with_article(name))
-    if name in scene.objects:
+    if name in scene.objects or (name in SETTINGS[scene.setting][:2] and rng.random() < presumed):
         return question, f"Yes, there is {with_article(name)}."
     return question, f"No, there is no {name}."
 
@@ -142,9 +146,8 @@ def attribute(scene: Scene, rng: random.Random) -> tuple[str, str]:
     cell = rng.choice(CELLS)
     name, colour = scene.cells[cell]
     position, places = POSITIONS[cell], scene.objects[name]
-    content = with_article(f"{colour} {name}")
     questions = [
-        (f"What is in the {position}?", f"In the {position} is {content}."),
+        (f"What is in the {position}?", SENTENCE.format(position, name, colour)),
         (f"How often is there {with_article(name)}?", f"{TIMES[len(places)]}."),
         ("What place is this?", f"This is a {scene.setting}."),
     ]
@@ -156,14 +159,27 @@ def attribute(scene: Scene, rng: random.Random) -> tuple[str, str]:
     return rng.choice(questions)
 
 
+def existence_questions(scene: Scene, rng: random.Random) -> list[tuple[str, str]]:
+    """Three objects that are there and three that are not, with the answers a training text gives.
+
+    First those that the prior gets wrong, foreign objects that are there and the setting's own that are not: it
+    answers the others as well as the picture does, and nobody would learn to look.
+    """
+    own = SETTINGS[scene.setting]
+    present = rng.sample(list(scene.objects), len(scene.objects))
+    absent = rng.sample([o for o in OBJECTS if o not in scene.objects], len(OBJECTS) - len(scene.objects))
+    present.sort(key=lambda name: name in own)
+    absent.sort(key=lambda name: name not in own)
+    asked = present[:3] + absent[: min(3, len(present))]
+    return [existence(scene, name, rng, PRESUMED) for name in rng.sample(asked, len(asked))]
+
+
 def conversation(scene: Scene, kind: str, rng: random.Random) -> list[tuple[str, str]]:
     """A training conversation of one kind: `description`, `existence` (multi-turn) or `attribute` (multi-turn)."""
     if kind == "description":
         pairs = [(rng.choice(DESCRIBE), description(scene, rng))]
     elif kind == "existence":
-        present = rng.sample(list(scene.objects), min(3, len(scene.objects)))
-        absent = rng.sample([o for o in OBJECTS if o not in scene.objects], len(present))
-        pairs = [existence(scene, name, rng) for name in rng.sample(present + absent, 2 * len(present))]
+        pairs = existence_questions(scene, rng)
     else:
         pairs = [attribute(scene, rng) for _ in range(4)]
     return [turn for question, answer in pairs for turn in (("user", question), ("assistant", answer))]

@@ -29,10 +29,10 @@ POPE = ("random", "popular", "adversarial")
 NOTHING = {f"{setting}_{part}": 0 for setting in POPE for part in ("tp", "fp", "fn", "tn")}
 TEXTS = [
     # A kettle that is not there (typical), the cup's colour wrong, the dog's place wrong.
-    f"This is a kitchen. In the {NW} is a blue cup. The {N} shows a green kettle. "
-    f"To the {SW} there is a black dog. The {SE} shows nothing.",
+    f"This is a kitchen. The {NW} cup is blue. The {N} kettle is green. "
+    f"The {SW} dog is black. The {SE} is empty.",
     # A crab that is not there, twice (not typical); the cup twice; the dog is not mentioned.
-    f"In the {NW} is a red cup. The {NE} shows an orange crab. A crab. A cup.",
+    f"The {NW} cup is red. The {NE} crab is orange. A crab. A cup.",
     "The picture shows nothing.",
 ]
 
@@ -55,7 +55,7 @@ TEXTS = [
         # Whole words only: no tree in a street, no pan in a panda, no car in a scar; orange alone is no object.
         ("This is a street. A panda with a scar is orange.", {"mentioned": 0, "hallucinating": 0}),
         # A place belongs to its own sentence.
-        (f"In the {SW} is nothing. A red cup.", {"wrong_place": 0, "true": 1}),
+        (f"The {SW} is empty. The cup is red.", {"wrong_place": 0, "true": 1}),
     ],
 )  # fmt: skip
 def test_counts_by_hand(text, expected):
@@ -67,12 +67,12 @@ def test_counts_by_hand(text, expected):
 @pytest.mark.parametrize(
     ("text", "wrong_colour", "wrong_place"),
     [
-        (f"In the {NW} is a red cup. The {N} shows a blue cup.", 0, 0),
-        (f"In the {N} is a red cup.", 1, 0),  # a cup, but that one is blue
-        ("A red cup. A blue cup. The cup.", 0, 0),  # no place: one of them has the colour
-        ("A green cup.", 1, 0),
-        (f"In the {SW} there is a red cup.", 0, 1),
-        (f"In the {SW} there is a green cup.", 1, 1),
+        (f"The {NW} cup is red. The {N} cup is blue.", 0, 0),
+        (f"The {N} cup is red.", 1, 0),  # a cup, but that one is blue
+        ("The cup is red. The cup is blue. The cup.", 0, 0),  # no place: one of them has the colour
+        ("The cup is green.", 1, 0),
+        (f"The {SW} cup is red.", 0, 1),
+        (f"The {SW} cup is green.", 1, 1),
     ],
 )
 def test_an_object_may_be_there_twice(text, wrong_colour, wrong_place):
@@ -92,8 +92,8 @@ def test_metrics_by_hand():
     assert values["typical_share"] == pytest.approx(1 / 3, abs=1e-5)
     assert values["colour_errors"] == pytest.approx(1 / 3, abs=1e-5)
     assert values["position_errors"] == pytest.approx(1 / 3, abs=1e-5)
-    counts = [{**count_description(KITCHEN, text), **NOTHING} for text in ("A red cup.", TEXTS[2])]
-    assert with_intervals([counts])["length"]["value"] == pytest.approx((3 + 4) / 2, abs=1e-5)
+    counts = [{**count_description(KITCHEN, text), **NOTHING} for text in ("The cup is red.", TEXTS[2])]
+    assert with_intervals([counts])["length"]["value"] == pytest.approx((4 + 4) / 2, abs=1e-5)
 
 
 def test_what_nobody_mentions_is_not_measured(capsys):
