@@ -26,8 +26,9 @@ from tqdm import tqdm
 
 import sample_bdhs
 from minialign.chat import Tokenizer
-from minialign.checkpoint import fingerprint, load_model, resolve_model, save_model, weights_dtype
+from minialign.checkpoint import fingerprint, load_model, resolve_model, save_model
 from minialign.cli import fill, parse_config, require, require_device, require_seed, run_main
+from minialign.config import weights_dtype
 from minialign.data import PairBatch, PairCollator, Record, read_pairs
 from minialign.errors import UserError
 from minialign.evaluate import ToyBenchmark, print_table, with_intervals
@@ -211,7 +212,7 @@ def main(config: Config) -> None:
     records = read_pairs(pairs, config.limit, config.skip_bad_records)
     model, tokenizer = load_model(folder, config.device), Tokenizer.from_folder(folder)
     processor = ImageProcessor.from_folder(folder)
-    collate = PairCollator(tokenizer, processor, config.images, model.config.vision.patches, config.max_response_tokens)
+    collate = PairCollator(tokenizer, processor, config.images, config.max_response_tokens)
     records = collate.usable(records, config.skip_bad_records)
     write_json(out / "config.json", asdict(config) | {"resume": False})
     if not config.resume:  # an earlier run's, which nobody must take for this one's

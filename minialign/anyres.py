@@ -11,9 +11,10 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+from minialign.masks import NEWLINE
+
 Size = tuple[int, int]
 PINPOINTS = ((336, 672), (672, 336), (672, 672), (1008, 336), (336, 1008))
-NEWLINE = -1  # in a packing: image_newline instead of a patch
 
 
 def best_resolution(size: Size, pinpoints: tuple[Size, ...] = PINPOINTS) -> Size:
@@ -36,8 +37,8 @@ def fitted_size(size: Size, best: Size) -> Size:
     return best_height, min(ceil(width * (best_height / height)), best_width)
 
 
-def tiles(image: Image.Image, tile: int, pinpoints: tuple[Size, ...] = PINPOINTS) -> list[Image.Image]:
-    """An RGB picture as square tiles of `tile` pixels: the whole of it squashed, then its parts, row by row."""
+def parts(image: Image.Image, tile: int, pinpoints: tuple[Size, ...] = PINPOINTS) -> list[Image.Image]:
+    """The parts of an RGB picture: square tiles of `tile` pixels, row by row. The squashed whole goes before them."""
     size = image.height, image.width
     best = best_resolution(size, pinpoints)
     height, width = fitted_size(size, best)
@@ -45,8 +46,7 @@ def tiles(image: Image.Image, tile: int, pinpoints: tuple[Size, ...] = PINPOINTS
     canvas.paste(image.resize((width, height), Image.Resampling.BICUBIC),
                  ((best[1] - width) // 2, (best[0] - height) // 2))  # fmt: skip
     corners = [(x, y) for y in range(0, best[0], tile) for x in range(0, best[1], tile)]
-    parts = [canvas.crop((x, y, x + tile, y + tile)) for x, y in corners]
-    return [image.resize((tile, tile), Image.Resampling.BICUBIC), *parts]
+    return [canvas.crop((x, y, x + tile, y + tile)) for x, y in corners]
 
 
 def kept_patches(size: Size, grid: Size) -> tuple[slice, slice]:
@@ -59,15 +59,16 @@ def kept_patches(size: Size, grid: Size) -> tuple[slice, slice]:
     return slice(None), slice(padding, columns - padding)
 
 
-def packing(size: Size, tile: int, side: int, pinpoints: tuple[Size, ...] = PINPOINTS) -> Tensor:
-    """The sequence of image embeddings: (N,) indices into the patches of `tiles` laid end to end, or NEWLINE.
+def packing(size: Size, tile: int, side: int, pinpoints: tuple[Size, ...] = PINPOINTS) -> tuple[int, Tensor]:
+    """How many patches all tiles have, and the sequence of image tokens: (N,) indices into those patches or NEWLINE.
 
     `side` is the number of patches along a tile's edge. Count, unpadding and newlines all follow from this.
     """
     best = best_resolution(size, pinpoints)
     down, across = best[0] // tile, best[1] // tile
-    grid = torch.arange(side * side, side * side * (1 + down * across)).view(down, across, side, side)
+    patches = side * side * (1 + down * across)
+    grid = torch.arange(side * side, patches).view(down, across, side, side)
     grid = grid.permute(0, 2, 1, 3).reshape(down * side, across * side)
     grid = grid[kept_patches(size, (down * side, across * side))]
     lines = torch.cat([grid, torch.full((len(grid), 1), NEWLINE)], dim=1)
-    return torch.cat([torch.arange(side * side), lines.flatten()])
+    return patches, torch.cat([torch.arange(side * side), lines.flatten()])

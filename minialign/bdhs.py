@@ -159,9 +159,9 @@ class Bdhs:
         """The seed of this iteration's mask, stored with the pair so that the mask can be drawn again."""
         return stable_seed(self.config.seed, example.id, iteration) % 2**31
 
-    def mask(self, seed: int) -> torch.Tensor:
+    def mask(self, seed: int, image_tokens: int) -> torch.Tensor:
         """Eq. 6 for one picture."""
-        return mask_of_seed(self.model.config.vision.patches, self.config.rho_th, seed)
+        return mask_of_seed(image_tokens, self.config.rho_th, seed)
 
     def iterate(self, examples: list[Example], iteration: int, guided: bool) -> tuple[list[str], list[bool]]:
         """One iteration of Alg. 1 for a batch: one prefill, then all sentences of all examples at once.
@@ -181,11 +181,12 @@ class Bdhs:
             else:
                 ids, parts = [], [Cut("", "", [], 0)]
             branches = [Branch(cut.kept_ids[cut.shared :], len(prompt) + cut.shared) for cut in parts]
-            patches = self.model.config.vision.patches
-            sequences.append(Sequence(prompt + ids, branches, patches, self.mask(seed)))
+            patches, packing = self.processor.layout(example.image)
+            visible = self.mask(seed, len(packing))
+            sequences.append(Sequence(prompt + ids, branches, patches, visible, packing))
             seeds.append([stable_seed(seed, k) for k in range(len(parts))])
             cuts.append(parts)
-        features = self.model.encode_images(torch.stack(pixels))
+        features = self.model.encode_images(torch.cat(pixels))
         stops = self.sentence_stops if guided else {tokenizer.eos_id}
         completions = generate(
             self.model, sequences, features, config.sampling, stops, seeds, pad_id=tokenizer.pad_id

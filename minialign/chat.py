@@ -143,28 +143,28 @@ def main() -> None:
         require(text == text.encode("utf-8", "ignore").decode(), f"--{name}: not UTF-8; type it anew")
     require(config.response is None or config.response.strip() != "", "--response is empty; give the answer to score")
     folder = resolve_model(config.model)
-    pixels = ImageProcessor.from_folder(folder)(picture_for(config))
+    processor, picture = ImageProcessor.from_folder(folder), picture_for(config)
     model, tokenizer = load_model(folder, config.device), Tokenizer.from_folder(folder)
     if config.adapter:
         load_adapter(model, Path(config.adapter))
-    patches = model.config.vision.patches
-    mask = mask_of_seed(patches, config.rho_th, config.seed)
+    patches, packing = processor.layout(picture)
+    mask = mask_of_seed(len(packing), config.rho_th, config.seed)
     prompt_ids = tokenizer.prompt([("user", config.prompt)])
-    features = model.encode_images(pixels[None])
+    features = model.encode_images(processor(picture))
     if config.response is None:
-        sequence = Sequence(prompt_ids, [Branch([])], patches, mask)
+        sequence = Sequence(prompt_ids, [Branch([])], patches, mask, packing)
         sampling, seeds = Sampling(config.max_new_tokens, config.temperature), [[stable_seed(config.seed)]]
         done = generate(model, [sequence], features, sampling, {tokenizer.eos_id}, seeds, tokenizer.pad_id)[0][0]
         text, response_ids, logps = tokenizer.decode(done.ids), done.ids, done.logps
     else:
         text, response_ids = config.response, tokenizer.response(config.response)
-        sequence = Sequence(prompt_ids, [Branch(response_ids)], patches, mask)
+        sequence = Sequence(prompt_ids, [Branch(response_ids)], patches, mask, packing)
         tree = build_tree([sequence], tokenizer.image_id, tokenizer.pad_id).to(model.device)
         with torch.no_grad():
             logps = token_logps(model, tree, features)[2].tolist()
     if config.json:
         print(json.dumps({
-            "text": text, "prompt_ids": prompt_ids, "response_ids": response_ids, "image_tokens": patches,
+            "text": text, "prompt_ids": prompt_ids, "response_ids": response_ids, "image_tokens": len(packing),
             "logps": logps, "sum_logps": sum(logps),
         }))  # fmt: skip
     else:

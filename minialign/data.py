@@ -211,7 +211,7 @@ def preference_fields(turns: list[Turn], chosen: str, rejected: str, messages: b
 
 @dataclass(frozen=True)
 class PairBatch:
-    """Pairs as one token tree each (branches: chosen, rejected), and their pixels (B, 3, H, W)."""
+    """Pairs as one token tree each (branches: chosen, rejected), and their pixels (tiles, 3, H, W)."""
 
     tree: TokenTree
     pixels: Tensor
@@ -219,12 +219,11 @@ class PairBatch:
 
 @dataclass(frozen=True)
 class PairCollator:
-    """Records to a `PairBatch`; `patches` is the number of image tokens of one picture."""
+    """Records to a `PairBatch`."""
 
     tokenizer: Tokenizer
     processor: ImageProcessor
     images: str
-    patches: int
     max_response_tokens: int
 
     def responses(self, record: Record) -> list[list[int]]:
@@ -256,20 +255,23 @@ class PairCollator:
 
     def __call__(self, records: list[Record]) -> PairBatch:
         """A pair is ONE sequence: image and prompt once, then two branches."""
-        sequences = [
-            Sequence(self.tokenizer.prompt(r.turns), [Branch(ids) for ids in self.responses(r)], self.patches)
-            for r in records
-        ]
-        pixels = torch.stack([self.processor(open_image(self.images, r.image)) for r in records])
-        return PairBatch(build_tree(sequences, self.tokenizer.image_id, self.tokenizer.pad_id), pixels)
+        sequences, pixels = [], []
+        for record in records:
+            picture = open_image(self.images, record.image)
+            patches, packing = self.processor.layout(picture)
+            branches = [Branch(ids) for ids in self.responses(record)]
+            sequences.append(Sequence(self.tokenizer.prompt(record.turns), branches, patches, packing=packing))
+            pixels.append(self.processor(picture))
+        return PairBatch(build_tree(sequences, self.tokenizer.image_id, self.tokenizer.pad_id), torch.cat(pixels))
 
     def report_pair(self, record: Record) -> ReportPair:
-        """What the report shows of a pair: the crop that the tower saw, its visible patches, the texts."""
-        mask = None
+        """What the report shows of a pair: the whole picture as the tower saw it, its visible patches, the texts."""
+        mask, picture = None, open_image(self.images, record.image)
         if record.bdhs.get("rho_th") and record.bdhs.get("mask_seed") is not None:
-            mask = mask_of_seed(self.patches, record.bdhs["rho_th"], record.bdhs["mask_seed"]).tolist()
+            tokens = len(self.processor.layout(picture)[1])
+            mask = mask_of_seed(tokens, record.bdhs["rho_th"], record.bdhs["mask_seed"]).tolist()
+            mask = mask[: self.processor.patches]  # AnyRes: the whole picture's tile comes first
         question = record.turns[-1][1]
-        picture = open_image(self.images, record.image)
         if record.bdhs.get("noise_steps") and record.bdhs.get("mask_seed") is not None:
             picture = noise_of_seed(picture, record.bdhs["noise_steps"], record.bdhs["mask_seed"])
         picture = self.processor.crop(picture)

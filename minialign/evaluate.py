@@ -169,26 +169,28 @@ class ToyBenchmark:
         for first in tqdm(range(0, self.images, self.batch_size), desc=title, leave=False):
             numbers = range(first, min(first + self.batch_size, self.images))
             scenes = [toyworld.make_scene(self.split, i) for i in numbers]
-            pixels = torch.stack([processor(toyworld.picture(scene)) for scene in scenes])
-            features = model.encode_images(pixels)
-            texts = self.answers(model, tokenizer, features, [[toyworld.DESCRIBE[0]] for _ in scenes], 128)
+            pictures = [toyworld.picture(scene) for scene in scenes]
+            features = model.encode_images(torch.cat([processor(picture) for picture in pictures]))
+            layouts = [processor.layout(picture) for picture in pictures]
+            described = [[toyworld.DESCRIBE[0]] for _ in scenes]
+            texts = self.answers(model, tokenizer, features, layouts, described, 128)
             questions = [pope_questions(scene) for scene in scenes]
             asked = [[(kind, name) for kind, names in q.items() for name in names] for q in questions]
             spoken = [[toyworld.EXISTS[1].format(toyworld.with_article(n)) for _, n in keys] for keys in asked]
-            replies = self.answers(model, tokenizer, features, spoken, 16)
+            replies = self.answers(model, tokenizer, features, layouts, spoken, 16)
             for scene, text, q, keys, reply in zip(scenes, texts, questions, asked, replies, strict=True):
                 pope = count_pope(q, dict(zip(keys, reply, strict=True)))
                 counts.append({**count_description(scene, text[0]), **pope})
         return counts
 
-    def answers(self, model, tokenizer, features, questions: list[list[str]], limit: int) -> list[list[str]]:
+    def answers(self, model, tokenizer, features, layouts, questions: list[list[str]], limit: int) -> list[list[str]]:
         """Greedy answers to several questions per image: the image is the trunk, each question a branch."""
         sequences = []
-        for asked in questions:
+        for asked, (patches, packing) in zip(questions, layouts, strict=True):
             prompts = [tokenizer.prompt([("user", question)]) for question in asked]
             shared = prompts[0].index(tokenizer.image_id) + 1
             branches = [Branch(prompt[shared:]) for prompt in prompts]
-            sequences.append(Sequence(prompts[0][:shared], branches, model.config.vision.patches))
+            sequences.append(Sequence(prompts[0][:shared], branches, patches, packing=packing))
         done = generate(model, sequences, features, Sampling(limit, 0.0), {tokenizer.eos_id}, pad_id=tokenizer.pad_id)
         return [[tokenizer.decode(completion.ids) for completion in row] for row in done]
 

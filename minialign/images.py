@@ -8,8 +8,8 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from minialign import toyworld
-from minialign.checkpoint import read_config
+from minialign import anyres, toyworld
+from minialign.config import read_config
 from minialign.errors import UserError
 from minialign.files import read_json
 
@@ -30,12 +30,16 @@ def to_rgb(image: Image.Image) -> Image.Image:
 class ImageProcessor:
     """CLIP's preprocessing: short edge to `size`, centre crop, rescale, normalise. Follows CLIPImageProcessor.
 
-    Resizing is Pillow's bicubic: torch's differs by up to 21 grey levels.
+    With `pad` the picture is padded to a square first, as LlavaImageProcessor does; with `pinpoints` it is cut into
+    tiles (anyres.py). Resizing is Pillow's bicubic: torch's differs by up to 21 grey levels.
     """
 
     size: int = 336
+    patch: int = 14
     mean: tuple[float, ...] = (0.48145466, 0.4578275, 0.40821073)
     std: tuple[float, ...] = (0.26862954, 0.26130258, 0.27577711)
+    pad: bool = False
+    pinpoints: tuple[anyres.Size, ...] = ()
 
     @staticmethod
     def from_folder(folder: Path) -> "ImageProcessor":
@@ -47,9 +51,13 @@ class ImageProcessor:
         edge = edge.get("shortest_edge") if isinstance(edge, dict) else edge
         if edge != crop or not isinstance(crop, int) or crop <= 0:
             raise UserError(f"{path}: size {edge} and crop_size {crop}: CLIP's are one number of pixels; mend the file")
-        tower = read_config(folder).vision.image_size
-        if crop != tower:
+        config = read_config(folder)
+        if crop != config.vision.image_size:
+            tower = config.vision.image_size
             raise UserError(f"{path}: crop_size {crop}, but the tower of config.json takes {tower}; mend the file")
+        given = raw.get("image_grid_pinpoints")
+        if given is not None and config.pinpoints and given != [list(pinpoint) for pinpoint in config.pinpoints]:
+            raise UserError(f"{path}: image_grid_pinpoints are not those of config.json; mend the file")
         for name, value in SUPPORTED.items():
             if raw.get(name, value) not in (value, None):
                 raise UserError(f"{path}: {name} is {raw[name]!r}; only {value!r} is supported")
@@ -60,11 +68,21 @@ class ImageProcessor:
                 raise UserError(f"{path}: image_mean and image_std are three numbers each, not {numbers!r}")
         if min(values[1]) <= 0:
             raise UserError(f"{path}: image_std {values[1]!r} is not above 0")
-        return ImageProcessor(crop, *map(tuple, values))
+        pad = raw.get("do_pad") is True and not config.pinpoints
+        return ImageProcessor(crop, config.vision.patch_size, *map(tuple, values), pad, config.pinpoints)
+
+    @property
+    def patches(self) -> int:
+        """Patches of one tile."""
+        return (self.size // self.patch) ** 2
 
     def crop(self, image: Image.Image) -> Image.Image:
-        """The square that the tower sees, before normalising."""
+        """The square that the tower sees of the whole picture, before normalising."""
         image = to_rgb(image)
+        if self.pinpoints:
+            return image.resize((self.size, self.size), Image.Resampling.BICUBIC)
+        if self.pad:
+            image = pad_to_square(image, tuple(int(255 * m) for m in self.mean))
         width, height = image.size
         short, long = min(width, height), max(width, height)
         if long > LONGEST * short:
@@ -77,8 +95,17 @@ class ImageProcessor:
         return image.crop((left, top, left + self.size, top + self.size))
 
     def __call__(self, image: Image.Image) -> Tensor:
-        """PIL picture -> (3, size, size) float32."""
-        return self.normalise(self.crop(image))
+        """PIL picture -> (tiles, 3, size, size) float32; one tile unless there are pinpoints."""
+        tiles = [self.crop(image)]
+        if self.pinpoints:
+            tiles += anyres.parts(to_rgb(image), self.size, self.pinpoints)
+        return torch.stack([self.normalise(tile) for tile in tiles])
+
+    def layout(self, image: Image.Image) -> tuple[int, Tensor]:
+        """How many features the tower gives for a picture, and which of them its image tokens are: a packing."""
+        if not self.pinpoints:
+            return self.patches, torch.arange(self.patches)
+        return anyres.packing((image.height, image.width), self.size, self.size // self.patch, self.pinpoints)
 
     def normalise(self, image: Image.Image) -> Tensor:
         """RGB picture of the right size -> (3, size, size) float32."""
@@ -86,6 +113,14 @@ class ImageProcessor:
         pixels = np.asarray(image) * (1 / 255)
         pixels = (pixels.astype(np.float32) - np.array(self.mean, np.float32)) / np.array(self.std, np.float32)
         return torch.from_numpy(np.ascontiguousarray(pixels.transpose(2, 0, 1)))
+
+
+def pad_to_square(image: Image.Image, colour: tuple[int, ...]) -> Image.Image:
+    """The picture in the middle of a square of one colour."""
+    side = max(image.size)
+    square = Image.new("RGB", (side, side), colour)
+    square.paste(image, ((side - image.width) // 2, (side - image.height) // 2))
+    return square
 
 
 def noise_level(steps: int) -> float:

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from minialign.clip import Clip, ClipConfig
 from minialign.llama import KVCache, Llama, LlamaConfig
-from minialign.masks import TokenTree, dense_mask
+from minialign.masks import NEWLINE, TokenTree, dense_mask
 
 
 @dataclass(frozen=True)
@@ -19,6 +19,7 @@ class LlavaConfig:
     vision: ClipConfig
     image_token_id: int = 32000
     vision_feature_layer: int = -2
+    pinpoints: tuple[tuple[int, int], ...] = ()  # AnyRes (LLaVA-1.6): the resolutions that pictures are fitted into
     raw: dict = field(default_factory=dict, compare=False)  # config.json as it was read, to write it back
 
 
@@ -43,6 +44,7 @@ class Llava(nn.Module):
         self.vision_tower = Clip(config.vision)
         self.multi_modal_projector = Projector(config.vision.hidden_size, config.text.hidden_size)
         self.language_model = Llama(config.text)
+        self.image_newline = nn.Parameter(torch.zeros(config.text.hidden_size)) if config.pinpoints else None
         self.lm_head = nn.Linear(config.text.hidden_size, config.text.vocab_size, bias=False)
         if config.text.tie_word_embeddings:
             self.lm_head.weight = self.language_model.embed_tokens.weight
@@ -54,20 +56,24 @@ class Llava(nn.Module):
 
     @torch.no_grad()
     def encode_images(self, pixels: Tensor) -> Tensor:
-        """(N, 3, H, W) -> (N, patches, D_vision). The tower is frozen: encode once, use for every policy."""
+        """(tiles, 3, H, W) -> (tiles, patches, D_vision). The tower is frozen: encode once, use for every policy."""
         pixels = pixels.to(self.device, self.lm_head.weight.dtype)
         return self.vision_tower(pixels, self.config.vision_feature_layer)
 
     def embed(self, tree: TokenTree, tower_features: Tensor | None) -> Tensor:
         """Token embeddings with projected image features in the image slots, (B, T, D).
 
-        tower_features (N, patches, D_vision) are the batch's images in row order. Only the features that the
-        tree refers to are projected. Raises ValueError where slots and features disagree, with both numbers.
+        tower_features (tiles, patches, D_vision) are the batch's images in row order. Only the features that the
+        tree refers to are projected: neither hidden ones nor what AnyRes leaves out. Raises ValueError where slots
+        and features disagree, with both numbers.
         """
         embeddings = self.language_model.embed_tokens(tree.ids)
         available = 0 if tower_features is None else tower_features.shape[0] * tower_features.shape[1]
         if available != tree.features_expected:
             raise ValueError(f"{tree.features_expected} image slots in the batch, but {available} image features")
+        if self.image_newline is not None:
+            newlines = tree.feature == NEWLINE
+            embeddings = torch.where(newlines[..., None], self.image_newline.to(embeddings.dtype), embeddings)
         slots = tree.feature >= 0
         if not slots.any():
             return embeddings

@@ -12,6 +12,7 @@ from torch import Tensor
 
 TRUNK = 0
 PADDING = -1
+NEWLINE = -2  # AnyRes ends every row of patches in the learned `image_newline`
 COLUMNS = ("ids", "positions", "branch", "fork", "visible", "parent", "feature")
 
 
@@ -25,7 +26,7 @@ class TokenTree:
     fork       for a branch token: the trunk position at which its branch forks; 0 elsewhere
     visible    False: no query may attend to this key (Eq. 6)
     parent     column of the token that predicts this one, -1 for the first
-    feature    row of the batch's image features that fills this slot, -1 for text
+    feature    row of the batch's image features that fills this slot, NEWLINE for image_newline, -1 for text
     tip        (B, S) column of each branch's last token (its fork's, if it has none), -1 where there is no branch
     """
 
@@ -92,13 +93,21 @@ class Branch:
 class Sequence:
     """One row before padding: trunk ids with the image token once, its expansion, and the branches.
 
-    image_visible is a bool tensor (image_tokens,), or None when the whole image is visible.
+    image_features  how many features the tower gives for the picture
+    image_visible   bool (image tokens,), or None when the whole image is visible
+    packing         which feature, or NEWLINE, each image token stands for (image tokens,); None: one token per feature
     """
 
     trunk: list[int]
     branches: list[Branch] = field(default_factory=list)
-    image_tokens: int = 0
+    image_features: int = 0
     image_visible: Tensor | None = None
+    packing: Tensor | None = None
+
+    @property
+    def image_tokens(self) -> int:
+        """How many tokens the picture takes up."""
+        return self.image_features if self.packing is None else len(self.packing)
 
 
 def build_tree(
@@ -108,14 +117,14 @@ def build_tree(
 
     drop_hidden leaves hidden image tokens out of the sequence: a key that nobody sees changes nothing, so the
     others keep their positions and every logit stays what it was, for a fraction of the prefill.
-    Raises ValueError where the trunk's image places and `image_tokens` disagree, or a fork is hidden.
+    Raises ValueError where the trunk's image places and the image's tokens disagree, or a fork is hidden.
     """
     rows, tips, offset = [], [], 0
     for sequence in sequences:
         row, tip = _row(sequence, image_token_id, offset, drop_hidden)
         rows.append(row)
         tips.append(tip)
-        offset += sequence.image_tokens
+        offset += sequence.image_features
     width, branches = max(len(row[0]) for row in rows), max(len(tip) for tip in tips)
     for row, tip in zip(rows, tips, strict=True):
         count = len(row[0])
@@ -152,10 +161,12 @@ def _row(sequence: Sequence, image_token_id: int, feature_offset: int, drop_hidd
             position += 1
             continue
         visible = [True] * sequence.image_tokens if sequence.image_visible is None else sequence.image_visible.tolist()
-        for i, seen in enumerate(visible):
+        packing = range(sequence.image_features) if sequence.packing is None else sequence.packing.tolist()
+        for feature, seen in zip(packing, visible, strict=True):
             if seen or not drop_hidden:
                 column_of[position] = len(row[0])
-                put(token, position, TRUNK, 0, seen, len(row[0]) - 1, feature_offset + i)
+                filled_by = NEWLINE if feature == NEWLINE else feature_offset + feature
+                put(token, position, TRUNK, 0, seen, len(row[0]) - 1, filled_by)
             position += 1
     start_of.append(position)
     for number, branch in enumerate(sequence.branches, start=1):

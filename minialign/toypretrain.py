@@ -19,8 +19,9 @@ from tqdm import tqdm
 
 from minialign import toyworld
 from minialign.chat import Tokenizer, Turn
-from minialign.checkpoint import read_config, save_model
+from minialign.checkpoint import save_model
 from minialign.clip import Clip, ClipConfig
+from minialign.config import read_config
 from minialign.evaluate import ToyBenchmark, print_table, with_intervals
 from minialign.files import write_json
 from minialign.images import ImageProcessor
@@ -157,7 +158,7 @@ def pretrain_tower(config: ClipConfig, processor: ImageProcessor) -> Clip:
     def loss_of(step: int) -> torch.Tensor:
         # Far behind the alignment split's own scenes: the world without its bias.
         scenes = [toyworld.make_scene("alignment", 5 * 10**8 + step * TOWER_BATCH + i) for i in range(TOWER_BATCH)]
-        pixels = torch.stack([processor(toyworld.picture(scene)) for scene in scenes])
+        pixels = torch.cat([processor(toyworld.picture(scene)) for scene in scenes])
         target = torch.stack([labels(scene) for scene in scenes]).flatten(0, 1)  # (N * patches, 4)
         scores = heads(tower(pixels)).flatten(0, 1).split(sizes, dim=-1)
         loss_of.accuracy = [(s.argmax(-1) == target[:, i]).float().mean().item() for i, s in enumerate(scores)]
@@ -225,7 +226,7 @@ def pretrain_language(model: Llava, tokenizer: Tokenizer, processor: ImageProces
     def joint_loss(step: int) -> torch.Tensor:
         indices = [(TEXT_STEPS + step) * BATCH + i for i in range(BATCH)]
         seen = indices[TEXT_ONLY:]
-        pixels = torch.stack([processor(toyworld.picture(toyworld.make_scene("train", i))) for i in seen])
+        pixels = torch.cat([processor(toyworld.picture(toyworld.make_scene("train", i))) for i in seen])
         rows = [row(i, True) for i in seen] + [row(i, False) for i in indices[:TEXT_ONLY]]
         return language_loss(model, tokenizer, rows, model.encode_images(pixels))
 

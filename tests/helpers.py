@@ -51,7 +51,7 @@ def toy_processor() -> ImageProcessor:
 def toy_features(indices: tuple[int, ...], split: str = "validation") -> Tensor:
     """The toy tower's features of some pictures, (N, patches, D)."""
     pixels = [toy_processor()(toyworld.picture(toyworld.make_scene(split, i))) for i in indices]
-    return toy_model().encode_images(torch.stack(pixels))
+    return toy_model().encode_images(torch.cat(pixels))
 
 
 def randomize(model: nn.Module, seed: int, scale: float = 1.0) -> None:

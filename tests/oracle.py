@@ -4,7 +4,6 @@ import random
 
 import torch
 from helpers import randomize
-from torch import Tensor
 
 
 class Oracle:
@@ -52,12 +51,35 @@ class Oracle:
         randomize(model, seed, 1.5)
         return model
 
+    def make_next(self, seed: int, family: str):
+        """A tiny LlavaNextForConditionalGeneration: `vicuna` has as many key as query heads, the others fewer."""
+        rng = random.Random(seed)
+        torch.manual_seed(seed)
+        heads, groups, kind = {"vicuna": (2, 1, "Llama"), "mistral": (4, 2, "Mistral"), "34b": (6, 3, "Llama")}[family]
+        text = getattr(self.transformers, f"{kind}Config")(
+            vocab_size=rng.randrange(40, 90), hidden_size=heads * 6, intermediate_size=rng.randrange(20, 60),
+            num_hidden_layers=2, num_attention_heads=heads, num_key_value_heads=heads // groups, head_dim=8,
+            rope_parameters={"rope_type": "default", "rope_theta": {"vicuna": 1e4, "mistral": 1e6, "34b": 5e6}[family]},
+            **({"sliding_window": None} if kind == "Mistral" else {}),
+        )  # fmt: skip
+        vision = self.transformers.CLIPVisionConfig(
+            hidden_size=16, intermediate_size=24, num_hidden_layers=3, num_attention_heads=2,
+            image_size=16, patch_size=4,
+        )  # fmt: skip
+        config = self.transformers.LlavaNextConfig(
+            text_config=text.to_dict(), vision_config=vision.to_dict(), image_token_index=rng.randrange(3, 30),
+            image_grid_pinpoints=[[16, 32], [32, 16], [32, 32], [48, 16], [16, 48]], tie_word_embeddings=False,
+        )  # fmt: skip
+        model = self.transformers.LlavaNextForConditionalGeneration(config).eval()
+        randomize(model, seed, 1.5)
+        return model
+
     @staticmethod
     @torch.no_grad()
-    def logits(model, ids: list[int], pixels: Tensor, visible: list[bool] | None = None, additive=False, **options):
+    def logits(model, ids, pixels, visible: list[bool] | None = None, additive=False, count=None, **options):
         """(T, V) logits; the image token, once in `ids`, is expanded. `visible`: image columns that may be seen."""
         vision, image = model.config.vision_config, model.config.image_token_id
-        patches = (vision.image_size // vision.patch_size) ** 2
+        patches = count or (vision.image_size // vision.patch_size) ** 2
         place = ids.index(image)
         whole = torch.tensor([ids[:place] + [image] * patches + ids[place + 1 :]])
         if visible is not None:

@@ -8,8 +8,9 @@ import pytest
 import torch
 from PIL import Image
 
-from minialign.anyres import NEWLINE, PINPOINTS, best_resolution, packing, tiles
+from minialign.anyres import PINPOINTS, best_resolution, packing
 from minialign.images import ImageProcessor
+from minialign.masks import NEWLINE
 
 # Height, width, the best resolution, the kept grid and the number of image embeddings at 336 pixels, 14 per patch.
 TABLE = [
@@ -41,7 +42,8 @@ def noise(size, seed=0) -> Image.Image:
 
 @pytest.mark.parametrize(("height", "width", "best", "grid", "count"), TABLE)
 def test_table(height, width, best, grid, count):
-    packed = packing((height, width), 336, 24)
+    patches, packed = packing((height, width), 336, 24)
+    assert patches == 576 * (1 + best[0] * best[1] // 336**2)
     assert best_resolution((height, width)) == best
     assert len(packed) == count == 576 + grid[0] * (grid[1] + 1)
     assert (packed == NEWLINE).sum() == grid[0]
@@ -58,7 +60,8 @@ def test_packing_equals_transformers(theirs, size):
     expected, lengths = theirs.model.LlavaNextModel.pack_image_features(
         SimpleNamespace(config=config), [features], torch.tensor([size]), "default", torch.tensor([float(NEWLINE)])
     )
-    packed = packing(size, 336, 24)
+    patches, packed = packing(size, 336, 24)
+    assert patches == 576 * count
     assert lengths.tolist() == [len(packed)] and torch.equal(packed.float()[:, None], expected[0])
 
 
@@ -66,6 +69,6 @@ def test_packing_equals_transformers(theirs, size):
 def test_tiles_equal_transformers(theirs, size):
     image = noise(size, sum(size))
     expected = theirs.processor(image, return_tensors="np")["pixel_values"][0]
-    found = torch.stack([ImageProcessor().normalise(tile) for tile in tiles(image, 336)])
+    found = ImageProcessor(pinpoints=PINPOINTS)(image)
     assert found.shape == expected.shape
     assert np.array_equal(found.numpy(), expected)

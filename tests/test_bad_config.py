@@ -7,7 +7,8 @@ import pytest
 from helpers import refused
 
 from minialign.chat import Tokenizer
-from minialign.checkpoint import TOY, read_config
+from minialign.checkpoint import TOY
+from minialign.config import read_config
 from minialign.images import ImageProcessor
 
 PREPROCESSOR, CONFIG = "preprocessor_config.json", "config.json"

@@ -69,7 +69,7 @@ def test_branches_equal_one_sentence_at_a_time(calls, make, rho_th, seed):
         batch, results, call.features, call.done, call.sequences, strict=True
     ):
         visible = image_attention_mask(36, rho_th, torch.Generator().manual_seed(result.mask_seed))
-        assert torch.equal(visible, bdhs.mask(result.mask_seed))
+        assert torch.equal(visible, bdhs.mask(result.mask_seed, 36))
         prompt, rng = tokenizer.prompt(example.turns), random.Random(result.mask_seed)
         assert row.trunk == prompt + tokenizer.encode(example.chosen)  # y+ as it is
         parts = cuts(example.chosen, rng)
@@ -161,7 +161,7 @@ def test_the_last_iteration_is_unguided_and_final(calls, n_bdhs):
     for example, result, row, [done] in zip(batch, results, calls[-1].sequences, calls[-1].done, strict=True):
         assert row.trunk == tokenizer.prompt(example.turns)  # y+ is not there
         assert [b.ids for b in row.branches] == [[]]
-        assert torch.equal(row.image_visible, sampler(rho_th=0.7).mask(result.mask_seed))  # the mask still is
+        assert torch.equal(row.image_visible, sampler(rho_th=0.7).mask(result.mask_seed, 36))  # the mask still is
         assert result.rejected == tokenizer.decode(done.ids).strip()
     assert calls[-1].stops == {tokenizer.eos_id}  # a whole response, not a sentence
 
@@ -220,7 +220,7 @@ def test_noise_is_another_way_to_blur_the_picture(calls, noise_steps):
     assert all(row.image_visible.all() for row in noisy.sequences)
     for i, (example, result) in enumerate(zip(batch, first, strict=True)):  # Eq. 9 on the raw picture
         picture = noise_of_seed(example.image, noise_steps, result.mask_seed)
-        features = random_toy().encode_images(toy_processor()(picture)[None])
+        features = random_toy().encode_images(toy_processor()(picture))
         assert worst(features[0], noisy.features[i]) < 1e-4
 
 
@@ -231,5 +231,5 @@ def test_masks_follow_from_example_and_iteration(rho_th):
     seeds = [bdhs.mask_seed(replace(example, id=f"x{i}"), iteration) for i in range(150) for iteration in (1, 2)]
     assert len(set(seeds)) == 300
     assert sampler(rho_th=rho_th, seed=4).mask_seed(replace(example, id="x0"), 1) != seeds[0]
-    hidden = torch.stack([~bdhs.mask(seed) for seed in seeds]).float().mean().item()
+    hidden = torch.stack([~bdhs.mask(seed, 36) for seed in seeds]).float().mean().item()
     assert abs(hidden - rho_th) < 4 * (rho_th * (1 - rho_th) / (300 * 36)) ** 0.5

@@ -10,7 +10,8 @@ from llava_folders import LAYOUTS, SEED, edit_json, laid_out, replace_weights
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
-from minialign.checkpoint import load_model, read_config, save_model, weight_files
+from minialign.checkpoint import load_model, save_model, weight_files
+from minialign.config import read_config
 from minialign.masks import Sequence, build_tree
 
 

@@ -71,7 +71,7 @@ def test_greedy_equals_transformers(oracle, first):
     peer = oracle.transformers.LlavaForConditionalGeneration.from_pretrained(TOY, dtype=torch.float32).eval()
     for [completion], prompt, i in zip(ours, prompts, indices, strict=True):
         expanded = [t for token in prompt for t in [token] * (patches if token == tokenizer.image_id else 1)]
-        pixels = toy_processor()(toyworld.picture(toyworld.make_scene("validation", i)))[None]
+        pixels = toy_processor()(toyworld.picture(toyworld.make_scene("validation", i)))
         ids = torch.tensor([expanded])
         theirs = peer.generate(
             input_ids=ids, attention_mask=torch.ones_like(ids), pixel_values=pixels, do_sample=False,

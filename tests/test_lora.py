@@ -75,7 +75,7 @@ def answers(model) -> list[torch.Tensor]:
                 continue
             patches = toy_model().config.vision.patches
             expanded = [t for token in ids for t in [token] * (patches if token == tokenizer.image_id else 1)]
-            pixels = toy_processor()(toyworld.picture(toyworld.make_scene("validation", i)))[None]
+            pixels = toy_processor()(toyworld.picture(toyworld.make_scene("validation", i)))
             logits.append(model(input_ids=torch.tensor([expanded]), pixel_values=pixels).logits[0])
     return logits
 

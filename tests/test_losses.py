@@ -203,7 +203,7 @@ def test_pairs_of_the_embedded_world_equal_the_plain_way(first):
     answers = [instruct_record(raw) for raw in toyworld.alignment_records(4, "validation", first)]
     records = [Record(a.id, a.image, a.turns, a.chosen, b.chosen) for a, b in zip(answers, answers[2:] + answers[:2],
                                                                                    strict=True)]  # fmt: skip
-    batch = PairCollator(tokenizer, toy_processor(), "toy", model.config.vision.patches, 200)(records)
+    batch = PairCollator(tokenizer, toy_processor(), "toy", 200)(records)
     features = model.encode_images(batch.pixels)
     assert torch.equal(features, toy_features(tuple(range(first, first + 4))))
     ours = branch_logps(model, batch.tree, features)

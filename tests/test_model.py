@@ -8,8 +8,9 @@ import torch
 from helpers import randomize, toy_model, toy_processor, toy_tokenizer, worst
 
 from minialign import toyworld
-from minialign.checkpoint import TOY, load_model, read_config
+from minialign.checkpoint import TOY, load_model
 from minialign.clip import Clip, ClipConfig
+from minialign.config import read_config
 from minialign.llama import KVCache, Llama, LlamaConfig
 from minialign.llava import Projector
 from minialign.masks import Sequence, build_tree, dense_mask
@@ -227,7 +228,7 @@ def toy_case(index: int, answer: bool = True):
     ids = tokenizer.prompt(turns[:-1]) + tokenizer.response(turns[-1][1])
     patches = toy_model().config.vision.patches
     hidden = rng.choice([0.3, 0.9, 1.0])
-    return ids, toy_processor()(toyworld.picture(scene)), [rng.random() >= hidden for _ in range(patches)]
+    return ids, toy_processor()(toyworld.picture(scene))[0], [rng.random() >= hidden for _ in range(patches)]
 
 
 @pytest.mark.parametrize("index", range(5))
@@ -271,7 +272,7 @@ def test_toy_folder_end_to_end(oracle, toy_oracle):
     processor = oracle.transformers.CLIPImageProcessorPil.from_pretrained(TOY)
     ids = tokenizer(f"<s>USER: <image>\n{question} ASSISTANT:", add_special_tokens=False).input_ids
     pixels = processor(picture, return_tensors="pt").pixel_values[0]
-    _, logits = our_logits(toy_model(), toy_tokenizer().prompt([("user", question)]), toy_processor()(picture))
+    _, logits = our_logits(toy_model(), toy_tokenizer().prompt([("user", question)]), toy_processor()(picture)[0])
     assert worst(logits, oracle.logits(toy_oracle, ids, pixels)) < 1e-4
 
 

@@ -42,7 +42,7 @@ def damage_text(line: str, rng: random.Random) -> str:
     return rng.choice([line[:at], line[:at] + put + line[at:], line[:at] + put + line[at + 1 :], line[at:]])
 
 
-COLLATE = PairCollator(toy_tokenizer(), toy_processor(), "toy", 36, 64)
+COLLATE = PairCollator(toy_tokenizer(), toy_processor(), "toy", 64)
 LONG = pair(1, prompt=[MESSAGE, {"role": "assistant", "content": "A"}, MESSAGE])
 
 

@@ -45,7 +45,7 @@ def test_the_stored_seed_draws_the_mask_that_was_used(model, tmp_path, monkeypat
 
     monkeypatch.setattr("minialign.bdhs.mask_of_seed", spy)
     pairs = sample(model, tmp_path / "pairs.jsonl", n_bdhs=1)
-    collate = PairCollator(toy_tokenizer(), toy_processor(), "toy", 36, 512)
+    collate = PairCollator(toy_tokenizer(), toy_processor(), "toy", 512)
     shown = [collate.report_pair(record) for record in read_pairs(tmp_path / "pairs.jsonl", None)]
     assert [pair.visible for pair in shown] == used and len(pairs) == len(used) == 7
     assert all(0 < sum(mask) < 36 for mask in used)
