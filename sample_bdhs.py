@@ -43,6 +43,7 @@ class Config:
     model: str = "toy"  # Hugging Face LLaVA folder, or `toy`
     data: str = "toy"  # LLaVA-Instruct JSON array, or `toy` for the embedded world's alignment split
     images: str = "toy"  # folder of the pictures, or `toy`
+    template: str | None = None  # vicuna, llava_v1, mistral, chatml or short; else the model's own
     out: str = "runs/bdhs/pairs.jsonl"  # pairs file to write, or to continue
     rho_th: float | None = None  # Eq. 6: an image token is hidden with this probability (0.99; toy: 0.7)
     n_bdhs: int = 5  # iterations at most; the last one is unguided
@@ -142,7 +143,7 @@ def main(config: Config) -> None:
     if known:
         print(f"{out}: {len(known)} pairs are there, {len(todo)} to go")
 
-    model, tokenizer = load_model(folder, config.device), Tokenizer.from_folder(folder)
+    model, tokenizer = load_model(folder, config.device), Tokenizer.from_folder(folder, config.template)
     knobs = {f.name: getattr(config, f.name) for f in fields(BdhsConfig) if f.name != "sampling"}
     sampling = Sampling(config.max_new_tokens, config.temperature, config.top_p)
     similarity = load_similarity(config.encoder, config.device)

@@ -32,13 +32,13 @@ from minialign.config import weights_dtype
 from minialign.data import PairBatch, PairCollator, Record, read_pairs
 from minialign.errors import UserError
 from minialign.evaluate import ToyBenchmark, print_table, with_intervals
-from minialign.files import append_lines, read_json, read_lines, write_json, write_whole
+from minialign.files import append_lines, read_lines, write_json, write_whole
 from minialign.images import ImageProcessor
 from minialign.llava import Llava
 from minialign.lora import adapters_off, add_adapters, merged_state, save_adapter, trainable_groups
 from minialign.losses import LOSSES, branch_logps, log_ratio_difference
 from minialign.report import write_report
-from minialign.resume import load_progress, require_same_data, save_progress
+from minialign.resume import load_progress, require_same_data, require_same_settings, save_progress
 
 # What stands for a flag that is not given: the paper's value (App. A), or the toy model's, chosen on validation.
 PAPER = {"beta": 0.1, "lr": 5e-7, "projector_lr": 2e-6, "lora_rank": 128, "lora_alpha": 256.0, "epochs": 3}
@@ -53,6 +53,7 @@ class Config:
     model: str = "toy"  # Hugging Face LLaVA folder, or `toy`
     pairs: str | None = None  # pairs file; without it BDHS pairs are sampled into --out first
     images: str = "toy"  # folder of the pictures, or `toy`
+    template: str | None = None  # vicuna, llava_v1, mistral, chatml or short; else the model's own
     out: str = "runs/dpo"  # folder to write
     loss: Literal["dpo", "ipo", "slic", "sft"] = "dpo"  # sft: the supervised control on y+ alone
     beta: float | None = None  # strength of the pull to the reference (0.1; toy: 0.3)
@@ -190,8 +191,8 @@ def train(model: Llava, records: list[Record], collate: PairCollator, config: Co
 def sample_pairs(config: Config, out: Path) -> Path:
     """BDHS pairs of the embedded world, sampled from the model that is about to be trained."""
     pairs = out / "pairs.jsonl"
-    options = {"model": config.model, "out": str(pairs), "seed": config.seed, "device": config.device}
-    sample_bdhs.main(sample_bdhs.Config(**options, limit=config.limit))
+    options = {name: getattr(config, name) for name in ("model", "template", "seed", "device", "limit")}
+    sample_bdhs.main(sample_bdhs.Config(**options, out=str(pairs)))
     return pairs
 
 
@@ -205,12 +206,10 @@ def main(config: Config) -> None:
     require(not inside, f"--out {out}: holds the model {folder}, which would be overwritten; name another")
     dtype = weights_dtype(folder)  # before anything is spent
     if config.resume:
-        before = read_json(out / "config.json", "there is nothing to resume; leave --resume out")
-        changed = [k for k, v in asdict(config).items() if k not in ("resume", "out") and before.get(k) != v]
-        require(not changed, f"--resume: {', '.join(changed)} differ from {out}/config.json; keep them as they were")
+        require_same_settings(out / "config.json", asdict(config))
     pairs = Path(config.pairs) if config.pairs else sample_pairs(config, out)
     records = read_pairs(pairs, config.limit, config.skip_bad_records)
-    model, tokenizer = load_model(folder, config.device), Tokenizer.from_folder(folder)
+    model, tokenizer = load_model(folder, config.device), Tokenizer.from_folder(folder, config.template)
     processor = ImageProcessor.from_folder(folder)
     collate = PairCollator(tokenizer, processor, config.images, config.max_response_tokens)
     records = collate.usable(records, config.skip_bad_records)
@@ -228,7 +227,8 @@ def main(config: Config) -> None:
     rows = train(model, records, collate, config, out)
 
     save_adapter(model, config.lora_rank, config.lora_alpha, str(folder), out / "adapter")
-    save_model(merged_state(model), model.config.raw, folder, out / "merged", dtype)
+    named = {} if config.template is None else {"minialign_template": config.template}
+    save_model(merged_state(model), model.config.raw | named, folder, out / "merged", dtype)
     if evaluate:
         counts["after"] = benchmark.run(model, tokenizer, processor, "after")
         write_json(out / "counts.json", counts)

@@ -93,7 +93,7 @@ def cut_sentence(text: str, span: tuple[int, int], ids: list[int], tokenizer: To
     kept = sentence[: rng.choice(places)].rstrip()
     # The swapped word belongs to its own sentence: the text before it is always the true one (Eq. 7).
     before = text[:start] if kept else text[:start].rstrip()
-    kept_ids = tokenizer.encode(before + kept)
+    kept_ids = tokenizer.answer(before + kept)
     shared = 0
     while shared < min(len(kept_ids), len(ids)) and kept_ids[shared] == ids[shared]:
         shared += 1
@@ -175,7 +175,7 @@ class Bdhs:
             pixels.append(self.processor(noise_of_seed(example.image, config.noise_steps, seed)))
             prompt = tokenizer.prompt(example.turns)
             if guided:
-                ids, rng = tokenizer.encode(example.chosen), random.Random(seed)
+                ids, rng = tokenizer.answer(example.chosen), random.Random(seed)
                 spans = split_sentences(example.chosen)
                 parts = [cut_sentence(example.chosen, span, ids, tokenizer, rng) for span in spans]
             else:

@@ -7,10 +7,13 @@ ordinary pieces of those characters.
 """
 
 import json
-from dataclasses import dataclass
+import re
+import secrets
+from dataclasses import astuple, dataclass
 from pathlib import Path
 
 import torch
+from tokenizers import AddedToken
 from tokenizers import Tokenizer as FastTokenizer
 
 from minialign import toyworld
@@ -26,82 +29,137 @@ from minialign.masks import Branch, Sequence, build_tree, mask_of_seed
 
 Turn = tuple[str, str]  # ("user" | "assistant", text)
 
-# What stands before the first turn. `short` is the embedded world's; `vicuna` LLaVA-1.5's.
-SYSTEMS = {
-    "short": "",
-    "vicuna": (
-        "A chat between a curious human and an artificial intelligence assistant. The assistant gives helpful, "
-        "detailed, and polite answers to the human's questions. "
+
+@dataclass(frozen=True)
+class Template:
+    """How a conversation becomes text: `{}` stands for what is said, control tokens for themselves."""
+
+    system: str
+    user: str
+    answer: str  # ends in the control token that ends an answer
+
+
+def curious(who: str) -> str:
+    """What stands before the first turn of LLaVA's conversations."""
+    return (
+        f"A chat between a curious {who} and an artificial intelligence assistant. The assistant gives helpful, "
+        f"detailed, and polite answers to the {who}'s questions. "
+    )
+
+
+TEMPLATES = {
+    "short": Template("", "USER: {} ASSISTANT:", " {}</s>"),  # the embedded world's
+    "vicuna": Template(curious("human"), "USER: {} ASSISTANT:", " {}</s>"),  # LLaVA-1.5, and 1.6 on Vicuna
+    "llava_v1": Template(curious("user"), "USER: {} ASSISTANT:", " {}</s>"),  # what these were trained with
+    "mistral": Template("", "[INST] {} [/INST]", " {}</s>"),  # LLaVA-1.6 on Mistral
+    "chatml": Template(  # LLaVA-1.6 34B
+        "<|im_start|>system\nAnswer the questions.<|im_end|>",
+        "<|im_start|>user\n{}<|im_end|><|im_start|>assistant\n",
+        "{}<|im_end|>",
     ),
 }
+CONTROL = re.compile(r"</s>|<\|im_start\|>|<\|im_end\|>")  # in a template
+
+
+def template_name(folder: Path, config: dict, fast: FastTokenizer, asked: str | None) -> str:
+    """The template that was asked for, else the one in config.json, else the one of the model's family."""
+    name = asked or config.get("minialign_template")
+    if name is None:
+        text = config.get("text_config") or {}
+        mistral = isinstance(text, dict) and text.get("model_type") == "mistral"
+        return "mistral" if mistral else "vicuna" if fast.token_to_id("<|im_start|>") is None else "chatml"
+    if not isinstance(name, str) or name not in TEMPLATES:
+        where = "--template" if asked else f"{folder / 'config.json'}: minialign_template"
+        raise UserError(f"{where} {name!r} is none of {', '.join(TEMPLATES)}; name one")
+    return name
 
 
 @dataclass(frozen=True)
 class Tokenizer:
-    """tokenizer.json, with the control tokens' ids by name."""
+    """tokenizer.json under a template.
+
+    A whole conversation is encoded as one text, as transformers does, since tokenizers treat what follows a control
+    token differently from what begins a text. Where a control token belongs, that text holds a mark: an added token
+    with a random name, which nobody can type. `ids` says which control token each mark stands for.
+    """
 
     fast: FastTokenizer
-    bos_id: int
+    template: Template
+    image: str  # the mark of the image token
+    ids: dict[int, int]
+    bos: list[int]
     eos_id: int
     pad_id: int
     image_id: int
-    system: str
 
     @staticmethod
-    def from_folder(folder: Path) -> "Tokenizer":
-        """Read tokenizer.json and the ids in config.json."""
-        path = folder / "tokenizer.json"
-        raw = read_json(path, "a model folder needs tokenizer.json")
-        for token in raw.get("added_tokens") or []:
-            if not isinstance(token, dict):
-                raise UserError(f"{path}: added_tokens must be a list of objects; download the folder again")
-            token["special"] = True  # else typed text could become a control token
-        try:
-            fast = FastTokenizer.from_str(json.dumps(raw))
-        except Exception as error:  # tokenizers raises bare Exception
-            raise UserError(f"{path}: not a tokenizer ({error}); download the folder again") from None
-        fast.encode_special_tokens = True  # text is data
-        config = read_json(folder / "config.json", "a model folder needs config.json")
+    def from_folder(folder: Path, template: str | None = None) -> "Tokenizer":
+        """Read tokenizer.json and the ids in config.json; `template` overrides the model's own."""
+        fast, config = read_tokenizer(folder), read_json(folder / "config.json", "a model folder needs config.json")
+        chosen = TEMPLATES[template_name(folder, config, fast, template)]
         image_id = config.get("image_token_index", config.get("image_token_id", 32000))
-        ids = {name: fast.token_to_id(name) for name in ("<s>", "</s>")}
-        if None in ids.values():
-            raise UserError(f"{path}: no <s> or </s>; only Llama-2 style tokenizers are supported")
-        pad_id = config.get("pad_token_id", 0)
-        template = config.get("minialign_template", "vicuna")
-        if not isinstance(template, str) or template not in SYSTEMS:
-            known = ", ".join(SYSTEMS)
-            raise UserError(f"{folder / 'config.json'}: minialign_template {template!r} is none of {known}; name one")
-        return Tokenizer(fast, ids["<s>"], ids["</s>"], 0 if pad_id is None else pad_id, image_id, SYSTEMS[template])
+        names = sorted(set(CONTROL.findall(chosen.system + chosen.user + chosen.answer)))
+        control = {name: fast.token_to_id(name) for name in names}
+        if None in control.values():
+            missing = next(name for name, i in control.items() if i is None)
+            file = folder / "tokenizer.json"
+            raise UserError(f"{file}: no {missing}, which the template needs; name another template")
+        marks = {name: f"\ue000{secrets.token_hex(8)}\ue001" for name in (*names, "image")}
+        fast.add_tokens([AddedToken(mark, special=False, normalized=False) for mark in marks.values()])
+        ids = {fast.token_to_id(marks[name]): i for name, i in (control | {"image": image_id}).items()}
+        marked = [CONTROL.sub(lambda found: marks[found[0]], text) for text in astuple(chosen)]
+        end, pad_id = control[CONTROL.findall(chosen.answer)[-1]], config.get("pad_token_id")
+        # What the tokenizer itself puts before a text; the embedded world's has no rule for it.
+        bos = fast.encode("").ids or [i for i in [fast.token_to_id("<s>")] if i is not None]
+        return Tokenizer(fast, Template(*marked), marks["image"], ids, bos, end, pad_id or 0, image_id)
 
     def encode(self, text: str) -> list[int]:
-        """Text to ids; never a control token."""
-        return self.fast.encode(text, add_special_tokens=False).ids
+        """Text to ids; no control token but for a mark."""
+        return [self.ids.get(i, i) for i in self.fast.encode(text, add_special_tokens=False).ids]
 
     def decode(self, ids: list[int]) -> str:
         """Ids to text, control tokens left out."""
         return self.fast.decode([i for i in ids if i != self.image_id], skip_special_tokens=True)
 
     def prompt(self, turns: list[Turn], image: bool = True) -> list[int]:
-        """The ids of a conversation that ends with a user turn, up to and including `ASSISTANT:`.
+        """The ids of a conversation that ends with a user turn, up to where the answer begins.
 
-        The image token stands once, at the head of the first user turn. Equal to the ids of the joint text:
-        the template never ends in a space, and a response is encoded without its leading one.
+        The image token stands once, at the head of the first user turn.
         """
-        ids = [self.bos_id]
-        head = self.system
-        for number, (role, text) in enumerate(turns):
-            if role == "assistant":
-                ids += self.response(text)
-                head = ""
-            elif number == 0 and image:
-                ids += [*self.encode(head + "USER: "), self.image_id, *self.encode(f"\n{text} ASSISTANT:")]
-            else:
-                ids += self.encode(f"{head}USER: {text} ASSISTANT:")
-        return ids
+        text = self.template.system
+        for number, (role, said) in enumerate(turns):
+            form = self.template.answer if role == "assistant" else self.template.user
+            text += form.format(f"{self.image}\n{said}" if number == 0 and image else said)
+        return self.bos + self.encode(text)
+
+    def answer(self, text: str) -> list[int]:
+        """The ids of an answer, or of its beginning, as they follow a prompt: without the end token."""
+        if not text:
+            return []
+        # What precedes them in the same piece of text, such as `ASSISTANT:`, may change how they begin.
+        before = self.image + re.split("\ue001|{}", self.template.user)[-1]
+        head = self.encode(before)
+        return self.encode(before + self.template.answer.format(text))[len(head) : -1]
 
     def response(self, text: str) -> list[int]:
-        """The ids of an answer: its text, then the end token."""
-        return [*self.encode(text), self.eos_id]
+        """The ids of an answer and its end token."""
+        return [*self.answer(text), self.eos_id]
+
+
+def read_tokenizer(folder: Path) -> FastTokenizer:
+    """tokenizer.json, for which all text is data: typed control tokens are ordinary characters."""
+    path = folder / "tokenizer.json"
+    raw = read_json(path, "a model folder needs tokenizer.json")
+    for token in raw.get("added_tokens") or []:
+        if not isinstance(token, dict):
+            raise UserError(f"{path}: added_tokens must be a list of objects; download the folder again")
+        token["special"] = True  # else typed text could become a control token
+    try:
+        fast = FastTokenizer.from_str(json.dumps(raw))
+    except Exception as error:  # tokenizers raises bare Exception
+        raise UserError(f"{path}: not a tokenizer ({error}); download the folder again") from None
+    fast.encode_special_tokens = True
+    return fast
 
 
 @dataclass(frozen=True)
@@ -113,6 +171,7 @@ class Config:
     response: str | None = None  # score this answer instead of sampling one
     model: str = "toy"  # Hugging Face LLaVA folder, or `toy`
     adapter: str | None = None  # adapter folder that train_dpo.py wrote
+    template: str | None = None  # vicuna, llava_v1, mistral, chatml or short; else the model's own
     rho_th: float = 0.0  # Eq. 6: hide each image token with this probability
     temperature: float = 0.0  # 0 is greedy
     max_new_tokens: int = 256  # limit of the answer
@@ -144,7 +203,7 @@ def main() -> None:
     require(config.response is None or config.response.strip() != "", "--response is empty; give the answer to score")
     folder = resolve_model(config.model)
     processor, picture = ImageProcessor.from_folder(folder), picture_for(config)
-    model, tokenizer = load_model(folder, config.device), Tokenizer.from_folder(folder)
+    model, tokenizer = load_model(folder, config.device), Tokenizer.from_folder(folder, config.template)
     if config.adapter:
         load_adapter(model, Path(config.adapter))
     patches, packing = processor.layout(picture)

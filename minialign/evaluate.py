@@ -214,6 +214,7 @@ class Config:
 
     model: str = "toy"  # Hugging Face LLaVA folder, or `toy`
     adapter: str | None = None  # adapter folder that train_dpo.py wrote
+    template: str | None = None  # vicuna, llava_v1, mistral, chatml or short; else the model's own
     benchmark: Literal["toy"] = "toy"  # what to run
     split: Literal["test", "validation"] = "test"  # choices are made on validation; test is looked at last
     images: int = 500  # how many images
@@ -233,7 +234,8 @@ def main() -> None:
     if config.adapter:
         load_adapter(model, Path(config.adapter))
     benchmark = ToyBenchmark(config.split, config.images, config.batch_size)
-    counts = benchmark.run(model, Tokenizer.from_folder(folder), ImageProcessor.from_folder(folder))
+    tokenizer = Tokenizer.from_folder(folder, config.template)
+    counts = benchmark.run(model, tokenizer, ImageProcessor.from_folder(folder))
     result = with_intervals([counts])
     if config.json:
         print(json.dumps(result))

@@ -20,6 +20,14 @@ from minialign.llava import Llava
 from minialign.lora import adapter_state
 
 
+def require_same_settings(path: Path, settings: dict) -> None:
+    """A resumed run must have the flags that `path`, the config.json of the run so far, notes."""
+    before = read_json(path, "there is nothing to resume; leave --resume out")
+    changed = [k for k, v in settings.items() if k not in ("resume", "out") and before.get(k) != v]
+    if changed:
+        raise UserError(f"--resume: {', '.join(changed)} differ from {path}; keep them as they were")
+
+
 def require_same_data(folder: Path, records: list[Record], weights: str, resume: bool) -> None:
     """Note which pairs and base weights a run trains on; a resumed run must find the same ones."""
     path, data = folder / "data.json", {"pairs": len(records), "hash": stable_seed(*records), "weights": weights}

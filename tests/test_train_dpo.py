@@ -172,7 +172,7 @@ def some_logits(model) -> torch.Tensor:
     pixels = ImageProcessor.from_folder(TOY)(toyworld.picture(toyworld.make_scene("test", 0)))
     tree = build_tree([sequence], tokenizer.image_id, tokenizer.pad_id)
     with torch.no_grad():
-        return model.lm_head(model(tree, model.encode_images(pixels[None])))
+        return model.lm_head(model(tree, model.encode_images(pixels)))
 
 
 def test_merged_and_adapter_are_the_trained_model(undisturbed, model):

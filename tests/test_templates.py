@@ -1,0 +1,136 @@
+"""Templates: prompt and response, separately encoded, are the ids of the joint text as transformers encodes it."""
+
+import json
+import random
+from pathlib import Path
+
+import pytest
+from helpers import refused
+from llama_tokenizer import AWKWARD, VICUNA, llama2_folder, random_text
+
+from minialign import toyworld
+from minialign.chat import Tokenizer
+from minialign.checkpoint import TOY
+
+# template -> (what stands before the first turn, a question, an answer), as the models' pages have them.
+FORMS = {
+    "short": ("", "USER: {} ASSISTANT:", " {}</s>"),
+    "vicuna": (VICUNA, "USER: {} ASSISTANT:", " {}</s>"),
+    "llava_v1": (VICUNA.replace("human", "user"), "USER: {} ASSISTANT:", " {}</s>"),
+    "mistral": ("", "[INST] {} [/INST]", " {}</s>"),
+    "chatml": ("<|im_start|>system\nAnswer the questions.<|im_end|>",
+               "<|im_start|>user\n{}<|im_end|><|im_start|>assistant\n", "{}<|im_end|>"),
+}  # fmt: skip
+
+
+def with_metaspace(folder: Path) -> None:
+    """`▁` goes before the beginning of the text alone, not after control tokens: as newer tokenizers have it."""
+    raw = json.loads((folder / "tokenizer.json").read_text())
+    raw["normalizer"] = None
+    raw["pre_tokenizer"] = {"type": "Metaspace", "replacement": "▁", "prepend_scheme": "first", "split": False}
+    (folder / "tokenizer.json").write_text(json.dumps(raw))
+
+
+@pytest.fixture(scope="module", params=["toy", *FORMS, "chatml-metaspace", "vicuna-metaspace"])
+def both(request, oracle, tmp_path_factory):
+    """(our tokenizer, transformers' `text -> ids`, the template's form) of one folder."""
+    name, _, metaspace = request.param.partition("-")
+    folder = TOY if name == "toy" else llama2_folder(tmp_path_factory.mktemp("llama") / "model")
+    if metaspace:
+        with_metaspace(folder)
+    theirs = oracle.transformers.AutoTokenizer.from_pretrained(folder)
+    assert isinstance(theirs, oracle.transformers.PreTrainedTokenizerFast)
+    form = FORMS["short" if name == "toy" else name]
+    ours = Tokenizer.from_folder(folder, None if name == "toy" else name)
+    return ours, lambda text: theirs(text, add_special_tokens=False).input_ids, form
+
+
+def joint(form: tuple[str, str, str], turns: list, response: str, image: bool) -> tuple[str, str]:
+    """(prompt, whole) of a conversation as one text with its control tokens spelled out, but for the first."""
+    text, question, answer = form
+    for number, (role, content) in enumerate(turns):
+        if role == "user":
+            text += question.format(f"{'<image>' + chr(10) if number == 0 and image else ''}{content}")
+        else:
+            text += answer.format(content)
+    return text, text + answer.format(response)
+
+
+def check(both, turns: list, response: str) -> None:
+    """Prompt and response, separately encoded, are the joint text's ids."""
+    ours, theirs, form = both
+    for image in (True, False):
+        prompt, whole = joint(form, turns, response, image)
+        ids = ours.prompt(turns, image)
+        assert ids[0] == 1 and ids[1:] == theirs(prompt)
+        assert ids[1:] + ours.response(response) == theirs(whole)
+        assert ids.count(ours.image_id) == image and ids.count(1) == 1
+        assert ours.response(response).count(ours.eos_id) == 1 and ours.response(response)[-1] == ours.eos_id
+
+
+@pytest.mark.parametrize("text", AWKWARD, ids=ascii)
+def test_awkward_texts(both, text):
+    check(both, [("user", text)], "Yes")
+    check(both, [("user", "What is it?")], text)
+    check(both, [("user", text), ("assistant", text), ("user", text)], text)
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_random_conversations(both, seed):
+    rng = random.Random(seed)
+    turns = [("user", random_text(rng))]
+    for _ in range(rng.randrange(4)):
+        turns += [("assistant", random_text(rng)), ("user", random_text(rng))]
+    check(both, turns, random_text(rng))
+
+
+@pytest.mark.parametrize("kind", ["description", "existence", "attribute"])
+@pytest.mark.parametrize("index", range(3))
+def test_conversations_of_the_embedded_world(both, kind, index):
+    turns = toyworld.conversation(toyworld.make_scene("train", index), kind, random.Random(index))
+    for end in range(1, len(turns), 2):
+        check(both, turns[:end], turns[end][1])
+
+
+def test_an_empty_question(both):
+    check(both, [("user", "")], "Yes")
+
+
+def test_a_prompt_continues_the_one_before(both):
+    """Turn by turn: prompt, answer and next question are one sequence, so that a conversation may be grown."""
+    ours, _, _ = both
+    turns = [("user", "What is it?"), ("assistant", "A dog."), ("user", "Where?"), ("assistant", "Left."),
+             ("user", "Sure?")]  # fmt: skip
+    ids = ours.prompt(turns[:1])
+    for end in (3, 5):
+        longer = ours.prompt(turns[:end])
+        grown = ids + ours.response(turns[end - 2][1])
+        assert longer[: len(grown)] == grown and ours.image_id not in longer[len(grown) :]
+        ids = longer
+
+
+@pytest.mark.parametrize(
+    "changes,expected",
+    [({}, "vicuna"), ({"minialign_template": "llava_v1"}, "llava_v1"), ({"minialign_template": "short"}, "short"),
+     ({"text_config": {"model_type": "mistral"}}, "mistral"), ({"text_config": {"model_type": "llama"}}, "vicuna")],
+)  # fmt: skip
+def test_template_follows_from_the_config(tmp_path, changes, expected):
+    folder = llama2_folder(tmp_path / "model", chatml=False)
+    raw = json.loads((folder / "config.json").read_text()) | changes
+    (folder / "config.json").write_text(json.dumps(raw))
+    turns = [("user", "What is it?")]
+    assert Tokenizer.from_folder(folder).prompt(turns) == Tokenizer.from_folder(folder, expected).prompt(turns)
+    others = [Tokenizer.from_folder(folder, name).prompt(turns) for name in FORMS if name not in (expected, "chatml")]
+    assert Tokenizer.from_folder(folder).prompt(turns) not in others
+
+
+def test_a_vocabulary_with_chatml_tokens_means_chatml(tmp_path):
+    folder, turns = llama2_folder(tmp_path / "model"), [("user", "What is it?")]
+    assert Tokenizer.from_folder(folder).prompt(turns) == Tokenizer.from_folder(folder, "chatml").prompt(turns)
+    assert Tokenizer.from_folder(folder).eos_id == 32003
+
+
+def test_templates_that_cannot_be(tmp_path):
+    folder = llama2_folder(tmp_path / "model", chatml=False)
+    refused(lambda: Tokenizer.from_folder(folder, "chatml"), "tokenizer.json", "<|im_end|>", "another template")
+    refused(lambda: Tokenizer.from_folder(folder, "vicunya"), "--template 'vicunya'", *FORMS)
