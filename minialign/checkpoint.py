@@ -7,6 +7,7 @@ preprocessor_config.json. `NAMES` is the whole mapping between Hugging Face's ke
 import hashlib
 import re
 import shutil
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
@@ -31,7 +32,7 @@ NAMES = [
     (r"^language_model\.lm_head\.", "lm_head."),
     (r"^(language_model\.model|model\.language_model|model)\.", "language_model."),
 ]
-# Ours -> the layout of the hub's llava-hf folders, which is the one that is written.
+# Ours -> the layout of the hub's llava-hf folders, for a model that was not read from one.
 HUB_NAMES = [
     (r"^vision_tower\.", "vision_tower.vision_model."),
     (r"^lm_head\.", "language_model.lm_head."),
@@ -90,14 +91,32 @@ def weight_files(folder: Path) -> list[Path]:
     return files
 
 
-def read_tensors(file: Path, device: str = "cpu", dtype: torch.dtype | None = None):
-    """Yield (key, tensor) one tensor at a time, moved to `device` and `dtype` on the way."""
+@contextmanager
+def opened(file: Path):
+    """A safetensors file, open for reading; a damaged one is a `UserError`."""
     try:
         with safe_open(file, framework="pt") as tensors:
-            for key in tensors.keys():  # noqa: SIM118 (safe_open is no dict)
-                yield key, tensors.get_tensor(key).to(device, dtype)
+            yield tensors
     except SafetensorError as error:
         raise UserError(f"{file}: not a whole safetensors file ({error}); download or save it again") from None
+
+
+def read_tensors(file: Path, device: str = "cpu", dtype: torch.dtype | None = None):
+    """Yield (key, tensor) one tensor at a time, moved to `device` and `dtype` on the way."""
+    with opened(file) as tensors:
+        for key in tensors.keys():  # noqa: SIM118 (safe_open is no dict)
+            yield key, tensors.get_tensor(key).to(device, dtype)
+
+
+def layout_of(folder: Path) -> dict[str, str]:
+    """Our name of every tensor in a folder -> its key there; empty where there are no weights yet."""
+    if not any(folder.glob("model*.safetensors")):
+        return {}
+    names = {}
+    for file in weight_files(folder):
+        with opened(file) as tensors:
+            names |= {rename(key, NAMES): key for key in tensors.keys() if not IGNORED.search(key)}  # noqa: SIM118
+    return names
 
 
 def load_model(folder: Path, device: str = "cpu", dtype: torch.dtype = torch.float32) -> Llava:
@@ -139,12 +158,17 @@ def check_tensors(where: Path, wanted: dict[str, Tensor], found: dict[str, Tenso
 
 
 def save_model(state: dict[str, Tensor], raw_config: dict, source: Path, folder: Path, dtype: torch.dtype) -> None:
-    """Write a Hugging Face folder whole: `state` by our names, the config as read, companions copied."""
+    """Write a Hugging Face folder whole: `state` by our names, the config as read, companions copied.
+
+    The keys are laid out as in `source`, so that whatever reads that folder reads this one.
+    """
+    layout = layout_of(source)
 
     def write(partial: Path) -> None:
         tied = state["lm_head.weight"].data_ptr() == state["language_model.embed_tokens.weight"].data_ptr()
         kept = {k: v for k, v in state.items() if not (tied and k == "lm_head.weight")}
-        tensors = {rename(k, HUB_NAMES): v.detach().to("cpu", dtype).contiguous() for k, v in kept.items()}
+        names = {k: layout.get(k) or rename(k, HUB_NAMES) for k in kept}
+        tensors = {names[k]: v.detach().to("cpu", dtype).contiguous() for k, v in kept.items()}
         save_file(tensors, partial / "model.safetensors", metadata={"format": "pt"})
         write_json(partial / "config.json", raw_config | {"dtype": str(dtype).removeprefix("torch.")})
         for name in COMPANIONS:
