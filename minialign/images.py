@@ -5,7 +5,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from PIL import Image
+from PIL import Image, ImageOps
 from torch import Tensor
 
 from minialign import anyres, toyworld
@@ -164,10 +164,15 @@ def open_image(images: str, name: str) -> Image.Image:
 
 
 def read_picture(path: Path, remedy: str) -> Image.Image:
-    """A picture file as RGB; `remedy` is what to do where there is none."""
+    """A picture file as RGB, turned as its EXIF says; `remedy` is what to do where there is none.
+
+    Of an animation the first picture. More than 8 bits per value would come out white, and are refused.
+    """
     try:
         with Image.open(path) as picture:
-            return to_rgb(picture)
+            if picture.mode in ("I", "F") or picture.mode.startswith("I;"):
+                raise UserError(f"image {path}: more than 8 bits per value (mode {picture.mode}); convert it to 8 bits")
+            return to_rgb(ImageOps.exif_transpose(picture))
     except FileNotFoundError:
         raise UserError(f"image {path}: no such file; {remedy}") from None
     except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
