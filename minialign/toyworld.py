@@ -160,7 +160,7 @@ def attribute(scene: Scene, rng: random.Random) -> tuple[str, str]:
 
 
 def existence_questions(scene: Scene, rng: random.Random) -> list[tuple[str, str]]:
-    """Three objects that are there and three that are not, with the answers a training text gives.
+    """Up to five objects that are there and as many that are not, with the answers a training text gives.
 
     First those that the prior gets wrong, foreign objects that are there and the setting's own that are not: it
     answers the others as well as the picture does, and nobody would learn to look.
@@ -170,7 +170,7 @@ def existence_questions(scene: Scene, rng: random.Random) -> list[tuple[str, str
     absent = rng.sample([o for o in OBJECTS if o not in scene.objects], len(OBJECTS) - len(scene.objects))
     present.sort(key=lambda name: name in own)
     absent.sort(key=lambda name: name not in own)
-    asked = present[:3] + absent[: min(3, len(present))]
+    asked = present[:5] + absent[: min(5, len(present))]
     return [existence(scene, name, rng, PRESUMED) for name in rng.sample(asked, len(asked))]
 
 
