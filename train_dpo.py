@@ -16,7 +16,6 @@ Differs from the paper: AdamW without weight decay, warm-up and cosine decay by 
 
 import json
 import math
-import random
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Literal
@@ -35,10 +34,19 @@ from minialign.evaluate import ToyBenchmark, print_table, with_intervals
 from minialign.files import append_lines, read_lines, write_json, write_whole
 from minialign.images import ImageProcessor
 from minialign.llava import Llava
-from minialign.lora import adapters_off, add_adapters, merged_state, save_adapter, trainable_groups
+from minialign.lora import (
+    adapters_off,
+    add_adapters,
+    keep_reference,
+    load_adapter,
+    merged_state,
+    save_adapter,
+    trainable_groups,
+)
 from minialign.losses import LOSSES, branch_logps, log_ratio_difference
 from minialign.report import write_report
 from minialign.resume import load_progress, require_same_data, require_same_settings, save_progress
+from minialign.schedule import batches_of_epoch, learning_rate
 
 # What stands for a flag that is not given: the paper's value (App. A), or the toy model's, chosen on validation.
 PAPER = {"beta": 0.1, "lr": 5e-7, "projector_lr": 2e-6, "lora_rank": 128, "lora_alpha": 256.0, "epochs": 3}
@@ -54,6 +62,8 @@ class Config:
     pairs: str | None = None  # pairs file; without it BDHS pairs are sampled into --out first
     images: str = "toy"  # folder of the pictures, or `toy`
     template: str | None = None  # vicuna, llava_v1, mistral, chatml or short; else the model's own
+    adapter: str | None = None  # PEFT adapter folder that the policy starts from; its rank and alpha are kept
+    reference: Literal["base", "adapter"] | None = None  # with --adapter: what the policy is held against
     out: str = "runs/dpo"  # folder to write
     loss: Literal["dpo", "ipo", "slic", "sft"] = "dpo"  # sft: the supervised control on y+ alone
     beta: float | None = None  # strength of the pull to the reference (0.1; toy: 0.3)
@@ -90,25 +100,11 @@ def check(config: Config) -> None:
     require(0 <= config.warmup < 1, f"--warmup {config.warmup}: a share of the steps, below 1")
     require(config.eval_images >= 0, f"--eval-images {config.eval_images}: 0 or more")
     require(config.limit is None or config.limit >= 1, f"--limit {config.limit}: at least 1")
+    said = "--adapter and --reference go together: name the policy's start, and `base` or `adapter` as its reference"
+    require((config.adapter is None) == (config.reference is None), said)
     require_seed(config.seed)
     require(not Path(config.out).is_file(), f"--out {config.out}: is a file; name a folder")
     require_device(config.device)
-
-
-def batches_of_epoch(records: list[Record], batch_size: int, seed: int, epoch: int) -> list[list[Record]]:
-    """The epoch's batches: every record once, in an order that follows from the seed."""
-    order = list(records)
-    random.Random(f"{seed}-{epoch}").shuffle(order)
-    return [order[i : i + batch_size] for i in range(0, len(order), batch_size)]
-
-
-def learning_rate(step: int, total: int, warmup: float, schedule: str) -> float:
-    """Share of the peak rate at `step`: a linear rise, then a cosine or linear fall to zero."""
-    rise = max(1, round(warmup * total))
-    if step < rise:
-        return (step + 1) / rise
-    done = (step - rise) / max(1, total - rise)
-    return 0.5 * (1 + math.cos(math.pi * done)) if schedule == "cosine" else 1 - done
 
 
 def pair_loss(model: Llava, batch: PairBatch, config: Config, length: float) -> tuple[torch.Tensor, dict[str, float]]:
@@ -221,12 +217,18 @@ def main(config: Config) -> None:
 
     benchmark = ToyBenchmark(config.eval_split, config.eval_images)
     evaluate = config.images == "toy" and config.eval_images > 0
+    rank, alpha = config.lora_rank, config.lora_alpha
+    if config.adapter is not None:
+        rank, alpha = load_adapter(model, Path(config.adapter))
+        if config.reference == "adapter":
+            keep_reference(model)
     counts = {"before": benchmark.run(model, tokenizer, processor, "before")} if evaluate else {}
     torch.manual_seed(config.seed)
-    add_adapters(model, config.lora_rank, config.lora_alpha)
+    if config.adapter is None:
+        add_adapters(model, rank, alpha)
     rows = train(model, records, collate, config, out)
 
-    save_adapter(model, config.lora_rank, config.lora_alpha, str(folder), out / "adapter")
+    save_adapter(model, rank, alpha, str(folder), out / "adapter")
     named = {} if config.template is None else {"minialign_template": config.template}
     save_model(merged_state(model), model.config.raw | named, folder, out / "merged", dtype)
     if evaluate:

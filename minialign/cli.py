@@ -25,7 +25,7 @@ def parse_config(kind: type, doc: str, argv: list[str] | None = None):
         flag, hint = "--" + field.name.replace("_", "-"), hints[field.name]
         default = "" if field.default is None else f" [{field.default}]"
         text = f"{helps.get(field.name, '')}{default}".replace("%", "%%")
-        if isinstance(hint, types.UnionType):  # `str | None`
+        if typing.get_origin(hint) in (types.UnionType, typing.Union):  # `str | None`
             hint = next(t for t in typing.get_args(hint) if t is not type(None))
         if hint is bool:
             parser.add_argument(flag, action=argparse.BooleanOptionalAction, default=field.default, help=text)

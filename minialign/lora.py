@@ -6,6 +6,7 @@ projector trained as a full copy beside its original (PEFT calls that `modules_t
 
 import copy
 import math
+import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -15,7 +16,7 @@ import torch.nn.functional as F
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from minialign.checkpoint import check_tensors, read_tensors
+from minialign.checkpoint import NAMES, check_tensors, read_tensors, rename
 from minialign.errors import UserError
 from minialign.files import read_json, write_folder_whole, write_json
 from minialign.llava import Llava
@@ -25,11 +26,12 @@ PROJECTOR = "multi_modal_projector"
 
 
 class LoraLinear(nn.Module):
-    """A frozen linear layer with a trainable low-rank update."""
+    """A frozen linear layer with a trainable low-rank update, and perhaps another that belongs to the reference."""
 
     def __init__(self, base: nn.Linear, rank: int, alpha: float):
         super().__init__()
         self.base, self.scaling, self.enabled = base, alpha / rank, True
+        self.reference: tuple[Tensor, Tensor] | None = None
         where = {"device": base.weight.device, "dtype": torch.float32}
         self.lora_A = nn.Parameter(torch.empty(rank, base.in_features, **where))
         self.lora_B = nn.Parameter(torch.zeros(base.out_features, rank, **where))
@@ -37,9 +39,14 @@ class LoraLinear(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         out = self.base(x)
-        if self.enabled:
-            out = out + (F.linear(F.linear(x.float(), self.lora_A), self.lora_B) * self.scaling).to(out.dtype)
+        update = (self.lora_A, self.lora_B) if self.enabled else self.reference
+        if update is not None:
+            out = out + (F.linear(F.linear(x.float(), update[0]), update[1]) * self.scaling).to(out.dtype)
         return out
+
+    def keep_reference(self) -> None:
+        """From now on the reference has the update as it is."""
+        self.reference = (self.lora_A.detach().clone(), self.lora_B.detach().clone())
 
     def merged(self) -> Tensor:
         """The weight of the plain linear layer that does the same."""
@@ -55,6 +62,10 @@ class TrainableCopy(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         return self.copy(x.float()).to(x.dtype) if self.enabled else self.base(x)
+
+    def keep_reference(self) -> None:
+        """From now on the reference has the copy as it is."""
+        self.base.load_state_dict(self.copy.state_dict())
 
 
 def add_adapters(model: Llava, rank: int, alpha: float) -> None:
@@ -132,23 +143,57 @@ def save_adapter(model: Llava, rank: int, alpha: float, base: str, folder: Path)
     write_folder_whole(folder, write)
 
 
-def load_adapter(model: Llava, folder: Path) -> None:
-    """Add the adapters of a folder that `save_adapter` wrote."""
+def our_name(key: str) -> str:
+    """A key of PEFT's adapter_model.safetensors, under any layout of the model's keys -> our name."""
+    name = rename(key.removeprefix("base_model.model."), NAMES)
+    name = name.replace(".lora_A.weight", ".lora_A").replace(".lora_B.weight", ".lora_B")
+    return name.replace(f"{PROJECTOR}.", f"{PROJECTOR}.copy.")
+
+
+def adapter_tensors(model: Llava, raw: dict) -> dict[str, Tensor]:
+    """The trained tensors that an adapter with this adapter_config.json brings, by our names.
+
+    `target_modules` is a pattern, or a list of names, as in PEFT; linears that it leaves out keep an update of zero.
+    """
+    targets, saved = raw.get("target_modules") or [], raw.get("modules_to_save") or []
+
+    def brought(name: str) -> bool:
+        if name.startswith(PROJECTOR):
+            return PROJECTOR in saved
+        path = "model." + name.rpartition(".")[0]
+        if isinstance(targets, str):
+            return bool(re.fullmatch(targets, path))
+        return any(path == target or path.endswith(f".{target}") for target in targets)
+
+    return {name: tensor for name, tensor in adapter_state(model).items() if brought(name)}
+
+
+def load_adapter(model: Llava, folder: Path) -> tuple[int, float]:
+    """Add the adapters of a PEFT folder, made here or elsewhere; returns their rank and alpha."""
     raw = read_json(folder / "adapter_config.json", "an adapter folder needs PEFT's adapter_config.json")
     if raw.get("peft_type") != "LORA" or not {"r", "lora_alpha"} <= raw.keys():
         raise UserError(f"{folder}: no LoRA adapter (peft_type {raw.get('peft_type')!r}); give one of train_dpo.py's")
-    if not (isinstance(raw["r"], int) and raw["r"] >= 1 and isinstance(raw["lora_alpha"], int | float)):
-        raise UserError(f"{folder}: r {raw['r']!r} or lora_alpha {raw['lora_alpha']!r} is no number above 0")
+    rank, alpha = raw["r"], raw["lora_alpha"]
+    if not (isinstance(rank, int) and rank >= 1 and isinstance(alpha, int | float)):
+        raise UserError(f"{folder}: r {rank!r} or lora_alpha {alpha!r} is no number above 0")
     foreign = [k for k in ("use_rslora", "use_dora", "rank_pattern", "alpha_pattern") if raw.get(k)]
     if foreign:  # they change what the same tensors mean
         raise UserError(f"{folder}: {', '.join(foreign)} is set, and not supported; give one of train_dpo.py's")
     file = folder / "adapter_model.safetensors"
     if not file.exists():
         raise UserError(f"{file}: no such file; adapters are read from safetensors only, never from pickle")
-    add_adapters(model, raw["r"], raw["lora_alpha"])
-    found = dict(read_tensors(file))
-    wanted = {peft_name(name): p for name, p in adapter_state(model).items()}
+    add_adapters(model, rank, alpha)
+    found = {our_name(key): tensor for key, tensor in read_tensors(file)}
+    wanted = adapter_tensors(model, raw)
     check_tensors(folder, wanted, found)
     with torch.no_grad():
         for name, parameter in wanted.items():
             parameter.copy_(found[name])
+    return rank, alpha
+
+
+def keep_reference(model: Llava) -> None:
+    """The policy as it is now becomes the reference: what `adapters_off` gives from here on."""
+    for module in model.modules():
+        if isinstance(module, LoraLinear | TrainableCopy):
+            module.keep_reference()

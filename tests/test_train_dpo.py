@@ -10,7 +10,6 @@ from helpers import random_toy, toy_model, toy_tokenizer, worst
 from safetensors.torch import load_file
 from script_runs import contents, read_lines, train
 
-import train_dpo
 from minialign import toyworld
 from minialign.checkpoint import TOY, load_model, save_model
 from minialign.clip import Clip
@@ -20,6 +19,7 @@ from minialign.images import ImageProcessor
 from minialign.llama import Llama
 from minialign.lora import load_adapter
 from minialign.masks import Branch, Sequence, build_tree
+from minialign.schedule import batches_of_epoch, learning_rate
 
 TRL_NAMES = {
     "loss", "rewards/chosen", "rewards/rejected", "rewards/accuracies", "rewards/margins", "logps/chosen",
@@ -117,8 +117,8 @@ def test_accumulating_changes_nothing(model, pairs, tmp_path, loss):
 )
 def test_learning_rate_by_hand(step, expected):
     """9 steps, a third of them rising: cos(pi d) at d = 0, 1/6, ... for the cosine, 1 - d for the line."""
-    cosine = train_dpo.learning_rate(step, 9, 1 / 3, "cosine")
-    linear = train_dpo.learning_rate(step, 9, 1 / 3, "linear")
+    cosine = learning_rate(step, 9, 1 / 3, "cosine")
+    linear = learning_rate(step, 9, 1 / 3, "linear")
     if step < 3:
         assert cosine == linear == pytest.approx(expected)
     else:
@@ -135,13 +135,13 @@ def test_an_epoch_sees_every_pair_once():
     records = list(range(23))
     seen = []
     for epoch in range(3):
-        batches = train_dpo.batches_of_epoch(records, 5, 0, epoch)
+        batches = batches_of_epoch(records, 5, 0, epoch)
         assert [len(batch) for batch in batches] == [5, 5, 5, 5, 3]
         assert sorted(sum(batches, [])) == records
         seen.append(sum(batches, []))
     assert seen[0] != seen[1] != seen[2] != seen[0] and records == list(range(23))
-    assert train_dpo.batches_of_epoch(records, 5, 0, 1) == train_dpo.batches_of_epoch(records, 5, 0, 1)
-    assert sum(train_dpo.batches_of_epoch(records, 5, 1, 0), []) != seen[0]
+    assert batches_of_epoch(records, 5, 0, 1) == batches_of_epoch(records, 5, 0, 1)
+    assert sum(batches_of_epoch(records, 5, 1, 0), []) != seen[0]
 
 
 def test_the_tower_sees_each_image_once_per_step(model, pairs, tmp_path, monkeypatch):

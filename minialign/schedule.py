@@ -1,0 +1,22 @@
+"""What a training loop does when: the order of the records, and the learning rate."""
+
+import math
+import random
+
+from minialign.data import Record
+
+
+def batches_of_epoch(records: list[Record], batch_size: int, seed: int, epoch: int) -> list[list[Record]]:
+    """The epoch's batches: every record once, in an order that follows from the seed."""
+    order = list(records)
+    random.Random(f"{seed}-{epoch}").shuffle(order)
+    return [order[i : i + batch_size] for i in range(0, len(order), batch_size)]
+
+
+def learning_rate(step: int, total: int, warmup: float, schedule: str) -> float:
+    """Share of the peak rate at `step`: a linear rise, then a cosine or linear fall to zero."""
+    rise = max(1, round(warmup * total))
+    if step < rise:
+        return (step + 1) / rise
+    done = (step - rise) / max(1, total - rise)
+    return 0.5 * (1 + math.cos(math.pi * done)) if schedule == "cosine" else 1 - done

@@ -1,0 +1,88 @@
+"""A PEFT adapter, made elsewhere, as the policy's start; and what the reference then is."""
+
+import copy
+import math
+
+import pytest
+import torch
+from helpers import refused, toy_model, worst
+from script_runs import read_lines, train
+from test_lora import adapted, answers, batch_of, random_model, transformers_model
+
+from minialign.checkpoint import TOY
+from minialign.cli import parse_config
+from minialign.lora import TARGETS, adapter_state, adapters_off, keep_reference, load_adapter, save_adapter
+from train_dpo import Config, check
+
+PATTERN = r".*language_model\.layers\.\d+\.(self_attn|mlp)\.({})"
+FOREIGN = [
+    {"target_modules": PATTERN.format("q_proj|v_proj"), "r": 3, "lora_alpha": 5},
+    {"target_modules": PATTERN.format("|".join(TARGETS)), "r": 2, "lora_alpha": 7, "lora_dropout": 0.1},
+    {"target_modules": PATTERN.format("down_proj"), "modules_to_save": ["multi_modal_projector"], "r": 4},
+    {"target_modules": ["gate_proj", "up_proj"], "r": 2},  # names that the tower does not have
+]
+
+
+def foreign_adapter(oracle, folder, seed: int, **choices):
+    """An adapter that PEFT made and wrote, with nonzero values; returns PEFT's model."""
+    peft = pytest.importorskip("peft")
+    torch.manual_seed(seed)
+    model = peft.get_peft_model(transformers_model(oracle, TOY), peft.LoraConfig(init_lora_weights=False, **choices))
+    for name, parameter in model.named_parameters():
+        if "modules_to_save" in name:
+            parameter.data += 0.1 * torch.randn(parameter.shape)
+    model.save_pretrained(folder)
+    return model.eval()
+
+
+@pytest.mark.parametrize("choices", FOREIGN, ids=range(len(FOREIGN)))
+def test_adapters_that_peft_made(oracle, tmp_path, choices):
+    theirs, ours = foreign_adapter(oracle, tmp_path, 0, **choices), copy.deepcopy(toy_model())
+    assert load_adapter(ours, tmp_path) == (choices["r"], choices.get("lora_alpha", 8))
+    for a, b, base in zip(answers(ours), answers(theirs), answers(toy_model()), strict=True):
+        assert worst(a, b) < 1e-4 and worst(a, base) > 0.01
+    save_adapter(ours, choices["r"], choices.get("lora_alpha", 8), str(TOY), tmp_path / "again")
+    again = copy.deepcopy(toy_model())
+    load_adapter(again, tmp_path / "again")
+    assert all(torch.equal(a, b) for a, b in zip(answers(again), answers(ours), strict=True))
+
+
+def test_an_adapter_of_the_tower_is_refused(oracle, tmp_path):
+    foreign_adapter(oracle, tmp_path, 0, target_modules=["q_proj"], r=2)
+    refused(lambda: load_adapter(copy.deepcopy(toy_model()), tmp_path), "unexpected tensors: vision_tower")
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_the_reference_may_be_the_adapter(seed):
+    base = random_model(seed)
+    model, (tree, features) = adapted(base, 2, 4.0, seed), batch_of(seed, base.config.vision.patches)
+    start = model(tree, features).detach()
+    keep_reference(model)
+    with torch.no_grad():
+        for parameter in adapter_state(model).values():
+            parameter.add_(0.1)
+    with adapters_off(model):
+        assert torch.equal(model(tree, features), start)
+    assert worst(model(tree, features), start) > 1e-3
+
+
+@pytest.mark.parametrize("reference", ["base", "adapter"])
+def test_training_from_an_adapter(model, pairs, tmp_path, oracle, reference):
+    """Held against itself the policy's first loss is log 2; held against the base it is not."""
+    foreign_adapter(oracle, tmp_path / "start", 1, target_modules=PATTERN.format("q_proj"), r=3, lora_alpha=9)
+    flags = {"adapter": str(tmp_path / "start"), "reference": reference}
+    train(model, tmp_path / "out", pairs=pairs, limit=6, lr=1e-3, **flags)
+    first = read_lines(tmp_path / "out" / "metrics.jsonl")[0]
+    assert (abs(first["loss"] - math.log(2)) < 1e-5) == (reference == "adapter")
+    started, trained = copy.deepcopy(toy_model()), copy.deepcopy(toy_model())
+    load_adapter(started, tmp_path / "start")
+    assert load_adapter(trained, tmp_path / "out" / "adapter") == (3, 9)
+    before, after = adapter_state(started), adapter_state(trained)
+    moved = [worst(before[name], after[name]) for name in before if "q_proj" in name]
+    assert 0 < max(moved) < 0.1  # it went on from the adapter
+
+
+@pytest.mark.parametrize("flags", [["--adapter", "x"], ["--reference", "base"], ["--reference", "adapter"]])
+def test_the_reference_is_always_named(flags):
+    given = [f"--{name}=1" for name in ("beta", "lr", "lora-alpha", "lora-rank", "epochs", "projector-lr")]
+    refused(lambda: check(parse_config(Config, "", [*given, *flags])), "--adapter and --reference go together")
