@@ -50,7 +50,7 @@ from minialign.schedule import batches_of_epoch, learning_rate
 
 # What stands for a flag that is not given: the paper's value (App. A), or the toy model's, chosen on validation.
 PAPER = {"beta": 0.1, "lr": 5e-7, "projector_lr": 2e-6, "lora_rank": 128, "lora_alpha": 256.0, "epochs": 3}
-TOY = {"beta": 0.3, "lr": 3e-4, "projector_lr": 3e-5, "lora_rank": 64, "lora_alpha": 128.0, "epochs": 1}
+TOY = {"beta": 0.1, "lr": 2e-4, "projector_lr": 3e-5, "lora_rank": 64, "lora_alpha": 128.0, "epochs": 1}
 SHOWN = ("loss", "rewards/accuracies", "rewards/margins", "logps/chosen")  # in the progress bar
 
 
@@ -66,8 +66,8 @@ class Config:
     reference: Literal["base", "adapter"] | None = None  # with --adapter: what the policy is held against
     out: str = "runs/dpo"  # folder to write
     loss: Literal["dpo", "ipo", "slic", "sft"] = "dpo"  # sft: the supervised control on y+ alone
-    beta: float | None = None  # strength of the pull to the reference (0.1; toy: 0.3)
-    lr: float | None = None  # peak learning rate of the adapters (5e-7; toy: 3e-4)
+    beta: float | None = None  # strength of the pull to the reference (0.1)
+    lr: float | None = None  # peak learning rate of the adapters (5e-7; toy: 2e-4)
     projector_lr: float | None = None  # peak learning rate of the projector (2e-6; toy: 3e-5)
     lora_rank: int | None = None  # rank of the adapters (128; toy: 64)
     lora_alpha: float | None = None  # updates are scaled by alpha / rank (256; toy: 128)

@@ -28,7 +28,7 @@ SCRIPTS = Path(__file__).resolve().parent.parent
 # name -> (flags of sample_bdhs.py, flags of train_dpo.py)
 ROWS = {
     "bdhs": ([], []),
-    "sft": ([], ["--loss", "sft", "--lr", "1e-4"]),  # its own best rate on validation
+    "sft": ([], ["--loss", "sft", "--lr", "1e-3"]),  # its own best rate on validation
     "unguided": (["--no-guided"], []),
     "noise": (["--noise-steps", "500", "--rho-th", "0"], []),
 }
