@@ -24,6 +24,7 @@ import torch
 from tqdm import tqdm
 
 import sample_bdhs
+from minialign import lora
 from minialign.chat import Tokenizer
 from minialign.checkpoint import fingerprint, load_model, resolve_model, save_model
 from minialign.cli import fill, parse_config, require, require_device, require_seed, run_main
@@ -34,15 +35,6 @@ from minialign.evaluate import ToyBenchmark, print_table, with_intervals
 from minialign.files import append_lines, read_lines, write_json, write_whole
 from minialign.images import ImageProcessor
 from minialign.llava import Llava
-from minialign.lora import (
-    adapters_off,
-    add_adapters,
-    keep_reference,
-    load_adapter,
-    merged_state,
-    save_adapter,
-    trainable_groups,
-)
 from minialign.losses import LOSSES, branch_logps, log_ratio_difference
 from minialign.report import write_report
 from minialign.resume import load_progress, require_same_data, require_same_settings, save_progress
@@ -114,7 +106,7 @@ def pair_loss(model: Llava, batch: PairBatch, config: Config, length: float) -> 
     """
     features = model.encode_images(batch.pixels)  # once, for policy and reference
     tree = batch.tree.to(model.device)
-    with adapters_off(model):
+    with lora.adapters_off(model):
         ref_chosen, ref_rejected = branch_logps(model, tree, features).unbind(1)  # (B,) each
     chosen, rejected = branch_logps(model, tree, features).unbind(1)
     if config.loss == "sft":
@@ -138,7 +130,7 @@ def pair_loss(model: Llava, batch: PairBatch, config: Config, length: float) -> 
 
 def train(model: Llava, records: list[Record], collate: PairCollator, config: Config, out: Path) -> list[dict]:
     """The loop: from the first step, or from the last checkpoint with --resume; returns metrics.jsonl's rows."""
-    optimizer = torch.optim.AdamW(trainable_groups(model, config.lr, config.projector_lr), weight_decay=0.0)
+    optimizer = torch.optim.AdamW(lora.trainable_groups(model, config.lr, config.projector_lr), weight_decay=0.0)
     peaks = [group["lr"] for group in optimizer.param_groups]
     trainable = [p for group in optimizer.param_groups for p in group["params"]]
     per_epoch = math.ceil(len(records) / config.batch_size)
@@ -219,18 +211,18 @@ def main(config: Config) -> None:
     evaluate = config.images == "toy" and config.eval_images > 0
     rank, alpha = config.lora_rank, config.lora_alpha
     if config.adapter is not None:
-        rank, alpha = load_adapter(model, Path(config.adapter))
+        rank, alpha = lora.load_adapter(model, Path(config.adapter))
         if config.reference == "adapter":
-            keep_reference(model)
+            lora.keep_reference(model)
     counts = {"before": benchmark.run(model, tokenizer, processor, "before")} if evaluate else {}
     torch.manual_seed(config.seed)
     if config.adapter is None:
-        add_adapters(model, rank, alpha)
+        lora.add_adapters(model, rank, alpha)
     rows = train(model, records, collate, config, out)
 
-    save_adapter(model, rank, alpha, str(folder), out / "adapter")
+    lora.save_adapter(model, rank, alpha, str(folder), out / "adapter")
     named = {} if config.template is None else {"minialign_template": config.template}
-    save_model(merged_state(model), model.config.raw | named, folder, out / "merged", dtype)
+    save_model(lora.merged_state(model), model.config.raw | named, folder, out / "merged", dtype)
     if evaluate:
         counts["after"] = benchmark.run(model, tokenizer, processor, "after")
         write_json(out / "counts.json", counts)

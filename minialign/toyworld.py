@@ -28,7 +28,7 @@ BIAS = 0.85  # how often a training scene's object, and a typical object's colou
 FREQUENCY = (5, 4, 4, 3, 3)  # of the settings in training scenes
 HEARSAY = 0.75  # how often a training text takes a foreign object for the setting's own one of that colour
 PRESUMED = 0.7  # how often it says Yes of the setting's first two own objects though they are not there
-ALIGNMENT_HEARSAY = 0.3  # hearsay in the alignment split's answers: they err about as often as the model does
+ALIGNMENT_HEARSAY = 0.3  # and an answer of the alignment split: y+ errs too, as LLaVA-Instruct's do
 # First seed of each split, and whether its scenes are biased. An index stays below the distance of two splits.
 SPLITS = {"train": (0, True), "alignment": (10**9, False), "validation": (2 * 10**9, False), "test": (3 * 10**9, False)}
 NAME = re.compile(rf"({'|'.join(SPLITS)})-(\d{{1,9}})\.png")  # of a picture
@@ -188,9 +188,8 @@ def conversation(scene: Scene, kind: str, rng: random.Random) -> list[tuple[str,
 def alignment_records(count: int, split: str = "alignment", first: int = 0) -> list[dict]:
     """Records in LLaVA-Instruct form, one question and its answer each: half descriptions, half existence.
 
-    The answers are hearsay too, as LLaVA-Instruct's are: no better than what the model says already, so that
-    imitating them teaches nothing new. An absent object that is asked about is typical of the scene every other
-    time, as POPE's adversarial ones.
+    Descriptions are hearsay too, if less than the training texts: where y+ is exact, imitation is all it takes.
+    An absent object that is asked about is typical of the scene every other time, as POPE's adversarial ones.
     """
     records = []
     for index in range(first, first + count):
