@@ -16,7 +16,8 @@ Differs from the paper: AdamW without weight decay, warm-up and cosine decay by 
 
 import json
 import math
-from dataclasses import asdict, dataclass
+from contextlib import nullcontext
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Literal
 
@@ -92,6 +93,7 @@ def check(config: Config) -> None:
     require(0 <= config.warmup < 1, f"--warmup {config.warmup}: a share of the steps, below 1")
     require(config.eval_images >= 0, f"--eval-images {config.eval_images}: 0 or more")
     require(config.limit is None or config.limit >= 1, f"--limit {config.limit}: at least 1")
+    require(config.adapter is None or config.pairs is not None, "--adapter: give --pairs too; none are sampled from it")
     said = "--adapter and --reference go together: name the policy's start, and `base` or `adapter` as its reference"
     require((config.adapter is None) == (config.reference is None), said)
     require_seed(config.seed)
@@ -192,6 +194,11 @@ def main(config: Config) -> None:
     folder, out = resolve_model(config.model), Path(config.out)
     inside = folder.resolve().is_relative_to(out.resolve())
     require(not inside, f"--out {out}: holds the model {folder}, which would be overwritten; name another")
+    if config.adapter is not None:
+        start = Path(config.adapter)
+        inside = start.resolve().is_relative_to(out.resolve())
+        require(not inside, f"--out {out}: holds --adapter {start}, which would be overwritten; name another")
+        config = replace(config, **lora.read_adapter_config(start))
     dtype = weights_dtype(folder)  # before anything is spent
     if config.resume:
         require_same_settings(out / "config.json", asdict(config))
@@ -199,28 +206,28 @@ def main(config: Config) -> None:
     records = read_pairs(pairs, config.limit, config.skip_bad_records)
     model, tokenizer = load_model(folder, config.device), Tokenizer.from_folder(folder, config.template)
     processor = ImageProcessor.from_folder(folder)
+    torch.manual_seed(config.seed)
+    if config.adapter is None:
+        lora.add_adapters(model, config.lora_rank, config.lora_alpha)
+    else:
+        lora.load_adapter(model, start)
+        if config.reference == "adapter":
+            lora.keep_reference(model)
     collate = PairCollator(tokenizer, processor, config.images, config.max_response_tokens)
     records = collate.usable(records, config.skip_bad_records)
     write_json(out / "config.json", asdict(config) | {"resume": False})
     if not config.resume:  # an earlier run's, which nobody must take for this one's
         for old in ("checkpoint/progress.safetensors", "result.json", "counts.json", "report.html"):
             (out / old).unlink(missing_ok=True)
-    require_same_data(out / "checkpoint", records, fingerprint(folder), config.resume)
+    require_same_data(out / "checkpoint", records, fingerprint(folder, config.adapter), config.resume)
 
     benchmark = ToyBenchmark(config.eval_split, config.eval_images)
     evaluate = config.images == "toy" and config.eval_images > 0
-    rank, alpha = config.lora_rank, config.lora_alpha
-    if config.adapter is not None:
-        rank, alpha = lora.load_adapter(model, Path(config.adapter))
-        if config.reference == "adapter":
-            lora.keep_reference(model)
-    counts = {"before": benchmark.run(model, tokenizer, processor, "before")} if evaluate else {}
-    torch.manual_seed(config.seed)
-    if config.adapter is None:
-        lora.add_adapters(model, rank, alpha)
+    with nullcontext() if config.adapter else lora.adapters_off(model):  # fresh ones do nothing yet
+        counts = {"before": benchmark.run(model, tokenizer, processor, "before")} if evaluate else {}
     rows = train(model, records, collate, config, out)
 
-    lora.save_adapter(model, rank, alpha, str(folder), out / "adapter")
+    lora.save_adapter(model, config.lora_rank, config.lora_alpha, str(folder), out / "adapter")
     named = {} if config.template is None else {"minialign_template": config.template}
     save_model(lora.merged_state(model), model.config.raw | named, folder, out / "merged", dtype)
     if evaluate:
@@ -231,7 +238,7 @@ def main(config: Config) -> None:
         print_table(result)
     first_epoch = zip(batches_of_epoch(records, config.batch_size, config.seed, 0), rows, strict=False)
     ranked = sum(len(batch) * row["logps/ref_accuracies"] for batch, row in first_epoch) / len(records)
-    print(f"the base ranks {ranked:.1%} of the pairs right; {out}/report.html shows pairs, curves and this table")
+    print(f"the reference ranks {ranked:.1%} of the pairs right; {out}/report.html shows pairs, curves and this table")
     write_json(out / "result.json", result | {"base_preference_accuracy": ranked})
     shown = [collate.report_pair(record) for record in records[:8]]
     title = f"minialign: {config.loss} on {len(records)} pairs"

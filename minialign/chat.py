@@ -7,6 +7,7 @@ ordinary pieces of those characters.
 """
 
 import json
+import math
 import re
 import secrets
 from dataclasses import astuple, dataclass
@@ -63,13 +64,13 @@ CONTROL = re.compile(r"</s>|<\|im_start\|>|<\|im_end\|>")  # in a template
 
 def template_name(folder: Path, config: dict, fast: FastTokenizer, asked: str | None) -> str:
     """The template that was asked for, else the one in config.json, else the one of the model's family."""
-    name = asked or config.get("minialign_template")
+    name = config.get("minialign_template") if asked is None else asked
     if name is None:
         text = config.get("text_config") or {}
         mistral = isinstance(text, dict) and text.get("model_type") == "mistral"
         return "mistral" if mistral else "vicuna" if fast.token_to_id("<|im_start|>") is None else "chatml"
     if not isinstance(name, str) or name not in TEMPLATES:
-        where = "--template" if asked else f"{folder / 'config.json'}: minialign_template"
+        where = "--template" if asked is not None else f"{folder / 'config.json'}: minialign_template"
         raise UserError(f"{where} {name!r} is none of {', '.join(TEMPLATES)}; name one")
     return name
 
@@ -97,7 +98,7 @@ class Tokenizer:
         """Read tokenizer.json and the ids in config.json; `template` overrides the model's own."""
         fast, config = read_tokenizer(folder), read_json(folder / "config.json", "a model folder needs config.json")
         chosen = TEMPLATES[template_name(folder, config, fast, template)]
-        image_id = config.get("image_token_index", config.get("image_token_id", 32000))
+        image_id, pad_id = special_ids(folder, config, fast)
         names = sorted(set(CONTROL.findall(chosen.system + chosen.user + chosen.answer)))
         control = {name: fast.token_to_id(name) for name in names}
         if None in control.values():
@@ -108,10 +109,10 @@ class Tokenizer:
         fast.add_tokens([AddedToken(mark, special=False, normalized=False) for mark in marks.values()])
         ids = {fast.token_to_id(marks[name]): i for name, i in (control | {"image": image_id}).items()}
         marked = [CONTROL.sub(lambda found: marks[found[0]], text) for text in astuple(chosen)]
-        end, pad_id = control[CONTROL.findall(chosen.answer)[-1]], config.get("pad_token_id")
+        end = control[CONTROL.findall(chosen.answer)[-1]]
         # What the tokenizer itself puts before a text; the embedded world's has no rule for it.
         bos = fast.encode("").ids or [i for i in [fast.token_to_id("<s>")] if i is not None]
-        return Tokenizer(fast, Template(*marked), marks["image"], ids, bos, end, pad_id or 0, image_id)
+        return Tokenizer(fast, Template(*marked), marks["image"], ids, bos, end, pad_id, image_id)
 
     def encode(self, text: str) -> list[int]:
         """Text to ids; no control token but for a mark."""
@@ -119,7 +120,8 @@ class Tokenizer:
 
     def decode(self, ids: list[int]) -> str:
         """Ids to text, control tokens left out."""
-        return self.fast.decode([i for i in ids if i != self.image_id], skip_special_tokens=True)
+        shown = [i for i in ids if i != self.image_id and i not in self.ids]  # a model may have more ids than these
+        return self.fast.decode(shown, skip_special_tokens=True)
 
     def prompt(self, turns: list[Turn], image: bool = True) -> list[int]:
         """The ids of a conversation that ends with a user turn, up to where the answer begins.
@@ -138,27 +140,51 @@ class Tokenizer:
             return []
         # What precedes them in the same piece of text, such as `ASSISTANT:`, may change how they begin.
         before = self.image + re.split("\ue001|{}", self.template.user)[-1]
-        head = self.encode(before)
-        return self.encode(before + self.template.answer.format(text))[len(head) : -1]
+        head, said = self.encode(before), self.template.answer.format(text)
+        ids = self.encode(before + said)
+        if ids[: len(head)] != head:  # its beginning has merged with what precedes it
+            head, ids = [self.image_id], self.encode(self.image + said)
+        return ids[len(head) : -1]
 
     def response(self, text: str) -> list[int]:
         """The ids of an answer and its end token."""
         return [*self.answer(text), self.eos_id]
 
 
+def special_ids(folder: Path, config: dict, fast: FastTokenizer) -> tuple[int, int]:
+    """The ids of image and padding in config.json; all ids must be below the model's vocab_size."""
+    text = config.get("text_config")
+    size = text.get("vocab_size") if isinstance(text, dict) else None
+    size = size if type(size) is int else math.inf  # read_config says what is wrong with it
+    image, pad = config.get("image_token_index"), config.get("pad_token_id")
+    image = config.get("image_token_id") if image is None else image
+    image, pad = 32000 if image is None else image, 0 if pad is None else pad
+    for name, value in (("image_token_index", image), ("pad_token_id", pad)):
+        if type(value) is not int or not 0 <= value < size:
+            raise UserError(f"{folder / 'config.json'}: {name} is {value!r}, no id below vocab_size {size}; mend it")
+    highest = max(fast.get_vocab().values(), default=0)
+    if highest >= size:
+        said = f"has ids up to {highest}, config.json a vocab_size of {size}; they must belong together"
+        raise UserError(f"{folder / 'tokenizer.json'}: {said}")
+    return image, pad
+
+
 def read_tokenizer(folder: Path) -> FastTokenizer:
     """tokenizer.json, for which all text is data: typed control tokens are ordinary characters."""
     path = folder / "tokenizer.json"
     raw = read_json(path, "a model folder needs tokenizer.json")
-    for token in raw.get("added_tokens") or []:
-        if not isinstance(token, dict):
-            raise UserError(f"{path}: added_tokens must be a list of objects; download the folder again")
+    added = raw.get("added_tokens") or []
+    if not isinstance(added, list) or not all(isinstance(token, dict) for token in added):
+        raise UserError(f"{path}: added_tokens must be a list of objects; download the folder again")
+    for token in added:
         token["special"] = True  # else typed text could become a control token
     try:
         fast = FastTokenizer.from_str(json.dumps(raw))
     except Exception as error:  # tokenizers raises bare Exception
         raise UserError(f"{path}: not a tokenizer ({error}); download the folder again") from None
     fast.encode_special_tokens = True
+    fast.no_truncation()
+    fast.no_padding()
     return fast
 
 
@@ -197,14 +223,11 @@ def main() -> None:
     require_seed(config.seed)
     require_device(config.device)
     require(config.max_new_tokens >= 1, f"--max-new-tokens {config.max_new_tokens}: at least 1")
-    for name in ("prompt", "response"):
-        text = getattr(config, name) or ""
-        require(text == text.encode("utf-8", "ignore").decode(), f"--{name}: not UTF-8; type it anew")
     require(config.response is None or config.response.strip() != "", "--response is empty; give the answer to score")
     folder = resolve_model(config.model)
     processor, picture = ImageProcessor.from_folder(folder), picture_for(config)
     model, tokenizer = load_model(folder, config.device), Tokenizer.from_folder(folder, config.template)
-    if config.adapter:
+    if config.adapter is not None:
         load_adapter(model, Path(config.adapter))
     patches, packing = processor.layout(picture)
     mask = mask_of_seed(len(packing), config.rho_th, config.seed)

@@ -39,7 +39,11 @@ HUB_NAMES = [
     (r"^language_model\.", "language_model.model."),
 ]
 IGNORED = re.compile(r"(position_ids|\.inv_freq)$")
-COMPANIONS = ("tokenizer.json", "tokenizer_config.json", "preprocessor_config.json", "special_tokens_map.json")
+COMPANIONS = (
+    "tokenizer.json", "tokenizer_config.json", "tokenizer.model", "special_tokens_map.json", "added_tokens.json",
+    "preprocessor_config.json", "processor_config.json", "generation_config.json", "chat_template.json",
+    "chat_template.jinja",
+)  # fmt: skip
 
 
 def rename(key: str, table: list[tuple[str, str]]) -> str:
@@ -59,10 +63,14 @@ def resolve_model(model: str) -> Path:
     return folder
 
 
-def fingerprint(folder: Path) -> str:
-    """A short name of the folder's weights: from sizes, first and last MiB of its files, as 14 GB take long to read."""
+def fingerprint(folder: Path, adapter: str | None = None) -> str:
+    """A short name of the folder's weights, and of an adapter's.
+
+    From sizes, first and last MiB of the files, as 14 GB take long to read.
+    """
     digest = hashlib.sha256()
-    for path in weight_files(folder):
+    extra = [] if adapter is None else [Path(adapter) / "adapter_model.safetensors"]
+    for path in weight_files(folder) + extra:
         size = path.stat().st_size
         digest.update(f"{path.name} {size} ".encode())
         with open(path, "rb") as file:

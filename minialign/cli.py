@@ -9,6 +9,8 @@ import types
 import typing
 from collections.abc import Callable
 
+from safetensors import SafetensorError
+
 from minialign.errors import UserError
 
 
@@ -33,7 +35,11 @@ def parse_config(kind: type, doc: str, argv: list[str] | None = None):
             parser.add_argument(flag, choices=typing.get_args(hint), default=field.default, help=text)
         else:
             parser.add_argument(flag, type=hint, default=field.default, help=text, metavar=hint.__name__.upper())
-    return kind(**vars(parser.parse_args(argv)))
+    values = vars(parser.parse_args(argv))
+    for name, value in values.items():
+        text = value if isinstance(value, str) else ""
+        require(text == text.encode("utf-8", "ignore").decode(), f"--{name.replace('_', '-')}: not UTF-8; type it anew")
+    return kind(**values)
 
 
 def field_comments(kind: type) -> dict[str, str]:
@@ -83,7 +89,7 @@ def run_main(main: Callable[[], object]) -> None:
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(2)
-    except OSError as error:  # no room, no permission, a file where a folder should be
+    except (OSError, SafetensorError) as error:  # no room, no permission, a file where a folder should be
         print(f"error: {UserError(str(error))}; make room for it, or name another place", file=sys.stderr)
         sys.exit(2)
     except KeyboardInterrupt:

@@ -58,6 +58,8 @@ def read_config(folder: Path) -> LlavaConfig:
         return {f.name: section[f.name] for f in fields(kind) if f.name in section}
 
     tower, layer = ClipConfig(**known(vision, ClipConfig)), raw.get("vision_feature_layer", -2)
+    if tower.hidden_size % tower.num_attention_heads or heads % text["num_key_value_heads"]:
+        raise UserError(f"{path}: a number of attention heads does not go into what it divides; download it again")
     blocks = tower.num_hidden_layers
     if not isinstance(layer, int) or not -blocks - 1 <= layer <= blocks:
         raise UserError(f"{path}: vision_feature_layer is {layer!r}; it must be one of the tower's {blocks} layers")

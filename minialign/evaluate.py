@@ -231,7 +231,7 @@ def main() -> None:
     require_device(config.device)
     folder = resolve_model(config.model)
     model = load_model(folder, config.device)
-    if config.adapter:
+    if config.adapter is not None:
         load_adapter(model, Path(config.adapter))
     benchmark = ToyBenchmark(config.split, config.images, config.batch_size)
     tokenizer = Tokenizer.from_folder(folder, config.template)

@@ -1,5 +1,6 @@
 """Pictures: CLIP preprocessing and the diffusion noise of BDHS_noise (Eq. 8-9)."""
 
+import math
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -61,10 +62,13 @@ class ImageProcessor:
         for name, value in SUPPORTED.items():
             if raw.get(name, value) not in (value, None):
                 raise UserError(f"{path}: {name} is {raw[name]!r}; only {value!r} is supported")
+        if abs((raw.get("rescale_factor") or 1 / 255) * 255 - 1) > 1e-6:
+            raise UserError(f"{path}: rescale_factor is {raw['rescale_factor']!r}; only 1/255 is supported")
         default = ImageProcessor()
         values = [raw.get("image_mean") or default.mean, raw.get("image_std") or default.std]
         for numbers in values:
-            if len(numbers) != 3 or not all(isinstance(n, float | int) for n in numbers):
+            right = isinstance(numbers, list | tuple) and len(numbers) == 3
+            if not right or not all(isinstance(n, float | int) and math.isfinite(n) for n in numbers):
                 raise UserError(f"{path}: image_mean and image_std are three numbers each, not {numbers!r}")
         if min(values[1]) <= 0:
             raise UserError(f"{path}: image_std {values[1]!r} is not above 0")

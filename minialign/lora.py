@@ -6,7 +6,6 @@ projector trained as a full copy beside its original (PEFT calls that `modules_t
 
 import copy
 import math
-import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -150,46 +149,49 @@ def our_name(key: str) -> str:
     return name.replace(f"{PROJECTOR}.", f"{PROJECTOR}.copy.")
 
 
-def adapter_tensors(model: Llava, raw: dict) -> dict[str, Tensor]:
-    """The trained tensors that an adapter with this adapter_config.json brings, by our names.
-
-    `target_modules` is a pattern, or a list of names, as in PEFT; linears that it leaves out keep an update of zero.
-    """
-    targets, saved = raw.get("target_modules") or [], raw.get("modules_to_save") or []
-
-    def brought(name: str) -> bool:
-        if name.startswith(PROJECTOR):
-            return PROJECTOR in saved
-        path = "model." + name.rpartition(".")[0]
-        if isinstance(targets, str):
-            return bool(re.fullmatch(targets, path))
-        return any(path == target or path.endswith(f".{target}") for target in targets)
-
-    return {name: tensor for name, tensor in adapter_state(model).items() if brought(name)}
+# What would change the meaning of the same tensors; of the initialisations these leave the base weights as they are.
+FOREIGN = ("use_rslora", "use_dora", "use_qalora", "rank_pattern", "alpha_pattern", "layer_replication",
+           "megatron_config", "alora_invocation_tokens", "trainable_token_indices", "use_bdlora")  # fmt: skip
+PLAIN_INITIALISATIONS = (None, True, False, "gaussian", "eva", "orthogonal")
 
 
-def load_adapter(model: Llava, folder: Path) -> tuple[int, float]:
-    """Add the adapters of a PEFT folder, made here or elsewhere; returns their rank and alpha."""
+def read_adapter_config(folder: Path) -> dict[str, float]:
+    """lora_rank and lora_alpha of a PEFT folder, if this is a plain LoRA adapter."""
     raw = read_json(folder / "adapter_config.json", "an adapter folder needs PEFT's adapter_config.json")
     if raw.get("peft_type") != "LORA" or not {"r", "lora_alpha"} <= raw.keys():
         raise UserError(f"{folder}: no LoRA adapter (peft_type {raw.get('peft_type')!r}); give one of train_dpo.py's")
     rank, alpha = raw["r"], raw["lora_alpha"]
-    if not (isinstance(rank, int) and rank >= 1 and isinstance(alpha, int | float)):
-        raise UserError(f"{folder}: r {rank!r} or lora_alpha {alpha!r} is no number above 0")
-    foreign = [k for k in ("use_rslora", "use_dora", "rank_pattern", "alpha_pattern") if raw.get(k)]
-    if foreign:  # they change what the same tensors mean
+    if not (type(rank) is int and 1 <= rank <= 2**16 and type(alpha) in (int, float) and 0 < alpha < math.inf):
+        raise UserError(f"{folder}: r {rank!r} or lora_alpha {alpha!r} is no number above 0; give another adapter")
+    foreign = [k for k in FOREIGN if raw.get(k)]
+    if raw.get("init_lora_weights") not in PLAIN_INITIALISATIONS:  # pissa, olora, ...: the base was changed, too
+        foreign.append("init_lora_weights")
+    if foreign:
         raise UserError(f"{folder}: {', '.join(foreign)} is set, and not supported; give one of train_dpo.py's")
+    return {"lora_rank": rank, "lora_alpha": alpha}
+
+
+def load_adapter(model: Llava, folder: Path) -> None:
+    """Add the adapters of a PEFT folder, made here or elsewhere.
+
+    Linears that the folder leaves out keep an update of zero, and a projector that it leaves out is the base's.
+    """
+    shape = read_adapter_config(folder)
     file = folder / "adapter_model.safetensors"
     if not file.exists():
         raise UserError(f"{file}: no such file; adapters are read from safetensors only, never from pickle")
-    add_adapters(model, rank, alpha)
     found = {our_name(key): tensor for key, tensor in read_tensors(file)}
-    wanted = adapter_tensors(model, raw)
+    add_adapters(model, *shape.values())
+    saved = read_json(folder / "adapter_config.json", "").get("modules_to_save") or []
+    parts = {name.rpartition(".lora_")[0] or PROJECTOR for name in found}
+    parts |= {PROJECTOR} if PROJECTOR in saved else set()
+    wanted = {n: p for n, p in adapter_state(model).items() if (n.rpartition(".lora_")[0] or PROJECTOR) in parts}
+    if not found:
+        raise UserError(f"{file}: holds no tensors; give another adapter")
     check_tensors(folder, wanted, found)
     with torch.no_grad():
         for name, parameter in wanted.items():
             parameter.copy_(found[name])
-    return rank, alpha
 
 
 def keep_reference(model: Llava) -> None:

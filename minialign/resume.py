@@ -72,4 +72,7 @@ def load_progress(folder: Path, model: Llava, optimizer: torch.optim.Optimizer) 
         for name, tensor in wanted.items():
             tensor.copy_(found[name])
     with safe_open(path, framework="pt") as file:
-        return json.loads(file.metadata()["progress"])["step"]
+        noted = (file.metadata() or {}).get("progress")
+    if noted is None:
+        raise UserError(f"{path}: does not say which step it is of; leave --resume out")
+    return json.loads(noted)["step"]

@@ -137,7 +137,7 @@ def test_a_tokenizer_of_another_family(folder):
     assert str(folder / "tokenizer.json") in str(caught.value)
 
 
-@pytest.mark.parametrize("pad,expected", [(None, 0), (0, 0), (32001, 32001), ("absent", 0)])
+@pytest.mark.parametrize("pad,expected", [(None, 0), (0, 0), (578, 578), ("absent", 0)])
 def test_padding_id(folder, pad, expected):
     raw = json.loads((folder / "config.json").read_text()) | {"pad_token_id": pad}
     if pad == "absent":
@@ -151,3 +151,37 @@ def test_template_without_our_own_key_is_vicuna(folder):
     del raw["minialign_template"]
     (folder / "config.json").write_text(json.dumps(raw))
     assert Tokenizer.from_folder(folder).template.system == VICUNA
+
+
+@pytest.mark.parametrize("name", ["pad_token_id", "image_token_index"])
+@pytest.mark.parametrize("value", [-1, 579, 10**9, "x", True, 1.5])
+def test_ids_that_the_model_does_not_have(folder, name, value):
+    raw = json.loads((folder / "config.json").read_text()) | {name: value}
+    (folder / "config.json").write_text(json.dumps(raw))
+    with pytest.raises(UserError, match=f"config.json: {name} is {value!r}, no id below vocab_size"):
+        Tokenizer.from_folder(folder)
+
+
+def test_a_tokenizer_of_a_larger_model(folder):
+    raw = json.loads((folder / "config.json").read_text())
+    raw["text_config"]["vocab_size"] = 570
+    (folder / "config.json").write_text(json.dumps(raw))
+    with pytest.raises(UserError, match="has ids up to 578, config.json a vocab_size of 570"):
+        Tokenizer.from_folder(folder)
+
+
+def test_stored_truncation_and_padding_are_ignored(folder):
+    """As transformers ignores them: a prompt is never cut."""
+    turns, whole = [("user", "What is there? " * 5)], toy_tokenizer()
+    fast = FastTokenizer.from_file(str(folder / "tokenizer.json"))
+    fast.enable_truncation(8)
+    fast.enable_padding(length=16)
+    fast.save(str(folder / "tokenizer.json"))
+    ours = Tokenizer.from_folder(folder)
+    assert ours.prompt(turns) == whole.prompt(turns) and ours.answer("A cup.") == whole.answer("A cup.")
+
+
+def test_ids_behind_the_vocabulary_decode_to_nothing():
+    """A model may have more rows than the tokenizer has pieces; marks stand there, and must not be seen."""
+    tokenizer = toy_tokenizer()
+    assert tokenizer.decode([*tokenizer.answer("A cup."), *range(579, 600)]) == "A cup."

@@ -229,7 +229,7 @@ def test_flags_of_a_row(tmp_path, monkeypatch, scripts):
     }  # fmt: skip
     scripts.clear()
     study.run_row("sft", 0, Config(out=str(tmp_path), images=4))
-    assert "--limit" not in scripts[0][1] and scripts[1][1][-4:] == ["--loss", "sft", "--lr", "1e-4"]
+    assert "--limit" not in scripts[0][1] and scripts[1][1][-4:] == ["--loss", "sft", "--lr", "1e-3"]
 
 
 @pytest.mark.parametrize("row", ROWS)

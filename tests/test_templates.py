@@ -134,3 +134,18 @@ def test_templates_that_cannot_be(tmp_path):
     folder = llama2_folder(tmp_path / "model", chatml=False)
     refused(lambda: Tokenizer.from_folder(folder, "chatml"), "tokenizer.json", "<|im_end|>", "another template")
     refused(lambda: Tokenizer.from_folder(folder, "vicunya"), "--template 'vicunya'", *FORMS)
+
+
+def test_an_answer_that_merges_with_what_precedes_it(tmp_path):
+    """chatml ends in a line break; where two of them are one piece, an answer's own first one is kept."""
+    folder = llama2_folder(tmp_path / "model")
+    raw = json.loads((folder / "tokenizer.json").read_text())
+    vocab = raw["model"]["vocab"]
+    for index, piece in enumerate(("\n", "\n\n")):
+        vocab = {name: i for name, i in vocab.items() if i != 31990 + index} | {piece: 31990 + index}
+    raw["model"] |= {"vocab": vocab, "merges": [*raw["model"]["merges"], ["\n", "\n"]]}
+    (folder / "tokenizer.json").write_text(json.dumps(raw))
+    with_metaspace(folder)
+    ours = Tokenizer.from_folder(folder, "chatml")
+    for text in ("\nA", "\n", "\n\n\nA"):
+        assert ours.decode(ours.answer(text)) == text
