@@ -75,7 +75,7 @@ class Config:
     save_every: int = 50  # steps between checkpoints
     seed: int = 0  # sampling, adapters' first values and data order follow from it
     eval_split: Literal["test", "validation"] = "test"  # choices are made on validation; test is looked at last
-    eval_images: int = 500  # images of the embedded world before and after; 0 skips both
+    eval_images: int = 500  # before and after, where --images is toy; 0 skips both
     resume: bool = False  # continue from --out/checkpoint
     device: str = "cpu"  # torch device
     skip_bad_records: bool = False  # skip and count malformed pairs instead of stopping
@@ -238,7 +238,7 @@ def main(config: Config) -> None:
         print_table(result)
     first_epoch = zip(batches_of_epoch(records, config.batch_size, config.seed, 0), rows, strict=False)
     ranked = sum(len(batch) * row["logps/ref_accuracies"] for batch, row in first_epoch) / len(records)
-    print(f"the reference ranks {ranked:.1%} of the pairs right; {out}/report.html shows pairs, curves and this table")
+    print(f"the reference ranks {ranked:.1%} of the pairs right; {out}/report.html shows pairs and curves")
     write_json(out / "result.json", result | {"base_preference_accuracy": ranked})
     shown = [collate.report_pair(record) for record in records[:8]]
     title = f"minialign: {config.loss} on {len(records)} pairs"

@@ -1,9 +1,8 @@
-"""Templates and tokenisation: the one place that turns conversations into token ids.
+"""`python -m minialign.chat` answers a question about a picture, or scores an answer that is given to it.
 
-Control tokens come from the template alone. Text is data: a user who types `</s>` or `<image>` gets the
-ordinary pieces of those characters.
-
-`python -m minialign.chat` answers a question about a picture, or scores an answer that is given to it.
+This file is also the one place that turns conversations into token ids: templates and tokenisation. Control tokens
+come from the template alone. Text is data: a user who types `</s>` or `<image>` gets the ordinary pieces of those
+characters.
 """
 
 import json

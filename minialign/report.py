@@ -134,8 +134,8 @@ def show(value: object, form: str = ".4g") -> str:
 
 
 def summary(config: dict) -> str:
-    """The date and the first few settings."""
-    settings = [f"{key} {value}" for key, value in list(config.items())[:6]]
+    """The date and the first few settings that are set."""
+    settings = [f"{key} {value}" for key, value in config.items() if value is not None][:8]
     return " · ".join([time.strftime("%Y-%m-%d %H:%M UTC", time.gmtime()), *settings])
 
 

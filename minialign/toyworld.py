@@ -1,10 +1,11 @@
 """The embedded world: scenes with exact ground truth, and the bias that makes a language model hallucinate.
 
 A scene is a setting (kitchen, street, ...) and a 2 x 3 grid of cells with a coloured object in each.
-Training scenes are biased: 85 % of the objects are typical of their setting, and 85 % of those have the colour
-that is typical of them there; some settings are more frequent than others.
+Training scenes are biased: 85 % of the objects are drawn from their setting's own and the others from all, and 85 %
+of the setting's own have the colour that is typical of them there; some settings are more frequent than others.
 All other splits are decorrelated, so that whoever trusts the prior rather than the picture is caught.
-What is said of a training scene is biased further: its author has not always looked (`hearsay`, `PRESUMED`).
+What is said of a training scene is biased further: its author has not always looked (`hearsay`, `PRESUMED`). What is
+said of an alignment scene is wrong on purpose too, if less often: so are the answers that `--export` writes.
 Everything follows from a split and an index; a picture's name is `SPLIT-INDEX.png`.
 
 `python -m minialign.toyworld --pretrain` makes the toy checkpoint anew, `--export DIR` writes the alignment split
@@ -188,7 +189,7 @@ def conversation(scene: Scene, kind: str, rng: random.Random) -> list[tuple[str,
 def alignment_records(count: int, split: str = "alignment", first: int = 0) -> list[dict]:
     """Records in LLaVA-Instruct form, one question and its answer each: half descriptions, half existence.
 
-    Descriptions are hearsay too, if less than the training texts: where y+ is exact, imitation is all it takes.
+    Both are told from hearsay, if less than the training texts: where y+ is exact, imitation is all it takes.
     An absent object that is asked about is typical of the scene every other time, as POPE's adversarial ones.
     """
     records = []
@@ -218,7 +219,7 @@ class Config:
     """Flags of `python -m minialign.toyworld`."""
 
     pretrain: bool = False  # make the toy checkpoint: tower, prior, then both joined
-    out: str = str(Path(__file__).parent / "assets" / "toy-llava")  # where --pretrain writes it
+    out: str = str(Path(__file__).parent / "assets" / "toy-llava")  # where --pretrain writes; default: the shipped one
     export: str | None = None  # folder for pictures and data.json
     limit: int = 500  # how many records --export writes
 
