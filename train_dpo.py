@@ -192,13 +192,13 @@ def main(config: Config) -> None:
     check(config)
     require(config.pairs is not None or config.images == "toy", "--pairs is missing; make one with sample_bdhs.py")
     folder, out = resolve_model(config.model), Path(config.out)
-    inside = folder.resolve().is_relative_to(out.resolve())
-    require(not inside, f"--out {out}: holds the model {folder}, which would be overwritten; name another")
+    read = {"the model": folder} | ({} if config.adapter is None else {"--adapter": Path(config.adapter)})
+    for what, path in read.items():
+        inside = path.resolve().is_relative_to(out.resolve())
+        require(not inside, f"--out {out}: holds {what} {path}, which would be overwritten; name another")
     if config.adapter is not None:
-        start = Path(config.adapter)
-        inside = start.resolve().is_relative_to(out.resolve())
-        require(not inside, f"--out {out}: holds --adapter {start}, which would be overwritten; name another")
-        config = replace(config, **lora.read_adapter_config(start))
+        raw = lora.read_adapter_config(Path(config.adapter))
+        config = replace(config, lora_rank=raw["r"], lora_alpha=raw["lora_alpha"])
     dtype = weights_dtype(folder)  # before anything is spent
     if config.resume:
         require_same_settings(out / "config.json", asdict(config))
@@ -210,7 +210,7 @@ def main(config: Config) -> None:
     if config.adapter is None:
         lora.add_adapters(model, config.lora_rank, config.lora_alpha)
     else:
-        lora.load_adapter(model, start)
+        lora.load_adapter(model, Path(config.adapter))
         if config.reference == "adapter":
             lora.keep_reference(model)
     collate = PairCollator(tokenizer, processor, config.images, config.max_response_tokens)

@@ -10,6 +10,7 @@ import math
 import re
 import secrets
 from dataclasses import astuple, dataclass
+from functools import cached_property
 from pathlib import Path
 
 import torch
@@ -133,13 +134,20 @@ class Tokenizer:
             text += form.format(f"{self.image}\n{said}" if number == 0 and image else said)
         return self.bos + self.encode(text)
 
+    @cached_property
+    def lead(self) -> tuple[str, list[int]]:
+        """What precedes an answer in the same piece of text, such as `ASSISTANT:`, and its ids.
+
+        It may change how the answer begins; the image's mark keeps it from being the beginning of a text.
+        """
+        before = self.image + re.split("\ue001|{}", self.template.user)[-1]
+        return before, self.encode(before)
+
     def answer(self, text: str) -> list[int]:
         """The ids of an answer, or of its beginning, as they follow a prompt: without the end token."""
         if not text:
             return []
-        # What precedes them in the same piece of text, such as `ASSISTANT:`, may change how they begin.
-        before = self.image + re.split("\ue001|{}", self.template.user)[-1]
-        head, said = self.encode(before), self.template.answer.format(text)
+        (before, head), said = self.lead, self.template.answer.format(text)
         ids = self.encode(before + said)
         if ids[: len(head)] != head:  # its beginning has merged with what precedes it
             head, ids = [self.image_id], self.encode(self.image + said)

@@ -173,6 +173,7 @@ def save_model(state: dict[str, Tensor], raw_config: dict, source: Path, folder:
     layout = layout_of(source)
 
     def write(partial: Path) -> None:
+        """Tensors, config and companions into the folder that takes its place when it is whole."""
         tied = state["lm_head.weight"].data_ptr() == state["language_model.embed_tokens.weight"].data_ptr()
         kept = {k: v for k, v in state.items() if not (tied and k == "lm_head.weight")}
         names = {k: layout.get(k) or rename(k, HUB_NAMES) for k in kept}

@@ -79,10 +79,15 @@ def add_adapters(model: Llava, rank: int, alpha: float) -> None:
     model.multi_modal_projector.copy.requires_grad_(True)
 
 
+def adapter_modules(model: Llava) -> list[LoraLinear | TrainableCopy]:
+    """All that `add_adapters` has put into the model."""
+    return [module for module in model.modules() if isinstance(module, LoraLinear | TrainableCopy)]
+
+
 @contextmanager
 def adapters_off(model: Llava) -> Iterator[None]:
     """Inside, the model is the reference policy: base weights only, no gradients."""
-    adapters = [m for m in model.modules() if isinstance(m, LoraLinear | TrainableCopy)]
+    adapters = adapter_modules(model)
     for module in adapters:
         module.enabled = False
     try:
@@ -132,6 +137,7 @@ def save_adapter(model: Llava, rank: int, alpha: float, base: str, folder: Path)
     tensors = {peft_name(k): v.detach().cpu().contiguous() for k, v in adapter_state(model).items()}
 
     def write(partial: Path) -> None:
+        """Tensors and config into the folder that takes its place when it is whole."""
         save_file(tensors, partial / "adapter_model.safetensors", metadata={"format": "pt"})
         write_json(partial / "adapter_config.json", {
             "peft_type": "LORA", "task_type": None, "base_model_name_or_path": base, "r": rank,
@@ -149,14 +155,19 @@ def our_name(key: str) -> str:
     return name.replace(f"{PROJECTOR}.", f"{PROJECTOR}.copy.")
 
 
+def part_of(name: str) -> str:
+    """The linear that a trained tensor belongs to, or the projector: a part comes whole or not at all."""
+    return name.rpartition(".lora_")[0] or PROJECTOR
+
+
 # What would change the meaning of the same tensors; of the initialisations these leave the base weights as they are.
 FOREIGN = ("use_rslora", "use_dora", "use_qalora", "rank_pattern", "alpha_pattern", "layer_replication",
            "megatron_config", "alora_invocation_tokens", "trainable_token_indices", "use_bdlora")  # fmt: skip
 PLAIN_INITIALISATIONS = (None, True, False, "gaussian", "eva", "orthogonal")
 
 
-def read_adapter_config(folder: Path) -> dict[str, float]:
-    """lora_rank and lora_alpha of a PEFT folder, if this is a plain LoRA adapter."""
+def read_adapter_config(folder: Path) -> dict:
+    """adapter_config.json of a PEFT folder, if this is a plain LoRA adapter."""
     raw = read_json(folder / "adapter_config.json", "an adapter folder needs PEFT's adapter_config.json")
     if raw.get("peft_type") != "LORA" or not {"r", "lora_alpha"} <= raw.keys():
         raise UserError(f"{folder}: no LoRA adapter (peft_type {raw.get('peft_type')!r}); give one of train_dpo.py's")
@@ -168,7 +179,7 @@ def read_adapter_config(folder: Path) -> dict[str, float]:
         foreign.append("init_lora_weights")
     if foreign:
         raise UserError(f"{folder}: {', '.join(foreign)} is set, and not supported; give one of train_dpo.py's")
-    return {"lora_rank": rank, "lora_alpha": alpha}
+    return raw
 
 
 def load_adapter(model: Llava, folder: Path) -> None:
@@ -176,18 +187,18 @@ def load_adapter(model: Llava, folder: Path) -> None:
 
     Linears that the folder leaves out keep an update of zero, and a projector that it leaves out is the base's.
     """
-    shape = read_adapter_config(folder)
+    raw = read_adapter_config(folder)
     file = folder / "adapter_model.safetensors"
     if not file.exists():
         raise UserError(f"{file}: no such file; adapters are read from safetensors only, never from pickle")
     found = {our_name(key): tensor for key, tensor in read_tensors(file)}
-    add_adapters(model, *shape.values())
-    saved = read_json(folder / "adapter_config.json", "").get("modules_to_save") or []
-    parts = {name.rpartition(".lora_")[0] or PROJECTOR for name in found}
-    parts |= {PROJECTOR} if PROJECTOR in saved else set()
-    wanted = {n: p for n, p in adapter_state(model).items() if (n.rpartition(".lora_")[0] or PROJECTOR) in parts}
     if not found:
         raise UserError(f"{file}: holds no tensors; give another adapter")
+    add_adapters(model, raw["r"], raw["lora_alpha"])
+    parts = {part_of(name) for name in found}
+    if PROJECTOR in (raw.get("modules_to_save") or []):
+        parts.add(PROJECTOR)
+    wanted = {name: tensor for name, tensor in adapter_state(model).items() if part_of(name) in parts}
     check_tensors(folder, wanted, found)
     with torch.no_grad():
         for name, parameter in wanted.items():
@@ -196,6 +207,5 @@ def load_adapter(model: Llava, folder: Path) -> None:
 
 def keep_reference(model: Llava) -> None:
     """The policy as it is now becomes the reference: what `adapters_off` gives from here on."""
-    for module in model.modules():
-        if isinstance(module, LoraLinear | TrainableCopy):
-            module.keep_reference()
+    for module in adapter_modules(model):
+        module.keep_reference()

@@ -8,10 +8,9 @@ import json
 from pathlib import Path
 
 import torch
-from safetensors import safe_open
 from safetensors.torch import save_file
 
-from minialign.checkpoint import check_tensors, read_tensors
+from minialign.checkpoint import check_tensors, opened, read_tensors
 from minialign.data import Record
 from minialign.errors import UserError
 from minialign.files import read_json, write_json
@@ -71,7 +70,7 @@ def load_progress(folder: Path, model: Llava, optimizer: torch.optim.Optimizer) 
     with torch.no_grad():
         for name, tensor in wanted.items():
             tensor.copy_(found[name])
-    with safe_open(path, framework="pt") as file:
+    with opened(path) as file:
         noted = (file.metadata() or {}).get("progress")
     if noted is None:
         raise UserError(f"{path}: does not say which step it is of; leave --resume out")
