@@ -1,0 +1,43 @@
+"""Loading ahead: worker processes parse, tokenise and decode what comes next while the model computes."""
+
+from collections.abc import Callable, Iterator, Sequence
+
+from torch.utils.data import DataLoader, Dataset
+
+from minialign.errors import UserError
+
+
+class Loads(Dataset):
+    """`load(item)` by the item's number; an error in the input is handed over, to be raised where it can be read."""
+
+    def __init__(self, items: Sequence, load: Callable):
+        self.items, self.load = items, load
+
+    def __len__(self) -> int:
+        return len(self.items)
+
+    def __getitem__(self, number: int):
+        try:
+            return self.load(self.items[number])
+        except UserError as error:
+            return error
+
+
+def load_ahead(items: Sequence, load: Callable, workers: int) -> Iterator:
+    """`load(item)` of every item, in order, by `workers` processes (0: by this one), up to two items ahead each.
+
+    Processes are forked, so that they share what `load` holds. A `UserError` is raised at its item's turn.
+    """
+    context = "fork" if workers else None
+    loader = DataLoader(
+        Loads(items, load), batch_size=None, collate_fn=same, num_workers=workers, multiprocessing_context=context
+    )
+    for loaded in loader:
+        if isinstance(loaded, UserError):
+            raise loaded
+        yield loaded
+
+
+def same(value):
+    """What was loaded, as it is: `load` has collated it."""
+    return value
