@@ -16,24 +16,28 @@ Differs from the paper: see minialign/bdhs.py. Without --encoder the similarity 
 from collections import Counter
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
+from typing import Literal
 
+import torch
 from tqdm import tqdm
 
 from minialign.bdhs import Bdhs, BdhsConfig, Example, Sampled
 from minialign.chat import Tokenizer
 from minialign.checkpoint import fingerprint, load_model, resolve_model
 from minialign.cli import fill, parse_config, require, require_device, require_temperature, run_main
-from minialign.data import BDHS_FIELDS, Record, collect, pair_record, preference_fields, read_instruct
+from minialign.data import MEND, collect, read_records
 from minialign.errors import UserError
 from minialign.files import append_lines, read_json, read_lines, write_json
 from minialign.generate import Sampling
 from minialign.images import ImageProcessor, open_image
+from minialign.loader import load_ahead
+from minialign.records import BDHS_FIELDS, FormatName, Record, pair_record, preference_fields
 from minialign.similarity import load_similarity
 
 # What stands for a flag that is not given: the paper's value, or the toy model's, chosen on validation.
-PAPER = {"rho_th": 0.99}
-TOY = {"rho_th": 0.7}
-ANY = ("out", "limit", "batch_size", "skip_bad_records")  # a continued run may change these
+PAPER = {"rho_th": 0.99, "workers": 4}
+TOY = {"rho_th": 0.7, "workers": 0}
+ANY = ("out", "limit", "batch_size", "skip_bad_records", "workers")  # a continued run may change these
 
 
 @dataclass(frozen=True)
@@ -41,7 +45,8 @@ class Config:
     """Flags."""
 
     model: str = "toy"  # Hugging Face LLaVA folder, or `toy`
-    data: str = "toy"  # LLaVA-Instruct JSON array, or `toy` for the embedded world's alignment split
+    data: str = "toy"  # data file (LLaVA-Instruct, POVID, ...), or `toy` for the embedded world's alignment split
+    format: FormatName | None = None  # of the data file; else that of its first record
     images: str = "toy"  # folder of the pictures, or `toy`
     template: str | None = None  # vicuna, llava_v1, mistral, chatml or short; else the model's own
     out: str = "runs/bdhs/pairs.jsonl"  # pairs file to write, or to continue
@@ -56,8 +61,10 @@ class Config:
     max_new_tokens: int = 128  # limit of one completion
     batch_size: int = 32  # examples sampled together
     seed: int = 0  # masks, cuts, swaps and tokens follow from it
-    limit: int | None = None  # the first so many records only (toy: 2000)
+    limit: int | None = None  # a random subset of so many records, which follows from --seed (toy: the first 2000)
     device: str = "cpu"  # torch device
+    dtype: Literal["float32", "bfloat16"] = "float32"  # of the weights
+    workers: int | None = None  # processes that decode pictures ahead (4; toy: 0)
     skip_bad_records: bool = False  # skip and count malformed records instead of stopping
 
 
@@ -104,13 +111,18 @@ def sampled_pair(pair: dict) -> Record:
     return record
 
 
-def with_pictures(records: list[Record], config: Config) -> list[tuple[Record, Example]]:
-    """The records with their pictures, without those whose picture cannot be read if --skip-bad-records is given."""
-
-    def opened(record: Record) -> tuple[Record, Example]:
-        return record, Example(record.id, open_image(config.images, record.image), record.turns, record.chosen)
-
-    return collect(((f"record {record.id}", record) for record in records), opened, None, config.skip_bad_records)
+def with_pictures(records: list[Record], config: Config) -> tuple[list[tuple[Record, Example]], list[str]]:
+    """The records with their pictures; and what is wrong with those left out, if --skip-bad-records is given."""
+    examples, bad = [], []
+    for record in records:
+        try:
+            picture = open_image(config.images, record.image)
+        except UserError as error:
+            bad.append(f"record {record.id}: {error}")
+            require(config.skip_bad_records, f"{bad[-1]}; {MEND}")
+        else:
+            examples.append((record, Example(record.id, picture, record.turns, record.chosen)))
+    return examples, bad
 
 
 def pair_line(record: Record, sampled: Sampled, config: Config, messages: bool) -> dict:
@@ -118,6 +130,15 @@ def pair_line(record: Record, sampled: Sampled, config: Config, messages: bool) 
     bdhs = asdict(sampled) | {"rho_th": config.rho_th, "noise_steps": config.noise_steps}
     fields = preference_fields(record.turns, record.chosen, bdhs.pop("rejected"), messages)
     return {"id": record.id, "images": [record.image], **fields, "bdhs": bdhs}
+
+
+def require_same_records(out: Path, pairs: list[dict], records: list[Record]) -> None:
+    """Refuse to continue a pairs file that was sampled from other data under the same ids."""
+    by_id = {record.id: record for record in records}
+    for number, pair in enumerate(pairs, start=1):
+        kept, record = pair_record(pair), by_id.get(pair["id"])
+        same = record is None or (record.image, record.turns, record.chosen) == (kept.image, kept.turns, kept.chosen)
+        require(same, f"{out}, line {number}: {pair['id']!r} is another record in --data; give another --out")
 
 
 def resolved_curve(pairs: list[dict], n_bdhs: int, eps_s: float) -> list[float]:
@@ -134,34 +155,38 @@ def main(config: Config) -> None:
     config = fill(config, TOY if config.model == "toy" else PAPER)
     check(config)
     folder = resolve_model(config.model)
-    records = read_instruct(config.data, config.limit, config.skip_bad_records)
+    records = read_records(config.data, config.format, config.limit, config.seed, config.skip_bad_records)
     messages = any(len(record.turns) > 1 for record in records)
     out, settings = Path(config.out), asdict(config) | {"messages": messages, "weights": fingerprint(folder)}
     pairs = pairs_of_earlier_run(out, settings)
     known = {pair["id"] for pair in pairs}
+    require_same_records(out, pairs, records)
     todo = [record for record in records if record.id not in known]
     if known:
         print(f"{out}: {len(known)} pairs are there, {len(todo)} to go")
 
-    model, tokenizer = load_model(folder, config.device), Tokenizer.from_folder(folder, config.template)
+    model = load_model(folder, config.device, getattr(torch, config.dtype))
+    tokenizer = Tokenizer.from_folder(folder, config.template)
     knobs = {f.name: getattr(config, f.name) for f in fields(BdhsConfig) if f.name != "sampling"}
     sampling = Sampling(config.max_new_tokens, config.temperature, config.top_p)
     similarity = load_similarity(config.encoder, config.device)
     processor = ImageProcessor.from_folder(folder)
     bdhs = Bdhs(model, tokenizer, processor, similarity, BdhsConfig(**knobs, sampling=sampling))
     write_json(beside(out, "config"), settings)
-    left_out = 0  # no readable picture, or nothing was sampled: an empty response is no pair
+    left_out, unreadable = 0, []  # an empty response is no pair; and what is wrong with pictures
+    parts = [todo[first : first + config.batch_size] for first in range(0, len(todo), config.batch_size)]
     with tqdm(total=len(todo), desc="bdhs", unit="pair") as bar:
-        for first in range(0, len(todo), config.batch_size):
-            part = todo[first : first + config.batch_size]
-            batch = with_pictures(part, config)
+        for batch, bad in load_ahead(parts, lambda part: with_pictures(part, config), config.workers):
+            unreadable += bad
             sampled = bdhs.sample([example for _, example in batch]) if batch else []
             both = zip((record for record, _ in batch), sampled, strict=True)
             new = [pair_line(r, s, config, messages) for r, s in both if s.rejected]
             append_lines(out, new)
             pairs += new
-            left_out += len(part) - len(new)
-            bar.update(len(part))
+            left_out += len(batch) + len(bad) - len(new)
+            bar.update(len(batch) + len(bad))
+    if unreadable:
+        tqdm.write(f"{len(unreadable)} pictures left out, the first: {unreadable[0]}")
 
     curve = resolved_curve(pairs, config.n_bdhs, config.eps_s)
     same = sum(pair["chosen"] == pair["rejected"] for pair in pairs)

@@ -14,7 +14,6 @@ Left in --out: config.json, metrics.jsonl, result.json, adapter/ (PEFT), merged/
 Differs from the paper: AdamW without weight decay, warm-up and cosine decay by default (the paper is silent).
 """
 
-import json
 import math
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass, replace
@@ -27,23 +26,35 @@ from tqdm import tqdm
 import sample_bdhs
 from minialign import lora
 from minialign.chat import Tokenizer
-from minialign.checkpoint import fingerprint, load_model, resolve_model, save_model
-from minialign.cli import fill, parse_config, require, require_device, require_seed, run_main
-from minialign.config import weights_dtype
-from minialign.data import PairBatch, PairCollator, Record, read_pairs
+from minialign.checkpoint import fingerprint, load_model, resolve_model, save_changed
+from minialign.cli import fill, parse_config, require, require_device, require_outside, require_seed, run_main
+from minialign.collate import PairBatch, PairCollator, StepLoader
+from minialign.config import read_config
+from minialign.data import open_pairs, usable_pairs
 from minialign.errors import UserError
 from minialign.evaluate import ToyBenchmark, print_table, with_intervals
-from minialign.files import append_lines, read_lines, write_json, write_whole
+from minialign.files import append_lines, write_json
 from minialign.images import ImageProcessor
 from minialign.llava import Llava
-from minialign.losses import LOSSES, branch_logps, log_ratio_difference
+from minialign.loader import load_ahead
+from minialign.losses import LOSSES, branch_logps, log_ratio_difference, pair_metrics
+from minialign.records import FormatName
 from minialign.report import write_report
-from minialign.resume import load_progress, require_same_data, require_same_settings, save_progress
+from minialign.resume import (
+    load_progress,
+    remove_results,
+    require_same_data,
+    require_same_settings,
+    rows_until,
+    save_progress,
+)
 from minialign.schedule import batches_of_epoch, learning_rate
 
 # What stands for a flag that is not given: the paper's value (App. A), or the toy model's, chosen on validation.
-PAPER = {"beta": 0.1, "lr": 5e-7, "projector_lr": 2e-6, "lora_rank": 128, "lora_alpha": 256.0, "epochs": 3}
-TOY = {"beta": 0.1, "lr": 2e-4, "projector_lr": 3e-5, "lora_rank": 64, "lora_alpha": 128.0, "epochs": 1}
+PAPER = {"beta": 0.1, "lr": 5e-7, "projector_lr": 2e-6, "lora_rank": 128, "lora_alpha": 256.0, "epochs": 3,
+         "workers": 4}  # fmt: skip
+TOY = {"beta": 0.1, "lr": 2e-4, "projector_lr": 3e-5, "lora_rank": 64, "lora_alpha": 128.0, "epochs": 1,
+       "workers": 0}  # fmt: skip
 SHOWN = ("loss", "rewards/accuracies", "rewards/margins", "logps/chosen")  # in the progress bar
 
 
@@ -53,6 +64,7 @@ class Config:
 
     model: str = "toy"  # Hugging Face LLaVA folder, or `toy`
     pairs: str | None = None  # pairs file; without it BDHS pairs are sampled into --out first
+    format: FormatName | None = None  # of the pairs file; else that of its first record
     images: str = "toy"  # folder of the pictures, or `toy`
     template: str | None = None  # vicuna, llava_v1, mistral, chatml or short; else the model's own
     adapter: str | None = None  # PEFT adapter folder that the policy starts from; its rank and alpha are kept
@@ -70,14 +82,17 @@ class Config:
     warmup: float = 0.1  # share of the steps in which the rate rises
     schedule: Literal["cosine", "linear"] = "cosine"  # how the rate falls to zero after that
     clip: float = 1.0  # gradient norm limit
-    max_response_tokens: int = 512  # longer responses are refused, never cut
-    limit: int | None = None  # the first so many pairs only
+    max_response_tokens: int = 512  # longer responses are refused
+    truncate: bool = False  # cut longer responses at their end instead
+    limit: int | None = None  # a random subset of so many pairs, which follows from --seed
     save_every: int = 50  # steps between checkpoints
     seed: int = 0  # sampling, adapters' first values and data order follow from it
     eval_split: Literal["test", "validation"] = "test"  # choices are made on validation; test is looked at last
     eval_images: int = 500  # before and after, where --images is toy; 0 skips both
     resume: bool = False  # continue from --out/checkpoint
     device: str = "cpu"  # torch device
+    dtype: Literal["float32", "bfloat16"] = "float32"  # of the frozen weights; adapters and losses are float32
+    workers: int | None = None  # processes that read and decode pictures ahead (4; toy: 0)
     skip_bad_records: bool = False  # skip and count malformed pairs instead of stopping
 
 
@@ -86,7 +101,7 @@ def check(config: Config) -> None:
     for name in ("beta", "lr", "lora_alpha"):
         value = getattr(config, name)
         require(0 < value <= 1e30, f"--{name.replace('_', '-')} {value}: above 0, at most 1e30")
-    for name in ("lora_rank", "epochs", "batch_size", "accumulate", "save_every"):
+    for name in ("lora_rank", "epochs", "batch_size", "accumulate", "save_every", "max_response_tokens"):
         require(getattr(config, name) >= 1, f"--{name.replace('_', '-')} {getattr(config, name)}: at least 1")
     require(0 <= config.projector_lr <= 1e30, f"--projector-lr {config.projector_lr}: 0 or more, at most 1e30")
     require(config.clip > 0, f"--clip {config.clip}: above 0")
@@ -116,65 +131,57 @@ def pair_loss(model: Llava, batch: PairBatch, config: Config, length: float) -> 
     else:
         h = log_ratio_difference(chosen, rejected, ref_chosen, ref_rejected)
         loss = LOSSES[config.loss](h, config.beta).mean()
-    reward_chosen, reward_rejected = config.beta * (chosen - ref_chosen), config.beta * (rejected - ref_rejected)
-    metrics = {
-        "loss": loss,
-        "rewards/chosen": reward_chosen.mean(),
-        "rewards/rejected": reward_rejected.mean(),
-        "rewards/accuracies": (reward_chosen > reward_rejected).float().mean(),
-        "rewards/margins": (reward_chosen - reward_rejected).mean(),
-        "logps/chosen": chosen.mean(),
-        "logps/rejected": rejected.mean(),
-        "logps/ref_accuracies": (ref_chosen > ref_rejected).float().mean(),  # does the base rank the pair already?
-    }
-    return loss, {name: value.item() for name, value in metrics.items()}
+    metrics = pair_metrics(chosen, rejected, ref_chosen, ref_rejected, config.beta)
+    return loss, {"loss": loss.item()} | metrics
 
 
-def train(model: Llava, records: list[Record], collate: PairCollator, config: Config, out: Path) -> list[dict]:
+def train(model: Llava, load: StepLoader, config: Config, out: Path) -> list[dict]:
     """The loop: from the first step, or from the last checkpoint with --resume; returns metrics.jsonl's rows."""
     optimizer = torch.optim.AdamW(lora.trainable_groups(model, config.lr, config.projector_lr), weight_decay=0.0)
     peaks = [group["lr"] for group in optimizer.param_groups]
     trainable = [p for group in optimizer.param_groups for p in group["params"]]
-    per_epoch = math.ceil(len(records) / config.batch_size)
-    total = per_epoch * config.epochs
+    numbers, batch_size, seed = load.records.numbers, config.batch_size, config.seed
+    steps = [step for epoch in range(config.epochs) for step in batches_of_epoch(numbers, batch_size, seed, epoch)]
     start = load_progress(out / "checkpoint", model, optimizer) if config.resume else 0
     log = out / "metrics.jsonl"
-    rows = read_lines(log, "leave --resume out")[:start] if start else []
-    require(len(rows) == start, f"{log}: {len(rows)} of the checkpoint's {start} steps; leave --resume out")
-    write_whole(log, "".join(json.dumps(row) + "\n" for row in rows))
-
-    bar = tqdm(range(start, total), initial=start, total=total, desc=config.loss)
-    for step in bar:
-        share = learning_rate(step, total, config.warmup, config.schedule)
-        for group, peak in zip(optimizer.param_groups, peaks, strict=True):
-            group["lr"] = share * peak
-        if step == start or step % per_epoch == 0:
-            batches = batches_of_epoch(records, config.batch_size, config.seed, step // per_epoch)
-        batch = batches[step % per_epoch]
-        size = math.ceil(len(batch) / config.accumulate)
-        length = sum(len(collate.responses(record)[0]) for record in batch) / len(batch)
-        metrics: dict[str, float] = {}
-        for part in (batch[i : i + size] for i in range(0, len(batch), size)):
-            loss, part_metrics = pair_loss(model, collate(part), config, length)
-            weight = len(part) / len(batch)
-            (loss * weight).backward()
-            for name, value in part_metrics.items():
-                metrics[name] = metrics.get(name, 0.0) + weight * value
-        norm = torch.nn.utils.clip_grad_norm_(trainable, config.clip)
-        if not (math.isfinite(metrics["loss"]) and torch.isfinite(norm)):
-            if all(p.isfinite().all() for p in trainable):
-                save_progress(out / "checkpoint", model, optimizer, step)  # the weights of the step before
-            raise UserError(
-                f"step {step + 1}: loss {metrics['loss']}, gradient norm {norm.item()}; the last finite weights are "
-                f"in {out}/checkpoint; lower --lr {config.lr} or raise --warmup {config.warmup}"
-            )
-        optimizer.step()
-        optimizer.zero_grad()
-        rows.append({"step": step + 1, **metrics, "grad_norm": norm.item(), "lr": share * config.lr})
-        append_lines(log, rows[-1:])
-        bar.set_postfix({name: f"{metrics[name]:.3f}" for name in SHOWN})
-        if (step + 1) % config.save_every == 0 or step + 1 == total:
-            save_progress(out / "checkpoint", model, optimizer, step + 1)
+    rows = rows_until(log, start)
+    left_out: list[str] = []
+    bar = tqdm(load_ahead(steps[start:], load, config.workers), initial=start, total=len(steps), desc=config.loss)
+    try:
+        for step, (parts, bad) in enumerate(bar, start=start):
+            share = learning_rate(step, len(steps), config.warmup, config.schedule)
+            for group, peak in zip(optimizer.param_groups, peaks, strict=True):
+                group["lr"] = share * peak
+            pairs = sum(len(part) for part in parts)
+            length = sum(part.chosen_tokens for part in parts) / pairs
+            metrics: dict[str, float] = {}
+            for part in parts:
+                loss, part_metrics = pair_loss(model, part, config, length)
+                weight = len(part) / pairs
+                (loss * weight).backward()
+                for name, value in part_metrics.items():
+                    metrics[name] = metrics.get(name, 0.0) + weight * value
+            norm = torch.nn.utils.clip_grad_norm_(trainable, config.clip)
+            if not (math.isfinite(metrics["loss"]) and torch.isfinite(norm)):
+                raise UserError(
+                    f"step {step + 1}: loss {metrics['loss']}, gradient norm {norm.item()}; the last finite weights "
+                    f"are in {out}/checkpoint; lower --lr {config.lr} or raise --warmup {config.warmup}"
+                )
+            optimizer.step()
+            optimizer.zero_grad()
+            facts = {"grad_norm": norm.item(), "lr": share * config.lr, "pairs": pairs}
+            rows.append({"step": step + 1, **metrics, **facts})
+            append_lines(log, rows[-1:])
+            left_out += bad
+            bar.set_postfix({name: f"{metrics[name]:.3f}" for name in SHOWN})
+            if (step + 1) % config.save_every == 0 or step + 1 == len(steps):
+                save_progress(out / "checkpoint", model, optimizer, step + 1)
+    except UserError:
+        if rows and all(p.isfinite().all() for p in trainable):
+            save_progress(out / "checkpoint", model, optimizer, len(rows))  # of the last whole step
+        raise
+    if left_out:
+        tqdm.write(f"{len(left_out)} pairs left out on the way, the first: {left_out[0]}")
     return rows
 
 
@@ -192,20 +199,21 @@ def main(config: Config) -> None:
     check(config)
     require(config.pairs is not None or config.images == "toy", "--pairs is missing; make one with sample_bdhs.py")
     folder, out = resolve_model(config.model), Path(config.out)
-    read = {"the model": folder} | ({} if config.adapter is None else {"--adapter": Path(config.adapter)})
-    for what, path in read.items():
-        inside = path.resolve().is_relative_to(out.resolve())
-        require(not inside, f"--out {out}: holds {what} {path}, which would be overwritten; name another")
+    require_outside(out, "the model", folder)
     if config.adapter is not None:
+        require_outside(out, "--adapter", Path(config.adapter))
         raw = lora.read_adapter_config(Path(config.adapter))
         config = replace(config, lora_rank=raw["r"], lora_alpha=raw["lora_alpha"])
-    dtype = weights_dtype(folder)  # before anything is spent
     if config.resume:
         require_same_settings(out / "config.json", asdict(config))
     pairs = Path(config.pairs) if config.pairs else sample_pairs(config, out)
-    records = read_pairs(pairs, config.limit, config.skip_bad_records)
-    model, tokenizer = load_model(folder, config.device), Tokenizer.from_folder(folder, config.template)
-    processor = ImageProcessor.from_folder(folder)
+    records = open_pairs(str(pairs), config.format)
+    tokenizer, processor = Tokenizer.from_folder(folder, config.template), ImageProcessor.from_folder(folder)
+    positions = read_config(folder).text.max_position_embeddings
+    limits = config.max_response_tokens, positions, config.truncate
+    collate = PairCollator(tokenizer, processor, config.images, *limits)
+    records = usable_pairs(records, collate.check, config.limit, config.seed, config.skip_bad_records)
+    model = load_model(folder, config.device, getattr(torch, config.dtype))
     torch.manual_seed(config.seed)
     if config.adapter is None:
         lora.add_adapters(model, config.lora_rank, config.lora_alpha)
@@ -213,35 +221,32 @@ def main(config: Config) -> None:
         lora.load_adapter(model, Path(config.adapter))
         if config.reference == "adapter":
             lora.keep_reference(model)
-    collate = PairCollator(tokenizer, processor, config.images, config.max_response_tokens)
-    records = collate.usable(records, config.skip_bad_records)
     write_json(out / "config.json", asdict(config) | {"resume": False})
-    if not config.resume:  # an earlier run's, which nobody must take for this one's
-        for old in ("checkpoint/progress.safetensors", "result.json", "counts.json", "report.html"):
-            (out / old).unlink(missing_ok=True)
+    if not config.resume:
+        remove_results(out)
     require_same_data(out / "checkpoint", records, fingerprint(folder, config.adapter), config.resume)
 
     benchmark = ToyBenchmark(config.eval_split, config.eval_images)
     evaluate = config.images == "toy" and config.eval_images > 0
     with nullcontext() if config.adapter else lora.adapters_off(model):  # fresh ones do nothing yet
         counts = {"before": benchmark.run(model, tokenizer, processor, "before")} if evaluate else {}
-    rows = train(model, records, collate, config, out)
+    rows = train(model, StepLoader(records, collate, config.accumulate, config.skip_bad_records), config, out)
 
     lora.save_adapter(model, config.lora_rank, config.lora_alpha, str(folder), out / "adapter")
     named = {} if config.template is None else {"minialign_template": config.template}
-    save_model(lora.merged_state(model), model.config.raw | named, folder, out / "merged", dtype)
+    save_changed(folder, lora.merged(model), model.config.raw | named, out / "merged")
     if evaluate:
         counts["after"] = benchmark.run(model, tokenizer, processor, "after")
         write_json(out / "counts.json", counts)
     result = {title: with_intervals([each]) for title, each in counts.items()}
     if result:
         print_table(result)
-    first_epoch = zip(batches_of_epoch(records, config.batch_size, config.seed, 0), rows, strict=False)
-    ranked = sum(len(batch) * row["logps/ref_accuracies"] for batch, row in first_epoch) / len(records)
+    first = rows[: math.ceil(len(records.numbers) / config.batch_size)]
+    ranked = sum(row["pairs"] * row["logps/ref_accuracies"] for row in first) / sum(row["pairs"] for row in first)
     print(f"the reference ranks {ranked:.1%} of the pairs right; {out}/report.html shows pairs and curves")
     write_json(out / "result.json", result | {"base_preference_accuracy": ranked})
-    shown = [collate.report_pair(record) for record in records[:8]]
-    title = f"minialign: {config.loss} on {len(records)} pairs"
+    shown = [collate.report_pair(records.parse(number)) for number in records.numbers[:8]]
+    title = f"minialign: {config.loss} on {len(records.numbers)} pairs"
     write_report(out / "report.html", title, asdict(config), shown, rows, result)
 
 

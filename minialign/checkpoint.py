@@ -7,6 +7,7 @@ preprocessor_config.json. `NAMES` is the whole mapping between Hugging Face's ke
 import hashlib
 import re
 import shutil
+from collections.abc import Callable
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -32,7 +33,7 @@ NAMES = [
     (r"^language_model\.lm_head\.", "lm_head."),
     (r"^(language_model\.model|model\.language_model|model)\.", "language_model."),
 ]
-# Ours -> the layout of the hub's llava-hf folders, for a model that was not read from one.
+# Ours -> the layout of the hub's llava-hf folders, for a new model.
 HUB_NAMES = [
     (r"^vision_tower\.", "vision_tower.vision_model."),
     (r"^lm_head\.", "language_model.lm_head."),
@@ -116,17 +117,6 @@ def read_tensors(file: Path, device: str = "cpu", dtype: torch.dtype | None = No
             yield key, tensors.get_tensor(key).to(device, dtype)
 
 
-def layout_of(folder: Path) -> dict[str, str]:
-    """Our name of every tensor in a folder -> its key there; empty where there are no weights yet."""
-    if not any(folder.glob("model*.safetensors")):
-        return {}
-    names = {}
-    for file in weight_files(folder):
-        with opened(file) as tensors:
-            names |= {rename(key, NAMES): key for key in tensors.keys() if not IGNORED.search(key)}  # noqa: SIM118
-    return names
-
-
 def load_model(folder: Path, device: str = "cpu", dtype: torch.dtype = torch.float32) -> Llava:
     """Read a LLaVA folder onto `device` in `dtype`, in eval mode.
 
@@ -165,23 +155,47 @@ def check_tensors(where: Path, wanted: dict[str, Tensor], found: dict[str, Tenso
         raise UserError(f"{where}: {'; '.join(problems[:5])}; config.json and the weights must belong together")
 
 
-def save_model(state: dict[str, Tensor], raw_config: dict, source: Path, folder: Path, dtype: torch.dtype) -> None:
-    """Write a Hugging Face folder whole: `state` by our names, the config as read, companions copied.
+def copy_companions(source: Path, folder: Path, raw_config: dict) -> None:
+    """What belongs to the weights: the config, and the files of tokenizer and preprocessing."""
+    write_json(folder / "config.json", raw_config)
+    for name in COMPANIONS:
+        if (source / name).exists():
+            shutil.copyfile(source / name, folder / name)
 
-    The keys are laid out as in `source`, so that whatever reads that folder reads this one.
-    """
-    layout = layout_of(source)
+
+def save_model(state: dict[str, Tensor], raw_config: dict, source: Path, folder: Path, dtype: torch.dtype) -> None:
+    """Write a new model as a Hugging Face folder, whole: `state` by our names, companions from `source`."""
 
     def write(partial: Path) -> None:
         """Tensors, config and companions into the folder that takes its place when it is whole."""
         tied = state["lm_head.weight"].data_ptr() == state["language_model.embed_tokens.weight"].data_ptr()
         kept = {k: v for k, v in state.items() if not (tied and k == "lm_head.weight")}
-        names = {k: layout.get(k) or rename(k, HUB_NAMES) for k in kept}
-        tensors = {names[k]: v.detach().to("cpu", dtype).contiguous() for k, v in kept.items()}
+        tensors = {rename(k, HUB_NAMES): v.detach().to("cpu", dtype).contiguous() for k, v in kept.items()}
         save_file(tensors, partial / "model.safetensors", metadata={"format": "pt"})
-        write_json(partial / "config.json", raw_config | {"dtype": str(dtype).removeprefix("torch.")})
-        for name in COMPANIONS:
-            if (source / name).exists():
-                shutil.copyfile(source / name, partial / name)
+        copy_companions(source, partial, raw_config | {"dtype": str(dtype).removeprefix("torch.")})
+
+    write_folder_whole(folder, write)
+
+
+def save_changed(source: Path, change: Callable[[str, Tensor], Tensor], raw_config: dict, folder: Path) -> None:
+    """Write the folder `source` anew with `change(our name, tensor)` in each tensor's place, whole.
+
+    File by file, as they were read: the layout of the keys, the shards and the types stay, so that whatever reads
+    `source` reads the result, and what did not change has the same bytes.
+    """
+
+    def write(partial: Path) -> None:
+        """The files into the folder that takes its place when it is whole."""
+        for file in weight_files(source):
+            with opened(file) as tensors:
+                metadata = tensors.metadata()
+            changed = {}
+            for key, tensor in read_tensors(file):
+                changed[key] = change(rename(key, NAMES), tensor).detach().to("cpu", tensor.dtype).contiguous()
+            save_file(changed, partial / file.name, metadata=metadata)
+        index = source / "model.safetensors.index.json"
+        if index.exists():
+            shutil.copyfile(index, partial / index.name)
+        copy_companions(source, partial, raw_config)
 
     write_folder_whole(folder, write)

@@ -8,6 +8,7 @@ import sys
 import types
 import typing
 from collections.abc import Callable
+from pathlib import Path
 
 from safetensors import SafetensorError
 
@@ -58,6 +59,12 @@ def require(condition: bool, message: str) -> None:
     """Refuse a flag's value: `message` says which, and the remedy."""
     if not condition:
         raise UserError(message)
+
+
+def require_outside(out: Path, what: str, path: Path) -> None:
+    """Refuse an --out that holds what is read: it would be overwritten."""
+    inside = path.resolve().is_relative_to(out.resolve())
+    require(not inside, f"--out {out}: holds {what} {path}, which would be overwritten; name another")
 
 
 def require_temperature(temperature: float) -> None:

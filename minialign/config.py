@@ -3,8 +3,6 @@
 from dataclasses import fields
 from pathlib import Path
 
-import torch
-
 from minialign.anyres import PINPOINTS, Size
 from minialign.clip import ClipConfig
 from minialign.errors import UserError
@@ -17,7 +15,8 @@ SPARSE_VISION = {
     "hidden_size": 768, "intermediate_size": 3072, "num_hidden_layers": 12, "num_attention_heads": 12,
     "image_size": 224, "patch_size": 32,
 }  # fmt: skip
-SPARSE_MISTRAL = {"intermediate_size": 14336, "num_key_value_heads": 8}  # the others are `LlamaConfig`'s
+# The others are `LlamaConfig`'s.
+SPARSE_MISTRAL = {"intermediate_size": 14336, "num_key_value_heads": 8, "max_position_embeddings": 131072}
 
 
 def read_config(folder: Path) -> LlavaConfig:
@@ -103,13 +102,3 @@ def require_numbers(path: Path, values: dict, kind: type) -> None:
         right = isinstance(value, int | float if field.type is float else int) and not isinstance(value, bool)
         if not right or value <= 0:
             raise UserError(f"{path}: {field.name} is {value!r}, not a number above 0; download the folder again")
-
-
-def weights_dtype(folder: Path) -> torch.dtype:
-    """The type that config.json says the weights have: `dtype`, or `torch_dtype` as transformers 4 wrote."""
-    raw = read_config(folder).raw
-    name = raw.get("dtype") or raw.get("torch_dtype") or "float32"
-    dtype = getattr(torch, name, None) if isinstance(name, str) else None
-    if not isinstance(dtype, torch.dtype):
-        raise UserError(f"{folder / 'config.json'}: dtype {name!r} is none of torch's; write float16, say")
-    return dtype

@@ -24,6 +24,7 @@ class LlamaConfig:
     head_dim: int = 128
     rms_norm_eps: float = 1e-6
     rope_theta: float = 10000.0
+    max_position_embeddings: int = 2048  # RoPE has no table: a limit on what is trained
     tie_word_embeddings: bool = False
 
 

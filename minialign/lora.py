@@ -6,7 +6,7 @@ projector trained as a full copy beside its original (PEFT calls that `modules_t
 
 import copy
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -47,9 +47,9 @@ class LoraLinear(nn.Module):
         """From now on the reference has the update as it is."""
         self.reference = (self.lora_A.detach().clone(), self.lora_B.detach().clone())
 
-    def merged(self) -> Tensor:
-        """The weight of the plain linear layer that does the same."""
-        return self.base.weight + (self.lora_B @ self.lora_A * self.scaling).to(self.base.weight.dtype)
+    def merged(self, weight: Tensor) -> Tensor:
+        """The weight of the plain linear layer that does the same, from the base's as it is stored."""
+        return weight.float() + (self.lora_B @ self.lora_A * self.scaling).to(weight.device)
 
 
 class TrainableCopy(nn.Module):
@@ -110,19 +110,18 @@ def adapter_state(model: Llava) -> dict[str, Tensor]:
     return {name: p for name, p in model.state_dict().items() if "lora_" in name or f"{PROJECTOR}.copy." in name}
 
 
-def merged_state(model: Llava) -> dict[str, Tensor]:
-    """The state of the plain model that does the same: updates folded in, the projector's copy in its place."""
-    state = dict(model.state_dict())
-    for name, module in model.named_modules():
-        if isinstance(module, LoraLinear):
-            for key in ("lora_A", "lora_B", "base.weight"):
-                del state[f"{name}.{key}"]
-            state[f"{name}.weight"] = module.merged()
-        elif isinstance(module, TrainableCopy):
-            for key, value in module.copy.state_dict().items():
-                del state[f"{name}.base.{key}"], state[f"{name}.copy.{key}"]
-                state[f"{name}.{key}"] = value
-    return state
+def merged(model: Llava) -> Callable[[str, Tensor], Tensor]:
+    """What makes the plain model that does the same of the base's stored tensors, by our names.
+
+    Updates are folded in, the projector's copy takes its place, all else stays.
+    """
+    linears = {f"{name}.weight": m for name, m in model.named_modules() if isinstance(m, LoraLinear)}
+    copies = {f"{PROJECTOR}.{key}": value for key, value in model.multi_modal_projector.copy.state_dict().items()}
+
+    def change(name: str, stored: Tensor) -> Tensor:
+        return linears[name].merged(stored) if name in linears else copies.get(name, stored)
+
+    return change
 
 
 def peft_name(name: str) -> str:

@@ -47,4 +47,19 @@ def slic_loss(h: Tensor, beta: float) -> Tensor:
     return torch.relu(1 - beta * h)
 
 
+def pair_metrics(chosen, rejected, ref_chosen, ref_rejected, beta: float) -> dict[str, float]:
+    """What is plotted of a batch, by TRL's names; (B,) summed log-probs each."""
+    reward_chosen, reward_rejected = beta * (chosen - ref_chosen), beta * (rejected - ref_rejected)
+    metrics = {
+        "rewards/chosen": reward_chosen,
+        "rewards/rejected": reward_rejected,
+        "rewards/accuracies": (reward_chosen > reward_rejected).float(),
+        "rewards/margins": reward_chosen - reward_rejected,
+        "logps/chosen": chosen,
+        "logps/rejected": rejected,
+        "logps/ref_accuracies": (ref_chosen > ref_rejected).float(),  # does the reference rank the pair already?
+    }
+    return {name: value.mean().item() for name, value in metrics.items()}
+
+
 LOSSES = {"dpo": dpo_loss, "ipo": ipo_loss, "slic": slic_loss}

@@ -11,28 +11,45 @@ import torch
 from safetensors.torch import save_file
 
 from minialign.checkpoint import check_tensors, opened, read_tensors
-from minialign.data import Record
+from minialign.data import Records
 from minialign.errors import UserError
-from minialign.files import read_json, write_json
-from minialign.generate import stable_seed
+from minialign.files import read_json, read_lines, write_json, write_whole
 from minialign.llava import Llava
 from minialign.lora import adapter_state
+
+CHANGEABLE = ("resume", "out", "workers", "skip_bad_records")  # by which the result does not change
 
 
 def require_same_settings(path: Path, settings: dict) -> None:
     """A resumed run must have the flags that `path`, the config.json of the run so far, notes."""
     before = read_json(path, "there is nothing to resume; leave --resume out")
-    changed = [k for k, v in settings.items() if k not in ("resume", "out") and before.get(k) != v]
+    changed = [k for k, v in settings.items() if k not in CHANGEABLE and before.get(k) != v]
     if changed:
         raise UserError(f"--resume: {', '.join(changed)} differ from {path}; keep them as they were")
 
 
-def require_same_data(folder: Path, records: list[Record], weights: str, resume: bool) -> None:
+def require_same_data(folder: Path, records: Records, weights: str, resume: bool) -> None:
     """Note which pairs and base weights a run trains on; a resumed run must find the same ones."""
-    path, data = folder / "data.json", {"pairs": len(records), "hash": stable_seed(*records), "weights": weights}
+    data = {"pairs": len(records.numbers), "hash": records.file.hash(), "weights": weights}
+    path = folder / "data.json"
     if resume and path.exists() and read_json(path, "leave --resume out") != data:
         raise UserError(f"--resume: pairs or model are not those that {path} was made for; leave --resume out")
     write_json(path, data)
+
+
+def remove_results(out: Path) -> None:
+    """Take away what an earlier run left, which nobody must take for this one's."""
+    for old in ("checkpoint/progress.safetensors", "result.json", "counts.json", "report.html"):
+        (out / old).unlink(missing_ok=True)
+
+
+def rows_until(log: Path, step: int) -> list[dict]:
+    """The rows of metrics.jsonl up to the checkpoint's step; the file holds these and no others afterwards."""
+    rows = read_lines(log, "leave --resume out")[:step] if step else []
+    if len(rows) < step:
+        raise UserError(f"{log}: {len(rows)} of the checkpoint's {step} steps; leave --resume out")
+    write_whole(log, "".join(json.dumps(row) + "\n" for row in rows))
+    return rows
 
 
 def save_progress(folder: Path, model: Llava, optimizer: torch.optim.Optimizer, step: int) -> None:

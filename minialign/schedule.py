@@ -2,13 +2,12 @@
 
 import math
 import random
+from collections.abc import Sequence
 
-from minialign.data import Record
 
-
-def batches_of_epoch(records: list[Record], batch_size: int, seed: int, epoch: int) -> list[list[Record]]:
-    """The epoch's batches: every record once, in an order that follows from the seed."""
-    order = list(records)
+def batches_of_epoch(numbers: Sequence[int], batch_size: int, seed: int, epoch: int) -> list[list[int]]:
+    """The epoch's batches of record numbers: every one once, in an order that follows from the seed."""
+    order = list(numbers)
     random.Random(f"{seed}-{epoch}").shuffle(order)
     return [order[i : i + batch_size] for i in range(0, len(order), batch_size)]
 

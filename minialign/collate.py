@@ -1,0 +1,134 @@
+"""Collation: pairs into token trees and pixels, one optimizer step at a time."""
+
+import math
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from minialign import toyworld
+from minialign.chat import Tokenizer
+from minialign.data import MEND, Records, require_two
+from minialign.errors import UserError
+from minialign.images import ImageProcessor, noise_of_seed, open_image
+from minialign.masks import Branch, Sequence, TokenTree, build_tree, mask_of_seed
+from minialign.records import LeftOut, Record
+from minialign.report import ReportPair
+
+
+@dataclass(frozen=True)
+class PairBatch:
+    """Pairs as one token tree each (branches: chosen, rejected), and their pixels (tiles, 3, H, W)."""
+
+    tree: TokenTree
+    pixels: Tensor
+
+    def __len__(self) -> int:
+        return len(self.tree.ids)
+
+    @property
+    def chosen_tokens(self) -> int:
+        """Tokens of all chosen responses."""
+        return int((self.tree.branch == 1).sum())
+
+
+@dataclass(frozen=True)
+class PairCollator:
+    """Records to a `PairBatch`. A response is cut at its end if `truncate`, else refused; an image never is."""
+
+    tokenizer: Tokenizer
+    processor: ImageProcessor
+    images: str
+    max_response_tokens: int
+    positions: int = 4096  # that the decoder has
+    truncate: bool = False
+
+    def responses(self, record: Record, room: int | None = None) -> list[list[int]]:
+        """Chosen and rejected ids, at most --max-response-tokens each, and `room`."""
+        limit = self.max_response_tokens if room is None else min(self.max_response_tokens, room)
+        ids = [self.tokenizer.response(text) for text in (record.chosen, record.rejected)]
+        longest = max(map(len, ids))
+        if longest > limit and (not self.truncate or limit < 1):
+            said = f"a response of {longest} tokens is longer than"
+            if limit == self.max_response_tokens:
+                raise UserError(f"{said} --max-response-tokens {limit}; raise it, or pass --truncate")
+            raise UserError(f"{said} the {max(0, limit)} positions that image and prompt leave of {self.positions}")
+        return [each[:limit] for each in ids]
+
+    def check(self, record: Record) -> None:
+        """Refuse a record whose picture cannot be read, or whose responses do not fit."""
+        if self.images == "toy":
+            toyworld.scene_of(record.image)  # drawing it would take longer
+            self.responses(record)
+        else:
+            self.sequence(record)
+
+    def sequence(self, record: Record) -> tuple[Sequence, Tensor]:
+        """A pair is ONE sequence: image and prompt once, then two branches. And its pixels (tiles, 3, H, W)."""
+        picture = open_image(self.images, record.image)
+        patches, packing = self.processor.layout(picture)
+        prompt = self.tokenizer.prompt(record.turns)
+        room = self.positions - (len(prompt) - 1 + len(packing))
+        branches = [Branch(ids) for ids in self.responses(record, room)]
+        return Sequence(prompt, branches, patches, packing=packing), self.processor(picture)
+
+    def __call__(self, records: list[Record]) -> PairBatch:
+        """Records to one batch."""
+        return self.batch([self.sequence(record) for record in records])
+
+    def batch(self, pairs: list[tuple[Sequence, Tensor]]) -> PairBatch:
+        """Sequences and their pixels to one batch."""
+        tree = build_tree([sequence for sequence, _ in pairs], self.tokenizer.image_id, self.tokenizer.pad_id)
+        return PairBatch(tree, torch.cat([pixels for _, pixels in pairs]))
+
+    def report_pair(self, record: Record) -> ReportPair:
+        """What the report shows of a pair: the whole picture as the tower saw it, its visible patches, the texts."""
+        mask, picture = None, open_image(self.images, record.image)
+        if record.bdhs.get("rho_th") and record.bdhs.get("mask_seed") is not None:
+            tokens = len(self.processor.layout(picture)[1])
+            mask = mask_of_seed(tokens, record.bdhs["rho_th"], record.bdhs["mask_seed"]).tolist()
+            mask = mask[: self.processor.patches]  # AnyRes: the whole picture's tile comes first
+        question = record.turns[-1][1]
+        if record.bdhs.get("noise_steps") and record.bdhs.get("mask_seed") is not None:
+            picture = noise_of_seed(picture, record.bdhs["noise_steps"], record.bdhs["mask_seed"])
+        picture = self.processor.crop(picture)
+        facts = (record.bdhs.get(name) for name in ("iterations", "similarity", "guided"))
+        return ReportPair(record.id, picture, mask, question, record.chosen, record.rejected, *facts)
+
+
+@dataclass(frozen=True)
+class StepLoader:
+    """The pairs of one optimizer step as `accumulate` batches, one forward pass each.
+
+    Pairs are bucketed by length within the step: those of like length pass together, so that little is padding,
+    and the gradient is the same. Buckets across steps would make each step's pairs alike, and the gradient another.
+    """
+
+    records: Records
+    collate: PairCollator
+    accumulate: int
+    skip_bad: bool
+
+    def __call__(self, numbers: list[int]) -> tuple[list[PairBatch], list[str]]:
+        """The batches, and what is wrong with the pairs that were left out."""
+        pairs, left_out = [], []
+        for number in numbers:
+            try:
+                record = self.records.parse(number)
+                require_two(record)
+                pairs.append(self.collate.sequence(record))
+            except UserError as error:
+                left_out.append(f"{self.records.file.place(number)}: {error}")
+                if not (self.skip_bad or isinstance(error, LeftOut)):
+                    raise UserError(f"{left_out[-1]}; {MEND}") from None
+        if not pairs:
+            raise UserError(f"no pair of this step is usable, the first: {left_out[0]}")
+        if self.accumulate > 1:
+            pairs.sort(key=lambda pair: length(pair[0]))
+        size = math.ceil(len(pairs) / self.accumulate)
+        return [self.collate.batch(pairs[i : i + size]) for i in range(0, len(pairs), size)], left_out
+
+
+def length(sequence: Sequence) -> int:
+    """Tokens of a sequence, all branches together: what a row of a batch holds."""
+    return len(sequence.trunk) - 1 + sequence.image_tokens + sum(len(branch.ids) for branch in sequence.branches)
