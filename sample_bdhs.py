@@ -79,6 +79,7 @@ def check(config: Config) -> None:
     require(0 < config.top_p <= 1, f"--top-p {config.top_p}: above 0, at most 1")
     require(config.max_new_tokens >= 1, f"--max-new-tokens {config.max_new_tokens}: at least 1")
     require(config.limit is None or config.limit >= 1, f"--limit {config.limit}: at least 1")
+    require(config.workers >= 0, f"--workers {config.workers}: 0 or more")
     require(not Path(config.out).is_dir(), f"--out {config.out}: is a folder; name the pairs file to write")
     require_device(config.device)
 

@@ -24,7 +24,7 @@ import torch
 from tqdm import tqdm
 
 import sample_bdhs
-from minialign import lora
+from minialign import lora, resume
 from minialign.chat import Tokenizer
 from minialign.checkpoint import fingerprint, load_model, resolve_model, save_changed
 from minialign.cli import fill, parse_config, require, require_device, require_outside, require_seed, run_main
@@ -40,14 +40,6 @@ from minialign.loader import load_ahead
 from minialign.losses import LOSSES, branch_logps, log_ratio_difference, pair_metrics
 from minialign.records import FormatName
 from minialign.report import write_report
-from minialign.resume import (
-    load_progress,
-    remove_results,
-    require_same_data,
-    require_same_settings,
-    rows_until,
-    save_progress,
-)
 from minialign.schedule import batches_of_epoch, learning_rate
 
 # What stands for a flag that is not given: the paper's value (App. A), or the toy model's, chosen on validation.
@@ -101,13 +93,14 @@ def check(config: Config) -> None:
     for name in ("beta", "lr", "lora_alpha"):
         value = getattr(config, name)
         require(0 < value <= 1e30, f"--{name.replace('_', '-')} {value}: above 0, at most 1e30")
-    for name in ("lora_rank", "epochs", "batch_size", "accumulate", "save_every", "max_response_tokens"):
-        require(getattr(config, name) >= 1, f"--{name.replace('_', '-')} {getattr(config, name)}: at least 1")
+    for name in ("lora_rank", "epochs", "batch_size", "accumulate", "save_every", "max_response_tokens", "limit"):
+        value = getattr(config, name)
+        require(value is None or value >= 1, f"--{name.replace('_', '-')} {value}: at least 1")
     require(0 <= config.projector_lr <= 1e30, f"--projector-lr {config.projector_lr}: 0 or more, at most 1e30")
     require(config.clip > 0, f"--clip {config.clip}: above 0")
     require(0 <= config.warmup < 1, f"--warmup {config.warmup}: a share of the steps, below 1")
     require(config.eval_images >= 0, f"--eval-images {config.eval_images}: 0 or more")
-    require(config.limit is None or config.limit >= 1, f"--limit {config.limit}: at least 1")
+    require(config.workers >= 0, f"--workers {config.workers}: 0 or more")
     require(config.adapter is None or config.pairs is not None, "--adapter: give --pairs too; none are sampled from it")
     said = "--adapter and --reference go together: name the policy's start, and `base` or `adapter` as its reference"
     require((config.adapter is None) == (config.reference is None), said)
@@ -142,9 +135,9 @@ def train(model: Llava, load: StepLoader, config: Config, out: Path) -> list[dic
     trainable = [p for group in optimizer.param_groups for p in group["params"]]
     numbers, batch_size, seed = load.records.numbers, config.batch_size, config.seed
     steps = [step for epoch in range(config.epochs) for step in batches_of_epoch(numbers, batch_size, seed, epoch)]
-    start = load_progress(out / "checkpoint", model, optimizer) if config.resume else 0
+    start = resume.load_progress(out / "checkpoint", model, optimizer) if config.resume else 0
     log = out / "metrics.jsonl"
-    rows = rows_until(log, start)
+    rows = resume.rows_until(log, start)
     left_out: list[str] = []
     bar = tqdm(load_ahead(steps[start:], load, config.workers), initial=start, total=len(steps), desc=config.loss)
     try:
@@ -175,10 +168,10 @@ def train(model: Llava, load: StepLoader, config: Config, out: Path) -> list[dic
             left_out += bad
             bar.set_postfix({name: f"{metrics[name]:.3f}" for name in SHOWN})
             if (step + 1) % config.save_every == 0 or step + 1 == len(steps):
-                save_progress(out / "checkpoint", model, optimizer, step + 1)
+                resume.save_progress(out / "checkpoint", model, optimizer, step + 1)
     except UserError:
-        if rows and all(p.isfinite().all() for p in trainable):
-            save_progress(out / "checkpoint", model, optimizer, len(rows))  # of the last whole step
+        if all(p.isfinite().all() for p in trainable):
+            resume.save_progress(out / "checkpoint", model, optimizer, len(rows))  # of the last whole step
         raise
     if left_out:
         tqdm.write(f"{len(left_out)} pairs left out on the way, the first: {left_out[0]}")
@@ -205,7 +198,7 @@ def main(config: Config) -> None:
         raw = lora.read_adapter_config(Path(config.adapter))
         config = replace(config, lora_rank=raw["r"], lora_alpha=raw["lora_alpha"])
     if config.resume:
-        require_same_settings(out / "config.json", asdict(config))
+        resume.require_same_settings(out / "config.json", asdict(config))
     pairs = Path(config.pairs) if config.pairs else sample_pairs(config, out)
     records = open_pairs(str(pairs), config.format)
     tokenizer, processor = Tokenizer.from_folder(folder, config.template), ImageProcessor.from_folder(folder)
@@ -223,8 +216,8 @@ def main(config: Config) -> None:
             lora.keep_reference(model)
     write_json(out / "config.json", asdict(config) | {"resume": False})
     if not config.resume:
-        remove_results(out)
-    require_same_data(out / "checkpoint", records, fingerprint(folder, config.adapter), config.resume)
+        resume.remove_results(out)
+    resume.require_same_data(out / "checkpoint", records, fingerprint(folder, config.adapter), config.resume)
 
     benchmark = ToyBenchmark(config.eval_split, config.eval_images)
     evaluate = config.images == "toy" and config.eval_images > 0

@@ -1,5 +1,6 @@
 """Loading ahead: worker processes parse, tokenise and decode what comes next while the model computes."""
 
+import os
 from collections.abc import Callable, Iterator, Sequence
 
 from torch.utils.data import DataLoader, Dataset
@@ -26,8 +27,10 @@ class Loads(Dataset):
 def load_ahead(items: Sequence, load: Callable, workers: int) -> Iterator:
     """`load(item)` of every item, in order, by `workers` processes (0: by this one), up to two items ahead each.
 
-    Processes are forked, so that they share what `load` holds. A `UserError` is raised at its item's turn.
+    There is at most one process per core. They are forked, so that they share what `load` holds. A `UserError` is
+    raised at its item's turn.
     """
+    workers = min(workers, os.cpu_count() or 1, len(items))
     context = "fork" if workers else None
     loader = DataLoader(
         Loads(items, load), batch_size=None, collate_fn=same, num_workers=workers, multiprocessing_context=context

@@ -10,6 +10,8 @@ import sample_bdhs
 import train_dpo
 from minialign import toyworld
 from minialign.cli import parse_config
+from minialign.data import open_pairs, read_records, usable_pairs
+from minialign.records import Record
 
 MESSAGE = {"role": "user", "content": "Q"}
 REMEDIES = (";", "expected a JSON array", "at least", "between", "above", "below", "or more", "number of 64 bits")
@@ -52,6 +54,17 @@ def sample(model: str, out: Path, *argv: str) -> None:
 def train(model: str, out: Path, *argv: str) -> None:
     flags = ["--model", model, "--out", str(out), "--eval-images", "0", "--epochs", "1", "--lora-rank", "2"]
     train_dpo.main(parse_config(train_dpo.Config, "", [*flags, *argv]))
+
+
+def records_in(path: Path, limit: int | None = None, skip_bad: bool = False) -> list[Record]:
+    """What sample_bdhs.py reads of a data file."""
+    return read_records(str(path), None, limit, 0, skip_bad)
+
+
+def pairs_in(path: Path, limit: int | None = None, skip_bad: bool = False) -> list[Record]:
+    """What train_dpo.py reads of a pairs file, pictures and lengths aside."""
+    records = usable_pairs(open_pairs(str(path), None), lambda record: None, limit, 0, skip_bad)
+    return [records.parse(number) for number in records.numbers]
 
 
 def left_in(folder: Path) -> list[str]:

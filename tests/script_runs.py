@@ -48,7 +48,8 @@ def train(model: str, out: Path, **changes) -> list[dict]:
 
 def stop_at(monkeypatch, where: str, count: int) -> None:
     """Ctrl-C in the `count`-th step: in its forward pass, or when its metrics are written but not its checkpoint."""
-    real, calls = getattr(train_dpo, where), []
+    module = train_dpo if hasattr(train_dpo, where) else train_dpo.resume
+    real, calls = getattr(module, where), []
 
     def stopping(*args):
         result = real(*args)
@@ -57,4 +58,4 @@ def stop_at(monkeypatch, where: str, count: int) -> None:
             raise KeyboardInterrupt
         return result
 
-    monkeypatch.setattr(train_dpo, where, stopping)
+    monkeypatch.setattr(module, where, stopping)

@@ -3,11 +3,10 @@
 import random
 
 import pytest
-from input_files import array, gives_remedy, instruct, left_in, lines, pair, sample, train
+from input_files import array, gives_remedy, instruct, left_in, lines, pair, pairs_in, sample, train
 from PIL import Image
 
 from minialign import chat
-from minialign.data import read_pairs
 from minialign.errors import UserError
 from minialign.images import open_image
 
@@ -29,13 +28,13 @@ def test_bad_pictures(model, tmp_path, pictures, name, match):
     out, images = tmp_path / "out", ["--images", str(pictures)]
     (tmp_path / "pairs.jsonl").write_bytes(lines(pair(0, images=["good.png"]), pair(1, images=[name])))
     run = ["--pairs", str(tmp_path / "pairs.jsonl"), *images]
-    gives_remedy(lambda: train(model, out, *run), f"record pair-1: .*{match}.* mend it, or pass --skip-bad-records")
+    gives_remedy(lambda: train(model, out, *run), f"line 2: .*{match}.* mend it, or pass --skip-bad-records")
     assert left_in(out) == []
     (tmp_path / "data.json").write_bytes(array(instruct(0, image="good.png"), instruct(1, image=name)))
     run = ["--data", str(tmp_path / "data.json"), *images, "--batch-size", "1"]
     gives_remedy(lambda: sample(model, out, *run), match)
     assert left_in(out) == ["pairs.jsonl", "pairs.jsonl.config.json"]  # the first batch, whole
-    assert (out / "pairs.jsonl").read_text().endswith("}\n") and len(read_pairs(out / "pairs.jsonl", None)) == 1
+    assert (out / "pairs.jsonl").read_text().endswith("}\n") and len(pairs_in(out / "pairs.jsonl")) == 1
 
 
 @pytest.mark.parametrize("form", ["PNG", "JPEG", "GIF", "TIFF", "WEBP", "BMP"])

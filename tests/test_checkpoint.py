@@ -10,7 +10,7 @@ from llava_folders import LAYOUTS, SEED, edit_json, laid_out, replace_weights
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
-from minialign.checkpoint import load_model, save_model, weight_files
+from minialign.checkpoint import load_model, save_changed, save_model, weight_files
 from minialign.config import read_config
 from minialign.masks import Sequence, build_tree
 
@@ -129,7 +129,7 @@ def test_what_is_written_is_what_transformers_reads(oracle, written_llava, llava
     assert kind.from_pretrained(out, dtype="auto").dtype == dtype
     assert torch.equal(logits(load_model(out), case), logits(load_model(written_llava, dtype=dtype).float(), case))
     found = load_file(out / "model.safetensors")
-    assert found.keys() == load_file(written_llava / "model.safetensors").keys()
+    assert found.keys() == laid_out(llava_state, "hub").keys()
     assert {value.dtype for value in found.values()} == {dtype}
     for name in ("tokenizer.json", "tokenizer_config.json", "preprocessor_config.json"):
         assert (out / name).read_bytes() == (written_llava / name).read_bytes()
@@ -144,14 +144,33 @@ def test_what_is_written_is_what_transformers_reads(oracle, written_llava, llava
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
 def test_round_trip_of_every_layout(llava_folder, llava_state, tmp_path, layout, dtype):
-    """The same keys, and the same bytes under each."""
+    """The same keys, and under each the same bytes, but of what was changed on purpose."""
     state = {key: value.to(dtype) for key, value in laid_out(llava_state, layout).items()}
     replace_weights(llava_folder, state)
-    model = load_model(llava_folder)
-    save_model(model.state_dict(), model.config.raw, llava_folder, tmp_path / "out", dtype)
+    changed = "language_model.layers.0.self_attn.q_proj.weight"
+    raw = read_config(llava_folder).raw
+    save_changed(llava_folder, lambda name, w: w.float() * 2 if name == changed else w, raw, tmp_path / "out")
     found = load_file(tmp_path / "out" / "model.safetensors")
     assert found.keys() == state.keys()
-    assert all(found[key].numpy().tobytes() == state[key].contiguous().numpy().tobytes() for key in state)
+    twice = [key for key in state if not torch.equal(found[key], state[key])]
+    assert [key.endswith("layers.0.self_attn.q_proj.weight") for key in twice] == [True]
+    assert torch.equal(found[twice[0]], state[twice[0]] * 2) and found[twice[0]].dtype == dtype
+    kept = found.keys() - set(twice)
+    assert all(found[key].numpy().tobytes() == state[key].contiguous().numpy().tobytes() for key in kept)
+
+
+def test_round_trip_of_shards(llava, tmp_path, case):
+    """Shard by shard under the same names, with the index, for ourselves and for transformers."""
+    llava.save_pretrained(tmp_path / "in", max_shard_size="20KB")
+    save_changed(tmp_path / "in", lambda name, w: w * 1.5, read_config(tmp_path / "in").raw, tmp_path / "out")
+    names = [path.name for path in sorted((tmp_path / "in").glob("model*"))]
+    assert names == [path.name for path in sorted((tmp_path / "out").glob("model*"))] and len(names) > 3
+    again, info = type(llava).from_pretrained(tmp_path / "out", output_loading_info=True)
+    assert not any(info.values())
+    before, after = llava.state_dict(), again.state_dict()
+    assert all(torch.equal(after[key], before[key] * 1.5) for key in before if before[key].is_floating_point())
+    for file in weight_files(tmp_path / "in"):
+        assert load_file(file).keys() == load_file(tmp_path / "out" / file.name).keys()
 
 
 def test_saving_replaces_an_older_folder_whole(written_llava, tmp_path, case, expected):
@@ -184,7 +203,7 @@ def test_tied_embeddings(oracle, tmp_path, where):
     size = theirs.config.vision_config.image_size
     pixels = torch.randn(3, size, size)
     assert worst(logits(ours, (ids, pixels)), oracle.logits(theirs, ids, pixels)) < 1e-4
-    save_model(ours.state_dict(), ours.config.raw, tmp_path / "in", tmp_path / "out", torch.float32)
+    save_changed(tmp_path / "in", lambda name, weight: weight, ours.config.raw, tmp_path / "out")
     again, info = type(theirs).from_pretrained(tmp_path / "out", output_loading_info=True)
     assert not any(info.values())
     assert torch.equal(oracle.logits(again.eval(), ids, pixels), oracle.logits(theirs, ids, pixels))

@@ -21,9 +21,10 @@ from helpers import (
 )
 
 from minialign import toyworld
-from minialign.data import PairCollator, Record, instruct_record
+from minialign.collate import PairCollator
 from minialign.losses import LOSSES, branch_logps, dpo_loss, ipo_loss, log_ratio_difference, slic_loss, token_logps
 from minialign.masks import Branch, Sequence, build_tree
+from minialign.records import Record, instruct_record
 
 SEEDS = range(6)
 

@@ -6,10 +6,10 @@ import random
 
 import pytest
 from helpers import toy_processor, toy_tokenizer
-from input_files import MESSAGE, array, instruct, lines, pair
+from input_files import MESSAGE, array, instruct, lines, pair, pairs_in, records_in
 
 import train_dpo
-from minialign.data import PairCollator, read_instruct, read_pairs
+from minialign.collate import PairCollator
 from minialign.errors import UserError
 
 RUBBISH = [None, True, 0, -1, 2**80, 1.5, math.nan, math.inf, "", " ", "\ud800", "\x00\x1b", "x" * 3000, [], {}, [[]],
@@ -54,21 +54,21 @@ def test_damaged_pairs(tmp_path, seed):
     middle = damage_text(json.dumps(raw), rng) if seed % 3 == 0 else json.dumps(damage(raw, rng))
     path.write_bytes(lines(neighbours[0], middle, neighbours[1]))
     try:
-        records = read_pairs(path, None)
+        records = pairs_in(path)
     except UserError as error:
         assert f"{path}, line 2: " in str(error) and "--skip-bad-records" in str(error)
-        records = read_pairs(path, None, skip_bad=True)
+        records = pairs_in(path, skip_bad=True)
         assert len(records) == 2
     by_id = {record.id: record for record in records}
     assert [by_id.pop(f"pair-{i}") for i in (0, 2)] == [records[0], records[-1]]
     path.write_bytes(lines(*neighbours))
-    assert [records[0], records[-1]] == read_pairs(path, None)
+    assert [records[0], records[-1]] == pairs_in(path)
     for record in by_id.values():
         try:
-            usable = COLLATE.usable([record], skip_bad=False)
+            COLLATE.check(record)
         except UserError:
             continue
-        assert COLLATE(usable).tree.ids.shape[0] == 1
+        assert COLLATE([record]).tree.ids.shape[0] == 1
         train_dpo.write_report(tmp_path / "r.html", "", {}, [COLLATE.report_pair(record)], [], {})
 
 
@@ -78,14 +78,14 @@ def test_damaged_records(tmp_path, seed):
     middle = damage(instruct(1), rng)
     path.write_bytes(array(neighbours[0], middle, neighbours[1]))
     try:
-        records = read_instruct(str(path), None)
+        records = records_in(path)
     except UserError as error:
         assert f"{path}, record 2: " in str(error) and "--skip-bad-records" in str(error)
-        records = read_instruct(str(path), None, skip_bad=True)
+        records = records_in(path, skip_bad=True)
         assert len(records) == 2
     for record in records[1:-1]:
         toy_tokenizer().prompt(record.turns)
         assert record.id.strip() and record.chosen.strip() and all(text.strip() for _, text in record.turns)
         json.dumps(record.id + record.image).encode("utf-8")
     path.write_bytes(array(*neighbours))
-    assert [records[0], records[-1]] == read_instruct(str(path), None)
+    assert [records[0], records[-1]] == records_in(path)

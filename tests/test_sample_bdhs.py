@@ -6,12 +6,13 @@ import math
 import pytest
 import torch
 from helpers import toy_processor, toy_tokenizer
+from input_files import pairs_in
 from script_runs import contents, instruct_file, sample, train
 
 import sample_bdhs
 from minialign import toyworld
 from minialign.bdhs import Bdhs, Sampled
-from minialign.data import PairCollator, read_pairs
+from minialign.collate import PairCollator
 from minialign.masks import image_attention_mask
 
 
@@ -46,7 +47,7 @@ def test_the_stored_seed_draws_the_mask_that_was_used(model, tmp_path, monkeypat
     monkeypatch.setattr("minialign.bdhs.mask_of_seed", spy)
     pairs = sample(model, tmp_path / "pairs.jsonl", n_bdhs=1)
     collate = PairCollator(toy_tokenizer(), toy_processor(), "toy", 512)
-    shown = [collate.report_pair(record) for record in read_pairs(tmp_path / "pairs.jsonl", None)]
+    shown = [collate.report_pair(record) for record in pairs_in(tmp_path / "pairs.jsonl")]
     assert [pair.visible for pair in shown] == used and len(pairs) == len(used) == 7
     assert all(0 < sum(mask) < 36 for mask in used)
 
@@ -75,7 +76,7 @@ def test_a_file_keeps_to_messages_where_a_record_has_earlier_turns(model, tmp_pa
     for pair, answer in zip(pairs, ("A red cup.", "It is red."), strict=True):
         assert pair["chosen"] == [{"role": "assistant", "content": answer}]
         assert [set(message) for message in pair["rejected"]] == [{"role", "content"}]
-    records = read_pairs(tmp_path / "pairs.jsonl", None)
+    records = pairs_in(tmp_path / "pairs.jsonl")
     assert records[1].turns == [("user", "Is there a cup?"), ("assistant", "Yes."), ("user", "Which colour?")]
     assert [record.chosen for record in records] == ["A red cup.", "It is red."]
     rows = train(model, tmp_path / "out", pairs=str(tmp_path / "pairs.jsonl"))
@@ -106,7 +107,7 @@ def test_stats(model, tmp_path, monkeypatch):
     assert [pair["rejected"] for pair in pairs] == ["Other.", "Late", pairs[2]["chosen"]]
     stats = json.loads((tmp_path / "pairs.jsonl.stats.json").read_text())
     assert stats == {"pairs": 3, "resolved": [0.3333] * 3, "identical": 1, "truncated": 1, "left_out": 1}
-    assert len(read_pairs(tmp_path / "pairs.jsonl", None)) == 2  # the identical one teaches nothing
+    assert len(pairs_in(tmp_path / "pairs.jsonl")) == 2  # the identical one teaches nothing
 
 
 def test_iterations_follow_eps_s(model, tmp_path, monkeypatch):

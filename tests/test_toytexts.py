@@ -7,8 +7,8 @@ from collections import Counter
 import pytest
 
 from minialign import toyworld
-from minialign.data import instruct_record
 from minialign.evaluate import MENTION, count_description, pope_verdict
+from minialign.records import instruct_record
 from minialign.toydraw import COLOURS, OBJECTS, SETTINGS
 from minialign.toypretrain import talks
 from minialign.toyworld import (
