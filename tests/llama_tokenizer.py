@@ -1,16 +1,25 @@
-"""A tokenizer in the form of Llama-2's, its template's words, and texts that are hard to tokenise."""
+"""Tokenizers in the form of Llama-2's, the templates' words, and texts that are hard to tokenise."""
 
 import json
 import random
 from pathlib import Path
 
 from tokenizers import Tokenizer as FastTokenizer
-from tokenizers import decoders, models, normalizers
+from tokenizers import decoders, models, normalizers, processors
 
 VICUNA = (
     "A chat between a curious human and an artificial intelligence assistant. The assistant gives helpful, detailed, "
     "and polite answers to the human's questions. "
 )
+# template -> (what stands before the first turn, a question, an answer), as the models' pages have them.
+FORMS = {
+    "short": ("", "USER: {} ASSISTANT:", " {}</s>"),
+    "vicuna": (VICUNA, "USER: {} ASSISTANT:", " {}</s>"),
+    "llava_v1": (VICUNA.replace("human", "user"), "USER: {} ASSISTANT:", " {}</s>"),
+    "mistral": ("", "[INST] {} [/INST]", " {}</s>"),
+    "chatml": ("<|im_start|>system\nAnswer the questions.<|im_end|>",
+               "<|im_start|>user\n{}<|im_end|><|im_start|>assistant\n", "{}<|im_end|>"),
+}  # fmt: skip
 AWKWARD = [
     "plain words", "two  spaces", " leading", "trailing ", "   ", "line\nbreak", "\n\n", "\nleading newline",
     "tab\there", "naïve café", "日本語のテキスト", "😀 and 👩\u200d👩\u200d👧", "x=1;y=[2]", "A.B?C!", "''quoted''",
@@ -23,6 +32,18 @@ def random_text(rng: random.Random) -> str:
     """Characters of any kind, with spaces and line breaks among them; none that is `▁`."""
     kinds = [(32, 127), (32, 33), (10, 11), (0xA0, 0x17F), (0x400, 0x4FF), (0x4E00, 0x4E80), (0x1F600, 0x1F640)]
     return "".join(chr(rng.randrange(*rng.choice(kinds))) for _ in range(rng.randrange(1, 60)))
+
+
+def joint(form: tuple[str, str, str], turns: list, response: str, image: str) -> tuple[str, str]:
+    """(prompt, whole) of a conversation as one text with its control tokens spelled out, but for the first."""
+    text, question, answer = form
+    head = f"{image}\n" if image else ""
+    for number, (role, content) in enumerate(turns):
+        if role == "user":
+            text += question.format(f"{head if number == 0 else ''}{content}")
+        else:
+            text += answer.format(content)
+    return text, text + answer.format(response)
 
 
 def llama2_folder(folder: Path, chatml: bool = True) -> Path:
@@ -38,12 +59,17 @@ def llama2_folder(folder: Path, chatml: bool = True) -> Path:
         vocab.setdefault(chr(code), 31000 + code)
     taken = set(vocab.values())
     vocab |= {f"unused {i}": i for i in range(32000) if i not in taken}
-    fast = FastTokenizer(models.BPE(vocab=vocab, merges=[tuple(pair.split()) for pair in merges], unk_token="<unk>",
-                                    fuse_unk=True, byte_fallback=True))  # fmt: skip
+    return write_llama2(folder, vocab, [tuple(pair.split()) for pair in merges], chatml)
+
+
+def write_llama2(folder: Path, vocab: dict[str, int], merges: list[tuple[str, str]], chatml: bool = True) -> Path:
+    """Such a folder of any vocabulary."""
+    fast = FastTokenizer(models.BPE(vocab=vocab, merges=merges, unk_token="<unk>", fuse_unk=True, byte_fallback=True))
     fast.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])
     fast.decoder = decoders.Sequence([
         decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0),
     ])  # fmt: skip
+    fast.post_processor = processors.TemplateProcessing("<s> $A", "<s> $A <s>:1 $B:1", [("<s>", 1)])
     folder.mkdir()
     raw = json.loads(fast.to_str())
     raw["added_tokens"] = [
@@ -62,3 +88,11 @@ def llama2_folder(folder: Path, chatml: bool = True) -> Path:
     config = {"model_type": "llava", "image_token_index": 32000, "pad_token_id": 32001}
     (folder / "config.json").write_text(json.dumps(config))
     return folder
+
+
+def with_metaspace(folder: Path) -> None:
+    """`▁` goes before the beginning of the text alone, not after control tokens: as newer tokenizers have it."""
+    raw = json.loads((folder / "tokenizer.json").read_text())
+    raw["normalizer"] = None
+    raw["pre_tokenizer"] = {"type": "Metaspace", "replacement": "▁", "prepend_scheme": "first", "split": False}
+    (folder / "tokenizer.json").write_text(json.dumps(raw))

@@ -2,33 +2,14 @@
 
 import json
 import random
-from pathlib import Path
 
 import pytest
 from helpers import refused
-from llama_tokenizer import AWKWARD, VICUNA, llama2_folder, random_text
+from llama_tokenizer import AWKWARD, FORMS, joint, llama2_folder, random_text, with_metaspace
 
 from minialign import toyworld
 from minialign.chat import Tokenizer
 from minialign.checkpoint import TOY
-
-# template -> (what stands before the first turn, a question, an answer), as the models' pages have them.
-FORMS = {
-    "short": ("", "USER: {} ASSISTANT:", " {}</s>"),
-    "vicuna": (VICUNA, "USER: {} ASSISTANT:", " {}</s>"),
-    "llava_v1": (VICUNA.replace("human", "user"), "USER: {} ASSISTANT:", " {}</s>"),
-    "mistral": ("", "[INST] {} [/INST]", " {}</s>"),
-    "chatml": ("<|im_start|>system\nAnswer the questions.<|im_end|>",
-               "<|im_start|>user\n{}<|im_end|><|im_start|>assistant\n", "{}<|im_end|>"),
-}  # fmt: skip
-
-
-def with_metaspace(folder: Path) -> None:
-    """`▁` goes before the beginning of the text alone, not after control tokens: as newer tokenizers have it."""
-    raw = json.loads((folder / "tokenizer.json").read_text())
-    raw["normalizer"] = None
-    raw["pre_tokenizer"] = {"type": "Metaspace", "replacement": "▁", "prepend_scheme": "first", "split": False}
-    (folder / "tokenizer.json").write_text(json.dumps(raw))
 
 
 @pytest.fixture(scope="module", params=["toy", *FORMS, "chatml-metaspace", "vicuna-metaspace"])
@@ -45,22 +26,11 @@ def both(request, oracle, tmp_path_factory):
     return ours, lambda text: theirs(text, add_special_tokens=False).input_ids, form
 
 
-def joint(form: tuple[str, str, str], turns: list, response: str, image: bool) -> tuple[str, str]:
-    """(prompt, whole) of a conversation as one text with its control tokens spelled out, but for the first."""
-    text, question, answer = form
-    for number, (role, content) in enumerate(turns):
-        if role == "user":
-            text += question.format(f"{'<image>' + chr(10) if number == 0 and image else ''}{content}")
-        else:
-            text += answer.format(content)
-    return text, text + answer.format(response)
-
-
 def check(both, turns: list, response: str) -> None:
     """Prompt and response, separately encoded, are the joint text's ids."""
     ours, theirs, form = both
     for image in (True, False):
-        prompt, whole = joint(form, turns, response, image)
+        prompt, whole = joint(form, turns, response, "<image>" if image else "")
         ids = ours.prompt(turns, image)
         assert ids[0] == 1 and ids[1:] == theirs(prompt)
         assert ids[1:] + ours.response(response) == theirs(whole)
