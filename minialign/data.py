@@ -22,6 +22,7 @@ from minialign.records import FORMATS, LeftOut, Record, instruct_record
 
 TOY_RECORDS = 2000  # alignment records of the embedded world, unless --limit says otherwise
 CHECKED = 5000  # so many pairs are looked at before anything is spent, the paper's subsample; the others in their turn
+CHUNK = 2**24  # bytes of a file that are looked at together
 MEND = "mend it, or pass --skip-bad-records"
 
 
@@ -67,7 +68,7 @@ def open_file(path: str, flag: str, remedy: str) -> RecordFile:
                 return RecordFile(path, read_json(Path(path), f"give {flag} JSON, or JSON Lines", list), np.zeros(0))
             file.seek(0)
             starts, offset = [np.zeros(1, np.int64)], 0
-            while chunk := file.read(2**24):
+            while chunk := file.read(CHUNK):
                 starts.append(np.flatnonzero(np.frombuffer(chunk, np.uint8) == ord("\n")) + offset + 1)
                 offset += len(chunk)
     except FileNotFoundError:

@@ -67,13 +67,6 @@ def identity(raw: dict) -> str:
     return str(raw[name]) if type(raw[name]) is int else text_field(raw, name)
 
 
-def image_field(raw: dict) -> str:
-    """The picture's name; some records of LLaVA-Instruct's 665k mix are text alone."""
-    if "image" not in raw:
-        raise LeftOut("has no image")
-    return text_field(raw, "image")
-
-
 def role_of(turn: dict, name: str, number: int) -> str:
     """A turn's role; turns alternate and begin with the user."""
     role = ROLES.get(text_field(turn, name))
@@ -156,20 +149,22 @@ def pair_record(raw: dict) -> Record:
 
 def instruct_record(raw: dict) -> Record:
     """LLaVA-Instruct, 150k or the 665k mix: the last answer is y+, what stands before it the prompt; no y-."""
-    image, turns = image_field(raw), conversation(raw)
-    return Record(identity(raw), image, turns[:-1], turns[-1][1])
+    turns = conversation(raw)
+    if "image" not in raw:
+        raise LeftOut("text without an image, as in the 665k mix")
+    return Record(identity(raw), text_field(raw, "image"), turns[:-1], turns[-1][1])
 
 
 def povid_record(raw: dict) -> Record:
     """POVID: the talk with its last answer spoilt stands beside it."""
-    image, turns = image_field(raw), conversation(raw)
+    image, turns = text_field(raw, "image"), conversation(raw)
     rejected = conversation(raw, "rejected_conversations")[-1][1]
     return Record(identity(raw), image, turns[:-1], turns[-1][1], rejected)
 
 
 def llava_rlhf_record(raw: dict) -> Record:
     """LLaVA-RLHF: two outputs stand for the last answer, and `preference` says which of them is better, 1 or 2."""
-    image, turns = image_field(raw), conversation(raw)
+    image, turns = text_field(raw, "image"), conversation(raw)
     better = raw.get("preference")
     if type(better) is not int or better not in (1, 2):
         raise UserError(f"field 'preference' is {str(better)[:40]!r}, neither 1 nor 2")
@@ -180,7 +175,7 @@ def llava_rlhf_record(raw: dict) -> Record:
 def rlaif_v_record(raw: dict) -> Record:
     """RLAIF-V: question and both answers are columns."""
     question, chosen, rejected = (text_field(raw, name).strip() for name in ("question", "chosen", "rejected"))
-    return Record(identity(raw), image_field(raw), [("user", question)], chosen, rejected)
+    return Record(identity(raw), text_field(raw, "image"), [("user", question)], chosen, rejected)
 
 
 def rlhf_v_record(raw: dict) -> Record:

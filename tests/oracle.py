@@ -51,13 +51,17 @@ class Oracle:
         randomize(model, seed, 1.5)
         return model
 
-    def make_next(self, seed: int, family: str):
-        """A tiny LlavaNextForConditionalGeneration: `vicuna` has as many key as query heads, the others fewer."""
+    def make_next(self, seed: int, family: str, tokens: tuple[int, int] | None = None):
+        """A tiny LlavaNextForConditionalGeneration: `vicuna` has as many key as query heads, the others fewer.
+
+        `tokens`: size of the vocabulary and id of the image token, from the seed where a tokenizer need not fit.
+        """
         rng = random.Random(seed)
+        vocab, image = tokens or (rng.randrange(40, 90), rng.randrange(3, 30))
         torch.manual_seed(seed)
         heads, groups, kind = {"vicuna": (2, 1, "Llama"), "mistral": (4, 2, "Mistral"), "34b": (6, 3, "Llama")}[family]
         text = getattr(self.transformers, f"{kind}Config")(
-            vocab_size=rng.randrange(40, 90), hidden_size=heads * 6, intermediate_size=rng.randrange(20, 60),
+            vocab_size=vocab, hidden_size=heads * 6, intermediate_size=rng.randrange(20, 60),
             num_hidden_layers=2, num_attention_heads=heads, num_key_value_heads=heads // groups, head_dim=8,
             rope_parameters={"rope_type": "default", "rope_theta": {"vicuna": 1e4, "mistral": 1e6, "34b": 5e6}[family]},
             **({"sliding_window": None} if kind == "Mistral" else {}),
@@ -67,7 +71,7 @@ class Oracle:
             image_size=16, patch_size=4,
         )  # fmt: skip
         config = self.transformers.LlavaNextConfig(
-            text_config=text.to_dict(), vision_config=vision.to_dict(), image_token_index=rng.randrange(3, 30),
+            text_config=text.to_dict(), vision_config=vision.to_dict(), image_token_index=image,
             image_grid_pinpoints=[[16, 32], [32, 16], [32, 32], [48, 16], [16, 48]], tie_word_embeddings=False,
         )  # fmt: skip
         model = self.transformers.LlavaNextForConditionalGeneration(config).eval()

@@ -1,11 +1,11 @@
 """Photographs in every kind of file: read as transformers' `load_image` reads them, or refused by name."""
 
-import importlib.util
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from data_sets import photograph
 from helpers import refused
 from PIL import Image
 
@@ -14,13 +14,6 @@ from minialign.images import ImageProcessor, read_picture
 
 PHOTOGRAPHS = ["astronaut.png", "coffee.png", "chelsea.png", "rocket.jpg"]
 SHAPES = [(640, 427), (427, 640), (300, 300), (600, 150), (150, 600), (37, 41)]
-
-
-def photograph(name: str) -> Image.Image:
-    """One of scikit-image's own."""
-    folder = Path(importlib.util.find_spec("skimage").origin).parent / "data"
-    with Image.open(folder / name) as picture:
-        return picture.convert("RGB")
 
 
 def files(folder: Path, picture: Image.Image) -> dict[str, Path]:

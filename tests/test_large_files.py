@@ -1,0 +1,141 @@
+"""Files of many records: indexed and not parsed, sampled at random, read ahead by other processes."""
+
+import json
+import random
+from pathlib import Path
+
+import pytest
+from data_sets import RAW, expected
+from helpers import refused
+from input_files import instruct, lines, pair, pairs_in, records_in
+from script_runs import contents, read_lines, sample, train
+
+from minialign import data
+from minialign.data import open_file, open_pairs, usable_pairs
+from minialign.errors import UserError
+from minialign.loader import load_ahead
+from minialign.schedule import batches_of_epoch
+
+SEED = 1  # of the runs that meet a bad picture late
+
+
+@pytest.fixture
+def parsed(monkeypatch) -> list:
+    """What `data` has parsed as JSON so far."""
+    texts, real = [], json.loads
+    monkeypatch.setattr(data.json, "loads", lambda text: texts.append(text) or real(text))
+    return texts
+
+
+@pytest.mark.parametrize("end", ["", "\n"])
+@pytest.mark.parametrize("chunk", [7, 64, 2**24])
+def test_lines_are_found_by_their_offsets(tmp_path, monkeypatch, end, chunk):
+    """Lines of any length, however many bytes are looked at together."""
+    monkeypatch.setattr(data, "CHUNK", chunk)
+    rng, path = random.Random(chunk), tmp_path / "data.jsonl"
+    texts = [json.dumps({"n": i, "text": "é\u2028" * rng.randrange(60)}, ensure_ascii=False) for i in range(50)]
+    path.write_text("\n".join(texts) + end)
+    file = open_file(str(path), "--data", "")
+    assert len(file) == 50 and [file[i] for i in range(50)] == [json.loads(text) for text in texts]
+    assert file.place(7) == f"{path}, line 8"
+
+
+def test_a_large_file_is_not_parsed(tmp_path, parsed):
+    """Of 20,000 lines, those are parsed that are asked for, and the first for its format."""
+    path = tmp_path / "pairs.jsonl"
+    path.write_bytes(lines(*(pair(i) for i in range(20_000))))
+    pairs = open_pairs(str(path), None)
+    assert len(pairs.numbers) == 20_000 and len(parsed) == 1
+    assert len(usable_pairs(pairs, lambda record: None, 100, 0, False).numbers) == 100 and len(parsed) == 101
+    assert len(usable_pairs(pairs, lambda record: None, None, 0, False).numbers) == 20_000
+    assert len(parsed) == 101 + data.CHECKED
+    assert len(records_in(path, 10)) == 10 and len(parsed) == 101 + data.CHECKED + 11
+
+
+def test_limit_is_a_fair_subset(tmp_path):
+    """Drawn from the whole file, by the seed alone, in the file's order; the larger holds the smaller."""
+    path = tmp_path / "data.jsonl"
+    path.write_bytes(lines(*(instruct(i, id=str(i)) for i in range(400))))
+    drawn = {}
+    for seed in (0, 1):
+        for limit in (40, 80):
+            records = data.read_records(str(path), None, limit, seed)
+            numbers = [int(record.id) for record in records]
+            assert numbers == sorted(numbers) and len(set(numbers)) == limit
+            assert records == data.read_records(str(path), None, limit, seed)
+            drawn[seed, limit] = set(numbers)
+        assert drawn[seed, 40] < drawn[seed, 80]
+    assert len(drawn[0, 40] & drawn[1, 40]) < 12  # 4 are to be expected
+    assert all(max(each) > 350 and min(each) < 50 for each in drawn.values())
+    many = [number for seed in range(200) for number in data.order_of(400, seed)[:40]]
+    counts = [sum(low <= number < low + 100 for number in many) for low in range(0, 400, 100)]
+    assert all(abs(count - 2000) < 150 for count in counts)  # each quarter alike: 4 standard deviations
+
+
+def test_a_limit_counts_what_can_be_used(tmp_path):
+    """Ties and texts without an image are left out before the limit is reached."""
+    path = tmp_path / "data.jsonl"
+    path.write_bytes(lines(*(RAW["vlfeedback"] * 10)))
+    assert len(pairs_in(path, 20)) == 20 and {r.rejected for r in pairs_in(path, 20)} == {expected("povid")[0].rejected}
+    assert len(pairs_in(path, 25)) == 20
+
+
+# ---------------------------------------------------------------- other processes, and what they meet late
+
+
+def test_workers_change_nothing(model, pairs, tmp_path):
+    """The same pairs, weights and metrics with 0, 1 and 2 processes."""
+    runs = []
+    for workers in (0, 1, 2):
+        out = tmp_path / str(workers)
+        sample(model, out / "pairs.jsonl", workers=workers)
+        train(model, out / "run", pairs=pairs, workers=workers, accumulate=2)
+        kept = contents(out)
+        runs.append({name: kept[name] for name in kept if name.endswith(("tensors", "metrics.jsonl", "pairs.jsonl"))})
+    assert runs[0] == runs[1] == runs[2] and len(runs[0]) == 5
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_a_bad_line_is_met_in_its_turn(workers):
+    def load(item: int) -> int:
+        if item == 5:
+            raise UserError("the fifth")
+        return item * item
+
+    seen = []
+    refused(lambda: [seen.append(value) for value in load_ahead(range(9), load, workers)], "the fifth")
+    assert seen == [0, 1, 4, 9, 16]
+
+
+@pytest.fixture
+def late(tmp_path, pictures, monkeypatch) -> Path:
+    """12 pairs of which the first 4 are looked at before the run; the picture of the tenth is cut off."""
+    monkeypatch.setattr(data, "CHECKED", 4)
+    assert 9 not in sum(batches_of_epoch(range(12), 2, SEED, 0)[:3], [])  # steps come before it
+    path = tmp_path / "pairs.jsonl"
+    path.write_bytes(lines(*(pair(i, images=["truncated.png" if i == 9 else "good.png"]) for i in range(12))))
+    return path
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_a_bad_picture_that_is_met_late(model, tmp_path, pictures, late, workers):
+    """The run ends with its line, and goes on when the picture is mended, as if nothing had been."""
+    flags = {"pairs": str(late), "images": str(pictures), "workers": workers, "batch_size": 2, "seed": SEED}
+    refused(lambda: train(model, tmp_path / "out", **flags), f"{late}, line 10: ", "truncated.png", "mend it")
+    steps = len(read_lines(tmp_path / "out" / "metrics.jsonl"))
+    assert 3 <= steps < 6 and not (tmp_path / "out" / "result.json").exists()
+    (pictures / "truncated.png").write_bytes((pictures / "good.png").read_bytes())
+    train(model, tmp_path / "out", resume=True, **flags)
+    train(model, tmp_path / "whole", **flags)
+    both = [contents(tmp_path / name) for name in ("out", "whole")]
+    assert [each.pop("config.json") for each in both] and both[0] == both[1]  # that one names its folder
+
+
+def test_a_bad_picture_that_is_left_out_late(model, tmp_path, pictures, late, capsys):
+    flags = {"pairs": str(late), "images": str(pictures), "batch_size": 2, "skip_bad_records": True, "workers": 0}
+    rows = train(model, tmp_path / "out", **flags)
+    assert sorted(row["pairs"] for row in rows) == [1, 2, 2, 2, 2, 2]
+    shown = capsys.readouterr()
+    assert f"1 pairs left out on the way, the first: {late}, line 10" in shown.out + shown.err
+    said = "no pair of this step is usable"
+    refused(lambda: train(model, tmp_path / "single", **flags | {"batch_size": 1}), said, f"{late}, line 10")

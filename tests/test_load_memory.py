@@ -1,0 +1,68 @@
+"""Weights are streamed: the memory that loading takes stays below the model's size plus one shard."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import save_file
+
+from minialign.checkpoint import HUB_NAMES, rename
+from minialign.config import read_config
+from minialign.llava import Llava
+
+CONFIG = {
+    "model_type": "llava", "image_token_index": 32000,
+    "vision_config": {"hidden_size": 256, "intermediate_size": 512, "num_hidden_layers": 4, "num_attention_heads": 4,
+                      "image_size": 56, "patch_size": 14},
+    "text_config": {"model_type": "llama", "vocab_size": 32064, "hidden_size": 1536, "intermediate_size": 4096,
+                    "num_hidden_layers": 14, "num_attention_heads": 12},
+}  # fmt: skip
+# Loads the toy model first, so that what the libraries themselves take is there, then measures (Linux).
+MEASURE = """
+import sys, torch
+from pathlib import Path
+from minialign.checkpoint import TOY, load_model
+def memory(name):
+    return next(int(line.split()[1]) * 1024 for line in open("/proc/self/status") if line.startswith(name))
+load_model(TOY, dtype=torch.bfloat16)
+before = memory("VmRSS")
+model = load_model(Path(sys.argv[1]), dtype=getattr(torch, sys.argv[2]))
+print(memory("VmHWM") - before, sum(p.numel() * p.element_size() for p in model.parameters()))
+"""
+
+
+@pytest.fixture(scope="module")
+def gigabyte(tmp_path_factory) -> Path:
+    """A random checkpoint of 1.0 GB in float16, in shards of some 200 MB."""
+    folder = tmp_path_factory.mktemp("gigabyte")
+    (folder / "config.json").write_text(json.dumps(CONFIG))
+    with torch.device("meta"):
+        shapes = {rename(name, HUB_NAMES): p.shape for name, p in Llava(read_config(folder)).state_dict().items()}
+    shards: list[dict] = [{}]
+    for key, shape in shapes.items():
+        if sum(t.numel() * 2 for t in shards[-1].values()) > 2e8:
+            shards.append({})
+        shards[-1][key] = torch.randint(-(2**15), 2**15 - 1, shape, dtype=torch.int16).view(torch.float16)
+    names = {}
+    for number, shard in enumerate(shards):
+        file = f"model-{number + 1:05d}-of-{len(shards):05d}.safetensors"
+        save_file(shard, folder / file)
+        names |= dict.fromkeys(shard, file)
+    (folder / "model.safetensors.index.json").write_text(json.dumps({"metadata": {}, "weight_map": names}))
+    return folder
+
+
+@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="peak memory is read from /proc")
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
+def test_memory_of_loading(gigabyte, dtype):
+    done = subprocess.run(
+        [sys.executable, "-c", MEASURE, str(gigabyte), dtype], capture_output=True, text=True, check=True
+    )
+    peak, model = map(int, done.stdout.split())
+    sizes = [file.stat().st_size for file in gigabyte.glob("*.safetensors")]
+    print(f"{dtype}: model {model / 1e6:.0f} MB, largest shard {max(sizes) / 1e6:.0f} MB, peak {peak / 1e6:.0f} MB")
+    assert sum(sizes) > 0.99e9 and model >= sum(sizes) * 0.99
+    assert peak < model + max(sizes)
