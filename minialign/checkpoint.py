@@ -110,15 +110,15 @@ def opened(file: Path):
         raise UserError(f"{file}: not a whole safetensors file ({error}); download or save it again") from None
 
 
-def read_tensors(file: Path, device: str = "cpu", dtype: torch.dtype | None = None):
-    """Yield (key, tensor) one tensor at a time, moved to `device` and `dtype` on the way."""
+def read_tensors(file: Path, device: str = "cpu"):
+    """Yield (key, tensor) one tensor at a time, moved to `device` on the way."""
     with opened(file) as tensors:
         for key in tensors.keys():  # noqa: SIM118 (safe_open is no dict)
-            yield key, tensors.get_tensor(key).to(device, dtype)
+            yield key, tensors.get_tensor(key).to(device)
 
 
 def load_model(folder: Path, device: str = "cpu", dtype: torch.dtype = torch.float32) -> Llava:
-    """Read a LLaVA folder onto `device` in `dtype`, in eval mode.
+    """Read a LLaVA folder onto `device` in `dtype`, in eval mode; the projector, which is trained, in float32 at least.
 
     A missing, unexpected or wrongly shaped tensor is a `UserError` that names the keys.
     """
@@ -128,9 +128,11 @@ def load_model(folder: Path, device: str = "cpu", dtype: torch.dtype = torch.flo
     wanted = model.state_dict()
     state: dict[str, Tensor] = {}
     for file in weight_files(folder):
-        for key, tensor in read_tensors(file, device, dtype):
+        for key, tensor in read_tensors(file, device):
+            name = rename(key, NAMES)
             if not IGNORED.search(key):
-                state[rename(key, NAMES)] = tensor
+                precise = name.startswith("multi_modal_projector.") and dtype.itemsize < 4
+                state[name] = tensor.to(torch.float32 if precise else dtype)
     embedding = state.get("language_model.embed_tokens.weight")
     if config.text.tie_word_embeddings and embedding is not None:
         state.setdefault("lm_head.weight", embedding)

@@ -32,7 +32,7 @@ class Projector(nn.Module):
         self.linear_2 = nn.Linear(text_size, text_size)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.linear_2(F.gelu(self.linear_1(x)))
+        return self.linear_2(F.gelu(self.linear_1(x.to(self.linear_1.weight.dtype))))
 
 
 class Llava(nn.Module):

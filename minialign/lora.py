@@ -57,10 +57,10 @@ class TrainableCopy(nn.Module):
 
     def __init__(self, base: nn.Module):
         super().__init__()
-        self.base, self.copy, self.enabled = base, copy.deepcopy(base).float(), True
+        self.base, self.copy, self.enabled = base.float(), copy.deepcopy(base).float(), True
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.copy(x.float()).to(x.dtype) if self.enabled else self.base(x)
+        return self.copy(x) if self.enabled else self.base(x)
 
     def keep_reference(self) -> None:
         """From now on the reference has the copy as it is."""

@@ -1,8 +1,10 @@
 """Weights are streamed: the memory that loading takes stays below the model's size plus one shard."""
 
 import json
+import shutil
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -35,7 +37,7 @@ print(memory("VmHWM") - before, sum(p.numel() * p.element_size() for p in model.
 
 
 @pytest.fixture(scope="module")
-def gigabyte(tmp_path_factory) -> Path:
+def gigabyte(tmp_path_factory) -> Iterator[Path]:
     """A random checkpoint of 1.0 GB in float16, in shards of some 200 MB."""
     folder = tmp_path_factory.mktemp("gigabyte")
     (folder / "config.json").write_text(json.dumps(CONFIG))
@@ -52,7 +54,8 @@ def gigabyte(tmp_path_factory) -> Path:
         save_file(shard, folder / file)
         names |= dict.fromkeys(shard, file)
     (folder / "model.safetensors.index.json").write_text(json.dumps({"metadata": {}, "weight_map": names}))
-    return folder
+    yield folder
+    shutil.rmtree(folder)
 
 
 @pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="peak memory is read from /proc")
