@@ -3,8 +3,11 @@
 import json
 import math
 import random
+import re
+from dataclasses import replace
 
 import pytest
+from data_sets import RAW, expected
 from helpers import toy_processor, toy_tokenizer
 from input_files import MESSAGE, array, instruct, lines, pair, pairs_in, records_in
 
@@ -89,3 +92,30 @@ def test_damaged_records(tmp_path, seed):
         json.dumps(record.id + record.image).encode("utf-8")
     path.write_bytes(array(*neighbours))
     assert [records[0], records[-1]] == records_in(path)
+
+
+@pytest.mark.parametrize("form", RAW)
+@pytest.mark.parametrize("seed", range(40))
+def test_damaged_records_of_every_data_set(tmp_path, form, seed):
+    """Between two good records: refused with its place, left out, or read; the neighbours stay what they are."""
+    rng, path, good = random.Random(f"{form}-{seed}"), tmp_path / "data", RAW[form][:2]
+    middle = damage(good[seed % 2], rng)
+    as_lines = [json.dumps(good[0]), json.dumps(middle), json.dumps(good[1])]
+    if seed % 4 == 0:
+        as_lines[1] = damage_text(as_lines[1], rng)
+    path.write_bytes(lines(*as_lines) if seed % 4 == 0 or seed % 3 else array(good[0], middle, good[1]))
+    read = records_in if form == "instruct" else pairs_in
+    try:
+        records = read(path)
+    except UserError as error:
+        assert re.search(f"{re.escape(str(path))}, (line|record) 2: ", str(error)) and "\n" not in str(error)
+        records = read(path, skip_bad=True)
+        assert len(records) == 2
+    wanted = expected(form)
+    if form == "pairs":  # of which the second is named by its line
+        wanted[1] = replace(wanted[1], id="3")
+    assert [wanted[0], wanted[1]] == [records[0], replace(records[-1], id=wanted[1].id)]
+    for record in records[1:-1]:
+        toy_tokenizer().prompt(record.turns)
+        assert record.id.strip() and record.chosen.strip() and all(text.strip() for _, text in record.turns)
+        json.dumps(record.id + record.image + record.rejected).encode("utf-8")
