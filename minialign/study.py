@@ -21,8 +21,8 @@ from tqdm import tqdm
 from minialign.checkpoint import TOY, fingerprint
 from minialign.cli import parse_config, require, run_main
 from minialign.errors import UserError
-from minialign.evaluate import Counts, bootstrap, interval, print_table
 from minialign.files import read_json, write_json
+from minialign.metrics import Counts, bootstrap, interval, print_table
 
 SCRIPTS = Path(__file__).resolve().parent.parent
 # name -> (flags of sample_bdhs.py, flags of train_dpo.py)

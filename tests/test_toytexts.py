@@ -8,7 +8,8 @@ import pytest
 
 from minialign import toyworld
 from minialign.data import instruct_record
-from minialign.evaluate import MENTION, count_description, pope_verdict
+from minialign.pope import pope_verdict
+from minialign.toybench import MENTION, count_description
 from minialign.toydraw import COLOURS, OBJECTS, SETTINGS
 from minialign.toypretrain import talks
 from minialign.toyworld import (
