@@ -15,6 +15,7 @@ script reads; when it was killed, the same command goes on.
 """
 
 import json
+import os
 import sys
 from contextlib import redirect_stdout
 from dataclasses import asdict, dataclass, fields
@@ -39,7 +40,8 @@ from minialign.toybench import ToyBenchmark
 ALL = ("model", "adapter", "template", "benchmark", "batch_size", "device", "json")
 NEEDED = {"toy": (), "pope": ("data", "images"), "chair": ("data", "images", "captions", "synonyms"),
           "llava-bench": ("data", "images"), "mmhal": ("data", "images")}  # fmt: skip
-ON_FILES = {"batch_size": 8, "limit": None, "workers": 4, "max_new_tokens": 512, "skip_bad_records": False}
+ON_FILES = {"batch_size": 8, "limit": None, "workers": min(4, os.cpu_count() or 1), "max_new_tokens": 512,
+            "skip_bad_records": False}  # fmt: skip
 DEFAULTS = {
     "toy": {"images": "500", "split": "test", "batch_size": 50},
     "pope": ON_FILES | {"max_new_tokens": 16, "out": "runs/eval-pope"},
@@ -69,7 +71,7 @@ class Config:
     split: Literal["test", "validation"] | None = None  # toy (test): choices are made on validation, test comes last
     max_new_tokens: int | None = None  # limit of an answer (pope: 16, else 512)
     batch_size: int | None = None  # pictures whose questions are answered together (toy: 50, else 8)
-    workers: int | None = None  # processes that decode pictures ahead (4; model toy: 0)
+    workers: int | None = None  # processes that decode pictures ahead (4 at most; model toy: 0)
     skip_bad_records: bool = False  # leave out and count bad records and pictures instead of stopping
     device: str = "cpu"  # torch device
     json: bool = False  # print one JSON object instead of the table
@@ -161,7 +163,7 @@ def evaluate_files(config: Config) -> dict:
     if not counts:
         raise UserError(f"--images {config.images}: no picture could be read; is it the right folder?")
     result = {"questions": len(questions), "answered": sum(question.id in found for question in questions)}
-    result |= with_intervals([counts], benchmark.figures) | {"file": str(write_answers(config, benchmark, found))}
+    result |= with_intervals([counts], benchmark.figures) | {"file": write_answers(config, benchmark, found).name}
     write_json(out / "result.json", result)
     return result
 
@@ -190,7 +192,8 @@ def main() -> None:
         return
     print_table({config.split or config.benchmark: {k: v for k, v in result.items() if isinstance(v, dict)}})
     if config.benchmark != "toy":
-        print(f"{result['answered']} of {result['questions']} questions answered; the answers: {result['file']}")
+        file = Path(config.out) / result["file"]
+        print(f"{result['answered']} of {result['questions']} questions answered; the answers: {file}")
 
 
 if __name__ == "__main__":
