@@ -159,9 +159,10 @@ def ask(asking: Asking, groups: dict[str, list[Question]], out: Path, images: st
         while part := list(islice(ahead, batch_size)):
             places = ((f"question {groups[image][0].id}", (image, *rest)) for image, *rest in part)
             batch = collect(places, opened, None, skip_bad)
-            lines = answer_batch(asking, batch, [groups[image] for image, _, _ in batch]) if batch else []
-            append_lines(out / "answers.jsonl", lines)
-            found |= {line["id"]: line["answer"] for line in lines}
+            if batch:
+                lines = answer_batch(asking, batch, [groups[image] for image, _, _ in batch])
+                append_lines(out / "answers.jsonl", lines)
+                found |= {line["id"]: line["answer"] for line in lines}
             bar.update(sum(len(groups[image]) for image, _, _ in part))
     return found
 
