@@ -20,7 +20,7 @@ from benchmark_files import (
 )
 from helpers import plain_greedy, random_toy, toy_model, toy_processor, toy_tokenizer
 
-from minialign import evaluate, toyworld
+from minialign import benchmarks, evaluate, toyworld
 from minialign.images import open_image
 from minialign.metrics import with_intervals
 from minialign.toybench import ToyBenchmark
@@ -167,6 +167,28 @@ def test_the_table_says_how_many(model, tmp_path, images, capsys, monkeypatch):
     assert shown.out.splitlines()[-1] == f"9 of 12 questions answered; the answers: {tmp_path / 'out'}/answers.jsonl"
     assert "1 bad records skipped, the first: question q.json:2: image" in shown.err
     assert len(saved(tmp_path / "out")) == 9
+
+
+def test_white_space_around_an_answer_is_not_saved(model, tmp_path, images, monkeypatch):
+    """LLaVA's own scripts drop it too; to POPE's reading a line break before `No` would make it a yes."""
+    monkeypatch.setattr(benchmarks, "answers", lambda *parts: [["\n No. "] * len(row) for row in parts[4]])
+    result = run("--model", model, "--benchmark", "pope", "--data", pope_photographs(tmp_path / "q.json"),
+                 "--images", images, "--out", tmp_path / "out")  # fmt: skip
+    assert {line["answer"] for line in saved(tmp_path / "out")} == {"No."} and result["pope_yes"]["value"] == 0
+
+
+@pytest.mark.parametrize(("kind", "filled"), [
+    ("pope", {"max_new_tokens": 16, "limit": None, "out": "runs/eval-pope", "batch_size": 8, "workers": 0}),
+    ("chair", {"max_new_tokens": 512, "limit": 500, "out": "runs/eval-chair", "seed": 0,
+               "question": "Please describe this image in detail."}),
+    ("llava-bench", {"max_new_tokens": 512, "limit": None, "out": "runs/eval-llava-bench", "seed": None}),
+    ("mmhal", {"max_new_tokens": 512, "limit": None, "out": "runs/eval-mmhal"}),
+    ("toy", {"images": "500", "split": "test", "batch_size": 50, "out": None, "workers": None}),
+])  # fmt: skip
+def test_what_stands_for_flags_that_are_not_given(tmp_path, kind, filled):
+    needed = dict.fromkeys(evaluate.NEEDED[kind], str(tmp_path))
+    config = evaluate.completed(evaluate.Config(benchmark=kind, **needed))
+    assert {name: getattr(config, name) for name in filled} == filled
 
 
 def test_no_figures_of_the_embedded_world_are_changed():

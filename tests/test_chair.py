@@ -7,7 +7,7 @@ from benchmark_files import captions, coco
 from coco_words import DOUBLE, LINES, PLURALS
 
 from minialign.benchmarks import by_image, counts_per_image
-from minialign.chair import count_caption, read_chair, read_synonyms
+from minialign.chair import ObjectWords, count_caption, read_chair, read_synonyms
 from minialign.metrics import with_intervals
 
 
@@ -92,6 +92,11 @@ def plural(word: str) -> str:
 @pytest.mark.parametrize(("name", "objects"), DOUBLE.items())
 def test_words_that_are_something_else_together(words, name, objects):
     assert words.objects(f"There is a {name} here.") == objects
+
+
+def test_the_longest_name_goes_first():
+    kitchen = ObjectWords.of([["oven", "stove top oven"], ["hob", "stove top"], ["top"]])
+    assert kitchen.objects("stove top ovens, stove tops, tops, a stove") == ["oven", "hob", "top"]
 
 
 THREE = {1: "a.jpg", 2: "b.jpg", 3: "c.jpg"}
