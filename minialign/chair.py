@@ -56,11 +56,9 @@ class ObjectWords:
         return ObjectWords(canonical, joined, known, max(len(name.split()) for name in joined))
 
     def singular(self, word: str) -> str:
-        """The word of a name that this is the plural of; any other word stays as it is.
-
-        Differs from the official code, which makes the singular of every word with pattern.en, right or not: a word
-        that no name has changes nothing, so the names say which singular is meant (collies: collie; ponies: pony).
-        """
+        """The word of a name that this is the plural of; any other word stays as it is."""
+        # Differs from the official code, which makes the singular of every word with pattern.en, right or not. Words
+        # that no name has change nothing, so the names say which singular is meant (collies: collie; ponies: pony).
         if word in self.known:
             return word
         forms = [word[: -len(end)] + put for end, put in ENDINGS if word.endswith(end)]

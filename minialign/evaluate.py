@@ -87,7 +87,7 @@ def completed(config: Config) -> Config:
             others = [name for name in NEEDED if field.name in (*NEEDED[name], *DEFAULTS[name])]
             require(field.name in taken, f"{flag}: not for --benchmark {kind}, only for {', '.join(others)}; drop it")
         elif field.name in NEEDED[kind]:
-            raise UserError(f"{flag} is missing; --benchmark {kind} needs {field_help(kind)}")
+            raise UserError(f"{flag} is missing; --benchmark {kind} needs --{' --'.join(NEEDED[kind])}")
     config = fill(config, defaults | ({"workers": 0} if config.model == "toy" and kind != "toy" else {}))
     for name, least in (("batch_size", 1), ("limit", 1), ("max_new_tokens", 1), ("workers", 0)):
         value = getattr(config, name)
@@ -102,11 +102,6 @@ def completed(config: Config) -> Config:
         require(Path(config.images).is_dir(), f"--images {config.images}: no such folder; name that of the pictures")
         require(not Path(config.out).is_file(), f"--out {config.out}: is a file; name a folder")
     return config
-
-
-def field_help(kind: str) -> str:
-    """The flags that a benchmark needs, as they are typed."""
-    return " and ".join(f"--{name}" for name in NEEDED[kind])
 
 
 def loaded(config: Config, folder: Path) -> tuple:

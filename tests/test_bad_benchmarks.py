@@ -160,7 +160,7 @@ def test_bad_coco_files(model, tmp_path, ends, changes, words):
 
 
 BAD_FLAGS = [
-    (["--benchmark", "pope"], "--data is missing; --benchmark pope needs --data and --images"),
+    (["--benchmark", "pope"], "--data is missing; --benchmark pope needs --data --images"),
     (["--benchmark", "pope", "--data", "q.json"], "--images is missing"),
     (["--benchmark", "chair", "--data", "q", "--images", ".", "--captions", "c"], "--synonyms is missing"),
     (["--benchmark", "mmhal", "--images", "."], "--data is missing"),
