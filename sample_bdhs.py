@@ -27,17 +27,18 @@ from minialign.checkpoint import fingerprint, load_model, resolve_model
 from minialign.cli import fill, parse_config, require, require_device, require_temperature, run_main
 from minialign.data import MEND, collect, read_records
 from minialign.errors import UserError
-from minialign.files import append_lines, read_json, read_lines, write_json
+from minialign.files import append_lines, read_lines, write_json
 from minialign.generate import Sampling
 from minialign.images import ImageProcessor, open_image
 from minialign.loader import load_ahead
 from minialign.records import BDHS_FIELDS, FormatName, Record, pair_record, preference_fields
+from minialign.resume import require_same_settings
 from minialign.similarity import load_similarity
 
 # What stands for a flag that is not given: the paper's value, or the toy model's, chosen on validation.
 PAPER = {"rho_th": 0.99, "workers": 4}
 TOY = {"rho_th": 0.7, "workers": 0}
-ANY = ("out", "limit", "batch_size", "skip_bad_records", "workers")  # a continued run may change these
+MAY_CHANGE = ("out", "limit", "batch_size", "skip_bad_records", "workers")  # when a run is continued
 
 
 @dataclass(frozen=True)
@@ -93,11 +94,8 @@ def pairs_of_earlier_run(out: Path, settings: dict) -> list[dict]:
     """What an earlier run of the same settings left in the pairs file; any other file is left alone."""
     if not out.exists() or out.stat().st_size == 0:
         return []
-    settings_file, remedy = beside(out, "config"), f"give another --out, or remove {out}"
-    before = read_json(settings_file, f"so {out} is not known to be a pairs file of these settings; {remedy}")
-    changed = [name for name, value in settings.items() if name not in ANY and before.get(name) != value]
-    if changed:
-        raise UserError(f"--out {out}: holds pairs of another {', '.join(changed)} (see {settings_file}); {remedy}")
+    remedy = f"give another --out, or remove {out}"
+    require_same_settings(beside(out, "config"), settings, MAY_CHANGE, remedy)
     pairs = read_lines(out, remedy)
     collect(((f"{out}, line {number}", pair) for number, pair in enumerate(pairs, start=1)), sampled_pair, None, False)
     return pairs

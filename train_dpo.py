@@ -32,21 +32,23 @@ from minialign.collate import PairBatch, PairCollator, StepLoader
 from minialign.config import read_config
 from minialign.data import open_pairs, usable_pairs
 from minialign.errors import UserError
-from minialign.evaluate import ToyBenchmark, print_table, with_intervals
 from minialign.files import append_lines, write_json
 from minialign.images import ImageProcessor
 from minialign.llava import Llava
 from minialign.loader import load_ahead
 from minialign.losses import LOSSES, branch_logps, log_ratio_difference, pair_metrics
+from minialign.metrics import print_table, with_intervals
 from minialign.records import FormatName
 from minialign.report import write_report
 from minialign.schedule import batches_of_epoch, learning_rate
+from minialign.toybench import ToyBenchmark
 
 # What stands for a flag that is not given: the paper's value (App. A), or the toy model's, chosen on validation.
 PAPER = {"beta": 0.1, "lr": 5e-7, "projector_lr": 2e-6, "lora_rank": 128, "lora_alpha": 256.0, "epochs": 3,
          "workers": 4}  # fmt: skip
 TOY = {"beta": 0.1, "lr": 2e-4, "projector_lr": 3e-5, "lora_rank": 64, "lora_alpha": 128.0, "epochs": 1,
        "workers": 0}  # fmt: skip
+MAY_CHANGE = ("resume", "out", "workers", "skip_bad_records")  # when a run is resumed
 SHOWN = ("loss", "rewards/accuracies", "rewards/margins", "logps/chosen")  # in the progress bar
 
 
@@ -198,7 +200,7 @@ def main(config: Config) -> None:
         raw = lora.read_adapter_config(Path(config.adapter))
         config = replace(config, lora_rank=raw["r"], lora_alpha=raw["lora_alpha"])
     if config.resume:
-        resume.require_same_settings(out / "config.json", asdict(config))
+        resume.require_same_settings(out / "config.json", asdict(config), MAY_CHANGE, "leave --resume out")
     pairs = Path(config.pairs) if config.pairs else sample_pairs(config, out)
     records = open_pairs(str(pairs), config.format)
     tokenizer, processor = Tokenizer.from_folder(folder, config.template), ImageProcessor.from_folder(folder)

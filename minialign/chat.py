@@ -12,6 +12,7 @@ import secrets
 from dataclasses import astuple, dataclass
 from functools import cached_property
 from pathlib import Path
+from typing import Literal
 
 import torch
 from tokenizers import AddedToken
@@ -210,6 +211,7 @@ class Config:
     max_new_tokens: int = 256  # limit of the answer
     seed: int = 0  # mask and sampling follow from it
     device: str = "cpu"  # torch device
+    dtype: Literal["float32", "bfloat16"] = "float32"  # of the weights
     json: bool = False  # print one JSON object
 
 
@@ -233,7 +235,8 @@ def main() -> None:
     require(config.response is None or config.response.strip() != "", "--response is empty; give the answer to score")
     folder = resolve_model(config.model)
     processor, picture = ImageProcessor.from_folder(folder), picture_for(config)
-    model, tokenizer = load_model(folder, config.device), Tokenizer.from_folder(folder, config.template)
+    model = load_model(folder, config.device, getattr(torch, config.dtype))
+    tokenizer = Tokenizer.from_folder(folder, config.template)
     if config.adapter is not None:
         load_adapter(model, Path(config.adapter))
     patches, packing = processor.layout(picture)

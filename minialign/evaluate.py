@@ -1,211 +1,56 @@
-"""Benchmarks. `--benchmark toy` counts hallucinations in the embedded world against exact ground truth.
+"""Benchmarks: the embedded world's, POPE, CHAIR on COCO, and answers for the judges of LLaVA-Bench and MMHal-Bench.
+
+    python -m minialign.evaluate                                  # the embedded world: hallucinations, POPE
+    python -m minialign.evaluate --model DIR --benchmark pope --data DIR_OR_FILE --images DIR
+    python -m minialign.evaluate --model DIR --benchmark chair --data instances_val2014.json \\
+        --captions captions_val2014.json --synonyms synonyms.txt --images DIR
+    python -m minialign.evaluate --model DIR --benchmark llava-bench --data questions.jsonl --images DIR
+    python -m minialign.evaluate --model DIR --benchmark mmhal --data response_template.json --images DIR
 
 CHAIR_i: share of mentioned objects that are not there; CHAIR_s: share of descriptions with at least one;
-recall: share of the objects that are mentioned; POPE: yes/no questions about three objects that are there and
-three that are not: random, popular (frequent in the training split) or adversarial (typical of the setting; where
-fewer than three of its four objects are missing, others fill up).
-Every figure has a bootstrap 95 % interval over images.
+recall: share of the objects that are mentioned; POPE: yes/no questions about objects that are there and
+objects that are not (random, popular, adversarial). Every figure has a bootstrap 95 % interval over images.
+Decoding is greedy. A run on files leaves config.json, answers.jsonl and result.json in --out, and what a judge's
+script reads; when it was killed, the same command goes on.
 """
 
 import json
-import random
-import re
-from collections import Counter
-from dataclasses import dataclass
-from functools import cache
+import sys
+from contextlib import redirect_stdout
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Literal
 
-import numpy as np
 import torch
-from tqdm import tqdm
 
-from minialign import toyworld
+from minialign import benchmarks, judged
+from minialign.benchmarks import Asking, Benchmark
+from minialign.chair import read_chair
 from minialign.chat import Tokenizer
-from minialign.checkpoint import load_model, resolve_model
-from minialign.cli import parse_config, require, require_device, run_main
-from minialign.generate import Sampling, generate
+from minialign.checkpoint import fingerprint, load_model, resolve_model
+from minialign.cli import fill, parse_config, require, require_device, require_seed, run_main
+from minialign.errors import UserError
+from minialign.files import write_json
 from minialign.images import ImageProcessor
-from minialign.llava import Llava
-from minialign.lora import load_adapter
-from minialign.masks import Branch, Sequence
-from minialign.toydraw import COLOURS, OBJECTS, SETTINGS
+from minialign.lora import load_adapter, read_adapter_config
+from minialign.metrics import print_table, with_intervals
+from minialign.pope import read_pope
+from minialign.toybench import ToyBenchmark
 
-SETTINGS_OF_POPE = ("random", "popular", "adversarial")
-MENTION = re.compile(rf"\b({'|'.join(OBJECTS)})\b(?: is ({'|'.join(COLOURS)})\b)?")
-POSITION = re.compile(rf"\b({'|'.join(toyworld.POSITIONS.values())})\b")
-Counts = dict[str, float]
-
-
-@cache
-def popular_objects() -> tuple[str, ...]:
-    """The objects in order of their frequency in the first 2,000 training scenes."""
-    counts = Counter(name for i in range(2000) for name in toyworld.make_scene("train", i).objects)
-    return tuple(name for name, _ in counts.most_common())
-
-
-def pope_verdict(answer: str) -> bool:
-    """POPE's reading of an answer: in its first sentence, without commas, the word No, no or not means no."""
-    words = answer.split(".")[0].replace(",", "").split(" ")
-    return not any(word in ("No", "no", "not") for word in words)
-
-
-def pope_questions(scene: toyworld.Scene) -> dict[str, list[str]]:
-    """Up to three present objects, and as many absent ones for each of POPE's three settings."""
-    rng = random.Random(scene.seed + 3)
-    absent = [o for o in OBJECTS if o not in scene.objects]
-    typical = [o for o in absent if o in SETTINGS[scene.setting]]
-    others = [o for o in absent if o not in typical]
-    present = rng.sample(list(scene.objects), min(3, len(scene.objects)))
-    n = len(present)
-    adversarial = rng.sample(typical, len(typical)) + rng.sample(others, len(others))
-    popular = [o for o in popular_objects() if o in absent]
-    return {"present": present, "random": rng.sample(absent, n), "popular": popular[:n], "adversarial": adversarial[:n]}
-
-
-def count_description(scene: toyworld.Scene, text: str) -> Counts:
-    """What one description says, against what is there."""
-    counts = Counter({"images": 1, "length": len(text.split()), "objects": len(scene.objects)})
-    for sentence in re.split(r"(?<=\.)\s", text):
-        place = POSITION.search(sentence)
-        for name, colour in MENTION.findall(sentence):
-            counts["mentioned"] += 1
-            if name not in scene.objects:
-                counts["hallucinated"] += 1
-                counts["typical"] += name in SETTINGS[scene.setting]
-                continue
-            places = scene.objects[name]  # {position: colour}
-            here = places.get(place[1]) if place else None
-            counts["true"] += 1
-            counts["placed"] += bool(place)
-            counts["coloured"] += bool(colour)
-            counts["wrong_place"] += bool(place) and here is None
-            counts["wrong_colour"] += bool(colour) and colour not in ([here] if here else places.values())
-    counts["hallucinating"] = counts["hallucinated"] > 0
-    counts["found"] = sum(bool(re.search(rf"\b{name}\b", text)) for name in scene.objects)
-    return counts
-
-
-def count_pope(questions: dict[str, list[str]], answers: dict[tuple[str, str], str]) -> Counts:
-    """True and false yeses and noes of one image, for each of POPE's settings."""
-    counts: Counts = Counter()
-    said = {key: pope_verdict(answer) for key, answer in answers.items()}
-    for setting in SETTINGS_OF_POPE:
-        counts[f"{setting}_tp"] = sum(said["present", name] for name in questions["present"])
-        counts[f"{setting}_fn"] = len(questions["present"]) - counts[f"{setting}_tp"]
-        counts[f"{setting}_fp"] = sum(said[setting, name] for name in questions[setting])
-        counts[f"{setting}_tn"] = len(questions[setting]) - counts[f"{setting}_fp"]
-    return counts
-
-
-def ratios(sums: Counts) -> dict[str, np.ndarray]:
-    """Metrics from summed counts (arrays over bootstrap resamples); NaN where there was nothing to count."""
-
-    def per(a, b):
-        return np.divide(a, b, out=np.full_like(b, np.nan, dtype=float), where=b > 0)
-
-    values = {
-        "chair_i": per(sums["hallucinated"], sums["mentioned"]),
-        "chair_s": per(sums["hallucinating"], sums["images"]),
-        "recall": per(sums["found"], sums["objects"]),
-        "typical_share": per(sums["typical"], sums["hallucinated"]),
-        "colour_errors": per(sums["wrong_colour"], sums["coloured"]),
-        "position_errors": per(sums["wrong_place"], sums["placed"]),
-        "length": per(sums["length"], sums["images"]),
-    }
-    for setting in SETTINGS_OF_POPE:
-        tp, fp, fn, tn = (sums[f"{setting}_{part}"] for part in ("tp", "fp", "fn", "tn"))
-        values[f"pope_{setting}"] = per(tp + tn, tp + fp + fn + tn)
-        values[f"pope_{setting}_f1"] = per(2 * tp, 2 * tp + fp + fn)
-        values[f"pope_{setting}_yes"] = per(tp + fp, tp + fp + fn + tn)
-    return values
-
-
-def bootstrap(runs: list[list[Counts]], resamples: int = 1000) -> dict[str, np.ndarray]:
-    """Metrics of the runs' pooled counts, (1 + resamples,) each: as they are, then over resampled images and runs.
-
-    `runs` are evaluations of the same images, one per training seed. The resampling depends on the numbers of
-    runs and images alone, so that two rows of a study are resampled alike and their difference is paired.
-    """
-    names = sorted({name for counts in runs for c in counts for name in c})
-    tables = np.array([[[c.get(name, 0) for name in names] for c in counts] for counts in runs], dtype=float)
-    rng, (n_runs, n_images, _) = np.random.default_rng(0), tables.shape
-    images = rng.multinomial(n_images, np.full(n_images, 1 / n_images), resamples)
-    of_runs = rng.multinomial(n_runs, np.full(n_runs, 1 / n_runs), resamples)
-    images = np.concatenate([np.ones((1, n_images)), images])  # the first row is the sample itself
-    of_runs = np.concatenate([np.ones((1, n_runs)), of_runs])
-    sums = np.einsum("br,bi,ric->cb", of_runs, images, tables, optimize=True)
-    return ratios(dict.fromkeys(COUNTED, np.zeros(1 + resamples)) | dict(zip(names, sums, strict=True)))
-
-
-def interval(values: np.ndarray) -> dict[str, float | None]:
-    """A bootstrapped figure as {value, low, high} of its 95 % interval; None where nothing was there to measure."""
-    if np.isnan(values[0]):
-        return dict.fromkeys(("value", "low", "high"))
-    low, high = np.nanpercentile(values[1:], [2.5, 97.5])
-    return {"value": round(float(values[0]), 5), "low": round(float(low), 5), "high": round(float(high), 5)}
-
-
-def with_intervals(runs: list[list[Counts]]) -> dict[str, dict[str, float]]:
-    """Every metric of one or more runs on the same images: {name: {value, low, high}}."""
-    return {name: interval(values) for name, values in bootstrap(runs).items()}
-
-
-COUNTED = ("images", "length", "objects", "mentioned", "hallucinated", "typical", "true", "coloured", "wrong_colour",
-           "placed", "wrong_place", "hallucinating", "found")  # fmt: skip
-
-
-@dataclass(frozen=True)
-class ToyBenchmark:
-    """The embedded world's test or validation images, described and questioned."""
-
-    split: Literal["test", "validation"] = "test"
-    images: int = 500
-    batch_size: int = 50
-
-    def run(self, model: Llava, tokenizer: Tokenizer, processor: ImageProcessor, title="evaluate") -> list[Counts]:
-        """Greedy answers for every image, counted against its scene; `with_intervals` makes metrics of them."""
-        counts: list[Counts] = []
-        for first in tqdm(range(0, self.images, self.batch_size), desc=title, leave=False):
-            numbers = range(first, min(first + self.batch_size, self.images))
-            scenes = [toyworld.make_scene(self.split, i) for i in numbers]
-            pictures = [toyworld.picture(scene) for scene in scenes]
-            features = model.encode_images(torch.cat([processor(picture) for picture in pictures]))
-            layouts = [processor.layout(picture) for picture in pictures]
-            described = [[toyworld.DESCRIBE[0]] for _ in scenes]
-            texts = self.answers(model, tokenizer, features, layouts, described, 128)
-            questions = [pope_questions(scene) for scene in scenes]
-            asked = [[(kind, name) for kind, names in q.items() for name in names] for q in questions]
-            spoken = [[toyworld.EXISTS[1].format(toyworld.with_article(n)) for _, n in keys] for keys in asked]
-            replies = self.answers(model, tokenizer, features, layouts, spoken, 16)
-            for scene, text, q, keys, reply in zip(scenes, texts, questions, asked, replies, strict=True):
-                pope = count_pope(q, dict(zip(keys, reply, strict=True)))
-                counts.append({**count_description(scene, text[0]), **pope})
-        return counts
-
-    def answers(self, model, tokenizer, features, layouts, questions: list[list[str]], limit: int) -> list[list[str]]:
-        """Greedy answers to several questions per image: the image is the trunk, each question a branch."""
-        sequences = []
-        for asked, (patches, packing) in zip(questions, layouts, strict=True):
-            prompts = [tokenizer.prompt([("user", question)]) for question in asked]
-            shared = prompts[0].index(tokenizer.image_id) + 1
-            branches = [Branch(prompt[shared:]) for prompt in prompts]
-            sequences.append(Sequence(prompts[0][:shared], branches, patches, packing=packing))
-        done = generate(model, sequences, features, Sampling(limit, 0.0), {tokenizer.eos_id}, pad_id=tokenizer.pad_id)
-        return [[tokenizer.decode(completion.ids) for completion in row] for row in done]
-
-
-def print_table(columns: dict[str, dict[str, dict[str, float]]]) -> None:
-    """One line per metric, one column per run: value and interval."""
-    names = [name for name in next(iter(columns.values()))]
-    print(f"{'':22}" + "".join(f"{title:>26}" for title in columns))
-    for name in names:
-        values = [column[name] for column in columns.values()]
-        cells = [
-            "not measured" if v["value"] is None else f"{v['value']:.3f} [{v['low']:.3f}, {v['high']:.3f}]"
-            for v in values
-        ]
-        print(f"{name:22}" + "".join(f"{cell:>26}" for cell in cells))
+# The flags that a benchmark takes beside those that all take, and what stands for those that are not given.
+ALL = ("model", "adapter", "template", "benchmark", "batch_size", "device", "dtype", "json")
+NEEDED = {"toy": (), "pope": ("data", "images"), "chair": ("data", "images", "captions", "synonyms"),
+          "llava-bench": ("data", "images"), "mmhal": ("data", "images")}  # fmt: skip
+ON_FILES = {"batch_size": 8, "limit": None, "workers": 4, "max_new_tokens": 512,
+            "skip_bad_records": False}  # fmt: skip
+DEFAULTS = {
+    "toy": {"images": "500", "split": "test", "batch_size": 50},
+    "pope": ON_FILES | {"max_new_tokens": 16, "out": "runs/eval-pope"},
+    "chair": ON_FILES | {"limit": 500, "seed": 0, "question": "Please describe this image in detail.",
+                         "out": "runs/eval-chair"},
+    "llava-bench": ON_FILES | {"out": "runs/eval-llava-bench"},
+    "mmhal": ON_FILES | {"out": "runs/eval-mmhal"},
+}  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -215,32 +60,137 @@ class Config:
     model: str = "toy"  # Hugging Face LLaVA folder, or `toy`
     adapter: str | None = None  # adapter folder that train_dpo.py wrote
     template: str | None = None  # vicuna, llava_v1, mistral, chatml or short; else the model's own
-    benchmark: Literal["toy"] = "toy"  # what to run
-    split: Literal["test", "validation"] = "test"  # choices are made on validation; test is looked at last
-    images: int = 500  # how many images
-    batch_size: int = 50  # images answered at a time
+    benchmark: Literal["toy", "pope", "chair", "llava-bench", "mmhal"] = "toy"  # what to run
+    data: str | None = None  # pope: its file, or a folder of its three; chair: instances_*.json; else the questions
+    images: str | None = None  # folder of the pictures; toy: how many images (500)
+    captions: str | None = None  # chair: COCO's captions_*.json
+    synonyms: str | None = None  # chair: lines of comma-separated names, the object's own first
+    question: str | None = None  # chair: what is asked (Please describe this image in detail.)
+    out: str | None = None  # folder to write, or to continue (runs/eval-BENCHMARK); toy writes none
+    limit: int | None = None  # the first so many pictures only; chair: so many random ones (500)
+    seed: int | None = None  # chair: which random pictures (0)
+    split: Literal["test", "validation"] | None = None  # toy (test): choices are made on validation, test comes last
+    max_new_tokens: int | None = None  # limit of an answer (pope: 16, else 512)
+    batch_size: int | None = None  # pictures whose questions are answered together (toy: 50, else 8)
+    workers: int | None = None  # processes that decode pictures ahead (4; model toy: 0)
+    skip_bad_records: bool = False  # leave out and count bad records and pictures instead of stopping
     device: str = "cpu"  # torch device
+    dtype: Literal["float32", "bfloat16"] = "float32"  # of the weights
     json: bool = False  # print one JSON object instead of the table
+
+
+def completed(config: Config) -> Config:
+    """The config with its defaults; flags that do not go together, or have no sense, are refused."""
+    kind, defaults = config.benchmark, DEFAULTS[config.benchmark]
+    taken = {*ALL, *NEEDED[kind], *defaults}
+    for field in fields(config):
+        flag = f"--{field.name.replace('_', '-')}"
+        if getattr(config, field.name) != field.default:
+            others = [name for name in NEEDED if field.name in (*NEEDED[name], *DEFAULTS[name])]
+            require(field.name in taken, f"{flag}: not for --benchmark {kind}, only for {', '.join(others)}; drop it")
+        elif field.name in NEEDED[kind]:
+            raise UserError(f"{flag} is missing; --benchmark {kind} needs --{' --'.join(NEEDED[kind])}")
+    config = fill(config, defaults | ({"workers": 0} if config.model == "toy" and kind != "toy" else {}))
+    for name, least in (("batch_size", 1), ("limit", 1), ("max_new_tokens", 1), ("workers", 0)):
+        value = getattr(config, name)
+        require(value is None or value >= least, f"--{name.replace('_', '-')} {value}: at least {least}")
+    require_seed(config.seed or 0)
+    require(config.question is None or config.question.strip() != "", "--question is empty; give what is to be asked")
+    require_device(config.device)
+    if kind == "toy":
+        right = config.images.isdecimal() and 0 < int(config.images) < 10**9
+        require(right, f"--images {config.images}: how many images; at least 1")
+    else:
+        require(Path(config.images).is_dir(), f"--images {config.images}: no such folder; name that of the pictures")
+        require(not Path(config.out).is_file(), f"--out {config.out}: is a file; name a folder")
+    return config
+
+
+def loaded(config: Config, folder: Path) -> tuple:
+    """Model, tokenizer and preprocessing."""
+    model = load_model(folder, config.device, getattr(torch, config.dtype))
+    if config.adapter is not None:
+        load_adapter(model, Path(config.adapter))
+    return model, Tokenizer.from_folder(folder, config.template), ImageProcessor.from_folder(folder)
+
+
+def read(config: Config) -> Benchmark:
+    """The benchmark's questions, and how they count."""
+    if config.benchmark == "pope":
+        benchmark = read_pope(config.data, config.skip_bad_records)
+    elif config.benchmark == "chair":
+        files = (config.data, config.captions, config.synonyms)
+        benchmark = read_chair(*files, config.question, config.seed, config.skip_bad_records)
+    elif config.benchmark == "llava-bench":
+        benchmark = judged.read_llava_bench(config.data, config.skip_bad_records)
+    else:
+        benchmark = judged.read_mmhal(config.data, config.images, config.skip_bad_records)
+    if not benchmark.questions:
+        raise UserError(f"--data {config.data}: no usable question; give the benchmark's own file")
+    return benchmark
+
+
+def evaluate_toy(config: Config) -> dict:
+    """The embedded world's figures."""
+    model, tokenizer, processor = loaded(config, resolve_model(config.model))
+    benchmark = ToyBenchmark(config.split, int(config.images), config.batch_size)
+    return with_intervals([benchmark.run(model, tokenizer, processor)])
+
+
+def evaluate_files(config: Config) -> dict:
+    """The figures of a benchmark on files, how many of its questions were answered, and what was written."""
+    out, folder = Path(config.out), resolve_model(config.model)
+    if config.adapter is not None:
+        read_adapter_config(Path(config.adapter))
+    settings = asdict(config) | {"weights": fingerprint(folder, config.adapter)}
+    benchmark = read(config)
+    settings["questions"] = benchmarks.digest(benchmark.questions)
+    found = benchmarks.answers_of_earlier_run(out, settings, benchmark.questions)
+    groups = benchmarks.by_image(benchmark.questions, config.limit)
+    questions = [question for group in groups.values() for question in group]
+    todo = benchmarks.by_image([question for question in questions if question.id not in found])
+    if found:
+        print(f"{out}: {len(found)} answers are there, {sum(map(len, todo.values()))} to go")
+    if todo:
+        asking = Asking(*loaded(config, folder), config.max_new_tokens)
+        write_json(out / "config.json", settings)
+        skip = config.skip_bad_records
+        found |= benchmarks.ask(asking, todo, out, config.images, config.batch_size, config.workers, skip)
+    counts = benchmarks.counts_per_image(benchmark, groups, found)
+    if not counts:
+        raise UserError(f"--images {config.images}: no picture could be read; is it the right folder?")
+    result = {"questions": len(questions), "answered": sum(question.id in found for question in questions)}
+    result |= with_intervals([counts], benchmark.figures) | {"file": write_answers(config, benchmark, found).name}
+    write_json(out / "result.json", result)
+    return result
+
+
+def write_answers(config: Config, benchmark: Benchmark, found: dict[str, str]) -> Path:
+    """The file of answers that a judge's script reads, where the benchmark has one; its path."""
+    model_id = Path(config.model).name + ("" if config.adapter is None else f"+{Path(config.adapter).name}")
+    if config.benchmark == "llava-bench":
+        path = Path(config.out) / "llava-bench.jsonl"
+        judged.write_llava_bench(path, benchmark.questions, found, model_id)
+    elif config.benchmark == "mmhal":
+        path = Path(config.out) / "mmhal.json"
+        judged.write_mmhal(path, benchmark.questions, found)
+    else:
+        path = Path(config.out) / "answers.jsonl"
+    return path
 
 
 def main() -> None:
     """Evaluate one model."""
-    config = parse_config(Config, __doc__)
-    require(config.images > 0, f"--images {config.images}: at least 1")
-    require(config.batch_size > 0, f"--batch-size {config.batch_size}: at least 1")
-    require_device(config.device)
-    folder = resolve_model(config.model)
-    model = load_model(folder, config.device)
-    if config.adapter is not None:
-        load_adapter(model, Path(config.adapter))
-    benchmark = ToyBenchmark(config.split, config.images, config.batch_size)
-    tokenizer = Tokenizer.from_folder(folder, config.template)
-    counts = benchmark.run(model, tokenizer, ImageProcessor.from_folder(folder))
-    result = with_intervals([counts])
+    config = completed(parse_config(Config, __doc__))
+    with redirect_stdout(sys.stderr):  # what is printed on the way is no result
+        result = evaluate_toy(config) if config.benchmark == "toy" else evaluate_files(config)
     if config.json:
         print(json.dumps(result))
-    else:
-        print_table({config.split: result})
+        return
+    print_table({config.split or config.benchmark: {k: v for k, v in result.items() if isinstance(v, dict)}})
+    if config.benchmark != "toy":
+        file = Path(config.out) / result["file"]
+        print(f"{result['answered']} of {result['questions']} questions answered; the answers: {file}")
 
 
 if __name__ == "__main__":

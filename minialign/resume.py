@@ -17,15 +17,13 @@ from minialign.files import read_json, read_lines, write_json, write_whole
 from minialign.llava import Llava
 from minialign.lora import adapter_state
 
-CHANGEABLE = ("resume", "out", "workers", "skip_bad_records")  # by which the result does not change
 
-
-def require_same_settings(path: Path, settings: dict) -> None:
-    """A resumed run must have the flags that `path`, the config.json of the run so far, notes."""
-    before = read_json(path, "there is nothing to resume; leave --resume out")
-    changed = [k for k, v in settings.items() if k not in CHANGEABLE and before.get(k) != v]
+def require_same_settings(path: Path, settings: dict, may_change: tuple[str, ...], remedy: str) -> None:
+    """A continued run must have the settings that `path` notes of the run so far, but for those that `may_change`."""
+    before, settings = read_json(path, remedy), json.loads(json.dumps(settings))  # as a file gives them back
+    changed = [name for name, value in settings.items() if name not in may_change and before.get(name) != value]
     if changed:
-        raise UserError(f"--resume: {', '.join(changed)} differ from {path}; keep them as they were")
+        raise UserError(f"{path}: of another {', '.join(changed)}; {remedy}")
 
 
 def require_same_data(folder: Path, records: Records, weights: str, resume: bool) -> None:

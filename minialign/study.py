@@ -21,8 +21,9 @@ from tqdm import tqdm
 from minialign.checkpoint import TOY, fingerprint
 from minialign.cli import parse_config, require, run_main
 from minialign.errors import UserError
-from minialign.evaluate import Counts, bootstrap, interval, print_table
 from minialign.files import read_json, write_json
+from minialign.metrics import Counts, bootstrap, interval, print_table
+from minialign.resume import require_same_settings
 
 SCRIPTS = Path(__file__).resolve().parent.parent
 # name -> (flags of sample_bdhs.py, flags of train_dpo.py)
@@ -88,11 +89,7 @@ def same_settings(config: Config) -> None:
     path, settings = Path(config.out) / "settings.json", asdict(config)
     kept = {name: settings[name] for name in ("split", "images", "limit")} | {"rows": ROWS, "weights": fingerprint(TOY)}
     if path.exists():
-        before = read_json(path, f"remove {config.out} and run again")
-        asked = json.loads(json.dumps(kept))  # as a file gives it back: lists for tuples
-        changed = [name for name, value in asked.items() if before.get(name) != value]
-        require(not changed, f"--out {config.out}: holds a study of another {', '.join(changed)} (see {path}); "
-                             "give another --out")  # fmt: skip
+        require_same_settings(path, kept, (), "give another --out")
     write_json(path, kept)
 
 

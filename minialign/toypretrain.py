@@ -22,11 +22,12 @@ from minialign.chat import Tokenizer, Turn
 from minialign.checkpoint import save_model
 from minialign.clip import Clip, ClipConfig
 from minialign.config import read_config
-from minialign.evaluate import ToyBenchmark, print_table, with_intervals
 from minialign.files import write_json
 from minialign.images import ImageProcessor
 from minialign.llava import Llava
 from minialign.masks import Branch, Sequence, build_tree
+from minialign.metrics import print_table, with_intervals
+from minialign.toybench import ToyBenchmark
 from minialign.toydraw import COLOURS, COLUMNS, OBJECTS, ROWS, SETTINGS, SIZE
 
 PATCH = 16

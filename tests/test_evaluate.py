@@ -10,17 +10,9 @@ import torch
 from helpers import plain_greedy, random_toy, toy_features, toy_model, toy_processor, toy_tokenizer
 
 from minialign import toyworld
-from minialign.evaluate import (
-    ToyBenchmark,
-    bootstrap,
-    count_description,
-    count_pope,
-    pope_questions,
-    pope_verdict,
-    popular_objects,
-    print_table,
-    with_intervals,
-)
+from minialign.metrics import bootstrap, print_table, with_intervals
+from minialign.pope import pope_verdict
+from minialign.toybench import ToyBenchmark, count_description, count_pope, pope_questions, popular_objects
 from minialign.toydraw import OBJECTS, SETTINGS
 
 NW, N, NE, SW, S, SE = toyworld.POSITIONS.values()

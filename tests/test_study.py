@@ -9,8 +9,8 @@ import pytest
 
 from minialign import study
 from minialign.errors import UserError
-from minialign.evaluate import COUNTED, SETTINGS_OF_POPE, bootstrap, interval
 from minialign.files import write_json
+from minialign.metrics import SETTINGS_OF_POPE, bootstrap, interval
 from minialign.study import FINDINGS, ROWS, Config, judge
 
 METRICS = ("pope_adversarial", "recall", "chair_i")
@@ -80,11 +80,13 @@ def test_evidence_says_what_was_compared():
 # ---------------------------------------------------------------- bootstrap
 
 
+COUNTED = ("images", "length", "objects", "mentioned", "hallucinated", "typical", "true", "coloured", "wrong_colour",
+           "placed", "wrong_place", "hallucinating", "found")  # fmt: skip
 POPE = {f"{setting}_{part}": 0 for setting in SETTINGS_OF_POPE for part in ("tp", "fp", "fn", "tn")}
 
 
 def image_counts(rng: random.Random) -> dict[str, float]:
-    """Counts of one image, as evaluate.py makes them: what was never counted is missing, as in a Counter."""
+    """Counts of one image, as toybench.py makes them: what was never counted is missing, as in a Counter."""
     counts = {name: rng.randrange(5) for name in COUNTED} | {"images": 1, "objects": rng.randrange(1, 5)}
     return {name: value for name, value in counts.items() if value} | {name: rng.randrange(4) for name in POPE}
 
@@ -264,7 +266,7 @@ def test_what_is_there_is_not_run_again(tmp_path, monkeypatch, scripts):
 def test_rows_of_other_settings_are_not_taken_for_these(tmp_path, monkeypatch, scripts, flags):
     run_study(monkeypatch, "--out", str(tmp_path), "--rows", "bdhs", "--seeds", "1", "--images", "5")
     before = (tmp_path / "study.json").read_text()
-    with pytest.raises(UserError, match=f"^--out .* another {flags[0][2:]} .* give another --out"):
+    with pytest.raises(UserError, match=f"settings.json: of another {flags[0][2:]}; give another --out"):
         run_study(monkeypatch, "--out", str(tmp_path), "--rows", "bdhs", "--seeds", "1", "--images", "5", *flags)
     assert len(scripts) == 2 and (tmp_path / "study.json").read_text() == before
 

@@ -7,8 +7,9 @@ from collections import Counter
 import pytest
 
 from minialign import toyworld
-from minialign.evaluate import MENTION, count_description, pope_verdict
+from minialign.pope import pope_verdict
 from minialign.records import instruct_record
+from minialign.toybench import MENTION, count_description
 from minialign.toydraw import COLOURS, OBJECTS, SETTINGS
 from minialign.toypretrain import talks
 from minialign.toyworld import (

@@ -1,0 +1,193 @@
+"""A killed evaluation goes on to the same bytes; answers of other settings are refused, and nothing is overwritten."""
+
+import json
+import random
+import shutil
+
+import pytest
+from benchmark_files import (
+    NAMES,
+    bench_line,
+    chair_photographs,
+    mmhal_item,
+    photographs,
+    pope_photographs,
+    run,
+    write_lines,
+)
+from helpers import refused
+from script_runs import contents
+
+from minialign import benchmarks
+
+KINDS = ("pope", "chair", "llava-bench", "mmhal")
+
+
+@pytest.fixture(scope="module")
+def flags(model, tmp_path_factory):
+    """{benchmark: the flags of a run on the photographs}."""
+    folder = tmp_path_factory.mktemp("files")
+    images = photographs(folder / "images")
+    write_lines(folder / "q.jsonl", [bench_line(n, image=NAMES[n % 4], text=f"What is {n}?") for n in range(7)])
+    items = [mmhal_item(NAMES[n % 4], question=f"Where is {n}?") for n in range(5)]
+    (folder / "m.json").write_text(json.dumps(items))
+    data = {"pope": ["--data", pope_photographs(folder / "pope.json")], "chair": chair_photographs(folder / "coco"),
+            "llava-bench": ["--data", folder / "q.jsonl"], "mmhal": ["--data", folder / "m.json"]}  # fmt: skip
+    common = ("--model", model, "--images", images, "--max-new-tokens", 6)
+    return {kind: [*common, "--benchmark", kind, *data[kind]] for kind in KINDS}
+
+
+@pytest.fixture(scope="module")
+def undisturbed(flags, tmp_path_factory):
+    """{benchmark: the folder of a run that nothing happened to}."""
+    folder = tmp_path_factory.mktemp("undisturbed")
+    for kind in KINDS:
+        run(*flags[kind], "--out", folder / kind, "--batch-size", 1)
+    return {kind: folder / kind for kind in KINDS}
+
+
+def same_result(out, other) -> bool:
+    """Equal bytes of everything but the settings, which name the folder."""
+    a, b = contents(out), contents(other)
+    a.pop("config.json"), b.pop("config.json")
+    assert len(a) >= 2 and {"answers.jsonl", "result.json"} <= a.keys()
+    return a == b
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("batch", [1, 2, 3, 4])
+@pytest.mark.parametrize("written", [False, True])
+def test_killed_at_each_batch(flags, undisturbed, tmp_path, monkeypatch, kind, batch, written):
+    """Before a batch's lines are on the disk, or right after."""
+    real, calls = benchmarks.append_lines, []
+
+    def killing(path, lines):
+        calls.append(lines)
+        if len(calls) < batch or written:
+            real(path, lines)
+        if len(calls) == batch:
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(benchmarks, "append_lines", killing)
+    with pytest.raises(KeyboardInterrupt):
+        run(*flags[kind], "--out", tmp_path / "out", "--batch-size", 1)
+    assert not (tmp_path / "out" / "result.json").exists()
+    there = sum(map(len, calls[: batch if written else batch - 1]))
+    monkeypatch.setattr(benchmarks, "append_lines", lambda path, lines: calls.append(lines) or real(path, lines))
+    calls.clear()
+    run(*flags[kind], "--out", tmp_path / "out", "--batch-size", 2)
+    assert same_result(tmp_path / "out", undisturbed[kind])
+    assert there + sum(map(len, calls)) == len((undisturbed[kind] / "answers.jsonl").read_bytes().splitlines())
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("seed", range(4))
+def test_killed_within_a_line(flags, undisturbed, tmp_path, kind, seed):
+    out, rng = tmp_path / "out", random.Random(seed)
+    shutil.copytree(undisturbed[kind], out)
+    (out / "result.json").unlink()
+    whole = (out / "answers.jsonl").read_bytes()
+    (out / "answers.jsonl").write_bytes(whole[: rng.randrange(len(whole))])
+    run(*flags[kind], "--out", out, "--batch-size", rng.randrange(1, 5))
+    assert same_result(out, undisturbed[kind])
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_finished_run_asks_nothing(flags, undisturbed, tmp_path, monkeypatch, kind):
+    out = shutil.copytree(undisturbed[kind], tmp_path / "out")
+    monkeypatch.setattr(benchmarks, "answers", None)
+    run(*flags[kind], "--out", out)
+    assert same_result(out, undisturbed[kind])
+
+
+def test_a_longer_run_goes_on(flags, undisturbed, tmp_path, monkeypatch):
+    out, real, asked = tmp_path / "out", benchmarks.answers, []
+    assert run(*flags["chair"], "--out", out, "--limit", 2)["questions"] == 2
+    monkeypatch.setattr(benchmarks, "answers", lambda *a: asked.append(len(a[4])) or real(*a))
+    assert run(*flags["chair"], "--out", out, "--limit", 4)["questions"] == 4 and asked == [2]
+    assert same_result(out, undisturbed["chair"])
+    assert run(*flags["chair"], "--out", out, "--limit", 3)["answered"] == 3
+
+
+def test_a_picture_that_is_mended_is_asked_about(flags, undisturbed, tmp_path):
+    images = photographs(tmp_path / "images")
+    argv = [images if word == flags["pope"][3] else word for word in flags["pope"]]
+    whole = (images / NAMES[2]).read_bytes()
+    (images / NAMES[2]).write_bytes(whole[:50])
+    out = ("--out", tmp_path / "out")
+    assert run(*argv, *out, "--skip-bad-records")["answered"] == 9
+    message = refused(lambda: run(*argv, *out), "question pope.json:3", NAMES[2], "not a readable picture")
+    assert "mend it, or pass --skip-bad-records" in message
+    (images / NAMES[2]).write_bytes(whole)
+    assert run(*argv, *out)["answered"] == 12
+    lines = [(path / "answers.jsonl").read_text().splitlines() for path in (tmp_path / "out", undisturbed["pope"])]
+    assert sorted(lines[0]) == sorted(lines[1]) and lines[0] != lines[1]  # they came later
+
+
+@pytest.mark.parametrize(("changes", "name"), [
+    (["--max-new-tokens", "7"], "max_new_tokens"), (["--template", "vicuna"], "template"),
+    (["--model", "toy"], "model"),
+    (["--benchmark", "llava-bench"], "benchmark"),
+], ids=str)  # fmt: skip
+def test_other_settings_are_refused(flags, undisturbed, tmp_path, changes, name):
+    out = shutil.copytree(undisturbed["pope"], tmp_path / "out")
+    before = contents(out)
+    refused(lambda: run(*flags["pope"], *changes, "--out", out), f"another {name}", out, "give another --out")
+    assert contents(out) == before
+
+
+def test_other_questions_or_weights_are_refused(flags, tmp_path):
+    """The same names of files, another content."""
+    argv, out = list(flags["llava-bench"]), tmp_path / "out"
+    argv[argv.index("--data") + 1] = data = write_lines(tmp_path / "q.jsonl", [bench_line(1), bench_line(2)])
+    argv[1] = shutil.copytree(argv[1], tmp_path / "model")
+    run(*argv, "--out", out)
+    before = contents(out)
+    write_lines(data, [bench_line(1), bench_line(2, text="What else?")])
+    refused(lambda: run(*argv, "--out", out), "another questions")
+    write_lines(data, [bench_line(1), bench_line(2)])
+    weights = tmp_path / "model" / "model.safetensors"
+    raw = bytearray(weights.read_bytes())
+    raw[-1] ^= 1
+    weights.write_bytes(raw)
+    refused(lambda: run(*argv, "--out", out), "another weights")
+    assert contents(out) == before
+
+
+@pytest.mark.parametrize(("name", "data"), [
+    ("config.json", '{"loss": "dpo"}'), ("config.json", "{"), ("config.json", "[]"), ("result.json", "{}"),
+    ("answers.jsonl", "my notes"),
+])  # fmt: skip
+def test_another_programs_folder_is_left_alone(flags, tmp_path, name, data):
+    out = tmp_path / "out"
+    out.mkdir()
+    (out / name).write_text(data)
+    refused(lambda: run(*flags["pope"], "--out", out), out, "give another --out, or remove it")
+    assert contents(out) == {name: data.encode()}
+
+
+@pytest.mark.parametrize("line", ["{", "5", "{}", '{"id": "pope.json:1"}', '{"id": "pope.json:1", "answer": 5}',
+                                  '{"id": "pope.json:99", "answer": "No"}', '{"id": [], "answer": "No"}'])  # fmt: skip
+def test_bad_lines_among_the_answers_are_refused(flags, undisturbed, tmp_path, line):
+    out = shutil.copytree(undisturbed["pope"], tmp_path / "out")
+    (out / "answers.jsonl").write_text(line + "\n")
+    before = contents(out)
+    refused(lambda: run(*flags["pope"], "--out", out), "answers.jsonl", "give another --out, or remove it")
+    assert contents(out) == before
+
+
+def test_a_second_answer_is_refused(flags, undisturbed, tmp_path):
+    out = shutil.copytree(undisturbed["pope"], tmp_path / "out")
+    lines = (out / "answers.jsonl").read_bytes().splitlines(keepends=True)
+    (out / "answers.jsonl").write_bytes(b"".join([*lines, lines[0]]))
+    refused(lambda: run(*flags["pope"], "--out", out), "answers.jsonl, line 13", "a second one")
+
+
+def test_what_changes_no_answer_may_change(flags, undisturbed, tmp_path):
+    """Other synonyms: the same answers, counted anew."""
+    out = shutil.copytree(undisturbed["chair"], tmp_path / "out")
+    (tmp_path / "s.txt").write_text("cup, a, the, is\ndog\nboat")
+    argv = [*flags["chair"], "--synonyms", tmp_path / "s.txt"]
+    before = (out / "answers.jsonl").read_bytes()
+    assert run(*argv, "--out", out)["answered"] == 4
+    assert (out / "answers.jsonl").read_bytes() == before
