@@ -31,7 +31,7 @@ def test_without_pairs_they_are_sampled_first(model, tmp_path, monkeypatch):
     calls.clear()
     with monkeypatch.context() as patch:
         patch.setattr(Bdhs, "sample", lambda self, examples: calls.append(examples) or sampled(self, examples))
-        with pytest.raises(UserError, match="config.json: no such file; leave --resume out"):  # no training to go on with
+        with pytest.raises(UserError, match="config.json: no such file; leave --resume out"):
             train(model, tmp_path / "b", resume=True, **knobs)
         train(model, tmp_path / "b", **knobs)
     assert sum(map(len, calls)) == 1  # the fifth; four were there
