@@ -3,11 +3,11 @@
     python sample_bdhs.py                       # the embedded world, its own checkpoint
     python sample_bdhs.py --model DIR --data FILE --images DIR --encoder DIR --out pairs.jsonl
 
-Reads supervised records (LLaVA-Instruct form), writes a pairs file: JSON Lines of id, images, prompt, chosen
-(the record's answer), rejected (sampled) and bdhs (iterations, similarity, mask_seed, guided, truncated,
-rho_th, noise_steps).
+Reads records of any format in minialign/records.py, writes a pairs file: JSON Lines of id, images, prompt, chosen
+(the record's answer, or its chosen one), rejected (sampled) and bdhs (iterations, similarity, mask_seed, guided,
+truncated, rho_th, noise_steps).
 A killed run continues where it stopped: whole batches are appended, and what is there is not sampled again.
-An example's pair depends on --seed and its id alone, not on the batch size or the order; repeated ids are numbered.
+An example's pair depends on --seed and its id alone, not on the batch size or --limit; repeated ids are numbered.
 Where a record has earlier turns, prompt, chosen and rejected are lists of messages in the whole file.
 
 Differs from the paper: see minialign/bdhs.py. Without --encoder the similarity is lexical, not MPNet's.

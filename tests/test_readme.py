@@ -1,13 +1,19 @@
 """What the README says: every entry of its map resolves, every command exists with those flags, the quick ones run."""
 
 import ast
+import os
 import re
 import shlex
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
+from data_sets import RAW, expected, photographs
+from input_files import pairs_in
+
+from minialign.images import open_image
 
 ROOT = Path(__file__).resolve().parent.parent
 README = (ROOT / "README.md").read_text(encoding="utf-8")
@@ -56,3 +62,26 @@ def test_quick_command_runs(command):
 def test_every_file_named_exists():
     named = set(re.findall(r"`((?:minialign/|tests/|docs/)[\w/.-]+\.(?:py|md))", README))
     assert all((ROOT / name).exists() for name in named), named
+
+
+@pytest.mark.parametrize("form", ["rlhf-v", "rlaif-v"])
+def test_parquet_becomes_json_lines(tmp_path, form):
+    """The README's program on a parquet file as the hub has it; the pictures' bytes stay what they were."""
+    datasets = pytest.importorskip("datasets")
+    pictures = photographs(tmp_path / "original")
+    rows = [raw | {"image": {"bytes": (pictures / raw["image"]).read_bytes(), "path": None}} for raw in RAW[form]]
+    features = datasets.Features({
+        name: datasets.Image() if name == "image" else datasets.Value("int64" if name == "idx" else "string")
+        for name in rows[0]
+    })  # fmt: skip
+    datasets.Dataset.from_list(rows, features=features).to_parquet(tmp_path / "train-00000.parquet")
+    (tmp_path / "pictures").mkdir()
+    program = next(block for block in re.findall(r"```python\n(.*?)```", README, re.DOTALL) if "parquet" in block)
+    environment = os.environ | {"HF_HOME": str(tmp_path / "cache"), "HF_HUB_OFFLINE": "1"}
+    run = {"cwd": tmp_path, "env": environment, "capture_output": True, "text": True, "check": True}
+    (tmp_path / "pairs.jsonl").write_text(subprocess.run([sys.executable, "-c", program], **run).stdout)
+    found = pairs_in(tmp_path / "pairs.jsonl")
+    assert found == [replace(record, image=str(i)) for i, record in enumerate(expected(form))]
+    for i, raw in enumerate(RAW[form]):
+        assert (tmp_path / "pictures" / str(i)).read_bytes() == (pictures / raw["image"]).read_bytes()
+        assert open_image(str(tmp_path / "pictures"), str(i)).size == open_image(str(pictures), raw["image"]).size
