@@ -4,8 +4,8 @@
     python sample_bdhs.py --model DIR --data FILE --images DIR --encoder DIR --out pairs.jsonl
 
 Reads records of any format in minialign/records.py, writes a pairs file: JSON Lines of id, images, prompt, chosen
-(the record's answer, or its chosen one), rejected (sampled) and bdhs (iterations, similarity, mask_seed, guided,
-truncated, rho_th, noise_steps).
+(the record's answer, or its chosen one), rejected (sampled), external (the record's own rejected one, if it has one)
+and bdhs (iterations, similarity, mask_seed, guided, truncated, rho_th, noise_steps).
 A killed run continues where it stopped: whole batches are appended, and what is there is not sampled again.
 An example's pair depends on --seed and its id alone, not on the batch size or --limit; repeated ids are numbered.
 Where a record has earlier turns, prompt, chosen and rejected are lists of messages in the whole file.
@@ -14,6 +14,7 @@ Differs from the paper: see minialign/bdhs.py. Without --encoder the similarity 
 """
 
 from collections import Counter
+from contextlib import closing
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Literal
@@ -127,7 +128,10 @@ def with_pictures(records: list[Record], config: Config) -> tuple[list[tuple[Rec
 def pair_line(record: Record, sampled: Sampled, config: Config, messages: bool) -> dict:
     """One line of the pairs file; TRL reads it as it is."""
     bdhs = asdict(sampled) | {"rho_th": config.rho_th, "noise_steps": config.noise_steps}
-    fields = preference_fields(record.turns, record.chosen, bdhs.pop("rejected"), messages)
+    answers = {"chosen": record.chosen, "rejected": bdhs.pop("rejected")}
+    if record.rejected:
+        answers["external"] = record.rejected  # for Eq. 5
+    fields = preference_fields(record.turns, answers, messages)
     return {"id": record.id, "images": [record.image], **fields, "bdhs": bdhs}
 
 
@@ -174,8 +178,9 @@ def main(config: Config) -> None:
     write_json(beside(out, "config"), settings)
     left_out, unreadable = 0, []  # an empty response is no pair; and what is wrong with pictures
     parts = [todo[first : first + config.batch_size] for first in range(0, len(todo), config.batch_size)]
-    with tqdm(total=len(todo), desc="bdhs", unit="pair") as bar:
-        for batch, bad in load_ahead(parts, lambda part: with_pictures(part, config), config.workers):
+    ahead = load_ahead(parts, lambda part: with_pictures(part, config), config.workers)
+    with closing(ahead), tqdm(total=len(todo), desc="bdhs", unit="pair") as bar:
+        for batch, bad in ahead:
             unreadable += bad
             sampled = bdhs.sample([example for _, example in batch]) if batch else []
             both = zip((record for record, _ in batch), sampled, strict=True)

@@ -15,7 +15,7 @@ Differs from the paper: AdamW without weight decay, warm-up and cosine decay by 
 """
 
 import math
-from contextlib import nullcontext
+from contextlib import closing, nullcontext
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Literal
@@ -31,13 +31,14 @@ from minialign.cli import fill, parse_config, require, require_device, require_o
 from minialign.collate import PairBatch, PairCollator, StepLoader
 from minialign.config import read_config
 from minialign.data import open_pairs, usable_pairs
-from minialign.errors import UserError
-from minialign.files import append_lines, write_json
+from minialign.distortion import distorted_tree
+from minialign.files import write_json
 from minialign.images import ImageProcessor
 from minialign.llava import Llava
 from minialign.loader import load_ahead
-from minialign.losses import LOSSES, branch_logps, log_ratio_difference, pair_metrics
+from minialign.losses import both_logps, preference_loss, preference_metrics
 from minialign.metrics import print_table, with_intervals
+from minialign.optimizer import make_optimizer, update
 from minialign.records import FormatName
 from minialign.report import write_report
 from minialign.schedule import batches_of_epoch, learning_rate
@@ -65,6 +66,9 @@ class Config:
     reference: Literal["base", "adapter"] | None = None  # with --adapter: what the policy is held against
     out: str = "runs/dpo"  # folder to write
     loss: Literal["dpo", "ipo", "slic", "sft"] = "dpo"  # sft: the supervised control on y+ alone
+    rejected: Literal["stored", "both", "distorted"] = "stored"  # y-; both: external and own (Eq. 5); see above
+    gamma: float = 0.5  # Eq. 5: weight of the external y- (distorted: of the stored one)
+    noise_steps: int = 500  # distorted: diffusion steps of the noisy picture (Eq. 9)
     beta: float | None = None  # strength of the pull to the reference (0.1)
     lr: float | None = None  # peak learning rate of the adapters (5e-7; toy: 2e-4)
     projector_lr: float | None = None  # peak learning rate of the projector (2e-6; toy: 3e-5)
@@ -99,6 +103,8 @@ def check(config: Config) -> None:
         value = getattr(config, name)
         require(value is None or value >= 1, f"--{name.replace('_', '-')} {value}: at least 1")
     require(0 <= config.projector_lr <= 1e30, f"--projector-lr {config.projector_lr}: 0 or more, at most 1e30")
+    require(0 <= config.gamma <= 1, f"--gamma {config.gamma}: between 0 and 1")
+    require(1 <= config.noise_steps <= 1000, f"--noise-steps {config.noise_steps}: between 1 and 1000")
     require(config.clip > 0, f"--clip {config.clip}: above 0")
     require(0 <= config.warmup < 1, f"--warmup {config.warmup}: a share of the steps, below 1")
     require(config.eval_images >= 0, f"--eval-images {config.eval_images}: 0 or more")
@@ -112,41 +118,44 @@ def check(config: Config) -> None:
 
 
 def pair_loss(model: Llava, batch: PairBatch, config: Config, length: float) -> tuple[torch.Tensor, dict[str, float]]:
-    """The mean loss of a batch, and its metrics by TRL's names. `length` is for sft: mean tokens of y+.
+    """The mean loss of a batch, and its metrics by TRL's names.
 
-    `length` is the mean of the whole batch, of which `batch` is a part with --accumulate.
+    `length` is for sft: the mean tokens of y+ in the whole step, of which `batch` is a part with --accumulate.
     """
     features = model.encode_images(batch.pixels)  # once, for policy and reference
-    tree = batch.tree.to(model.device)
-    with lora.adapters_off(model):
-        ref_chosen, ref_rejected = branch_logps(model, tree, features).unbind(1)  # (B,) each
-    chosen, rejected = branch_logps(model, tree, features).unbind(1)
+    tree = batch.tree
+    if batch.noisy is not None:
+        tree = distorted_tree(model, batch.sequences, model.encode_images(batch.noisy))
+    weights = torch.tensor(list(rejected_weights(config).values()), device=model.device)
+    logps, ref_logps = both_logps(model, tree.to(model.device), features)  # (B, 1 + K) each
     if config.loss == "sft":
-        loss = -chosen.mean() / length  # mean over y+'s tokens
+        loss = -logps[:, 0].mean() / length  # mean over y+'s tokens
     else:
-        h = log_ratio_difference(chosen, rejected, ref_chosen, ref_rejected)
-        loss = LOSSES[config.loss](h, config.beta).mean()
-    metrics = pair_metrics(chosen, rejected, ref_chosen, ref_rejected, config.beta)
-    return loss, {"loss": loss.item()} | metrics
+        loss = preference_loss(logps, ref_logps, config.loss, config.beta, weights)
+    return loss, {"loss": loss.item()} | preference_metrics(logps, ref_logps, config.beta, weights)
+
+
+def rejected_weights(config: Config) -> dict[str, float]:
+    """Eq. 5: every kind of rejected response that is trained on, and its weight."""
+    gamma = config.gamma
+    weights = {
+        "stored": {"rejected": 1.0},
+        "both": {"external": gamma, "rejected": 1 - gamma},
+        "distorted": {"rejected": gamma, "distorted": 1 - gamma},
+    }[config.rejected]
+    return {name: weight for name, weight in weights.items() if weight > 0}
 
 
 def train(model: Llava, load: StepLoader, config: Config, out: Path) -> list[dict]:
     """The loop: from the first step, or from the last checkpoint with --resume; returns metrics.jsonl's rows."""
-    optimizer = torch.optim.AdamW(lora.trainable_groups(model, config.lr, config.projector_lr), weight_decay=0.0)
-    peaks = [group["lr"] for group in optimizer.param_groups]
-    trainable = [p for group in optimizer.param_groups for p in group["params"]]
+    optimizer = make_optimizer(model, config.lr, config.projector_lr)
     numbers, batch_size, seed = load.records.numbers, config.batch_size, config.seed
     steps = [step for epoch in range(config.epochs) for step in batches_of_epoch(numbers, batch_size, seed, epoch)]
-    start = resume.load_progress(out / "checkpoint", model, optimizer) if config.resume else 0
-    log = out / "metrics.jsonl"
-    rows = resume.rows_until(log, start)
+    run = resume.Run(out, model, optimizer, config.resume)
     left_out: list[str] = []
-    bar = tqdm(load_ahead(steps[start:], load, config.workers), initial=start, total=len(steps), desc=config.loss)
-    try:
-        for step, (parts, bad) in enumerate(bar, start=start):
-            share = learning_rate(step, len(steps), config.warmup, config.schedule)
-            for group, peak in zip(optimizer.param_groups, peaks, strict=True):
-                group["lr"] = share * peak
+    with run, closing(load_ahead(steps[run.start :], load, config.workers)) as loads:
+        bar = tqdm(loads, initial=run.start, total=len(steps), desc=config.loss)
+        for step, (parts, bad) in enumerate(bar, start=run.start):
             pairs = sum(len(part) for part in parts)
             length = sum(part.chosen_tokens for part in parts) / pairs
             metrics: dict[str, float] = {}
@@ -156,28 +165,16 @@ def train(model: Llava, load: StepLoader, config: Config, out: Path) -> list[dic
                 (loss * weight).backward()
                 for name, value in part_metrics.items():
                     metrics[name] = metrics.get(name, 0.0) + weight * value
-            norm = torch.nn.utils.clip_grad_norm_(trainable, config.clip)
-            if not (math.isfinite(metrics["loss"]) and torch.isfinite(norm)):
-                raise UserError(
-                    f"step {step + 1}: loss {metrics['loss']}, gradient norm {norm.item()}; the last finite weights "
-                    f"are in {out}/checkpoint; lower --lr {config.lr} or raise --warmup {config.warmup}"
-                )
-            optimizer.step()
-            optimizer.zero_grad()
-            facts = {"grad_norm": norm.item(), "lr": share * config.lr, "pairs": pairs}
-            rows.append({"step": step + 1, **metrics, **facts})
-            append_lines(log, rows[-1:])
+            share = learning_rate(step, len(steps), config.warmup, config.schedule)
+            norm = update(optimizer, share, config.clip, metrics["loss"], f"step {step + 1}")
+            facts = {"grad_norm": norm, "lr": share * config.lr, "pairs": pairs}
+            save = (step + 1) % config.save_every == 0 or step + 1 == len(steps)
+            run.add({"step": step + 1, **metrics, **facts}, save)
             left_out += bad
             bar.set_postfix({name: f"{metrics[name]:.3f}" for name in SHOWN})
-            if (step + 1) % config.save_every == 0 or step + 1 == len(steps):
-                resume.save_progress(out / "checkpoint", model, optimizer, step + 1)
-    except UserError:
-        if all(p.isfinite().all() for p in trainable):
-            resume.save_progress(out / "checkpoint", model, optimizer, len(rows))  # of the last whole step
-        raise
     if left_out:
         tqdm.write(f"{len(left_out)} pairs left out on the way, the first: {left_out[0]}")
-    return rows
+    return run.rows
 
 
 def sample_pairs(config: Config, out: Path) -> Path:
@@ -206,7 +203,9 @@ def main(config: Config) -> None:
     tokenizer, processor = Tokenizer.from_folder(folder, config.template), ImageProcessor.from_folder(folder)
     positions = read_config(folder).text.max_position_embeddings
     limits = config.max_response_tokens, positions, config.truncate
-    collate = PairCollator(tokenizer, processor, config.images, *limits)
+    kinds = list(rejected_weights(config))
+    fields, noise = tuple(k for k in kinds if k != "distorted"), config.noise_steps if "distorted" in kinds else 0
+    collate = PairCollator(tokenizer, processor, config.images, *limits, fields, noise)
     records = usable_pairs(records, collate.check, config.limit, config.seed, config.skip_bad_records)
     model = load_model(folder, config.device, getattr(torch, config.dtype))
     torch.manual_seed(config.seed)

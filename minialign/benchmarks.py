@@ -8,6 +8,7 @@ import hashlib
 import json
 from collections import Counter
 from collections.abc import Callable
+from contextlib import closing
 from dataclasses import dataclass, field
 from itertools import islice
 from pathlib import Path
@@ -142,7 +143,7 @@ def ask(asking: Asking, groups: dict[str, list[Question]], out: Path, images: st
 
     found: dict[str, str] = {}
     ahead = load_ahead(list(groups), load, workers)
-    with tqdm(total=sum(map(len, groups.values())), desc="evaluate", unit="answer") as bar:
+    with closing(ahead), tqdm(total=sum(map(len, groups.values())), desc="evaluate", unit="answer") as bar:
         while part := list(islice(ahead, batch_size)):
             places = ((f"question {groups[image][0].id}", (image, *rest)) for image, *rest in part)
             batch = collect(places, opened, None, skip_bad)

@@ -4,6 +4,7 @@ import argparse
 import dataclasses
 import inspect
 import re
+import signal
 import sys
 import types
 import typing
@@ -89,8 +90,15 @@ def require_device(device: str) -> None:
         raise UserError(f"--device {device}: not to be had here ({first}); `cpu` always is") from None
 
 
+def terminated(*_) -> None:
+    """SIGTERM: end in order, as schedulers want; files are whole at any moment."""
+    print("terminated; what was written so far is whole", file=sys.stderr)
+    sys.exit(0)
+
+
 def run_main(main: Callable[[], object]) -> None:
     """Run a program; a `UserError` becomes one line on stderr and exit code 2, never a traceback."""
+    signal.signal(signal.SIGTERM, terminated)
     try:
         main()
     except UserError as error:

@@ -4,12 +4,14 @@ import math
 from dataclasses import dataclass
 
 import torch
+from PIL import Image
 from torch import Tensor
 
 from minialign import toyworld
 from minialign.chat import Tokenizer
-from minialign.data import MEND, Records, require_two
+from minialign.data import MEND, Records
 from minialign.errors import UserError
+from minialign.generate import stable_seed
 from minialign.images import ImageProcessor, noise_of_seed, open_image
 from minialign.masks import Branch, Sequence, TokenTree, build_tree, mask_of_seed
 from minialign.records import LeftOut, Record
@@ -18,18 +20,21 @@ from minialign.report import ReportPair
 
 @dataclass(frozen=True)
 class PairBatch:
-    """Pairs as one token tree each (branches: chosen, rejected), and their pixels (tiles, 3, H, W)."""
+    """Pairs as token trees, one each, with their pixels (tiles, 3, H, W), and the noisy ones if they are wanted."""
 
+    records: list[Record]
+    sequences: list[Sequence]  # branches: chosen, then every rejected response
     tree: TokenTree
     pixels: Tensor
+    noisy: Tensor | None
 
     def __len__(self) -> int:
-        return len(self.tree.ids)
+        return len(self.sequences)
 
     @property
     def chosen_tokens(self) -> int:
         """Tokens of all chosen responses."""
-        return int((self.tree.branch == 1).sum())
+        return sum(len(sequence.branches[0].ids) for sequence in self.sequences)
 
 
 @dataclass(frozen=True)
@@ -42,11 +47,13 @@ class PairCollator:
     max_response_tokens: int
     positions: int = 4096  # that the decoder has
     truncate: bool = False
+    rejected: tuple[str, ...] = ("rejected",)  # fields of a record that hold its rejected responses
+    noise_steps: int = 0  # of the noisy pictures; 0: none are wanted
 
     def responses(self, record: Record, room: int | None = None) -> list[list[int]]:
         """Chosen and rejected ids, at most --max-response-tokens each, and `room`."""
         limit = self.max_response_tokens if room is None else min(self.max_response_tokens, room)
-        ids = [self.tokenizer.response(text) for text in (record.chosen, record.rejected)]
+        ids = [self.tokenizer.response(getattr(record, name)) for name in ("chosen", *self.rejected)]
         longest = max(map(len, ids))
         if longest > limit and (not self.truncate or limit < 1):
             said = f"a response of {longest} tokens is longer than"
@@ -55,31 +62,50 @@ class PairCollator:
             raise UserError(f"{said} the {max(0, limit)} positions that image and prompt leave of {self.positions}")
         return [each[:limit] for each in ids]
 
+    def require_different(self, record: Record) -> None:
+        """Leave a record out whose responses do not differ: there is nothing to prefer."""
+        for name in self.rejected:
+            if not getattr(record, name):
+                raise LeftOut(f"no {name} response (of answers with ratings: none is rated below another)")
+            if record.chosen == getattr(record, name):
+                raise LeftOut("chosen and rejected are the same text")
+
     def check(self, record: Record) -> None:
-        """Refuse a record whose picture cannot be read, or whose responses do not fit."""
+        """Refuse a record whose picture cannot be read or whose responses do not fit, leave out one of no use."""
+        self.require_different(record)
         if self.images == "toy":
             toyworld.scene_of(record.image)  # drawing it would take longer
             self.responses(record)
         else:
-            self.sequence(record)
+            self.sequence(record, open_image(self.images, record.image))
 
-    def sequence(self, record: Record) -> tuple[Sequence, Tensor]:
-        """A pair is ONE sequence: image and prompt once, then two branches. And its pixels (tiles, 3, H, W)."""
-        picture = open_image(self.images, record.image)
+    def sequence(self, record: Record, picture: Image.Image) -> Sequence:
+        """A pair is ONE sequence: image and prompt once, then a branch per response."""
         patches, packing = self.processor.layout(picture)
         prompt = self.tokenizer.prompt(record.turns)
         room = self.positions - (len(prompt) - 1 + len(packing))
         branches = [Branch(ids) for ids in self.responses(record, room)]
-        return Sequence(prompt, branches, patches, packing=packing), self.processor(picture)
+        return Sequence(prompt, branches, patches, packing=packing)
+
+    def loaded(self, record: Record) -> "Loaded":
+        """A record with its sequence and pixels."""
+        self.require_different(record)
+        picture, noisy = open_image(self.images, record.image), None
+        if self.noise_steps:
+            noisy = self.processor(noise_of_seed(picture, self.noise_steps, stable_seed(record.id) % 2**31))
+        return Loaded(record, self.sequence(record, picture), self.processor(picture), noisy)
 
     def __call__(self, records: list[Record]) -> PairBatch:
         """Records to one batch."""
-        return self.batch([self.sequence(record) for record in records])
+        return self.batch([self.loaded(record) for record in records])
 
-    def batch(self, pairs: list[tuple[Sequence, Tensor]]) -> PairBatch:
-        """Sequences and their pixels to one batch."""
-        tree = build_tree([sequence for sequence, _ in pairs], self.tokenizer.image_id, self.tokenizer.pad_id)
-        return PairBatch(tree, torch.cat([pixels for _, pixels in pairs]))
+    def batch(self, pairs: list["Loaded"]) -> PairBatch:
+        """What was loaded of some pairs, as one batch."""
+        sequences = [pair.sequence for pair in pairs]
+        tree = build_tree(sequences, self.tokenizer.image_id, self.tokenizer.pad_id)
+        noisy = torch.cat([pair.noisy for pair in pairs]) if self.noise_steps else None
+        pixels = torch.cat([pair.pixels for pair in pairs])
+        return PairBatch([pair.record for pair in pairs], sequences, tree, pixels, noisy)
 
     def report_pair(self, record: Record) -> ReportPair:
         """What the report shows of a pair: the whole picture as the tower saw it, its visible patches, the texts."""
@@ -94,6 +120,22 @@ class PairCollator:
         picture = self.processor.crop(picture)
         facts = (record.bdhs.get(name) for name in ("iterations", "similarity", "guided"))
         return ReportPair(record.id, picture, mask, question, record.chosen, record.rejected, *facts)
+
+
+@dataclass(frozen=True)
+class Loaded:
+    """One pair: its record, its sequence and the pixels (tiles, 3, H, W) of its picture, and of the noisy one."""
+
+    record: Record
+    sequence: Sequence
+    pixels: Tensor
+    noisy: Tensor | None
+
+    @property
+    def length(self) -> int:
+        """Tokens of the sequence, all branches together: what a row of a batch holds."""
+        sequence = self.sequence
+        return len(sequence.trunk) - 1 + sequence.image_tokens + sum(len(branch.ids) for branch in sequence.branches)
 
 
 @dataclass(frozen=True)
@@ -114,9 +156,7 @@ class StepLoader:
         pairs, left_out = [], []
         for number in numbers:
             try:
-                record = self.records.parse(number)
-                require_two(record)
-                pairs.append(self.collate.sequence(record))
+                pairs.append(self.collate.loaded(self.records.parse(number)))
             except UserError as error:
                 left_out.append(f"{self.records.file.place(number)}: {error}")
                 if not (self.skip_bad or isinstance(error, LeftOut)):
@@ -124,11 +164,6 @@ class StepLoader:
         if not pairs:
             raise UserError(f"no pair of this step is usable, the first: {left_out[0]}")
         if self.accumulate > 1:
-            pairs.sort(key=lambda pair: length(pair[0]))
+            pairs.sort(key=lambda pair: pair.length)
         size = math.ceil(len(pairs) / self.accumulate)
         return [self.collate.batch(pairs[i : i + size]) for i in range(0, len(pairs), size)], left_out
-
-
-def length(sequence: Sequence) -> int:
-    """Tokens of a sequence, all branches together: what a row of a batch holds."""
-    return len(sequence.trunk) - 1 + sequence.image_tokens + sum(len(branch.ids) for branch in sequence.branches)

@@ -195,7 +195,7 @@ def open_pairs(pairs: str, form: str | None) -> Records:
 def usable_pairs(
     pairs: Records, check: Callable[[Record], None], limit: int | None, seed: int, skip_bad: bool
 ) -> Records:
-    """The pairs without the bad ones among the first `CHECKED`; with a limit, a random subset, all of it checked.
+    """The first `CHECKED` pairs without those that `check` refuses, and the rest; with a limit a random subset.
 
     A bad pair is met here and not after hours. Those behind the first `CHECKED` are met in their turn.
     """
@@ -203,9 +203,7 @@ def usable_pairs(
     order = range(min(total, CHECKED)) if limit is None else order_of(total, seed)
 
     def checked(number: int) -> int:
-        record = pairs.parse(number)
-        require_two(record)
-        check(record)
+        check(pairs.parse(number))
         return number
 
     shown = tqdm(order, desc="check", unit="pair", delay=3)
@@ -214,11 +212,3 @@ def usable_pairs(
         raise UserError(f"--pairs {pairs.file.path}: no usable pair: see above; make one with sample_bdhs.py")
     rest = range(CHECKED, total) if limit is None else ()
     return replace(pairs, numbers=sorted(numbers) + list(rest))
-
-
-def require_two(record: Record) -> None:
-    """Leave a pair out whose two responses do not differ: there is nothing to prefer."""
-    if not record.rejected:
-        raise LeftOut("no answer is rated below another")
-    if record.chosen == record.rejected:
-        raise LeftOut("chosen and rejected are the same text")

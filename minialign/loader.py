@@ -1,6 +1,7 @@
 """Loading ahead: worker processes parse, tokenise and decode what comes next while the model computes."""
 
 import os
+import signal
 from collections.abc import Callable, Iterator, Sequence
 
 from torch.utils.data import DataLoader, Dataset
@@ -33,12 +34,19 @@ def load_ahead(items: Sequence, load: Callable, workers: int) -> Iterator:
     workers = min(workers, os.cpu_count() or 1, len(items))
     context = "fork" if workers else None
     loader = DataLoader(
-        Loads(items, load), batch_size=None, collate_fn=same, num_workers=workers, multiprocessing_context=context
-    )
+        Loads(items, load), batch_size=None, collate_fn=same, num_workers=workers, multiprocessing_context=context,
+        worker_init_fn=stand_apart,
+    )  # fmt: skip
     for loaded in loader:
         if isinstance(loaded, UserError):
             raise loaded
         yield loaded
+
+
+def stand_apart(_) -> None:
+    """A signal to a run's process group is for the main process alone, which ends the others in its own time."""
+    os.setpgrp()
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)  # not the main process's own way of ending
 
 
 def same(value):

@@ -5,6 +5,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from minialign.llava import Llava
+from minialign.lora import adapters_off
 from minialign.masks import TokenTree
 
 
@@ -47,8 +48,29 @@ def slic_loss(h: Tensor, beta: float) -> Tensor:
     return torch.relu(1 - beta * h)
 
 
-def pair_metrics(chosen, rejected, ref_chosen, ref_rejected, beta: float) -> dict[str, float]:
-    """What is plotted of a batch, by TRL's names; (B,) summed log-probs each."""
+LOSSES = {"dpo": dpo_loss, "ipo": ipo_loss, "slic": slic_loss}
+
+
+def both_logps(model: Llava, tree: TokenTree, tower_features: Tensor | None) -> tuple[Tensor, Tensor]:
+    """Summed log-probs of every branch (B, S) by the policy, and by the reference: the same model, adapters off."""
+    with adapters_off(model):
+        ref_logps = branch_logps(model, tree, tower_features)
+    return branch_logps(model, tree, tower_features), ref_logps
+
+
+def preference_loss(logps: Tensor, ref_logps: Tensor, loss: str, beta: float, weights: Tensor) -> Tensor:
+    """Eq. 5: the loss of y+ against every y-, weighted; the mean over the batch.
+
+    logps, ref_logps (B, 1 + K): y+ first. weights (K,): of each y-; one y- of weight 1 is Eq. 3.
+    """
+    h = log_ratio_difference(logps[:, :1], logps[:, 1:], ref_logps[:, :1], ref_logps[:, 1:])  # (B, K)
+    return (LOSSES[loss](h, beta) * weights).sum(1).mean()
+
+
+def preference_metrics(logps: Tensor, ref_logps: Tensor, beta: float, weights: Tensor) -> dict[str, float]:
+    """What is plotted of a batch, by TRL's names; several y- count by their weights. Shapes as above."""
+    chosen, rejected = logps[:, 0], (logps[:, 1:] * weights).sum(1)
+    ref_chosen, ref_rejected = ref_logps[:, 0], (ref_logps[:, 1:] * weights).sum(1)
     reward_chosen, reward_rejected = beta * (chosen - ref_chosen), beta * (rejected - ref_rejected)
     metrics = {
         "rewards/chosen": reward_chosen,
@@ -60,6 +82,3 @@ def pair_metrics(chosen, rejected, ref_chosen, ref_rejected, beta: float) -> dic
         "logps/ref_accuracies": (ref_chosen > ref_rejected).float(),  # does the reference rank the pair already?
     }
     return {name: value.mean().item() for name, value in metrics.items()}
-
-
-LOSSES = {"dpo": dpo_loss, "ipo": ipo_loss, "slic": slic_loss}

@@ -33,6 +33,7 @@ class Record:
     turns: list[Turn]
     chosen: str
     rejected: str = ""
+    external: str = ""  # of a pair that was sampled here: the y- that its record had come with
     bdhs: dict = field(default_factory=dict)
 
 
@@ -144,7 +145,8 @@ def pair_record(raw: dict) -> Record:
     else:
         turns = [("user", text_field(raw, "prompt"))]
     image, chosen = text_field({"images": images[0]}, "images"), answer_field(raw, "chosen")
-    return Record(identity(raw), image, turns, chosen, answer_field(raw, "rejected"), bdhs_field(raw))
+    rejected, external = answer_field(raw, "rejected"), answer_field(raw, "external") if raw.get("external") else ""
+    return Record(identity(raw), image, turns, chosen, rejected, external, bdhs_field(raw))
 
 
 def instruct_record(raw: dict) -> Record:
@@ -237,12 +239,12 @@ FORMATS: dict[FormatName, tuple[set[str], Callable[[dict], Record]]] = {
 }
 
 
-def preference_fields(turns: list[Turn], chosen: str, rejected: str, messages: bool) -> dict:
-    """`prompt`, `chosen` and `rejected` of a pairs file: bare texts, or messages where there are earlier turns.
+def preference_fields(turns: list[Turn], answers: dict[str, str], messages: bool) -> dict:
+    """`prompt` and the answers of a pairs file: bare texts, or messages where there are earlier turns.
 
     A file keeps to one form, as its readers (datasets, TRL) want one type per field.
     """
     if not messages:
-        return {"prompt": turns[-1][1], "chosen": chosen, "rejected": rejected}
-    sides = {"prompt": turns, "chosen": [("assistant", chosen)], "rejected": [("assistant", rejected)]}
+        return {"prompt": turns[-1][1]} | answers
+    sides = {"prompt": turns} | {name: [("assistant", answer)] for name, answer in answers.items()}
     return {name: [{"role": role, "content": text} for role, text in side] for name, side in sides.items()}

@@ -5,6 +5,8 @@ run goes on bit for bit. No pickle is written or read.
 """
 
 import json
+import signal
+import sys
 from pathlib import Path
 
 import torch
@@ -13,7 +15,7 @@ from safetensors.torch import save_file
 from minialign.checkpoint import check_tensors, opened, read_tensors
 from minialign.data import Records
 from minialign.errors import UserError
-from minialign.files import read_json, read_lines, write_json, write_whole
+from minialign.files import append_lines, read_json, read_lines, write_json, write_whole
 from minialign.llava import Llava
 from minialign.lora import adapter_state
 
@@ -41,13 +43,45 @@ def remove_results(out: Path) -> None:
         (out / old).unlink(missing_ok=True)
 
 
-def rows_until(log: Path, step: int) -> list[dict]:
-    """The rows of metrics.jsonl up to the checkpoint's step; the file holds these and no others afterwards."""
-    rows = read_lines(log, "leave --resume out")[:step] if step else []
-    if len(rows) < step:
-        raise UserError(f"{log}: {len(rows)} of the checkpoint's {step} steps; leave --resume out")
-    write_whole(log, "".join(json.dumps(row) + "\n" for row in rows))
-    return rows
+class Run:
+    """The log and the checkpoints of a training run: `rows` so far, one more by `add`.
+
+    In its `with` block SIGTERM lets the step in progress end; then the progress is saved, and the program exits
+    with 0. A `UserError` there saves what was done before it.
+    """
+
+    def __init__(self, out: Path, model: Llava, optimizer: torch.optim.Optimizer, resume: bool):
+        self.folder, self.log, self.model, self.optimizer = out / "checkpoint", out / "metrics.jsonl", model, optimizer
+        self.start = load_progress(self.folder, model, optimizer) if resume else 0
+        self.rows = read_lines(self.log, "leave --resume out")[: self.start] if self.start else []
+        if len(self.rows) < self.start:
+            raise UserError(f"{self.log}: {len(self.rows)} of the checkpoint's {self.start} steps; leave --resume out")
+        write_whole(self.log, "".join(json.dumps(row) + "\n" for row in self.rows))
+        self.terminated = False
+
+    def add(self, row: dict, save: bool) -> None:
+        """Log a step that is done, and save after it if `save`."""
+        self.rows.append(row)
+        append_lines(self.log, [row])
+        if save or self.terminated:
+            save_progress(self.folder, self.model, self.optimizer, len(self.rows))
+        if self.terminated:
+            print(f"terminated after step {len(self.rows)}; --resume goes on from there", file=sys.stderr)
+            sys.exit(0)
+
+    def __enter__(self) -> "Run":
+        self.before = signal.signal(signal.SIGTERM, self.terminate)
+        return self
+
+    def terminate(self, *_) -> None:
+        """SIGTERM has come."""
+        self.terminated = True
+
+    def __exit__(self, kind: type | None, *_) -> None:
+        signal.signal(signal.SIGTERM, self.before)
+        trained = [parameter for group in self.optimizer.param_groups for parameter in group["params"]]
+        if kind is UserError and all(parameter.isfinite().all() for parameter in trained):
+            save_progress(self.folder, self.model, self.optimizer, len(self.rows))
 
 
 def save_progress(folder: Path, model: Llava, optimizer: torch.optim.Optimizer, step: int) -> None:

@@ -4,12 +4,13 @@ import json
 import re
 from pathlib import Path
 
-from helpers import refused
+from helpers import refused, toy_processor, toy_tokenizer
 
 import sample_bdhs
 import train_dpo
 from minialign import toyworld
 from minialign.cli import parse_config
+from minialign.collate import PairCollator
 from minialign.data import open_pairs, read_records, usable_pairs
 from minialign.records import Record
 
@@ -63,7 +64,8 @@ def records_in(path: Path, limit: int | None = None, skip_bad: bool = False) -> 
 
 def pairs_in(path: Path, limit: int | None = None, skip_bad: bool = False) -> list[Record]:
     """What train_dpo.py reads of a pairs file, pictures and lengths aside."""
-    records = usable_pairs(open_pairs(str(path), None), lambda record: None, limit, 0, skip_bad)
+    collate = PairCollator(toy_tokenizer(), toy_processor(), "toy", 512)
+    records = usable_pairs(open_pairs(str(path), None), collate.require_different, limit, 0, skip_bad)
     return [records.parse(number) for number in records.numbers]
 
 
