@@ -23,10 +23,10 @@ import torch
 from tqdm import tqdm
 
 from minialign.bdhs import Bdhs, BdhsConfig, Example, Sampled
-from minialign.chat import Tokenizer
+from minialign.chat import Tokenizer, announce
 from minialign.checkpoint import fingerprint, load_model, resolve_model
-from minialign.cli import fill, parse_config, require, require_device, require_temperature, run_main
-from minialign.data import MEND, collect, read_records
+from minialign.cli import fill, parse_config, require, require_device, require_images, require_temperature, run_main
+from minialign.data import collect, or_skipped, read_records
 from minialign.errors import UserError
 from minialign.files import append_lines, read_lines, write_json
 from minialign.generate import Sampling
@@ -83,6 +83,9 @@ def check(config: Config) -> None:
     require(config.limit is None or config.limit >= 1, f"--limit {config.limit}: at least 1")
     require(config.workers >= 0, f"--workers {config.workers}: 0 or more")
     require(not Path(config.out).is_dir(), f"--out {config.out}: is a folder; name the pairs file to write")
+    require_images(config.images)
+    same = Path(config.out).resolve() == Path(config.data).resolve()
+    require(not same, f"--out {config.out}: is --data too, and would be overwritten; name another file")
     require_device(config.device)
 
 
@@ -95,7 +98,7 @@ def pairs_of_earlier_run(out: Path, settings: dict) -> list[dict]:
     """What an earlier run of the same settings left in the pairs file; any other file is left alone."""
     if not out.exists() or out.stat().st_size == 0:
         return []
-    remedy = f"give another --out, or remove {out}"
+    remedy = "name another --out"
     require_same_settings(beside(out, "config"), settings, MAY_CHANGE, remedy)
     pairs = read_lines(out, remedy)
     collect(((f"{out}, line {number}", pair) for number, pair in enumerate(pairs, start=1)), sampled_pair, None, False)
@@ -111,17 +114,19 @@ def sampled_pair(pair: dict) -> Record:
     return record
 
 
-def with_pictures(records: list[Record], config: Config) -> tuple[list[tuple[Record, Example]], list[str]]:
+def with_pictures(records: list[Record], config: Config, bdhs: Bdhs) -> tuple[list[tuple[Record, Example]], list[str]]:
     """The records with their pictures; and what is wrong with those left out, if --skip-bad-records is given."""
     examples, bad = [], []
     for record in records:
         try:
             picture = open_image(config.images, record.image)
+            example = Example(record.id, picture, record.turns, record.chosen)
+            bdhs.require_room(example)
         except UserError as error:
-            bad.append(f"record {record.id}: {error}")
-            require(config.skip_bad_records, f"{bad[-1]}; {MEND}")
+            bad.append(f"{record.place or f'record {record.id}'}: {error}")
+            require(config.skip_bad_records, or_skipped(bad[-1]))
         else:
-            examples.append((record, Example(record.id, picture, record.turns, record.chosen)))
+            examples.append((record, example))
     return examples, bad
 
 
@@ -141,7 +146,7 @@ def require_same_records(out: Path, pairs: list[dict], records: list[Record]) ->
     for number, pair in enumerate(pairs, start=1):
         kept, record = pair_record(pair), by_id.get(pair["id"])
         same = record is None or (record.image, record.turns, record.chosen) == (kept.image, kept.turns, kept.chosen)
-        require(same, f"{out}, line {number}: {pair['id']!r} is another record in --data; give another --out")
+        require(same, f"{out}, line {number}: {pair['id']!r} is another record in --data; name another --out")
 
 
 def resolved_curve(pairs: list[dict], n_bdhs: int, eps_s: float) -> list[float]:
@@ -160,8 +165,12 @@ def main(config: Config) -> None:
     folder = resolve_model(config.model)
     records = read_records(config.data, config.format, config.limit, config.seed, config.skip_bad_records)
     messages = any(len(record.turns) > 1 for record in records)
-    out, settings = Path(config.out), asdict(config) | {"messages": messages, "weights": fingerprint(folder)}
+    out, settings = Path(config.out), asdict(config) | {"weights": fingerprint(folder)}
     pairs = pairs_of_earlier_run(out, settings)
+    bare = bool(pairs) and isinstance(pairs[0]["prompt"], str)
+    said = "its prompts are texts, and some records have several turns, which need messages"
+    require(not (bare and messages), f"--out {out}: {said}; name another --out")
+    messages = messages or bool(pairs) and not bare
     known = {pair["id"] for pair in pairs}
     require_same_records(out, pairs, records)
     todo = [record for record in records if record.id not in known]
@@ -172,13 +181,14 @@ def main(config: Config) -> None:
     tokenizer = Tokenizer.from_folder(folder, config.template)
     knobs = {f.name: getattr(config, f.name) for f in fields(BdhsConfig) if f.name != "sampling"}
     sampling = Sampling(config.max_new_tokens, config.temperature, config.top_p)
+    announce(folder, model, tokenizer)
     similarity = load_similarity(config.encoder, config.device)
     processor = ImageProcessor.from_folder(folder)
     bdhs = Bdhs(model, tokenizer, processor, similarity, BdhsConfig(**knobs, sampling=sampling))
     write_json(beside(out, "config"), settings)
     left_out, unreadable = 0, []  # an empty response is no pair; and what is wrong with pictures
     parts = [todo[first : first + config.batch_size] for first in range(0, len(todo), config.batch_size)]
-    ahead = load_ahead(parts, lambda part: with_pictures(part, config), config.workers)
+    ahead = load_ahead(parts, lambda part: with_pictures(part, config, bdhs), config.workers)
     with closing(ahead), tqdm(total=len(todo), desc="bdhs", unit="pair") as bar:
         for batch, bad in ahead:
             unreadable += bad
@@ -192,6 +202,7 @@ def main(config: Config) -> None:
     if unreadable:
         tqdm.write(f"{len(unreadable)} pictures left out, the first: {unreadable[0]}")
 
+    require(bool(pairs) or not unreadable, f"none of {len(todo)} pictures could be read: {''.join(unreadable[:1])}")
     curve = resolved_curve(pairs, config.n_bdhs, config.eps_s)
     same = sum(pair["chosen"] == pair["rejected"] for pair in pairs)
     truncated = sum(pair["bdhs"]["truncated"] for pair in pairs)

@@ -25,9 +25,18 @@ from tqdm import tqdm
 
 import sample_bdhs
 from minialign import lora, resume
-from minialign.chat import Tokenizer
-from minialign.checkpoint import fingerprint, load_model, resolve_model, save_changed
-from minialign.cli import fill, parse_config, require, require_device, require_outside, require_seed, run_main
+from minialign.chat import Tokenizer, announce
+from minialign.checkpoint import fingerprint, resolve_model
+from minialign.cli import (
+    fill,
+    parse_config,
+    require,
+    require_device,
+    require_images,
+    require_outside,
+    require_seed,
+    run_main,
+)
 from minialign.collate import PairBatch, PairCollator, StepLoader
 from minialign.config import read_config
 from minialign.data import open_pairs, usable_pairs
@@ -37,18 +46,15 @@ from minialign.images import ImageProcessor
 from minialign.llava import Llava
 from minialign.loader import load_ahead
 from minialign.losses import both_logps, preference_loss, preference_metrics
-from minialign.metrics import print_table, with_intervals
 from minialign.optimizer import make_optimizer, update
 from minialign.records import FormatName
-from minialign.report import write_report
+from minialign.results import save_results, save_weights
 from minialign.schedule import batches_of_epoch, learning_rate
 from minialign.toybench import ToyBenchmark
 
 # What stands for a flag that is not given: the paper's value (App. A), or the toy model's, chosen on validation.
-PAPER = {"beta": 0.1, "lr": 5e-7, "projector_lr": 2e-6, "lora_rank": 128, "lora_alpha": 256.0, "epochs": 3,
-         "workers": 4}  # fmt: skip
-TOY = {"beta": 0.1, "lr": 2e-4, "projector_lr": 3e-5, "lora_rank": 64, "lora_alpha": 128.0, "epochs": 1,
-       "workers": 0}  # fmt: skip
+PAPER = {"beta": 0.1, "lr": 5e-7, "projector_lr": 2e-6, "lora_rank": 128, "epochs": 3, "workers": 4}
+TOY = {"beta": 0.1, "lr": 2e-4, "projector_lr": 3e-5, "lora_rank": 64, "epochs": 1, "workers": 0}
 MAY_CHANGE = ("resume", "out", "workers", "skip_bad_records")  # when a run is resumed
 SHOWN = ("loss", "rewards/accuracies", "rewards/margins", "logps/chosen")  # in the progress bar
 
@@ -73,7 +79,7 @@ class Config:
     lr: float | None = None  # peak learning rate of the adapters (5e-7; toy: 2e-4)
     projector_lr: float | None = None  # peak learning rate of the projector (2e-6; toy: 3e-5)
     lora_rank: int | None = None  # rank of the adapters (128; toy: 64)
-    lora_alpha: float | None = None  # updates are scaled by alpha / rank (256; toy: 128)
+    lora_alpha: float | None = None  # updates are scaled by alpha / rank (twice the rank)
     epochs: int | None = None  # passes over the pairs (3; toy: 1)
     batch_size: int = 16  # pairs per optimizer step
     accumulate: int = 1  # split each batch into so many forward passes
@@ -96,12 +102,12 @@ class Config:
 
 def check(config: Config) -> None:
     """Refuse values that make no sense, before anything is loaded."""
-    for name in ("beta", "lr", "lora_alpha"):
-        value = getattr(config, name)
-        require(0 < value <= 1e30, f"--{name.replace('_', '-')} {value}: above 0, at most 1e30")
     for name in ("lora_rank", "epochs", "batch_size", "accumulate", "save_every", "max_response_tokens", "limit"):
         value = getattr(config, name)
         require(value is None or value >= 1, f"--{name.replace('_', '-')} {value}: at least 1")
+    for name in ("beta", "lr", "lora_alpha"):
+        value = getattr(config, name)
+        require(0 < value <= 1e30, f"--{name.replace('_', '-')} {value}: above 0, at most 1e30")
     require(0 <= config.projector_lr <= 1e30, f"--projector-lr {config.projector_lr}: 0 or more, at most 1e30")
     require(0 <= config.gamma <= 1, f"--gamma {config.gamma}: between 0 and 1")
     require(1 <= config.noise_steps <= 1000, f"--noise-steps {config.noise_steps}: between 1 and 1000")
@@ -114,6 +120,7 @@ def check(config: Config) -> None:
     require((config.adapter is None) == (config.reference is None), said)
     require_seed(config.seed)
     require(not Path(config.out).is_file(), f"--out {config.out}: is a file; name a folder")
+    require_images(config.images)
     require_device(config.device)
 
 
@@ -156,8 +163,8 @@ def train(model: Llava, load: StepLoader, config: Config, out: Path) -> list[dic
     with run, closing(load_ahead(steps[run.start :], load, config.workers)) as loads:
         bar = tqdm(loads, initial=run.start, total=len(steps), desc=config.loss)
         for step, (parts, bad) in enumerate(bar, start=run.start):
-            pairs = sum(len(part) for part in parts)
-            length = sum(part.chosen_tokens for part in parts) / pairs
+            pairs = sum(len(part) for part in parts)  # 0 where all of them are left out: nothing is learned
+            length = sum(part.chosen_tokens for part in parts) / max(1, pairs)
             metrics: dict[str, float] = {}
             for part in parts:
                 loss, part_metrics = pair_loss(model, part, config, length)
@@ -166,12 +173,13 @@ def train(model: Llava, load: StepLoader, config: Config, out: Path) -> list[dic
                 for name, value in part_metrics.items():
                     metrics[name] = metrics.get(name, 0.0) + weight * value
             share = learning_rate(step, len(steps), config.warmup, config.schedule)
-            norm = update(optimizer, share, config.clip, metrics["loss"], f"step {step + 1}")
-            facts = {"grad_norm": norm, "lr": share * config.lr, "pairs": pairs}
+            if parts:
+                metrics["grad_norm"] = update(optimizer, share, config.clip, metrics["loss"], f"step {step + 1}")
+            facts = {"lr": share * config.lr, "pairs": pairs}
             save = (step + 1) % config.save_every == 0 or step + 1 == len(steps)
             run.add({"step": step + 1, **metrics, **facts}, save)
             left_out += bad
-            bar.set_postfix({name: f"{metrics[name]:.3f}" for name in SHOWN})
+            bar.set_postfix({name: f"{metrics[name]:.3f}" for name in SHOWN if name in metrics})
     if left_out:
         tqdm.write(f"{len(left_out)} pairs left out on the way, the first: {left_out[0]}")
     return run.rows
@@ -188,6 +196,7 @@ def sample_pairs(config: Config, out: Path) -> Path:
 def main(config: Config) -> None:
     """Pairs, evaluation, training, evaluation, export, report."""
     config = fill(config, TOY if config.model == "toy" else PAPER)
+    config = fill(config, {"lora_alpha": 2.0 * config.lora_rank})
     check(config)
     require(config.pairs is not None or config.images == "toy", "--pairs is missing; make one with sample_bdhs.py")
     folder, out = resolve_model(config.model), Path(config.out)
@@ -197,7 +206,8 @@ def main(config: Config) -> None:
         raw = lora.read_adapter_config(Path(config.adapter))
         config = replace(config, lora_rank=raw["r"], lora_alpha=raw["lora_alpha"])
     if config.resume:
-        resume.require_same_settings(out / "config.json", asdict(config), MAY_CHANGE, "leave --resume out")
+        remedy = "give the old value, or leave --resume out and name another --out"
+        resume.require_same_settings(out / "config.json", asdict(config), MAY_CHANGE, remedy)
     pairs = Path(config.pairs) if config.pairs else sample_pairs(config, out)
     records = open_pairs(str(pairs), config.format)
     tokenizer, processor = Tokenizer.from_folder(folder, config.template), ImageProcessor.from_folder(folder)
@@ -207,17 +217,11 @@ def main(config: Config) -> None:
     fields, noise = tuple(k for k in kinds if k != "distorted"), config.noise_steps if "distorted" in kinds else 0
     collate = PairCollator(tokenizer, processor, config.images, *limits, fields, noise)
     records = usable_pairs(records, collate.check, config.limit, config.seed, config.skip_bad_records)
-    model = load_model(folder, config.device, getattr(torch, config.dtype))
-    torch.manual_seed(config.seed)
-    if config.adapter is None:
-        lora.add_adapters(model, config.lora_rank, config.lora_alpha)
-    else:
-        lora.load_adapter(model, Path(config.adapter))
-        if config.reference == "adapter":
-            lora.keep_reference(model)
-    write_json(out / "config.json", asdict(config) | {"resume": False})
+    model = lora.load_policy(folder, config)
+    announce(folder, model, tokenizer)
     if not config.resume:
         resume.remove_results(out)
+    write_json(out / "config.json", asdict(config) | {"resume": False})
     resume.require_same_data(out / "checkpoint", records, fingerprint(folder, config.adapter), config.resume)
 
     benchmark = ToyBenchmark(config.eval_split, config.eval_images)
@@ -226,22 +230,17 @@ def main(config: Config) -> None:
         counts = {"before": benchmark.run(model, tokenizer, processor, "before")} if evaluate else {}
     rows = train(model, StepLoader(records, collate, config.accumulate, config.skip_bad_records), config, out)
 
-    lora.save_adapter(model, config.lora_rank, config.lora_alpha, str(folder), out / "adapter")
-    named = {} if config.template is None else {"minialign_template": config.template}
-    save_changed(folder, lora.merged(model), model.config.raw | named, out / "merged")
+    save_weights(model, folder, config, out)
     if evaluate:
         counts["after"] = benchmark.run(model, tokenizer, processor, "after")
-        write_json(out / "counts.json", counts)
-    result = {title: with_intervals([each]) for title, each in counts.items()}
-    if result:
-        print_table(result)
     first = rows[: math.ceil(len(records.numbers) / config.batch_size)]
-    ranked = sum(row["pairs"] * row["logps/ref_accuracies"] for row in first) / sum(row["pairs"] for row in first)
-    print(f"the reference ranks {ranked:.1%} of the pairs right; {out}/report.html shows pairs and curves")
-    write_json(out / "result.json", result | {"base_preference_accuracy": ranked})
+    ranked = sum(row["pairs"] * row["logps/ref_accuracies"] for row in first if row["pairs"])
+    ranked /= max(1, sum(row["pairs"] for row in first))
     shown = [collate.report_pair(records.parse(number)) for number in records.numbers[:8]]
     title = f"minialign: {config.loss} on {len(records.numbers)} pairs"
-    write_report(out / "report.html", title, asdict(config), shown, rows, result)
+    save_results(out, title, config, shown, rows, counts, {"base_preference_accuracy": ranked})
+    print(f"{len(rows)} steps on {len(records.numbers)} pairs, of which the reference ranked {ranked:.1%} right; "
+          f"{out}/adapter (PEFT), {out}/merged (Hugging Face), {out}/report.html (pairs and curves)")  # fmt: skip
 
 
 if __name__ == "__main__":

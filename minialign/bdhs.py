@@ -20,6 +20,7 @@ import torch
 from PIL import Image
 
 from minialign.chat import Tokenizer, Turn
+from minialign.errors import UserError
 from minialign.generate import Completion, Sampling, generate, stable_seed
 from minialign.images import ImageProcessor, noise_of_seed
 from minialign.llava import Llava
@@ -133,6 +134,15 @@ class Bdhs:
     def sentence_stops(self) -> set[int]:
         """`full_stop_ids`, looked up once: the vocabulary is long and every batch asks."""
         return full_stop_ids(self.tokenizer)
+
+    def require_room(self, example: Example) -> None:
+        """Refuse an example of which image, prompt and y+ leave no position for a completion."""
+        prompt, answer = self.tokenizer.prompt(example.turns), self.tokenizer.answer(example.chosen)
+        taken = len(prompt) - 1 + len(self.processor.layout(example.image)[1]) + len(answer)
+        positions = self.model.config.text.max_position_embeddings
+        if taken >= positions:
+            said = f"image, prompt and response take {taken} positions, the decoder has {positions}"
+            raise UserError(f"{said}; drop the record")
 
     def sample(self, examples: list[Example]) -> list[Sampled]:
         """Algorithm 1 for a batch; only responses that are still too similar to y+ are sampled again."""

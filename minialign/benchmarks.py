@@ -103,7 +103,8 @@ def by_image(questions: list[Question], limit: int | None = None) -> dict[str, l
 
 def digest(questions: list[Question]) -> str:
     """A short name of what is asked: answers go with these questions and no others."""
-    texts = json.dumps([(question.id, question.image, question.text) for question in questions])
+    named = ((question.id, question.raw.get("image_src", question.image), question.text) for question in questions)
+    texts = json.dumps(list(named))  # image_src: the file that MMHal-Bench's name stands for may come later
     return hashlib.sha256(texts.encode()).hexdigest()[:16]
 
 
@@ -111,7 +112,7 @@ def answers_of_earlier_run(out: Path, settings: dict, questions: list[Question])
     """{question's id: answer} that an earlier run of the same settings left; any other folder is left alone."""
     if not any((out / name).exists() for name in FILES):
         return {}
-    remedy = "give another --out, or remove it"
+    remedy = "name another --out"
     require_same_settings(out / "config.json", settings, MAY_CHANGE, remedy)
     known, found, file = {question.id for question in questions}, {}, out / "answers.jsonl"
     for number, line in enumerate(read_lines(file, remedy), start=1):

@@ -25,6 +25,7 @@ from minialign.errors import UserError
 from minialign.files import read_json
 from minialign.generate import Sampling, generate, stable_seed
 from minialign.images import ImageProcessor, open_image, read_picture
+from minialign.llava import Llava
 from minialign.lora import load_adapter
 from minialign.losses import token_logps
 from minialign.masks import Branch, Sequence, build_tree, mask_of_seed
@@ -93,27 +94,29 @@ class Tokenizer:
     eos_id: int
     pad_id: int
     image_id: int
+    name: str = ""  # of the template
 
     @staticmethod
     def from_folder(folder: Path, template: str | None = None) -> "Tokenizer":
         """Read tokenizer.json and the ids in config.json; `template` overrides the model's own."""
         fast, config = read_tokenizer(folder), read_json(folder / "config.json", "a model folder needs config.json")
-        chosen = TEMPLATES[template_name(folder, config, fast, template)]
+        name = template_name(folder, config, fast, template)
+        chosen = TEMPLATES[name]
         image_id, pad_id = special_ids(folder, config, fast)
-        names = sorted(set(CONTROL.findall(chosen.system + chosen.user + chosen.answer)))
-        control = {name: fast.token_to_id(name) for name in names}
+        tokens = sorted(set(CONTROL.findall(chosen.system + chosen.user + chosen.answer)))
+        control = {token: fast.token_to_id(token) for token in tokens}
         if None in control.values():
-            missing = next(name for name, i in control.items() if i is None)
+            missing = next(token for token, i in control.items() if i is None)
             file = folder / "tokenizer.json"
             raise UserError(f"{file}: no {missing}, which the template needs; name another template")
-        marks = {name: f"\ue000{secrets.token_hex(8)}\ue001" for name in (*names, "image")}
+        marks = {token: f"\ue000{secrets.token_hex(8)}\ue001" for token in (*tokens, "image")}
         fast.add_tokens([AddedToken(mark, special=False, normalized=False) for mark in marks.values()])
-        ids = {fast.token_to_id(marks[name]): i for name, i in (control | {"image": image_id}).items()}
+        ids = {fast.token_to_id(marks[token]): i for token, i in (control | {"image": image_id}).items()}
         marked = [CONTROL.sub(lambda found: marks[found[0]], text) for text in astuple(chosen)]
         end = control[CONTROL.findall(chosen.answer)[-1]]
         # What the tokenizer itself puts before a text; the embedded world's has no rule for it.
         bos = fast.encode("").ids or [i for i in [fast.token_to_id("<s>")] if i is not None]
-        return Tokenizer(fast, Template(*marked), marks["image"], ids, bos, end, pad_id, image_id)
+        return Tokenizer(fast, Template(*marked), marks["image"], ids, bos, end, pad_id, image_id, name)
 
     def encode(self, text: str) -> list[int]:
         """Text to ids; no control token but for a mark."""
@@ -157,6 +160,13 @@ class Tokenizer:
     def response(self, text: str) -> list[int]:
         """The ids of an answer and its end token."""
         return [*self.answer(text), self.eos_id]
+
+
+def announce(folder: Path, model: Llava, tokenizer: Tokenizer) -> None:
+    """Say which model is used, and how."""
+    size, weight = sum(p.numel() for p in model.parameters()) / 1e6, model.lm_head.weight
+    kind = f"{model.config.raw.get('model_type')}, {size:,.0f} M parameters"
+    print(f"{folder}: {kind}, {weight.dtype} on {weight.device}, template {tokenizer.name}")
 
 
 def special_ids(folder: Path, config: dict, fast: FastTokenizer) -> tuple[int, int]:

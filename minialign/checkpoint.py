@@ -60,7 +60,8 @@ def resolve_model(model: str) -> Path:
     """`toy` names the embedded checkpoint; anything else is a folder."""
     folder = TOY if model == "toy" else Path(model)
     if not folder.is_dir():
-        raise UserError(f"--model {model}: no such folder; give a Hugging Face LLaVA folder, or `toy`")
+        said = "no such folder; give a Hugging Face LLaVA folder (names on the hub are not fetched), or `toy`"
+        raise UserError(f"--model {model}: {said}")
     return folder
 
 
@@ -150,11 +151,12 @@ def check_tensors(where: Path, wanted: dict[str, Tensor], found: dict[str, Tenso
         if keys:
             shown = ", ".join(sorted(keys)[:5]) + (f" and {len(keys) - 5} more" if len(keys) > 5 else "")
             problems.append(f"{title} tensors: {shown}")
-    for key in sorted(wanted.keys() & found.keys()):
-        if wanted[key].shape != found[key].shape:
-            problems.append(f"{key} has shape {list(found[key].shape)}, config.json says {list(wanted[key].shape)}")
+    other = [key for key in sorted(wanted.keys() & found.keys()) if wanted[key].shape != found[key].shape]
+    if other:
+        shapes = f"{list(found[other[0]].shape)}, the model's config.json says {list(wanted[other[0]].shape)}"
+        problems.append(f"{other[0]} has shape {shapes}" + (f", and {len(other) - 1} more" if len(other) > 1 else ""))
     if problems:
-        raise UserError(f"{where}: {'; '.join(problems[:5])}; config.json and the weights must belong together")
+        raise UserError(f"{where}: {'; '.join(problems)}; these weights belong to another model")
 
 
 def copy_companions(source: Path, folder: Path, raw_config: dict) -> None:

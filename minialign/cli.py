@@ -68,6 +68,12 @@ def require_outside(out: Path, what: str, path: Path) -> None:
     require(not inside, f"--out {out}: holds {what} {path}, which would be overwritten; name another")
 
 
+def require_images(images: str) -> None:
+    """Refuse a folder of pictures that is not there, before a model is loaded for them."""
+    message = f"--images {images}: no such folder; name that of the pictures, or `toy`"
+    require(images == "toy" or Path(images).is_dir(), message)
+
+
 def require_temperature(temperature: float) -> None:
     """Refuse a temperature by which logits cannot be divided."""
     message = f"--temperature {temperature}: 0 (greedy), or between 0.001 and 1000"
@@ -106,6 +112,12 @@ def run_main(main: Callable[[], object]) -> None:
         sys.exit(2)
     except (OSError, SafetensorError) as error:  # no room, no permission, a file where a folder should be
         print(f"error: {UserError(str(error))}; make room for it, or name another place", file=sys.stderr)
+        sys.exit(2)
+    except RuntimeError as error:
+        if "DataLoader worker" not in str(error):
+            raise
+        said = "a process that loads ahead has died, perhaps for want of memory; lower --workers, and go on from here"
+        print(f"error: {said}", file=sys.stderr)
         sys.exit(2)
     except KeyboardInterrupt:
         print("interrupted; what was written so far is whole", file=sys.stderr)

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from minialign import toyworld
 from minialign.chat import Tokenizer
-from minialign.data import MEND, Records
+from minialign.data import Records, or_skipped
 from minialign.errors import UserError
 from minialign.generate import stable_seed
 from minialign.images import ImageProcessor, noise_of_seed, open_image
@@ -55,11 +55,15 @@ class PairCollator:
         limit = self.max_response_tokens if room is None else min(self.max_response_tokens, room)
         ids = [self.tokenizer.response(getattr(record, name)) for name in ("chosen", *self.rejected)]
         longest = max(map(len, ids))
-        if longest > limit and (not self.truncate or limit < 1):
+        if limit < 1:
+            said = f"image and prompt take {self.positions - room} of the decoder's {self.positions} positions"
+            raise UserError(f"{said}, which leaves none for a response; use another model")
+        if longest > limit and not self.truncate:
             said = f"a response of {longest} tokens is longer than"
             if limit == self.max_response_tokens:
                 raise UserError(f"{said} --max-response-tokens {limit}; raise it, or pass --truncate")
-            raise UserError(f"{said} the {max(0, limit)} positions that image and prompt leave of {self.positions}")
+            left = f"{limit} positions that image and prompt leave of {self.positions}"
+            raise UserError(f"{said} the {left}; pass --truncate")
         return [each[:limit] for each in ids]
 
     def require_different(self, record: Record) -> None:
@@ -75,7 +79,8 @@ class PairCollator:
         self.require_different(record)
         if self.images == "toy":
             toyworld.scene_of(record.image)  # drawing it would take longer
-            self.responses(record)
+            taken = len(self.tokenizer.prompt(record.turns)) - 1 + self.processor.patches
+            self.responses(record, self.positions - taken)
         else:
             self.sequence(record, open_image(self.images, record.image))
 
@@ -160,10 +165,8 @@ class StepLoader:
             except UserError as error:
                 left_out.append(f"{self.records.file.place(number)}: {error}")
                 if not (self.skip_bad or isinstance(error, LeftOut)):
-                    raise UserError(f"{left_out[-1]}; {MEND}") from None
-        if not pairs:
-            raise UserError(f"no pair of this step is usable, the first: {left_out[0]}")
+                    raise UserError(or_skipped(left_out[-1])) from None
         if self.accumulate > 1:
             pairs.sort(key=lambda pair: pair.length)
-        size = math.ceil(len(pairs) / self.accumulate)
+        size = math.ceil(len(pairs) / self.accumulate) or 1
         return [self.collate.batch(pairs[i : i + size]) for i in range(0, len(pairs), size)], left_out

@@ -24,7 +24,8 @@ def read_config(folder: Path) -> LlavaConfig:
     path = folder / "config.json"
     raw = read_json(path, "a model folder needs Hugging Face's config.json")
     if raw.get("model_type") not in ("llava", "llava_next"):
-        raise UserError(f"{path}: model_type is {raw.get('model_type')!r}; only 'llava' and 'llava_next' are supported")
+        said = "only 'llava' and 'llava_next' are supported, as in the hub's -hf conversions"
+        raise UserError(f"{path}: model_type is {raw.get('model_type')!r}; {said}")
     text, vision = section(path, raw, "text_config"), section(path, raw, "vision_config")
     if vision:
         vision = SPARSE_VISION | vision

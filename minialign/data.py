@@ -23,7 +23,6 @@ from minialign.records import FORMATS, LeftOut, Record, instruct_record
 TOY_RECORDS = 2000  # alignment records of the embedded world, unless --limit says otherwise
 CHECKED = 5000  # so many pairs are looked at before anything is spent, the paper's subsample; the others in their turn
 CHUNK = 2**24  # bytes of a file that are looked at together
-MEND = "mend it, or pass --skip-bad-records"
 
 
 @dataclass(frozen=True)
@@ -41,29 +40,41 @@ class RecordFile(Sequence):
         """The record as JSON gives it; a line that is none is a `UserError`."""
         if self.array is not None:
             return self.array[number]
-        with open(self.path, "rb") as file:  # anew, as worker processes share one that is open
-            file.seek(self.starts[number])
-            line = file.read(self.starts[number + 1] - self.starts[number])
         try:
-            return json.loads(line.decode("utf-8-sig" if number == 0 else "utf-8"))
+            return json.loads(self.line(number).decode("utf-8-sig" if number == 0 else "utf-8"))
         except (ValueError, RecursionError) as error:
             raise UserError(f"not JSON ({error})") from None
+
+    def line(self, number: int) -> bytes:
+        """The bytes of a line."""
+        with open(self.path, "rb") as file:  # anew, as worker processes would share one that is open
+            file.seek(self.starts[number])
+            return file.read(self.starts[number + 1] - self.starts[number])
 
     def place(self, number: int) -> str:
         """Where a record stands, for people."""
         return f"{self.path}, {'line' if self.array is None else 'record'} {number + 1}"
 
     def hash(self) -> str:
-        """A short name of the file's bytes."""
-        with open(self.path, "rb") as file:
-            return hashlib.file_digest(file, "sha256").hexdigest()[:16]
+        """A short name of the number of records and the first `CHECKED`; those behind may be mended during a run."""
+        if self.array is not None:
+            data = json.dumps(self.array[:CHECKED]).encode()
+        else:
+            with open(self.path, "rb") as file:
+                data = file.read(self.starts[min(CHECKED, len(self))])
+        return hashlib.sha256(data + str(len(self)).encode()).hexdigest()[:16]
 
 
 def open_file(path: str, flag: str, remedy: str) -> RecordFile:
     """A file of records, an array where it begins with `[`; `remedy` is what to do where there is none."""
     try:
+        if Path(path).exists() and not Path(path).is_file():
+            what = "a folder" if Path(path).is_dir() else "no ordinary file"
+            raise UserError(f"{flag} {path}: not readable, as it is {what}; name a file")
         with open(path, "rb") as file:
             begins = file.read(2**16).removeprefix(b"\xef\xbb\xbf").lstrip()
+            if begins.startswith(b"PAR1"):
+                raise UserError(f"{flag} {path}: is a parquet file; make JSON Lines of it as the README shows")
             if begins.startswith(b"["):
                 return RecordFile(path, read_json(Path(path), f"give {flag} JSON, or JSON Lines", list), np.zeros(0))
             file.seek(0)
@@ -76,7 +87,10 @@ def open_file(path: str, flag: str, remedy: str) -> RecordFile:
     except (OSError, ValueError) as error:  # a NUL in the name
         raise UserError(f"{flag} {path}: not readable ({error}); {remedy}") from None
     lines = np.concatenate(starts)
-    return RecordFile(path, None, lines if lines[-1] == offset else np.append(lines, offset))
+    found = RecordFile(path, None, lines if lines[-1] == offset else np.append(lines, offset))
+    while len(found) and not found.line(len(found) - 1).strip():  # blank lines at the end
+        found = replace(found, starts=found.starts[:-1])
+    return found
 
 
 @dataclass(frozen=True)
@@ -93,7 +107,7 @@ class Records:
         if not isinstance(raw, dict):
             raise UserError("expected a JSON object")
         record = FORMATS[self.format][1](raw)
-        return record if record.id else replace(record, id=str(number + 1))
+        return replace(record, id=record.id or str(number + 1), place=self.file.place(number))
 
 
 def open_records(path: str, flag: str, form: str | None, remedy: str) -> Records:
@@ -118,10 +132,13 @@ def detect(file: RecordFile) -> str:
                 return form
     try:
         raw = file[0]
-        found = f"fields {', '.join(sorted(raw))[:80]} are" if isinstance(raw, dict) else "expected a JSON object:"
     except UserError as error:
-        found = f"{error}:"
-    raise UserError(f"{file.place(0)}: {found} of no known format; mend it, or name one by --format")
+        raise UserError(f"{file.place(0)}: {error}; give JSON Lines, or one JSON array") from None
+    if not isinstance(raw, dict):
+        raise UserError(f"{file.place(0)}: expected a JSON object; give JSON Lines, or one JSON array of objects")
+    known = "; ".join(f"{form}: {', '.join(sorted(fields))}" for form, (fields, _) in FORMATS.items())
+    raise UserError(f"{file.place(0)}: fields {', '.join(sorted(raw))[:80]} are of no known format ({known}); give one "
+                    "of these")  # fmt: skip
 
 
 def collect(raws: Iterable[tuple[str, object]], parse: Callable, limit: int | None, skip_bad: bool) -> list:
@@ -137,12 +154,17 @@ def collect(raws: Iterable[tuple[str, object]], parse: Callable, limit: int | No
         except UserError as error:
             bad.append(f"{place}: {error}")
             if not skip_bad:
-                raise UserError(f"{bad[0]}; {MEND}") from None
+                raise UserError(or_skipped(bad[0])) from None
     for reason, count in left_out.items():
         tqdm.write(f"{count} records left out: {reason}")
     if bad:
         tqdm.write(f"{len(bad)} bad records skipped, the first: {bad[0]}")
     return records
+
+
+def or_skipped(message: str) -> str:
+    """What is wrong with a record, and that --skip-bad-records leaves it out."""
+    return f"{message}{'' if ';' in message else '; mend it'}, or pass --skip-bad-records"
 
 
 def order_of(count: int, seed: int) -> list[int]:

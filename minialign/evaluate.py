@@ -26,7 +26,7 @@ import torch
 from minialign import benchmarks, judged
 from minialign.benchmarks import Asking, Benchmark
 from minialign.chair import read_chair
-from minialign.chat import Tokenizer
+from minialign.chat import Tokenizer, announce
 from minialign.checkpoint import fingerprint, load_model, resolve_model
 from minialign.cli import fill, parse_config, require, require_device, require_seed, run_main
 from minialign.errors import UserError
@@ -87,7 +87,7 @@ def completed(config: Config) -> Config:
         flag = f"--{field.name.replace('_', '-')}"
         if getattr(config, field.name) != field.default:
             others = [name for name in NEEDED if field.name in (*NEEDED[name], *DEFAULTS[name])]
-            require(field.name in taken, f"{flag}: not for --benchmark {kind}, only for {', '.join(others)}; drop it")
+            require(field.name in taken, f"{flag}: not for --benchmark {kind}, only for {', '.join(others)}; name one")
         elif field.name in NEEDED[kind]:
             raise UserError(f"{flag} is missing; --benchmark {kind} needs --{' --'.join(NEEDED[kind])}")
     config = fill(config, defaults | ({"workers": 0} if config.model == "toy" and kind != "toy" else {}))
@@ -111,7 +111,9 @@ def loaded(config: Config, folder: Path) -> tuple:
     model = load_model(folder, config.device, getattr(torch, config.dtype))
     if config.adapter is not None:
         load_adapter(model, Path(config.adapter))
-    return model, Tokenizer.from_folder(folder, config.template), ImageProcessor.from_folder(folder)
+    tokenizer = Tokenizer.from_folder(folder, config.template)
+    announce(folder, model, tokenizer)
+    return model, tokenizer, ImageProcessor.from_folder(folder)
 
 
 def read(config: Config) -> Benchmark:

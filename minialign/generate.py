@@ -11,6 +11,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from minialign.errors import UserError
 from minialign.llama import KVCache
 from minialign.llava import Llava
 from minialign.masks import PADDING, TRUNK, Sequence, TokenTree, build_tree
@@ -84,8 +85,9 @@ def generate(
 ) -> list[list[Completion]]:
     """Continue every branch of every sequence until a stop token or the limit; [row][branch] of completions.
 
-    Log-probs are natural, of the untempered distribution, as training computes them. The image token is never
-    sampled. seeds[row][branch] is needed unless temperature is 0.
+    A branch also ends, without having stopped, where the decoder's positions do. Log-probs are natural, of the
+    untempered distribution, as training computes them. The image token is never sampled.
+    seeds[row][branch] is needed unless temperature is 0.
     """
     device = model.device
     keys = build_tree(sequences, model.config.image_token_id, pad_id).to(device)
@@ -106,6 +108,10 @@ def generate(
     tip = keys.tip.clamp(min=0)
     position = keys.positions.gather(1, tip) + 1  # (B, S) of the next token
     fork = torch.where(keys.branch.gather(1, tip) == TRUNK, position, keys.fork.gather(1, tip))
+    positions, taken = model.config.text.max_position_embeddings, int(position[active].max())
+    if taken >= positions:
+        said = f"image and prompt take {taken} positions, the decoder has {positions}"
+        raise UserError(f"{said}; ask less, or use another model")
     hidden = model(keys, tower_features, cache)
     hidden = hidden.gather(1, tip[..., None].expand(-1, -1, hidden.shape[-1]))  # (B, S, D)
     steps = []
@@ -115,7 +121,7 @@ def generate(
         logits[..., model.config.image_token_id] = -torch.inf
         ids = pick(logits, uniform[..., step], sampling)
         steps.append((ids, logps.gather(-1, ids[..., None])[..., 0], active))
-        active = active & ~torch.isin(ids, stops)
+        active = active & ~torch.isin(ids, stops) & (position + 1 < positions)
         if not active.any() or step == sampling.max_new_tokens - 1:
             break
         new = next_columns(keys, ids, position, fork, active)

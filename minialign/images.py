@@ -1,12 +1,13 @@
 """Pictures: CLIP preprocessing and the diffusion noise of BDHS_noise (Eq. 8-9)."""
 
 import math
+import os
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 import torch
-from PIL import Image, ImageOps
+from PIL import Image
 from torch import Tensor
 
 from minialign import anyres, toyworld
@@ -14,6 +15,9 @@ from minialign.config import read_config
 from minialign.errors import UserError
 from minialign.files import read_json
 
+TURN = Image.Transpose
+TURNS = {2: TURN.FLIP_LEFT_RIGHT, 3: TURN.ROTATE_180, 4: TURN.FLIP_TOP_BOTTOM, 5: TURN.TRANSPOSE, 6: TURN.ROTATE_270,
+         7: TURN.TRANSVERSE, 8: TURN.ROTATE_90}  # EXIF's orientation -> what puts the picture upright  # fmt: skip
 LONGEST = 2000  # times the short edge: a longer picture would fill the memory on being resized
 # What preprocessor_config.json may not say otherwise, as it would be another preprocessing.
 SUPPORTED = {"do_resize": True, "do_center_crop": True, "do_rescale": True, "do_normalize": True, "resample": 3}
@@ -157,14 +161,11 @@ def open_image(images: str, name: str) -> Image.Image:
     """A record's picture as RGB: a file below the folder `images`, or a scene of the world that `toy` names."""
     if images == "toy":
         return toyworld.picture(toyworld.scene_of(name))
-    root = Path(images).resolve()
-    try:
-        path = (root / name).resolve()
-    except (OSError, ValueError, RuntimeError) as error:  # a NUL, a loop of links
-        raise UserError(f"image {name!r}: no path of a file ({error}); give one below --images {images}") from None
-    if not path.is_relative_to(root):
+    root = os.path.abspath(images)
+    path = os.path.normpath(os.path.join(root, name))  # links are the user's own, and followed
+    if not Path(path).is_relative_to(root):
         raise UserError(f"image {name!r} leaves the folder --images {images}; paths must stay inside it")
-    return read_picture(path, f"is --images {images} the right folder?")
+    return read_picture(Path(path), f"names of pictures are below --images {images}")
 
 
 def read_picture(path: Path, remedy: str) -> Image.Image:
@@ -176,8 +177,12 @@ def read_picture(path: Path, remedy: str) -> Image.Image:
         with Image.open(path) as picture:
             if picture.mode in ("I", "F") or picture.mode.startswith("I;"):
                 raise UserError(f"image {path}: more than 8 bits per value (mode {picture.mode}); convert it to 8 bits")
-            return to_rgb(ImageOps.exif_transpose(picture))
+            # Not ImageOps.exif_transpose, which writes all of the EXIF anew and fails on any odd tag in it.
+            turned = TURNS.get(picture.getexif().get(0x0112))
+            return to_rgb(picture if turned is None else picture.transpose(turned))
     except FileNotFoundError:
         raise UserError(f"image {path}: no such file; {remedy}") from None
-    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
+    except UserError:
+        raise
+    except Exception as error:  # Pillow's readers raise anything on damaged files
         raise UserError(f"image {path}: not a readable picture ({error}); replace it or drop its record") from None

@@ -29,7 +29,7 @@ def read_llava_bench(data: str, skip_bad: bool) -> Benchmark:
 
     def parse(raw: object, line: int) -> Question:
         question = question_of(raw, f"{path.name}:{line}")
-        if not isinstance(question.raw.get("question_id"), int | str):
+        if type(question.raw.get("question_id")) not in (int, str):
             raise UserError("field 'question_id' is missing, or neither a number nor a text")
         return question
 

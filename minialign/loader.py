@@ -37,7 +37,13 @@ def load_ahead(items: Sequence, load: Callable, workers: int) -> Iterator:
         Loads(items, load), batch_size=None, collate_fn=same, num_workers=workers, multiprocessing_context=context,
         worker_init_fn=stand_apart,
     )  # fmt: skip
-    for loaded in loader:
+    signals = {signal.SIGINT, signal.SIGTERM}
+    signal.pthread_sigmask(signal.SIG_BLOCK, signals)  # none while forking, where it would be lost
+    try:
+        ahead = iter(loader)
+    finally:
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, signals)
+    for loaded in ahead:
         if isinstance(loaded, UserError):
             raise loaded
         yield loaded
@@ -47,6 +53,7 @@ def stand_apart(_) -> None:
     """A signal to a run's process group is for the main process alone, which ends the others in its own time."""
     os.setpgrp()
     signal.signal(signal.SIGTERM, signal.SIG_DFL)  # not the main process's own way of ending
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT, signal.SIGTERM})
 
 
 def same(value):

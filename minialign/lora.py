@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from minialign.checkpoint import NAMES, check_tensors, read_tensors, rename
+from minialign.checkpoint import NAMES, check_tensors, load_model, read_tensors, rename
 from minialign.errors import UserError
 from minialign.files import read_json, write_folder_whole, write_json
 from minialign.llava import Llava
@@ -202,6 +202,23 @@ def load_adapter(model: Llava, folder: Path) -> None:
     with torch.no_grad():
         for name, parameter in wanted.items():
             parameter.copy_(found[name])
+
+
+def load_policy(folder: Path, config) -> Llava:
+    """The model of a training run with its adapters: new ones, or those of `config.adapter`.
+
+    `config` has a training script's flags. Loaded adapters are the policy's start, and with `--reference adapter`
+    the reference too. What new ones, or those that a folder leaves out, begin with follows from the seed.
+    """
+    model = load_model(folder, config.device, getattr(torch, config.dtype))
+    torch.manual_seed(config.seed)
+    if config.adapter is None:
+        add_adapters(model, config.lora_rank, config.lora_alpha)
+        return model
+    load_adapter(model, Path(config.adapter))
+    if config.reference == "adapter":
+        keep_reference(model)
+    return model
 
 
 def keep_reference(model: Llava) -> None:

@@ -26,8 +26,8 @@ def update(optimizer: torch.optim.Optimizer, share: float, clip: float, loss: fl
     trained = [parameter for group in optimizer.param_groups for parameter in group["params"]]
     norm = torch.nn.utils.clip_grad_norm_(trained, clip).item()
     if not (math.isfinite(loss) and math.isfinite(norm)):
-        said = f"{where}: loss {loss}, gradient norm {norm}; the last finite weights are in the run's checkpoint"
-        raise UserError(f"{said}; lower --lr or raise --warmup")
+        said = f"{where}: loss {loss}, gradient norm {norm}; the checkpoint holds the weights before it"
+        raise UserError(f"{said}; begin anew with a lower --lr or a longer --warmup in another --out")
     optimizer.step()
     optimizer.zero_grad()
     return norm

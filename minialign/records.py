@@ -35,6 +35,7 @@ class Record:
     rejected: str = ""
     external: str = ""  # of a pair that was sampled here: the y- that its record had come with
     bdhs: dict = field(default_factory=dict)
+    place: str = field(default="", compare=False)  # where it stands, for people
 
 
 # ---------------------------------------------------------------- fields
@@ -151,9 +152,9 @@ def pair_record(raw: dict) -> Record:
 
 def instruct_record(raw: dict) -> Record:
     """LLaVA-Instruct, 150k or the 665k mix: the last answer is y+, what stands before it the prompt; no y-."""
-    turns = conversation(raw)
-    if "image" not in raw:
+    if raw.get("image") is None:
         raise LeftOut("text without an image, as in the 665k mix")
+    turns = conversation(raw)
     return Record(identity(raw), text_field(raw, "image"), turns[:-1], turns[-1][1])
 
 
@@ -205,7 +206,8 @@ def vlfeedback_record(raw: dict) -> Record:
     texts = [text_field(answer, "response").strip() for answer in answers]
     best, worst = max(ratings), min(ratings)
     chosen, rejected = texts[ratings.index(best)], texts[ratings.index(worst)] if best > worst else ""
-    question, image = text_field(raw, "prompt").strip(), text_field(raw, "img_path")
+    question = text_field(raw, "prompt").strip()
+    image = text_field(raw, "image" if "image" in raw and "img_path" not in raw else "img_path")
     return Record(identity(raw), image, [("user", question)], chosen, rejected)
 
 

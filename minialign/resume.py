@@ -5,6 +5,7 @@ run goes on bit for bit. No pickle is written or read.
 """
 
 import json
+import shutil
 import signal
 import sys
 from pathlib import Path
@@ -23,9 +24,9 @@ from minialign.lora import adapter_state
 def require_same_settings(path: Path, settings: dict, may_change: tuple[str, ...], remedy: str) -> None:
     """A continued run must have the settings that `path` notes of the run so far, but for those that `may_change`."""
     before, settings = read_json(path, remedy), json.loads(json.dumps(settings))  # as a file gives them back
-    changed = [name for name, value in settings.items() if name not in may_change and before.get(name) != value]
-    if changed:
-        raise UserError(f"{path}: of another {', '.join(changed)}; {remedy}")
+    for name, value in settings.items():
+        if name not in may_change and before.get(name) != value:
+            raise UserError(f"{path}: of another {name}, {before.get(name)!r} and not {value!r}; {remedy}")
 
 
 def require_same_data(folder: Path, records: Records, weights: str, resume: bool) -> None:
@@ -38,9 +39,15 @@ def require_same_data(folder: Path, records: Records, weights: str, resume: bool
 
 
 def remove_results(out: Path) -> None:
-    """Take away what an earlier run left, which nobody must take for this one's."""
+    """Take away what an earlier run left, which nobody must take for this one's; an unfinished one is refused."""
+    if not out.exists():
+        return
+    if (out / "checkpoint/progress.safetensors").exists() and not (out / "report.html").exists():
+        raise UserError(f"--out {out}: holds an unfinished run; --resume goes on with it, or name another --out")
     for old in ("checkpoint/progress.safetensors", "result.json", "counts.json", "report.html"):
         (out / old).unlink(missing_ok=True)
+    for old in ("adapter", "merged"):
+        shutil.rmtree(out / old, ignore_errors=True)
 
 
 class Run:
@@ -58,6 +65,8 @@ class Run:
             raise UserError(f"{self.log}: {len(self.rows)} of the checkpoint's {self.start} steps; leave --resume out")
         write_whole(self.log, "".join(json.dumps(row) + "\n" for row in self.rows))
         self.terminated = False
+        if self.start:
+            print(f"{self.folder}: {self.start} steps are done; going on from there")
 
     def add(self, row: dict, save: bool) -> None:
         """Log a step that is done, and save after it if `save`."""

@@ -89,7 +89,7 @@ def same_settings(config: Config) -> None:
     path, settings = Path(config.out) / "settings.json", asdict(config)
     kept = {name: settings[name] for name in ("split", "images", "limit")} | {"rows": ROWS, "weights": fingerprint(TOY)}
     if path.exists():
-        require_same_settings(path, kept, (), "give another --out")
+        require_same_settings(path, kept, (), "name another --out")
     write_json(path, kept)
 
 

@@ -219,7 +219,7 @@ class Config:
     """Flags of `python -m minialign.toyworld`."""
 
     pretrain: bool = False  # make the toy checkpoint: tower, prior, then both joined
-    out: str = str(Path(__file__).parent / "assets" / "toy-llava")  # where --pretrain writes; default: the shipped one
+    out: str | None = None  # folder that --pretrain writes
     export: str | None = None  # folder for pictures and data.json
     limit: int = 500  # how many records --export writes
 
@@ -228,6 +228,7 @@ def main() -> None:
     """Make the checkpoint, or write files."""
     config = parse_config(Config, __doc__)
     require(config.pretrain or config.export is not None, "nothing to do; give --pretrain or --export DIR")
+    require(config.out is not None or not config.pretrain, "--out is missing; name the folder that --pretrain writes")
     require(config.limit >= 1, f"--limit {config.limit}: at least 1")
     if config.pretrain:
         from minialign.toypretrain import pretrain  # it imports this file

@@ -48,7 +48,7 @@ def ends(capsys, monkeypatch, tmp_path):
 
 BAD_POPE = [
     (lines(pope_line(), "{"), "line 2: not JSON"),
-    (lines(pope_line(), ""), "line 2: not JSON"),
+    (lines(pope_line(), "", pope_line()), "line 2: not JSON"),
     (array(pope_line(), [pope_line()]), "record 2: expected a JSON object"),
     (lines(pope_line(image=None)), "line 1: field 'image' is missing"),
     (lines(pope_line(), pope_line(image=7)), "line 2: field 'image' is not a text"),
@@ -83,8 +83,8 @@ BAD_PICTURES = [
     ("pope", lines(pope_line(image="../secret.png")), "question q.json:1: image '../secret.png' leaves the folder"),
     ("pope", lines(pope_line(), pope_line(image="none.png")), "question q.json:2: image"),
     ("llava-bench", lines(bench_line(image="text.png")), "text.png: not a readable picture"),
-    ("mmhal", array(mmhal_item("none.jpg")), "none.jpg: no such file; is --images"),
-    ("mmhal", array(mmhal_item(image_src="a\0b")), "no path of a file"),
+    ("mmhal", array(mmhal_item("none.jpg")), "none.jpg: no such file; names of pictures are below --images"),
+    ("mmhal", array(mmhal_item(image_src="a\0b")), "not a readable picture"),
     ("mmhal", array(mmhal_item(image_src="https://example.org/", image_id="../secret")), "example.org: no such file"),
 ]
 
@@ -114,7 +114,7 @@ def test_what_is_no_data_at_all(model, tmp_path, ends, kind, data):
 @pytest.mark.parametrize(("kind", "data", "said"), BAD_PICTURES)
 def test_bad_pictures(model, tmp_path, ends, kind, data, said):
     """They are met on the way, in the first batch: the settings are there by then."""
-    ends(flags_of(tmp_path, model, kind, data), said, "mend it, or pass --skip-bad-records", left=("config.json",))
+    ends(flags_of(tmp_path, model, kind, data), said, "or pass --skip-bad-records", left=("config.json",))
 
 
 def without(raw: dict, name: str) -> dict:
@@ -163,7 +163,7 @@ BAD_FLAGS = [
     (["--benchmark", "pope", "--data", "q.json"], "--images is missing"),
     (["--benchmark", "chair", "--data", "q", "--images", ".", "--captions", "c"], "--synonyms is missing"),
     (["--benchmark", "mmhal", "--images", "."], "--data is missing"),
-    (["--captions", "c.json"], "--captions: not for --benchmark toy, only for chair; drop it"),
+    (["--captions", "c.json"], "--captions: not for --benchmark toy, only for chair; name one"),
     (["--benchmark", "pope", "--captions", "c", "--data", "q", "--images", "."], "--captions: not for --benchmark"),
     (["--benchmark", "pope", "--split", "test", "--data", "q", "--images", "."], "--split: not for --benchmark pope"),
     (["--benchmark", "mmhal", "--seed", "0", "--data", "q", "--images", "."], "--seed: not for --benchmark mmhal"),

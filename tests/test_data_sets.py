@@ -2,7 +2,9 @@
 
 import json
 import math
+import os
 import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -16,6 +18,7 @@ import sample_bdhs
 import train_dpo
 from minialign.chat import Tokenizer
 from minialign.checkpoint import TOY, load_model
+from minialign.data import order_of
 from minialign.images import ImageProcessor, open_image
 from minialign.lora import load_adapter
 from minialign.masks import Branch, Sequence, build_tree
@@ -79,6 +82,60 @@ def test_a_bad_first_record_does_not_hide_the_format(tmp_path):
     path.write_text(json.dumps([{"id": "bad"}, *RAW["povid"]]))
     refused(lambda: pairs_in(path), f"{path}, record 1: field 'image' is missing; mend it")
     assert pairs_in(path, skip_bad=True) == expected("povid")
+
+
+@pytest.mark.parametrize("changes", [{"image": None}, {"conversations": None}, {"conversations": []}])
+def test_text_alone_is_left_out_whatever_it_says(tmp_path, changes):
+    """Records of the 665k mix without an image: as `datasets` writes a missing column, or with a talk of any form."""
+    odd = {"id": "text", "conversations": [{"from": "gpt", "value": ""}]} | changes
+    path = tmp_path / "data.json"
+    path.write_text(json.dumps([*RAW["instruct"][:2], odd]))
+    assert records_in(path) == expected("instruct")
+
+
+def test_a_feedback_row_with_an_image_column(tmp_path):
+    raw = {key: value for key, value in RAW["vlfeedback"][0].items() if key != "img_path"}
+    path = tmp_path / "data.jsonl"
+    path.write_text(json.dumps(raw | {"image": "a.jpg"}))
+    assert pairs_in(path)[0].image == "a.jpg"
+
+
+@pytest.mark.parametrize("data,said", [
+    (b"PAR1\x15\x04", "is a parquet file; make JSON Lines of it"),
+    (b'{"data": [1]}', "fields data are of no known format"),
+    (b"id,image\n", "line 1: not JSON"), (b"[1, 2]", "expected a JSON object"),
+])  # fmt: skip
+def test_files_of_another_kind(tmp_path, data, said):
+    path = tmp_path / "data"
+    path.write_bytes(data)
+    refused(lambda: pairs_in(path), path, said)
+
+
+def test_what_is_no_file(tmp_path):
+    """A pipe would be read twice, and wait for ever."""
+    os.mkfifo(tmp_path / "pipe")
+    refused(lambda: pairs_in(tmp_path / "pipe"), "pipe", "no ordinary file; name a file")
+    refused(lambda: pairs_in(tmp_path), tmp_path, "it is a folder; name a file")
+
+
+@pytest.mark.parametrize("end", [b"\n", b"\n\n", b"\r\n \t\n\n"])
+def test_blank_lines_at_the_end(tmp_path, end):
+    path = Path(write(tmp_path, "rlhf-v"))
+    path.write_bytes(path.read_bytes().rstrip() + end)
+    assert pairs_in(path) == expected("rlhf-v")
+
+
+def test_turns_that_come_with_a_larger_limit(next_model, tmp_path):
+    """A pairs file of bare prompts cannot take messages: said in one line, and nothing is changed."""
+    pictures, path = photographs(tmp_path / "pictures"), tmp_path / "data.json"
+    path.write_text(json.dumps([RAW["instruct"][0] | {"id": str(i)} for i in range(4)] + [RAW["instruct"][1]]))
+    few = {"max_new_tokens": 4, "n_bdhs": 2, "workers": 0, "model": str(next_model), "images": str(pictures)}
+    seed = next(s for s in range(9) if 4 not in order_of(5, s)[:2])
+    run = sample_bdhs.Config(data=str(path), out=str(tmp_path / "p.jsonl"), rho_th=0.9, seed=seed, limit=2, **few)
+    sample_bdhs.main(run)
+    before = (tmp_path / "p.jsonl").read_bytes()
+    refused(lambda: sample_bdhs.main(replace(run, limit=5)), "p.jsonl", "several turns", "name another --out")
+    assert (tmp_path / "p.jsonl").read_bytes() == before
 
 
 # ---------------------------------------------------------------- the whole road

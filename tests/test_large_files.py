@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 from data_sets import RAW, expected
 from helpers import refused
-from input_files import instruct, lines, pair, pairs_in, records_in
+from input_files import array, instruct, lines, pair, pairs_in, records_in
 from script_runs import contents, read_lines, sample, train
 
 from minialign import data
@@ -121,7 +121,7 @@ def late(tmp_path, pictures, monkeypatch) -> Path:
 def test_a_bad_picture_that_is_met_late(model, tmp_path, pictures, late, workers):
     """The run ends with its line, and goes on when the picture is mended, as if nothing had been."""
     flags = {"pairs": str(late), "images": str(pictures), "workers": workers, "batch_size": 2, "seed": SEED}
-    refused(lambda: train(model, tmp_path / "out", **flags), f"{late}, line 10: ", "truncated.png", "mend it")
+    refused(lambda: train(model, tmp_path / "out", **flags), f"{late}, line 10: ", "truncated.png", "or pass --skip")
     steps = len(read_lines(tmp_path / "out" / "metrics.jsonl"))
     assert 3 <= steps < 6 and not (tmp_path / "out" / "result.json").exists()
     (pictures / "truncated.png").write_bytes((pictures / "good.png").read_bytes())
@@ -137,5 +137,24 @@ def test_a_bad_picture_that_is_left_out_late(model, tmp_path, pictures, late, ca
     assert sorted(row["pairs"] for row in rows) == [1, 2, 2, 2, 2, 2]
     shown = capsys.readouterr()
     assert f"1 pairs left out on the way, the first: {late}, line 10" in shown.out + shown.err
-    said = "no pair of this step is usable"
-    refused(lambda: train(model, tmp_path / "single", **flags | {"batch_size": 1}), said, f"{late}, line 10")
+    rows = train(model, tmp_path / "single", **flags | {"batch_size": 1})
+    empty = [row["step"] for row in rows if row["pairs"] == 0]  # a step in which nothing is learned
+    assert len(rows) == 12 and len(empty) == 1 and "loss" not in rows[empty[0] - 1]
+    assert [row["step"] for row in rows] == list(range(1, 13))
+
+
+@pytest.mark.parametrize("form", [lines, array])
+def test_a_bad_line_that_is_mended_during_a_run(model, tmp_path, monkeypatch, form):
+    """It is behind those that are looked at first: the run goes on where it stopped."""
+    monkeypatch.setattr(data, "CHECKED", 4)
+    path, good = tmp_path / "pairs.json", [pair(i) for i in range(12)]
+    flags = {"pairs": str(path), "batch_size": 2, "seed": SEED, "workers": 0}
+    path.write_bytes(form(*good[:9], {"id": "bad"}, *good[10:]))
+    refused(lambda: train(model, tmp_path / "out", **flags), f"{path}, {'line' if form is lines else 'record'} 10: ")
+    path.write_bytes(form(*good))
+    train(model, tmp_path / "out", resume=True, **flags)
+    train(model, tmp_path / "whole", **flags)
+    assert [contents(tmp_path / name)["adapter/adapter_model.safetensors"] for name in ("out", "whole")].count(
+        contents(tmp_path / "whole")["adapter/adapter_model.safetensors"]) == 2  # fmt: skip
+    path.write_bytes(form(pair(0, chosen="Another cup."), *good[1:]))  # among the first: other data
+    refused(lambda: train(model, tmp_path / "whole", resume=True, **flags), "are not those that", "data.json")

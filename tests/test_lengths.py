@@ -55,7 +55,7 @@ def test_what_the_decoder_has_no_positions_for(truncate):
     else:
         refused(lambda: short([CUP]), f"the 3 positions that image and prompt leave of {trunk + 3}")
     for positions in (trunk, trunk - 1, 5):
-        refused(lambda p=positions: collator(512, p, truncate)([CUP]), "the 0 positions that image and prompt leave")
+        refused(lambda p=positions: collator(512, p, truncate)([CUP]), "which leaves none for a response")
 
 
 def test_the_flag(model, tmp_path):

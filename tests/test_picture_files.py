@@ -1,5 +1,6 @@
 """Photographs in every kind of file: read as transformers' `load_image` reads them, or refused by name."""
 
+import struct
 from pathlib import Path
 
 import numpy as np
@@ -7,7 +8,7 @@ import pytest
 import torch
 from data_sets import photograph
 from helpers import refused
-from PIL import Image
+from PIL import Image, ImageOps
 
 from minialign.anyres import PINPOINTS
 from minialign.images import ImageProcessor, read_picture
@@ -80,3 +81,34 @@ def test_photographs_padded_and_in_tiles(oracle, name, size):
     assert torch.equal(ImageProcessor(pad=True)(picture), padded)
     tiles = kinds.LlavaNextImageProcessorPil(**sizes)(picture, return_tensors="pt").pixel_values[0]
     assert torch.equal(ImageProcessor(pinpoints=PINPOINTS)(picture), tiles)
+
+
+@pytest.mark.parametrize("orientation", range(1, 9))
+def test_an_odd_exif_tag_beside_the_orientation(tmp_path, orientation):
+    """Turned as Pillow turns it, whatever else the EXIF holds: a tag of a wrong type cannot be written anew."""
+    picture, path = photograph("coffee.png").resize((60, 40)), tmp_path / "odd.png"
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    picture.save(path, exif=exif)
+    with Image.open(path) as plain:
+        wanted = ImageOps.exif_transpose(plain)
+    assert np.array_equal(np.asarray(read_picture(path, "")), np.asarray(wanted))
+    # ResolutionUnit (0x0128) as the text "in" (type 2), where a number is to be.
+    entries = [(0x0112, 3, 1, struct.pack("<HH", orientation, 0)), (0x0128, 2, 3, b"in\0\0")]
+    block = b"II*\0" + struct.pack("<IH", 8, len(entries))
+    block += b"".join(struct.pack("<HHI", *entry[:3]) + entry[3] for entry in entries) + bytes(4)
+    picture.save(path, exif=block)
+    assert np.array_equal(np.asarray(read_picture(path, "")), np.asarray(wanted))
+
+
+@pytest.mark.parametrize("error", [RuntimeError, NotImplementedError, TypeError, AttributeError, struct.error, OSError])
+def test_whatever_a_reader_raises(tmp_path, monkeypatch, error):
+    """Pillow's plugins raise anything on damaged files."""
+    path = tmp_path / "x.png"
+    Image.new("RGB", (4, 4)).save(path)
+
+    def broken(*_):
+        raise error("inside")
+
+    monkeypatch.setattr(Image.Image, "convert", broken)
+    refused(lambda: read_picture(path, ""), path, "not a readable picture", "inside")

@@ -11,9 +11,9 @@ from data_sets import RAW, expected
 from helpers import toy_processor, toy_tokenizer
 from input_files import MESSAGE, array, instruct, lines, pair, pairs_in, records_in
 
-import train_dpo
 from minialign.collate import PairCollator
 from minialign.errors import UserError
+from minialign.report import write_report
 
 RUBBISH = [None, True, 0, -1, 2**80, 1.5, math.nan, math.inf, "", " ", "\ud800", "\x00\x1b", "x" * 3000, [], {}, [[]],
            [None], {"role": "user"}, [{"role": "user", "content": ""}], "../../etc/passwd", "</s><image>"]  # fmt: skip
@@ -72,7 +72,7 @@ def test_damaged_pairs(tmp_path, seed):
         except UserError:
             continue
         assert COLLATE([record]).tree.ids.shape[0] == 1
-        train_dpo.write_report(tmp_path / "r.html", "", {}, [COLLATE.report_pair(record)], [], {})
+        write_report(tmp_path / "r.html", "", {}, [COLLATE.report_pair(record)], [], {})
 
 
 @pytest.mark.parametrize("seed", range(60))

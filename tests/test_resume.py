@@ -60,13 +60,13 @@ def test_other_settings_do_not_resume(model, pairs, tmp_path, changes):
     train(model, tmp_path, pairs=pairs, limit=4)
     before = contents(tmp_path)
     name = next(iter(changes))
-    with pytest.raises(UserError, match=f"config.json: of another {name}; leave --resume out"):
+    with pytest.raises(UserError, match=f"config.json: of another {name}, .* and not .*; give the old value, or leave"):
         train(model, tmp_path, resume=True, **({"pairs": pairs, "limit": 4} | changes))
     assert contents(tmp_path) == before
 
 
 def test_nothing_to_resume(model, pairs, tmp_path):
-    with pytest.raises(UserError, match="config.json: no such file; leave --resume out"):
+    with pytest.raises(UserError, match="config.json: no such file; give the old value, or leave --resume out"):
         train(model, tmp_path / "out", pairs=pairs, resume=True)
     assert contents(tmp_path) == {}
 

@@ -266,7 +266,7 @@ def test_what_is_there_is_not_run_again(tmp_path, monkeypatch, scripts):
 def test_rows_of_other_settings_are_not_taken_for_these(tmp_path, monkeypatch, scripts, flags):
     run_study(monkeypatch, "--out", str(tmp_path), "--rows", "bdhs", "--seeds", "1", "--images", "5")
     before = (tmp_path / "study.json").read_text()
-    with pytest.raises(UserError, match=f"settings.json: of another {flags[0][2:]}; give another --out"):
+    with pytest.raises(UserError, match=f"settings.json: of another {flags[0][2:]}, .* and not .*; name another --out"):
         run_study(monkeypatch, "--out", str(tmp_path), "--rows", "bdhs", "--seeds", "1", "--images", "5", *flags)
     assert len(scripts) == 2 and (tmp_path / "study.json").read_text() == before
 

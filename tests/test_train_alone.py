@@ -31,7 +31,7 @@ def test_without_pairs_they_are_sampled_first(model, tmp_path, monkeypatch):
     calls.clear()
     with monkeypatch.context() as patch:
         patch.setattr(Bdhs, "sample", lambda self, examples: calls.append(examples) or sampled(self, examples))
-        with pytest.raises(UserError, match="config.json: no such file; leave --resume out"):
+        with pytest.raises(UserError, match="config.json: no such file; give the old value, or leave --resume out"):
             train(model, tmp_path / "b", resume=True, **knobs)
         train(model, tmp_path / "b", **knobs)
     assert sum(map(len, calls)) == 1  # the fifth; four were there
@@ -40,7 +40,7 @@ def test_without_pairs_they_are_sampled_first(model, tmp_path, monkeypatch):
     assert a.keys() == b.keys() and different == {"config.json", "pairs.jsonl.config.json"}
     train(model, tmp_path / "b", **knobs)  # a new run of the same settings takes the pairs that are there
     assert contents(tmp_path / "b") == b and sum(map(len, calls)) == 1
-    with pytest.raises(UserError, match="of another seed; give another --out, or remove"):
+    with pytest.raises(UserError, match="of another seed, 0 and not 1; name another --out"):
         train(model, tmp_path / "b", seed=1, **knobs)
     assert contents(tmp_path / "b") == b  # nothing of the run before is lost
     with open(tmp_path / "b" / "pairs.jsonl", "a") as file:

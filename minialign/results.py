@@ -1,0 +1,39 @@
+"""What a training run leaves when it is done: weights, figures and a page to look at."""
+
+from dataclasses import asdict
+from pathlib import Path
+
+from minialign import lora
+from minialign.checkpoint import save_changed
+from minialign.files import write_json
+from minialign.llava import Llava
+from minialign.metrics import Counts, print_table, with_intervals
+from minialign.report import ReportPair, write_report
+
+
+def save_weights(model: Llava, folder: Path, config, out: Path) -> None:
+    """`out`/adapter in PEFT's form, and `out`/merged: the base's folder with the trained tensors in their places.
+
+    `config` has a training script's flags.
+    """
+    lora.save_adapter(model, config.lora_rank, config.lora_alpha, str(folder), out / "adapter")
+    named = {} if config.template is None else {"minialign_template": config.template}
+    save_changed(folder, lora.merged(model), model.config.raw | named, out / "merged")
+
+
+def save_results(
+    out: Path,
+    title: str,
+    config,
+    pairs: list[ReportPair],
+    rows: list[dict],
+    counts: dict[str, list[Counts]],
+    facts: dict[str, float],
+) -> None:
+    """counts.json, result.json and report.html: `counts` per image before and after, and other `facts`."""
+    result = {when: with_intervals([each]) for when, each in counts.items()}
+    if result:
+        write_json(out / "counts.json", counts)
+        print_table(result)
+    write_json(out / "result.json", result | facts)
+    write_report(out / "report.html", title, asdict(config), pairs, rows, result)
