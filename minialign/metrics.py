@@ -1,7 +1,8 @@
 """Counts become figures, and every figure has a bootstrap 95 % interval over images.
 
 CHAIR_i: share of mentioned objects that are not there; CHAIR_s: share of descriptions with at least one;
-recall: share of the objects that are mentioned; POPE: accuracy, precision, recall, F1 and share of yes.
+recall: share of the objects that are mentioned; POPE: accuracy, precision, recall, F1, share of yes, and share of
+answers that hold neither yes nor no (which POPE takes for yes).
 """
 
 import numpy as np
@@ -22,6 +23,7 @@ def pope_figures(setting: str) -> Figures:
         f"{name}_recall": (tp, f"{tp} {fn}"),
         f"{name}_f1": (f"{tp} {tp}", f"{tp} {tp} {fp} {fn}"),
         f"{name}_yes": (f"{tp} {fp}", f"{tp} {fp} {fn} {tn}"),
+        f"{name}_unclear": (f"{setting}_unclear", f"{tp} {fp} {fn} {tn}"),
     }
 
 
@@ -39,7 +41,7 @@ TOY: Figures = CHAIR | {  # the embedded world's
     name: parts
     for setting in SETTINGS_OF_POPE
     for name, parts in pope_figures(setting).items()
-    if not name.endswith(("_precision", "_recall"))
+    if not name.endswith(("_precision", "_recall", "_unclear"))
 }  # fmt: skip
 
 

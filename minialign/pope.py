@@ -4,6 +4,7 @@ A file holds JSON Lines (also where its name ends in .json): {"question_id", "im
 The questions are asked as they stand there, without a request for one word behind them.
 """
 
+import re
 from pathlib import Path
 
 from minialign.benchmarks import Benchmark, Question, question_of, read_questions
@@ -57,6 +58,7 @@ def read_pope(data: str, skip_bad: bool) -> Benchmark:
 
 
 def count_answer(question: Question, answer: str) -> Counts:
-    """One true or false yes or no."""
+    """One true or false yes or no, and whether it is neither in so many words."""
     yes, right = pope_verdict(answer), pope_verdict(answer) == (question.raw["label"] == "yes")
-    return {f"{question.raw['setting']}_{'t' if right else 'f'}{'p' if yes else 'n'}": 1}
+    setting, unclear = question.raw["setting"], not re.search(r"\b(yes|no|not)\b", answer, re.IGNORECASE)
+    return {f"{setting}_{'t' if right else 'f'}{'p' if yes else 'n'}": 1, f"{setting}_unclear": unclear}

@@ -40,6 +40,7 @@ def test_figures_by_hand(tmp_path):
     path = write_lines(tmp_path / "questions.json", lines)
     assert figures(path, said) == pytest.approx({
         "pope": 7 / 10, "pope_precision": 3 / 4, "pope_recall": 3 / 5, "pope_f1": 6 / 9, "pope_yes": 4 / 10,
+        "pope_unclear": 0,
     }, abs=1e-5)  # fmt: skip
     never = figures(path, ["no"] * 10)  # there is no precision of yeses that nobody said
     assert never == {"pope": 0.5, "pope_precision": None, "pope_recall": 0, "pope_f1": 0, "pope_yes": 0}
@@ -54,7 +55,7 @@ def test_the_settings_of_a_folder_stay_apart(tmp_path):
     found = figures(tmp_path, ["Yes", "No", "No", "Yes", "Yes", "Yes"])  # random, popular, adversarial
     assert [found[f"pope_{setting}"] for setting in ("random", "popular", "adversarial")] == [1, 0, 0.5]
     assert [found[f"pope_{setting}_yes"] for setting in ("random", "popular", "adversarial")] == [0.5, 0.5, 1]
-    assert len(found) == 15
+    assert len(found) == 18
     write_lines(tmp_path / "gqa_pope_random.jsonl", [pope_line()])
     refused(lambda: read_pope(str(tmp_path), False), "random", "coco_pope_random.json, gqa_pope_random.jsonl", ";")
 
@@ -97,3 +98,11 @@ def test_repeated_ids_lose_nothing(model, tmp_path):
         saved = (tmp_path / name / "answers.jsonl").read_text().splitlines()
         of[name] = {int(line["id"].split(":")[1]): line["answer"] for line in map(json.loads, saved)}
     assert of["b"] == of["a"] | {13: of["a"][1]}
+
+
+def test_answers_that_say_neither(tmp_path):
+    """POPE takes them for yes; how many they are is said beside."""
+    path = write_lines(tmp_path / "questions.json", [pope_line(n, label="yes") for n in range(8)])
+    said = ["A cup.", "", "Yesterday", "Nobody", "yes", "NO", "It is not", "Notes"]
+    found = figures(path, said)
+    assert found["pope_unclear"] == 5 / 8 and found["pope_yes"] == 7 / 8  # `NO` is a yes to POPE
