@@ -70,16 +70,21 @@ class Config:
     skip_bad_records: bool = False  # skip and count malformed records instead of stopping
 
 
-def check(config: Config) -> None:
-    """Refuse values that make no sense, before anything is loaded."""
+def check_sampling(config) -> None:
+    """Refuse values of the flags of Algorithm 1 and of sampling that make no sense."""
     require(0 <= config.rho_th <= 1, f"--rho-th {config.rho_th}: a probability between 0 and 1")
     require(config.n_bdhs >= 1, f"--n-bdhs {config.n_bdhs}: at least 1")
     require(0 <= config.eps_s <= 1, f"--eps-s {config.eps_s}: a similarity between 0 and 1")
-    require(config.batch_size >= 1, f"--batch-size {config.batch_size}: at least 1")
     require(0 <= config.noise_steps <= 1000, f"--noise-steps {config.noise_steps}: between 0 and 1000")
     require_temperature(config.temperature)
     require(0 < config.top_p <= 1, f"--top-p {config.top_p}: above 0, at most 1")
     require(config.max_new_tokens >= 1, f"--max-new-tokens {config.max_new_tokens}: at least 1")
+
+
+def check(config: Config) -> None:
+    """Refuse values that make no sense, before anything is loaded."""
+    check_sampling(config)
+    require(config.batch_size >= 1, f"--batch-size {config.batch_size}: at least 1")
     require(config.limit is None or config.limit >= 1, f"--limit {config.limit}: at least 1")
     require(config.workers >= 0, f"--workers {config.workers}: 0 or more")
     require(not Path(config.out).is_dir(), f"--out {config.out}: is a folder; name the pairs file to write")

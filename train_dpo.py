@@ -27,21 +27,13 @@ import sample_bdhs
 from minialign import lora, resume
 from minialign.chat import Tokenizer, announce
 from minialign.checkpoint import fingerprint, resolve_model
-from minialign.cli import (
-    fill,
-    parse_config,
-    require,
-    require_device,
-    require_images,
-    require_outside,
-    require_seed,
-    run_main,
-)
+from minialign.cli import fill, parse_config, require, require_outside, run_main
 from minialign.collate import PairBatch, PairCollator, StepLoader
 from minialign.config import read_config
 from minialign.data import open_pairs, usable_pairs
 from minialign.distortion import distorted_tree
 from minialign.files import write_json
+from minialign.flags import adapter_shape, check_training
 from minialign.images import ImageProcessor
 from minialign.llava import Llava
 from minialign.loader import load_ahead
@@ -102,26 +94,9 @@ class Config:
 
 def check(config: Config) -> None:
     """Refuse values that make no sense, before anything is loaded."""
-    for name in ("lora_rank", "epochs", "batch_size", "accumulate", "save_every", "max_response_tokens", "limit"):
-        value = getattr(config, name)
-        require(value is None or value >= 1, f"--{name.replace('_', '-')} {value}: at least 1")
-    for name in ("beta", "lr", "lora_alpha"):
-        value = getattr(config, name)
-        require(0 < value <= 1e30, f"--{name.replace('_', '-')} {value}: above 0, at most 1e30")
-    require(0 <= config.projector_lr <= 1e30, f"--projector-lr {config.projector_lr}: 0 or more, at most 1e30")
-    require(0 <= config.gamma <= 1, f"--gamma {config.gamma}: between 0 and 1")
+    check_training(config)
     require(1 <= config.noise_steps <= 1000, f"--noise-steps {config.noise_steps}: between 1 and 1000")
-    require(config.clip > 0, f"--clip {config.clip}: above 0")
-    require(0 <= config.warmup < 1, f"--warmup {config.warmup}: a share of the steps, below 1")
-    require(config.eval_images >= 0, f"--eval-images {config.eval_images}: 0 or more")
-    require(config.workers >= 0, f"--workers {config.workers}: 0 or more")
     require(config.adapter is None or config.pairs is not None, "--adapter: give --pairs too; none are sampled from it")
-    said = "--adapter and --reference go together: name the policy's start, and `base` or `adapter` as its reference"
-    require((config.adapter is None) == (config.reference is None), said)
-    require_seed(config.seed)
-    require(not Path(config.out).is_file(), f"--out {config.out}: is a file; name a folder")
-    require_images(config.images)
-    require_device(config.device)
 
 
 def pair_loss(model: Llava, batch: PairBatch, config: Config, length: float) -> tuple[torch.Tensor, dict[str, float]]:
@@ -201,10 +176,7 @@ def main(config: Config) -> None:
     require(config.pairs is not None or config.images == "toy", "--pairs is missing; make one with sample_bdhs.py")
     folder, out = resolve_model(config.model), Path(config.out)
     require_outside(out, "the model", folder)
-    if config.adapter is not None:
-        require_outside(out, "--adapter", Path(config.adapter))
-        raw = lora.read_adapter_config(Path(config.adapter))
-        config = replace(config, lora_rank=raw["r"], lora_alpha=raw["lora_alpha"])
+    config = replace(config, **adapter_shape(config))
     if config.resume:
         remedy = "give the old value, or leave --resume out and name another --out"
         resume.require_same_settings(out / "config.json", asdict(config), MAY_CHANGE, remedy)

@@ -144,19 +144,28 @@ class Bdhs:
             said = f"image, prompt and response take {taken} positions, the decoder has {positions}"
             raise UserError(f"{said}; drop the record")
 
-    def sample(self, examples: list[Example]) -> list[Sampled]:
-        """Algorithm 1 for a batch; only responses that are still too similar to y+ are sampled again."""
+    def sample(
+        self, examples: list[Example], features: list[torch.Tensor] | None = None, step: int | None = None
+    ) -> list[Sampled]:
+        """Algorithm 1 for a batch; only responses that are still too similar to y+ are sampled again.
+
+        features (tiles, patches, D) each, where the tower has seen the pictures already; noise needs its own. In
+        training `step` makes other draws of the same record.
+        """
+        if features is None and not self.config.noise_steps:
+            features = [self.model.encode_images(self.processor(example.image)) for example in examples]
         results: list[Sampled | None] = [None] * len(examples)
         pending = list(range(len(examples)))
         for iteration in range(1, self.config.n_bdhs + 1):
             last = iteration == self.config.n_bdhs
             guided = self.config.guided and not (self.config.n_bdhs > 1 and last)  # l. 5-7
             batch = [examples[i] for i in pending]
-            texts, truncated = self.iterate(batch, iteration, guided)
+            seen = None if self.config.noise_steps else torch.cat([features[i] for i in pending])
+            texts, truncated = self.iterate(batch, iteration, guided, seen, step)
             phis = self.similarity(texts, [example.chosen for example in batch])
             again = []
             for i, text, cut_off, phi in zip(pending, texts, truncated, phis, strict=True):
-                seed = self.mask_seed(examples[i], iteration)
+                seed = self.mask_seed(examples[i], iteration, step)
                 results[i] = Sampled(text, iteration, round(phi, 4), seed, guided, cut_off)
                 if phi >= self.config.eps_s or cut_off or not text:
                     again.append(i)
@@ -165,15 +174,17 @@ class Bdhs:
                 break
         return results
 
-    def mask_seed(self, example: Example, iteration: int) -> int:
+    def mask_seed(self, example: Example, iteration: int, step: int | None = None) -> int:
         """The seed of this iteration's mask, stored with the pair so that the mask can be drawn again."""
-        return stable_seed(self.config.seed, example.id, iteration) % 2**31
+        return stable_seed(self.config.seed, example.id, iteration, *([] if step is None else [step])) % 2**31
 
     def mask(self, seed: int, image_tokens: int) -> torch.Tensor:
         """Eq. 6 for one picture."""
         return mask_of_seed(image_tokens, self.config.rho_th, seed)
 
-    def iterate(self, examples: list[Example], iteration: int, guided: bool) -> tuple[list[str], list[bool]]:
+    def iterate(
+        self, examples: list[Example], iteration: int, guided: bool, features: torch.Tensor | None, step: int | None
+    ) -> tuple[list[str], list[bool]]:
         """One iteration of Alg. 1 for a batch: one prefill, then all sentences of all examples at once.
 
         Returns the responses, and which of them the length limit cut off.
@@ -181,8 +192,9 @@ class Bdhs:
         config, tokenizer = self.config, self.tokenizer
         sequences, cuts, pixels, seeds = [], [], [], []
         for example in examples:
-            seed = self.mask_seed(example, iteration)
-            pixels.append(self.processor(noise_of_seed(example.image, config.noise_steps, seed)))
+            seed = self.mask_seed(example, iteration, step)
+            if features is None:
+                pixels.append(self.processor(noise_of_seed(example.image, config.noise_steps, seed)))
             prompt = tokenizer.prompt(example.turns)
             if guided:
                 ids, rng = tokenizer.answer(example.chosen), random.Random(seed)
@@ -196,7 +208,8 @@ class Bdhs:
             sequences.append(Sequence(prompt + ids, branches, patches, visible, packing))
             seeds.append([stable_seed(seed, k) for k in range(len(parts))])
             cuts.append(parts)
-        features = self.model.encode_images(torch.cat(pixels))
+        if features is None:
+            features = self.model.encode_images(torch.cat(pixels))
         stops = self.sentence_stops if guided else {tokenizer.eos_id}
         completions = generate(
             self.model, sequences, features, config.sampling, stops, seeds, pad_id=tokenizer.pad_id

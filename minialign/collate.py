@@ -27,6 +27,7 @@ class PairBatch:
     tree: TokenTree
     pixels: Tensor
     noisy: Tensor | None
+    pictures: list[Image.Image | None]
 
     def __len__(self) -> int:
         return len(self.sequences)
@@ -49,6 +50,7 @@ class PairCollator:
     truncate: bool = False
     rejected: tuple[str, ...] = ("rejected",)  # fields of a record that hold its rejected responses
     noise_steps: int = 0  # of the noisy pictures; 0: none are wanted
+    keep_pictures: bool = False  # beside their pixels
 
     def responses(self, record: Record, room: int | None = None) -> list[list[int]]:
         """Chosen and rejected ids, at most --max-response-tokens each, and `room`."""
@@ -98,7 +100,8 @@ class PairCollator:
         picture, noisy = open_image(self.images, record.image), None
         if self.noise_steps:
             noisy = self.processor(noise_of_seed(picture, self.noise_steps, stable_seed(record.id) % 2**31))
-        return Loaded(record, self.sequence(record, picture), self.processor(picture), noisy)
+        kept = picture if self.keep_pictures else None
+        return Loaded(record, self.sequence(record, picture), self.processor(picture), noisy, kept)
 
     def __call__(self, records: list[Record]) -> PairBatch:
         """Records to one batch."""
@@ -110,7 +113,8 @@ class PairCollator:
         tree = build_tree(sequences, self.tokenizer.image_id, self.tokenizer.pad_id)
         noisy = torch.cat([pair.noisy for pair in pairs]) if self.noise_steps else None
         pixels = torch.cat([pair.pixels for pair in pairs])
-        return PairBatch([pair.record for pair in pairs], sequences, tree, pixels, noisy)
+        records, pictures = [pair.record for pair in pairs], [pair.picture for pair in pairs]
+        return PairBatch(records, sequences, tree, pixels, noisy, pictures)
 
     def report_pair(self, record: Record) -> ReportPair:
         """What the report shows of a pair: the whole picture as the tower saw it, its visible patches, the texts."""
@@ -135,6 +139,7 @@ class Loaded:
     sequence: Sequence
     pixels: Tensor
     noisy: Tensor | None
+    picture: Image.Image | None = None
 
     @property
     def length(self) -> int:

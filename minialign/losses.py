@@ -82,3 +82,11 @@ def preference_metrics(logps: Tensor, ref_logps: Tensor, beta: float, weights: T
         "logps/ref_accuracies": (ref_chosen > ref_rejected).float(),  # does the reference rank the pair already?
     }
     return {name: value.mean().item() for name, value in metrics.items()}
+
+
+def count_objective(logps: Tensor, ref_logps: Tensor) -> dict[str, float]:
+    """Of responses that the policy has sampled: sums of log(pi / ref) and of -log pi, and how many they are.
+
+    Their ratios are TRL's objective/kl and objective/entropy: estimates per response, summed over its tokens.
+    """
+    return {"kl": (logps - ref_logps).sum().item(), "entropy": -logps.sum().item(), "answers": logps.numel()}

@@ -1,0 +1,203 @@
+"""The annotator of online DPO: which of two responses is better? And how good an annotator is (Table 10).
+
+    python -m minialign.annotator --annotator DIR --pairs pairs.jsonl --images DIR    # any LLaVA folder as the judge
+    python -m minialign.annotator --annotator oracle --pairs pairs.jsonl              # the embedded world's truth
+
+A model is shown image, question and both responses, and asked in our own words for what Table 14 asks. Its verdict
+must begin with `Response 1` or `Response 2`; what does not is dropped and counted. The paper found no bias of
+position; the order is random all the same, or both orders are asked, and a pair on which they differ is a tie.
+"""
+
+import json
+import random
+import re
+from contextlib import nullcontext
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from PIL import Image
+from torch import Tensor
+from tqdm import tqdm
+
+from minialign import benchmarks, lora, toybench, toyworld
+from minialign.chat import Tokenizer, announce
+from minialign.checkpoint import load_model, resolve_model
+from minialign.cli import parse_config, require, require_device, require_images, require_seed, run_main
+from minialign.data import open_pairs
+from minialign.errors import UserError
+from minialign.generate import stable_seed
+from minialign.images import ImageProcessor, open_image
+from minialign.llava import Llava
+from minialign.metrics import Figures, print_table, with_intervals
+from minialign.records import FormatName, Record
+
+INSTRUCTION = """Two responses to a question about this image are to be compared. The better one hallucinates less: \
+whatever it says must be in the image, every object, attribute, colour and relation as it is there. What the image \
+leaves open must not be stated as a fact. To a practical question a short and helpful response is better than a long \
+one. All of this must be judged by the image alone.
+Question: {question}
+Response 1: {first}
+Response 2: {second}
+Which one is better? Begin with "Response 1" or "Response 2", then give the reason."""
+VERDICT = re.compile(r"\W*Response ([12])\b(?!\s*(?:and|or|&|/)\b)")
+DENIED = re.compile(r"\bno \w+")  # `there is no cup` mentions no cup
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """Two responses to the prompt of a record; `picture` is what a model looks at that has not seen it yet."""
+
+    record: Record
+    responses: tuple[str, str]
+    picture: Image.Image | None = None
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """Which response is better, 0 or 1, or None with the reason; `first`: the one that stood first was chosen."""
+
+    better: int | None
+    reason: Literal["", "tie", "unparsable"] = ""
+    first: bool | None = None
+
+
+class OracleAnnotator:
+    """The embedded world's exact truth: fewer hallucinated objects, then fewer wrong attributes, then more recall."""
+
+    def choose(self, comparisons: list[Comparison], features: Tensor | None = None) -> list[Verdict]:
+        """A verdict on each; responses that are equally true are a tie."""
+        verdicts = []
+        for comparison in comparisons:
+            scene = toyworld.scene_of(comparison.record.image)
+            a, b = (self.score(scene, text) for text in comparison.responses)
+            verdicts.append(Verdict(None, "tie") if a == b else Verdict(int(b > a)))
+        return verdicts
+
+    @staticmethod
+    def score(scene: toyworld.Scene, text: str) -> tuple[float, float, float]:
+        """The higher the better, compared from left to right."""
+        counts = toybench.count_description(scene, DENIED.sub("", text))
+        return -counts["hallucinated"], -counts["wrong_colour"] - counts["wrong_place"], counts["found"]
+
+
+@dataclass(frozen=True)
+class ModelAnnotator:
+    """A LLaVA as the judge; with `policy_off` it is the policy's own base, its adapters switched off."""
+
+    model: Llava
+    tokenizer: Tokenizer
+    processor: ImageProcessor
+    both_orders: bool = False
+    seed: int = 0
+    policy_off: bool = False
+    max_new_tokens: int = 16  # the verdict comes first
+
+    def choose(self, comparisons: list[Comparison], features: Tensor | None = None) -> list[Verdict]:
+        """A verdict on each. features (tiles, patches, D): of the pictures, where this model's tower has seen them."""
+        if not comparisons:
+            return []
+        pictures = [comparison.picture for comparison in comparisons]
+        if features is None:
+            features = self.model.encode_images(torch.cat([self.processor(picture) for picture in pictures]))
+        layouts = [self.processor.layout(picture) for picture in pictures]
+        orders = [self.orders(comparison) for comparison in comparisons]
+        asked = [[self.question(c, order) for order in each] for c, each in zip(comparisons, orders, strict=True)]
+        with lora.adapters_off(self.model) if self.policy_off else nullcontext():
+            said = benchmarks.answers(self.model, self.tokenizer, features, layouts, asked, self.max_new_tokens)
+        return [self.verdict(answers, each) for answers, each in zip(said, orders, strict=True)]
+
+    def orders(self, comparison: Comparison) -> list[tuple[int, int]]:
+        """The orders in which the two responses are shown: both, or one at random."""
+        flipped = random.Random(stable_seed(self.seed, comparison.record.id, *comparison.responses)).random() < 0.5
+        return [(0, 1), (1, 0)] if self.both_orders else [(1, 0) if flipped else (0, 1)]
+
+    def question(self, comparison: Comparison, order: tuple[int, int]) -> str:
+        """What the model is asked; of several turns, all that was said before stands in the question."""
+        first, second = (comparison.responses[i] for i in order)
+        asked = "\n".join(text for _, text in comparison.record.turns)
+        return INSTRUCTION.format(question=asked, first=first, second=second)
+
+    def verdict(self, answers: list[str], orders: list[tuple[int, int]]) -> Verdict:
+        """What the answers say; where two orders were asked they must agree."""
+        found = [VERDICT.match(answer) for answer in answers]
+        if not all(found):
+            return Verdict(None, "unparsable")
+        places = [int(match[1]) - 1 for match in found]
+        better = {order[place] for order, place in zip(orders, places, strict=True)}
+        return Verdict(better.pop(), first=places[0] == 0) if len(better) == 1 else Verdict(None, "tie", places[0] == 0)
+
+
+# ---------------------------------------------------------------- how good is it?
+
+FIGURES: Figures = {
+    "accuracy": ("right", "decided"),
+    "first": ("first", "placed"),
+    "ties": ("tie", "pairs"),
+    "unparsable": ("unparsable", "pairs"),
+}
+
+
+def count_verdict(verdict: Verdict, chosen: int) -> dict[str, float]:
+    """What one verdict counts; `chosen` is the number of the response that the pair prefers."""
+    placed = {"placed": verdict.first is not None, "first": bool(verdict.first)}
+    decided = {"decided": verdict.better is not None, "right": verdict.better == chosen}
+    return {"pairs": 1, verdict.reason or "clear": 1} | decided | placed
+
+
+@dataclass(frozen=True)
+class Config:
+    """Flags of `python -m minialign.annotator`."""
+
+    annotator: str = "oracle"  # `oracle` for the embedded world, or a Hugging Face LLaVA folder
+    pairs: str | None = None  # held-out preference pairs
+    format: FormatName | None = None  # of the pairs file; else that of its first record
+    images: str = "toy"  # folder of the pictures, or `toy`
+    template: str | None = None  # vicuna, llava_v1, mistral, chatml or short; else the model's own
+    orders: Literal["random", "both"] = "random"  # show the responses in a random order, or ask in both
+    batch_size: int = 8  # pairs that are judged together
+    seed: int = 0  # random orders follow from it
+    device: str = "cpu"  # torch device
+    dtype: Literal["float32", "bfloat16"] = "float32"  # of the weights
+    json: bool = False  # print one JSON object instead of the table
+
+
+def load_annotator(name: str, config) -> OracleAnnotator | ModelAnnotator:
+    """`oracle`, or a folder's model; `config` has the flags template, orders, seed, device and dtype."""
+    if name == "oracle":
+        require(config.images == "toy", "--annotator oracle: knows the embedded world alone; name a LLaVA folder")
+        return OracleAnnotator()
+    folder = resolve_model(name)
+    model = load_model(folder, config.device, getattr(torch, config.dtype))
+    tokenizer, processor = Tokenizer.from_folder(folder, config.template), ImageProcessor.from_folder(folder)
+    announce(folder, model, tokenizer)
+    return ModelAnnotator(model, tokenizer, processor, config.orders == "both", config.seed)
+
+
+def main() -> None:
+    """Accuracy on pairs whose better response is known, and the bias of position."""
+    config = parse_config(Config, __doc__)
+    require(config.pairs is not None, "--pairs is missing; name a file of preference pairs")
+    require(config.batch_size >= 1, f"--batch-size {config.batch_size}: at least 1")
+    require_seed(config.seed)
+    require_images(config.images)
+    require_device(config.device)
+    records, counts = open_pairs(config.pairs, config.format), []
+    annotator = load_annotator(config.annotator, config)
+    numbers = list(records.numbers)
+    for start in tqdm(range(0, len(numbers), config.batch_size), desc="judge"):
+        comparisons, chosen = [], []
+        for record in map(records.parse, numbers[start : start + config.batch_size]):
+            if not record.rejected:
+                raise UserError(f"{record.place}: no rejected response; give pairs")
+            flipped = random.Random(stable_seed(config.seed, record.id)).random() < 0.5  # which is which tells nothing
+            two = (record.rejected, record.chosen) if flipped else (record.chosen, record.rejected)
+            comparisons.append(Comparison(record, two, open_image(config.images, record.image)))
+            chosen.append(int(flipped))
+        counts += map(count_verdict, annotator.choose(comparisons), chosen)
+    result = with_intervals([counts], FIGURES)
+    print(json.dumps({"pairs": len(counts)} | result)) if config.json else print_table({config.annotator: result})
+
+
+if __name__ == "__main__":
+    run_main(main)
