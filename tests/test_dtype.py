@@ -42,6 +42,16 @@ def test_what_was_not_trained_keeps_its_bytes(half, runs):
     assert names == {n for n in (rename(key, NAMES) for key in trained) if not n.startswith("vision_tower.")}
 
 
+def test_updates_are_added_to_the_stored_weights(half, runs):
+    """Not to what bfloat16 has made of them."""
+    stored, merged = (load_file(folder / "model.safetensors") for folder in (half, runs["bfloat16"] / "merged"))
+    adapter = load_file(runs["bfloat16"] / "adapter" / "adapter_model.safetensors")
+    for key in [key for key in stored if key.startswith("language_model.") and key.split(".")[-2] in TARGETS]:
+        name = f"base_model.model.model.{rename(key, NAMES).removesuffix('.weight')}"
+        update = adapter[f"{name}.lora_B.weight"] @ adapter[f"{name}.lora_A.weight"] * (8.0 / 4)
+        assert torch.equal(merged[key], (stored[key].float() + update).half())
+
+
 def test_the_two_types_train_alike(half, runs):
     rows = {dtype: read_lines(out / "metrics.jsonl") for dtype, out in runs.items()}
     for dtype in rows:
