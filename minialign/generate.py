@@ -129,13 +129,13 @@ def generate(
         hidden = model(new, None, cache, keys)
         position = position + 1
     ids, logps, drawn = (torch.stack(part, dim=-1).cpu() for part in zip(*steps, strict=True))  # (B, S, steps)
-    active = active.cpu()
     return [
-        [
-            Completion(
-                ids[row, s][drawn[row, s]].tolist(), logps[row, s][drawn[row, s]].tolist(), not active[row, s].item()
-            )
-            for s in range(len(sequence.branches))
-        ]
+        [completion(ids[row, s][drawn[row, s]], logps[row, s][drawn[row, s]], stop_ids)
+         for s in range(len(sequence.branches))]
         for row, sequence in enumerate(sequences)
-    ]
+    ]  # fmt: skip
+
+
+def completion(ids: Tensor, logps: Tensor, stop_ids: set[int]) -> Completion:
+    """What one branch got; it has stopped by itself if its last token is one of those that stop."""
+    return Completion(ids.tolist(), logps.tolist(), int(ids[-1]) in stop_ids)

@@ -2,6 +2,7 @@
 
 import copy
 import random
+from dataclasses import replace
 
 import pytest
 import torch
@@ -10,6 +11,7 @@ from helpers import (
     plain_greedy,
     random_ids,
     random_model,
+    refused,
     toy_features,
     toy_model,
     toy_processor,
@@ -280,3 +282,18 @@ def test_pick_never_takes_what_is_impossible():
     logits[0, [3, 500, 900]] = torch.tensor([0.1, 0.2, 0.3])
     for uniform in (0.0, 0.5, 1.0 - 2**-24):  # the largest that torch.rand gives
         assert pick(logits, torch.tensor([uniform]), Sampling(temperature=1.0)).item() in (3, 500, 900)
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_a_branch_ends_where_the_positions_do(seed):
+    """The decoder's positions are a limit of every branch by itself; a prompt that takes them all is refused."""
+    model = random_model(seed)
+    prompt, longer = [5, 6, 7], [5, 6, 7, 8, 9]
+    few = copy.deepcopy(model)
+    few.config = replace(model.config, text=replace(model.config.text, max_position_embeddings=8))
+    rows = [Sequence(prompt, [Branch([])]), Sequence(longer, [Branch([]), Branch([11])])]
+    whole = generate(model, rows, None, Sampling(20, 0.0), set())
+    cut = generate(few, rows, None, Sampling(20, 0.0), set())
+    for ours, theirs, room in zip(sum(cut, []), sum(whole, []), [5, 3, 2], strict=True):
+        assert ours.ids == theirs.ids[:room] and not ours.stopped
+    refused(lambda: generate(few, [Sequence([5] * 8, [Branch([])])], None, Sampling(2, 0.0), set()), "take 8 positions")

@@ -121,6 +121,26 @@ def test_responses_that_hit_the_limit_are_counted(model, tmp_path, monkeypatch):
     assert rows[0]["sampled/truncated"] == 1 and rows[0]["sampled/length"] == 3
 
 
+@pytest.mark.parametrize("method", ["online-dpo", "online-bdhs"])
+def test_every_step_draws_anew(model, tmp_path, monkeypatch, method):
+    """The same record gets other responses in the next epoch, though nothing was learned; one seed gives the same."""
+    said = []
+    monkeypatch.setattr(train_online, "load_annotator", lambda *_: Scripted(lambda text: said.append(text) or 0))
+    real = train_online.OwnRejected.__call__
+
+    def noting(self, part, rows, *rest):
+        found = real(self, part, rows, *rest)
+        said.extend(tuple(sequence.branches[-1].ids) for sequence in found)
+        return found
+
+    monkeypatch.setattr(train_online.OwnRejected, "__call__", noting)
+    flags = {"method": method, "limit": 1, "lr": 1e-20, "projector_lr": 0.0, "max_new_tokens": 8}
+    online(model, tmp_path / "a", epochs=2, **flags)
+    assert len(said) == (4 if method == "online-dpo" else 2) and len(set(said)) == len(said)
+    online(model, tmp_path / "b", epochs=2, **flags)
+    assert said[len(said) // 2 :] == said[: len(said) // 2]
+
+
 # ---------------------------------------------------------------- learning
 
 
