@@ -144,7 +144,7 @@ def test_what_the_limit_cuts_off_is_sampled_again(calls):
 
 def test_an_empty_response_is_sampled_again(monkeypatch):
     texts = iter([["", "a."], ["b."]])
-    monkeypatch.setattr(Bdhs, "iterate", lambda self, part, i, guided: (next(texts), [False] * len(part)))
+    monkeypatch.setattr(Bdhs, "iterate", lambda self, part, i, guided, *rest: (next(texts), [False] * len(part)))
     results = sampler(n_bdhs=5).sample(examples(2))
     assert [(r.rejected, r.iterations) for r in results] == [("b.", 2), ("a.", 1)]
 
