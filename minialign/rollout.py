@@ -23,6 +23,8 @@ LOGGED = {
     "sampled/length": ("tokens", "responses"),
     "sampled/truncated": ("truncated", "responses"),
     "bdhs/iterations": ("iterations", "responses"),
+    "annotator/dropped": ("dropped", "judged"),
+    "annotator/agreement": ("decided", "asked twice"),  # of both orders
     "annotator/ties": ("tie", "judged"),
     "annotator/unparsable": ("unparsable", "judged"),
     "annotator/first": ("first", "judged"),
@@ -70,7 +72,9 @@ class RankedPairs:
             counts.update(judged=1, responses=2, tokens=sum(len(completion.ids) for completion in row))
             counts["truncated"] += sum(not completion.stopped for completion in row)
             counts["first"] += bool(verdict.first)
+            counts["dropped"] += verdict.better is None
             counts[verdict.reason or "decided"] += 1
+            counts["asked twice"] += getattr(self.annotator, "both_orders", False) and verdict.reason != "unparsable"
             order = () if verdict.better is None else (verdict.better, 1 - verdict.better)
             branches = [Branch(row[i].ids) for i in order]
             sequences.append(replace(prompt, branches=branches) if branches else None)
