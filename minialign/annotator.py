@@ -42,7 +42,7 @@ Response 1: {first}
 Response 2: {second}
 Which one is better? Begin with "Response 1" or "Response 2", then give the reason."""
 VERDICT = re.compile(r"\W*Response ([12])\b(?![*_\s]*(?:(?:and|or)\b|[&/]))")  # `Response 1 & Response 2` is none
-DENIED = re.compile(r"\bno \w+")  # `there is no cup` mentions no cup
+DENIED = re.compile(r"\bno \w+", re.IGNORECASE)  # `there is no cup` mentions no cup
 
 
 @dataclass(frozen=True)
