@@ -11,7 +11,8 @@ position; the order is random all the same, or both orders are asked, and a pair
 import json
 import random
 import re
-from contextlib import nullcontext
+import sys
+from contextlib import nullcontext, redirect_stdout
 from dataclasses import dataclass
 from typing import Literal
 
@@ -24,13 +25,13 @@ from minialign import benchmarks, lora, toybench, toyworld
 from minialign.chat import Tokenizer, announce
 from minialign.checkpoint import load_model, resolve_model
 from minialign.cli import parse_config, require, require_device, require_images, require_seed, run_main
-from minialign.data import open_pairs
+from minialign.data import open_pairs, or_skipped
 from minialign.errors import UserError
 from minialign.generate import stable_seed
 from minialign.images import ImageProcessor, open_image
 from minialign.llava import Llava
-from minialign.metrics import Figures, print_table, with_intervals
-from minialign.records import FormatName, Record
+from minialign.metrics import Counts, Figures, print_table, with_intervals
+from minialign.records import FormatName, LeftOut, Record
 
 INSTRUCTION = """Two responses to a question about this image are to be compared. The better one hallucinates less: \
 whatever it says must be in the image, every object, attribute, colour and relation as it is there. What the image \
@@ -40,8 +41,8 @@ Question: {question}
 Response 1: {first}
 Response 2: {second}
 Which one is better? Begin with "Response 1" or "Response 2", then give the reason."""
-VERDICT = re.compile(r"\W*Response ([12])\b(?!\s*(?:and|or|&|/)\b)")
-DENIED = re.compile(r"\bno \w+")  # `there is no cup` mentions no cup
+VERDICT = re.compile(r"\W*Response ([12])\b(?![*_\s]*(?:(?:and|or)\b|[&/]))")  # `Response 1 & Response 2` is none
+DENIED = re.compile(r"\bno \w+", re.IGNORECASE)  # `there is no cup` mentions no cup
 
 
 @dataclass(frozen=True)
@@ -138,7 +139,7 @@ FIGURES: Figures = {
 }
 
 
-def count_verdict(verdict: Verdict, chosen: int) -> dict[str, float]:
+def count_verdict(verdict: Verdict, chosen: int) -> Counts:
     """What one verdict counts; `chosen` is the number of the response that the pair prefers."""
     placed = {"placed": verdict.first is not None, "first": bool(verdict.first)}
     decided = {"decided": verdict.better is not None, "right": verdict.better == chosen}
@@ -159,6 +160,7 @@ class Config:
     seed: int = 0  # random orders follow from it
     device: str = "cpu"  # torch device
     dtype: Literal["float32", "bfloat16"] = "float32"  # of the weights
+    skip_bad_records: bool = False  # skip and count malformed pairs instead of stopping
     json: bool = False  # print one JSON object instead of the table
 
 
@@ -174,6 +176,38 @@ def load_annotator(name: str, config) -> OracleAnnotator | ModelAnnotator:
     return ModelAnnotator(model, tokenizer, processor, config.orders == "both", config.seed)
 
 
+def comparison(record: Record, config: Config) -> tuple[Comparison, int]:
+    """A pair's responses in an order that tells nothing, and the number of the chosen one."""
+    if not record.rejected:
+        raise LeftOut("no rejected response (of answers with ratings: none is rated below another)")
+    if record.chosen == record.rejected:
+        raise LeftOut("chosen and rejected are the same text")
+    flipped = random.Random(stable_seed(config.seed, record.id)).random() < 0.5
+    two = (record.rejected, record.chosen) if flipped else (record.chosen, record.rejected)
+    return Comparison(record, two, open_image(config.images, record.image)), int(flipped)
+
+
+def judge(config: Config) -> tuple[list[Counts], list[str]]:
+    """What the verdict on every pair counts, and why pairs were left out."""
+    records = open_pairs(config.pairs, config.format)
+    annotator = load_annotator(config.annotator, config)
+    counts, left_out, numbers = [], [], list(records.numbers)
+    for start in tqdm(range(0, len(numbers), config.batch_size), desc="judge"):
+        batch = []
+        for number in numbers[start : start + config.batch_size]:
+            try:
+                batch.append(comparison(records.parse(number), config))
+            except UserError as error:
+                left_out.append(f"{records.file.place(number)}: {error}")
+                if not (config.skip_bad_records or isinstance(error, LeftOut)):
+                    raise UserError(or_skipped(left_out[-1])) from None
+        verdicts = annotator.choose([each for each, _ in batch])
+        counts += [count_verdict(verdict, chosen) for verdict, (_, chosen) in zip(verdicts, batch, strict=True)]
+    if not counts:
+        raise UserError(f"--pairs {config.pairs}: no usable pair, {left_out[0]}; give pairs")
+    return counts, left_out
+
+
 def main() -> None:
     """Accuracy on pairs whose better response is known, and the bias of position."""
     config = parse_config(Config, __doc__)
@@ -182,21 +216,13 @@ def main() -> None:
     require_seed(config.seed)
     require_images(config.images)
     require_device(config.device)
-    records, counts = open_pairs(config.pairs, config.format), []
-    annotator = load_annotator(config.annotator, config)
-    numbers = list(records.numbers)
-    for start in tqdm(range(0, len(numbers), config.batch_size), desc="judge"):
-        comparisons, chosen = [], []
-        for record in map(records.parse, numbers[start : start + config.batch_size]):
-            if not record.rejected:
-                raise UserError(f"{record.place}: no rejected response; give pairs")
-            flipped = random.Random(stable_seed(config.seed, record.id)).random() < 0.5  # which is which tells nothing
-            two = (record.rejected, record.chosen) if flipped else (record.chosen, record.rejected)
-            comparisons.append(Comparison(record, two, open_image(config.images, record.image)))
-            chosen.append(int(flipped))
-        counts += map(count_verdict, annotator.choose(comparisons), chosen)
+    with redirect_stdout(sys.stderr):  # what is printed on the way is no result
+        counts, left_out = judge(config)
+    if left_out:
+        tqdm.write(f"{len(left_out)} pairs left out, the first: {left_out[0]}", file=sys.stderr)
     result = with_intervals([counts], FIGURES)
-    print(json.dumps({"pairs": len(counts)} | result)) if config.json else print_table({config.annotator: result})
+    facts = {"pairs": len(counts), "left_out": len(left_out)}
+    print(json.dumps(facts | result)) if config.json else print_table({config.annotator: result})
 
 
 if __name__ == "__main__":
