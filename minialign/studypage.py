@@ -12,12 +12,12 @@ SHOWN = ("chair_i", "chair_s", "recall", "pope_adversarial", "pope_popular", "po
 Cell = dict[str, float | None]  # value, low, high
 Box = tuple[float, float, float, float]  # left, top, right, bottom
 WIDTH, HEIGHT, LEFT, RIGHT, TOP, BOTTOM = 720, 460, 62, 708, 10, 416  # chart and its frame, in SVG units
-LETTER, LINE = 6.3, 13  # the size of a letter of a label
+LETTER, LINE = 5.9, 13  # the size of a letter of a label
 STYLE = """
 figure { overflow-x: auto; } .chart { min-width: 34rem; }
 .whisker { stroke: var(--c0); stroke-width: .8; opacity: .55; } .point { fill: var(--c0); }
 .base .point { fill: var(--bg); stroke: var(--c0); stroke-width: 1.5; }
-.leader { stroke: var(--soft); stroke-width: .6; }
+.leader { stroke: var(--ink); stroke-width: .7; }
 .name { fill: var(--ink); paint-order: stroke; stroke: var(--bg); stroke-width: 3px; stroke-linejoin: round; }
 .findings :is(th, td) { text-align: left; } .findings td:nth-child(2) { white-space: nowrap; }
 """
@@ -73,17 +73,21 @@ def scatter(table: dict[str, dict[str, Cell]]) -> str:
     def y(value: float) -> float:
         return BOTTOM - (BOTTOM - TOP) * (value - up[0]) / (up[-1] - up[0])
 
-    marks, points = axes(x, y, across, up), {}
+    marks, points, taken = axes(x, y, across, up), {}, []
     for row, (chair, recall) in drawn.items():
         left, top = points[row] = x(chair["value"]), y(recall["value"])
-        cross = f"M{x(chair['low']):.1f} {top:.1f}H{x(chair['high']):.1f}"
-        cross += f"M{left:.1f} {y(recall['low']):.1f}V{y(recall['high']):.1f}"
+        start, end, low, high = x(chair["low"]), x(chair["high"]), y(recall["low"]), y(recall["high"])
+        taken += [
+            (left - 4, top - 4, left + 4, top + 4),
+            (start, top - 1, end, top + 1),
+            (left - 1, high, left + 1, low),
+        ]
         said = f"{row}: CHAIR_i {shown(chair)}, recall {shown(recall)}"
         marks += f'<g class="{"base" if row == "base" else "row"}"><title>{escape(said)}</title>'
-        marks += f'<path class="whisker" d="{cross}"/>'
+        marks += f'<path class="whisker" d="M{start:.1f} {top:.1f}H{end:.1f}M{left:.1f} {low:.1f}V{high:.1f}"/>'
         marks += f'<circle class="point" cx="{left:.1f}" cy="{top:.1f}" r="3.5"/></g>'
     about = 'role="img" aria-label="Recall against CHAIR_i, one point per row; the figures are in the table"'
-    drawing = f'<svg class="chart" viewBox="0 0 {WIDTH} {HEIGHT}" {about}>{marks}{labels(points)}</svg>'
+    drawing = f'<svg class="chart" viewBox="0 0 {WIDTH} {HEIGHT}" {about}>{marks}{labels(points, taken)}</svg>'
     return f'<figure>{drawing}<p class="note">Thin lines: 95 % intervals.</p>{note}</figure>'
 
 
@@ -106,28 +110,29 @@ def axes(x, y, across: list[float], up: list[float]) -> str:
     return marks
 
 
-def labels(points: dict[str, tuple[float, float]]) -> str:
-    """The rows' names, each at the nearest place that is free of points and other names, with a line to its point."""
-    taken: list[Box] = [(left - 4, top - 4, left + 4, top + 4) for left, top in points.values()]
+def labels(points: dict[str, tuple[float, float]], taken: list[Box]) -> str:
+    """The rows' names, each at the nearest free place, with a line to its point; points and intervals are `taken`."""
     marks = ""
     for row, (left, top) in points.items():
         box = place(left, top, len(row) * LETTER, taken)
-        taken.append(box)
-        near = min(max(left, box[0]), box[2]), min(max(top, box[1]), box[3])
-        if math.dist(near, (left, top)) > 10:
-            marks += f'<path class="leader" d="M{left:.1f} {top:.1f}L{near[0]:.1f} {near[1]:.1f}"/>'
+        taken = [*taken, box]
+        beside = not box[0] <= left <= box[2]  # the line ends in the middle of the side that faces the point
+        end_x = min(max(left, box[0]), box[2]) if beside else (box[0] + box[2]) / 2
+        end = end_x, (box[1] + box[3]) / 2 if beside else min(max(top, box[1]), box[3])
+        if math.dist(end, (left, top)) > 14:
+            marks += f'<path class="leader" d="M{left:.1f} {top:.1f}L{end[0]:.1f} {end[1]:.1f}"/>'
         marks += f'<text class="name" x="{box[0]:.1f}" y="{box[3] - 3:.1f}">{escape(row)}</text>'
     return marks
 
 
 def place(left: float, top: float, width: float, taken: list[Box]) -> Box:
     """The first box of that width, on ever wider rings round a point, that is in the frame and meets none `taken`."""
-    for radius in range(7, WIDTH, 6):
-        for angle in range(0, 360, 30):
+    for radius in range(7, WIDTH, 4):
+        for angle in range(-45, 315, 15):
             across, down = math.cos(math.radians(angle)), math.sin(math.radians(angle))
             middle, centre = left + across * (radius + width / 2), top + down * (radius + LINE / 2)
             box = middle - width / 2, centre - LINE / 2, middle + width / 2, centre + LINE / 2
-            inside = LEFT < box[0] and box[2] < WIDTH and 0 < box[1] and box[3] < BOTTOM
+            inside = LEFT + 4 < box[0] and box[2] < WIDTH and 0 < box[1] and box[3] < BOTTOM
             if inside and not any(box[0] < b[2] and b[0] < box[2] and box[1] < b[3] and b[1] < box[3] for b in taken):
                 return box
-    return left, top - LINE, left + width, top  # nowhere
+    return box  # nowhere is free
