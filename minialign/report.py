@@ -100,18 +100,24 @@ def write_report(
     column ("before", "after", ...) to {name: {"value": v, "low": l, "high": h}} with 95 % intervals.
     """
     settings = json.dumps(config, indent=2, ensure_ascii=False, default=str)
+    body = f"""<h2>Results</h2>{results_table(result)}
+<h2>Training</h2>{training_curves(metrics)}
+<h2>Sampled pairs</h2>{pair_list(pairs)}
+<h2>Configuration</h2><details><summary>All settings</summary><pre>{escape(settings)}</pre></details>"""
+    write_page(path, title, config, body)
+
+
+def write_page(path: Path, title: str, config: dict, body: str, style: str = "") -> None:
+    """Write a page with title, date and first settings above `body`, which must be escaped where it needs to be."""
     page = f"""<!DOCTYPE html>
 <html lang="en"><head><meta charset="utf-8">
 <meta name="viewport" content="width=device-width, initial-scale=1">
 <meta http-equiv="Content-Security-Policy" content="{POLICY}">
 <title>{escape(title)}</title>
-<style>{STYLE}</style></head>
+<style>{STYLE}{style}</style></head>
 <body><h1>{escape(title)}</h1>
 <p class="note">{escape(summary(config))}</p>
-<h2>Results</h2>{results_table(result)}
-<h2>Training</h2>{training_curves(metrics)}
-<h2>Sampled pairs</h2>{pair_list(pairs)}
-<h2>Configuration</h2><details><summary>All settings</summary><pre>{escape(settings)}</pre></details>
+{body}
 </body></html>
 """
     write_whole(Path(path), page)
@@ -139,12 +145,12 @@ def summary(config: dict) -> str:
     return " · ".join([time.strftime("%Y-%m-%d %H:%M UTC", time.gmtime()), *settings])
 
 
-def results_table(result: dict) -> str:
+def results_table(result: dict, corner: str = "metric") -> str:
     """One row per metric, one column per entry of `result`, the interval under each value."""
     names = dict.fromkeys(name for column in result.values() for name in column)
     if not names:
         return '<p class="note">No results were recorded.</p>'
-    rows = ["".join(f'<th scope="col">{escape(column)}</th>' for column in ["metric", *result])]
+    rows = ["".join(f'<th scope="col">{escape(column)}</th>' for column in [corner, *result])]
     for name in names:
         cells = {column: values.get(name) or {} for column, values in result.items()}
         largest = max(abs(number(cell.get("value")) or 0.0) for cell in cells.values())

@@ -3,9 +3,10 @@
     python -m minialign.study --out runs/study            # all rows, three seeds, on the test split
     python -m minialign.study --rows bdhs,sft --seeds 1 --split validation
 
-A row is a set of flags of sample_bdhs.py and train_dpo.py. Rows and seeds that --out already holds are not run
-again. Intervals are bootstrapped over images and seeds; differences between rows are paired by image.
-Leaves study.json: {"rows": [...], "findings": [{"id", "status", "evidence"}]}.
+A row is a list of commands, run in order; what of them --out already holds is not run again. So rows that begin with
+the same command share its pairs. All rows see the same records, once, in batches of the same size. Intervals are
+bootstrapped over images and seeds; differences between rows are paired by image.
+Leaves study.html and study.json: {"rows": [...], "findings": [{"id", "status", "evidence"}]}.
 """
 
 import json
@@ -15,38 +16,47 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Literal
 
-import numpy as np
 from tqdm import tqdm
 
 from minialign.checkpoint import TOY, fingerprint
 from minialign.cli import parse_config, require, run_main
+from minialign.data import TOY_RECORDS
 from minialign.errors import UserError
-from minialign.files import read_json, write_json
+from minialign.files import read_json, read_lines, write_json
+from minialign.findings import judge
 from minialign.metrics import Counts, bootstrap, interval, print_table
 from minialign.resume import require_same_settings
+from minialign.studypage import SHOWN, write_study
 
 SCRIPTS = Path(__file__).resolve().parent.parent
-# name -> (flags of sample_bdhs.py, flags of train_dpo.py)
+# The commands' words hold places to fill: {study} is --out, {row} and {seed} what is run, the others flags of ours.
+BDHS, CORRUPTED = "{study}/bdhs-{seed}.jsonl", "{study}/corrupted-{seed}.jsonl"  # pairs that several rows train on
+OWN = "{study}/{row}-{seed}/pairs.jsonl"  # a row's own
+DRAW = "--seed {seed} --limit {limit}"
+TRAIN = "--out {study}/{row}-{seed} --seed {seed} --eval-split {split} --eval-images {images}"
+SAMPLE_BDHS = f"sample_bdhs.py --out {BDHS} {DRAW}"
+CORRUPT = f"minialign.toycorrupt --out {CORRUPTED} {DRAW}"
+OFFLINE, ONLINE = f"train_dpo.py {TRAIN} --pairs", f"train_online.py {TRAIN} --limit {{limit}} --method"
 ROWS = {
-    "bdhs": ([], []),
-    "sft": ([], ["--loss", "sft", "--lr", "1e-3"]),  # its own best rate on validation
-    "unguided": (["--no-guided"], []),
-    "noise": (["--noise-steps", "500", "--rho-th", "0"], []),
+    "bdhs": [SAMPLE_BDHS, f"{OFFLINE} {BDHS}"],
+    "sft": [SAMPLE_BDHS, f"{OFFLINE} {BDHS} --loss sft --lr 1e-3"],  # its own best rate on validation
+    "unguided": [f"sample_bdhs.py --out {OWN} {DRAW} --no-guided", f"{OFFLINE} {OWN}"],
+    "noise": [f"sample_bdhs.py --out {OWN} {DRAW} --noise-steps 500 --rho-th 0", f"{OFFLINE} {OWN}"],
+    "corrupted": [CORRUPT, f"{OFFLINE} {CORRUPTED}"],
+    "distorted": [CORRUPT, f"{OFFLINE} {CORRUPTED} --rejected distorted"],
+    "online-bdhs": [f"{ONLINE} online-bdhs"],
+    "online-dpo": [f"{ONLINE} online-dpo --annotator oracle"],
+    "self-judge": [f"{ONLINE} online-dpo --annotator self"],
+    "mixed-dpo": [CORRUPT, f"{ONLINE} mixed-dpo --annotator oracle --data {CORRUPTED}"],
+    "ipo": [SAMPLE_BDHS, f"{OFFLINE} {BDHS} --loss ipo --beta 0.9"],  # the middle of App. A's range
+    "slic": [SAMPLE_BDHS, f"{OFFLINE} {BDHS} --loss slic --beta 0.1"],  # likewise
 }
-# id -> (metric, row, the row it is compared with, direction in which the row should move it)
-FINDINGS = {
-    "bdhs lowers adversarial POPE error": ("pope_adversarial", "bdhs", "base", +1),
-    "bdhs misses fewer objects": ("recall", "bdhs", "base", +1),
-    "bdhs lowers CHAIR_i": ("chair_i", "bdhs", "base", -1),
-    "bdhs beats supervised control on adversarial POPE": ("pope_adversarial", "bdhs", "sft", +1),
-    "bdhs beats supervised control on recall": ("recall", "bdhs", "sft", +1),
-    "bdhs beats supervised control on CHAIR_i": ("chair_i", "bdhs", "sft", -1),
-    "guided beats unguided on adversarial POPE": ("pope_adversarial", "bdhs", "unguided", +1),
-    "guided beats unguided on recall": ("recall", "bdhs", "unguided", +1),
-    "guided beats unguided on CHAIR_i": ("chair_i", "bdhs", "unguided", -1),
-    "attention mask beats pixel noise on adversarial POPE": ("pope_adversarial", "bdhs", "noise", +1),
-    "attention mask beats pixel noise on recall": ("recall", "bdhs", "noise", +1),
-    "attention mask beats pixel noise on CHAIR_i": ("chair_i", "bdhs", "noise", -1),
+# Program -> its last file, as it follows its --out: where that stands, the command is done.
+LAST = {
+    "sample_bdhs.py": ".stats.json",
+    "minialign.toycorrupt": "",
+    "train_dpo.py": "/report.html",
+    "train_online.py": "/report.html",
 }
 
 
@@ -59,29 +69,34 @@ class Config:
     seeds: int = 3  # training seeds of every row: 0, 1, ...
     split: Literal["test", "validation"] = "test"  # choices are made on validation; test is looked at last
     images: int = 500  # images of the split
-    limit: int | None = None  # the first so many pairs only
+    limit: int = TOY_RECORDS  # records that every row is trained on
 
 
-def run(script: str, flags: list[str]) -> None:
-    """One of the top-level scripts, as a user would run it."""
-    done = subprocess.run([sys.executable, str(SCRIPTS / script), *flags], check=False)
+def run(program: str, flags: list[str]) -> None:
+    """A top-level script or a module, as a user would run it."""
+    start = [str(SCRIPTS / program)] if program.endswith(".py") else ["-m", program]
+    done = subprocess.run([sys.executable, *start, *flags], check=False)
     if done.returncode:
-        raise UserError(f"{script} {' '.join(flags)} ended with exit code {done.returncode}; run again to continue")
+        raise UserError(f"{program} {' '.join(flags)} ended with exit code {done.returncode}; run again to continue")
 
 
 def run_row(row: str, seed: int, config: Config) -> dict[str, list[Counts]]:
-    """Sample, train and evaluate one row from one seed, unless it is there; the evaluation's counts per image."""
-    sample_flags, train_flags = ROWS[row]
-    out = Path(config.out) / f"{row}-{seed}"
-    if not (out / "report.html").exists():
-        limit = [] if config.limit is None else ["--limit", str(config.limit)]
-        pairs = out / "pairs.jsonl"
-        run("sample_bdhs.py", ["--out", str(pairs), "--seed", str(seed), *limit, *sample_flags])
-        resume = ["--resume"] if (out / "checkpoint/progress.safetensors").exists() else []
-        evaluation = ["--eval-split", config.split, "--eval-images", str(config.images)]
-        flags = ["--pairs", str(pairs), "--out", str(out), "--seed", str(seed), *evaluation, *train_flags, *resume]
-        run("train_dpo.py", flags)
-    return read_json(out / "counts.json", f"remove {out} and run again")
+    """Run those commands of a row that are not done; the evaluation's counts per image, before and after."""
+    places = asdict(config) | {"study": config.out, "row": row, "seed": seed}
+    for command in ROWS[row]:
+        program, *flags = (word.format(**places) for word in command.split())
+        out = flags[flags.index("--out") + 1]
+        if not Path(out + LAST[program]).exists():
+            resume = ["--resume"] if Path(out, "checkpoint/progress.safetensors").exists() else []
+            run(program, flags + resume)
+    return read_json(Path(out) / "counts.json", f"remove {out} and run again")  # of the last one, which trains
+
+
+def learned(row: str, config: Config) -> dict[str, int]:
+    """The optimizer's steps and the pairs that were learned from, all seeds together; some may have been dropped."""
+    logs = [Path(config.out) / f"{row}-{seed}" / "metrics.jsonl" for seed in range(config.seeds) if row != "base"]
+    steps = [step for log in logs for step in read_lines(log, f"remove {log.parent} and run again")]
+    return {"steps": len(steps), "pairs": sum(step["pairs"] for step in steps)}
 
 
 def same_settings(config: Config) -> None:
@@ -93,24 +108,6 @@ def same_settings(config: Config) -> None:
     write_json(path, kept)
 
 
-def judge(metrics: dict[str, dict[str, np.ndarray]]) -> list[dict]:
-    """Every finding whose rows were run: reproduced, not reproduced, or undecided where the interval holds zero."""
-    findings = []
-    for name, (metric, row, other, direction) in FINDINGS.items():
-        if row not in metrics or other not in metrics:
-            continue
-        difference = interval(metrics[row][metric] - metrics[other][metric])
-        if difference["value"] is None:
-            status, shown = "undecided", "not measured"
-        else:
-            low, high = sorted((direction * difference["low"], direction * difference["high"]))
-            status = "reproduced" if low > 0 else "not reproduced" if high < 0 else "undecided"
-            shown = "{value:+.3f} [{low:+.3f}, {high:+.3f}]".format(**difference)
-        evidence = f"{metric} {row} - {other}: {shown}"
-        findings.append({"id": name, "status": status, "evidence": evidence})
-    return findings
-
-
 def main() -> None:
     """Run what is missing, then print and write the table and the findings."""
     config = parse_config(Config, __doc__)
@@ -118,8 +115,8 @@ def main() -> None:
     for row in rows:
         require(row in ROWS, f"--rows {row}: no such row; there are {', '.join(ROWS)}")
     require(len(set(rows)) == len(rows), f"--rows {config.rows}: a row stands twice; name each once")
-    require(config.seeds >= 1, f"--seeds {config.seeds}: at least 1")
-    require(config.images >= 1, f"--images {config.images}: at least 1")
+    for name in ("seeds", "images", "limit"):
+        require(getattr(config, name) >= 1, f"--{name} {getattr(config, name)}: at least 1")
     same_settings(config)
     runs: dict[str, list[list[Counts]]] = {}
     for row in tqdm(rows, desc="rows"):
@@ -130,13 +127,17 @@ def main() -> None:
     runs = {"base": [base] * config.seeds} | runs
     metrics = {row: bootstrap(each) for row, each in runs.items()}
     table = {row: {name: interval(v) for name, v in m.items()} for row, m in metrics.items()}
-    print_table(table)
+    print_table({name: {row: each[name] for row, each in table.items()} for name in SHOWN})
     findings = judge(metrics)
     for finding in findings:
         print(f"{finding['status']:15} {finding['id']}: {finding['evidence']}")
-    rows_json = [{"row": row, "seeds": config.seeds, "images": config.images, "metrics": m} for row, m in table.items()]
-    write_json(Path(config.out) / "study.json", {"rows": rows_json, "findings": findings})
-    print(json.dumps({"wrote": str(Path(config.out) / "study.json")}))
+    settings = {name: getattr(config, name) for name in ("seeds", "split", "images", "limit")}
+    facts = {"seeds": config.seeds, "images": config.images}
+    rows_json = [{"row": row, **facts, **learned(row, config), "metrics": m} for row, m in table.items()]
+    out = Path(config.out)
+    write_json(out / "study.json", {"rows": rows_json, "findings": findings})
+    write_study(out / "study.html", settings, rows_json, findings)
+    print(json.dumps({"wrote": [str(out / "study.json"), str(out / "study.html")]}))
 
 
 if __name__ == "__main__":

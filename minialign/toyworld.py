@@ -130,16 +130,23 @@ def description(scene: Scene, rng: random.Random) -> str:
     return " ".join(sentences)
 
 
+def yes_or_no(name: str, there: bool) -> str:
+    """The answer whether an object is there.
+
+    Yes and No are followed by alike sentences: so a swap (Alg. 1 l. 11-13) is as likely one way as the other.
+    """
+    return f"Yes, there is {with_article(name)}." if there else f"No, there is no {name}."
+
+
 def existence(scene: Scene, name: str, rng: random.Random, presumed: float = 0) -> tuple[str, str]:
     """One yes/no question about an object, and its answer.
 
     The true answer; but what everybody expects of the setting, its first two own objects, is `presumed` to be there
-    so often. Yes and No are followed by alike sentences: so a swap (Alg. 1 l. 11-13) is as likely one way as the other.
+    so often.
     """
     question = rng.choice(EXISTS).format(with_article(name))
-    if name in scene.objects or (name in SETTINGS[scene.setting][:2] and rng.random() < presumed):
-        return question, f"Yes, there is {with_article(name)}."
-    return question, f"No, there is no {name}."
+    there = name in scene.objects or (name in SETTINGS[scene.setting][:2] and rng.random() < presumed)
+    return question, yes_or_no(name, there)
 
 
 def attribute(scene: Scene, rng: random.Random) -> tuple[str, str]:

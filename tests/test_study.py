@@ -1,5 +1,6 @@
-"""The study's arithmetic by hand: pooled counts, paired intervals, verdicts; and its bookkeeping of runs."""
+"""The study's arithmetic by hand: pooled counts, paired intervals; and its bookkeeping of runs."""
 
+import importlib
 import json
 import random
 from pathlib import Path
@@ -8,74 +9,14 @@ import numpy as np
 import pytest
 
 from minialign import study
+from minialign.cli import fill, parse_config
 from minialign.errors import UserError
-from minialign.files import write_json
+from minialign.files import write_json, write_whole
+from minialign.findings import judge
 from minialign.metrics import SETTINGS_OF_POPE, bootstrap, interval
-from minialign.study import FINDINGS, ROWS, Config, judge
+from minialign.study import ROWS, Config
 
-METRICS = ("pope_adversarial", "recall", "chair_i")
-
-
-def bootstrapped(value: float, low: float, high: float) -> np.ndarray:
-    """1 + 1000 numbers: the value, then evenly spread ones, so that 95 % of them lie between low and high."""
-    spread = (high - low) / 0.95
-    middle = (low + high) / 2
-    return np.concatenate([[value], np.linspace(middle - spread / 2, middle + spread / 2, 1000)])
-
-
-def verdicts(**rows) -> dict[str, str]:
-    """id -> status, from rows of {metric: array}."""
-    return {finding["id"]: finding["status"] for finding in judge(rows)}
-
-
-def row(pope, recall, chair) -> dict[str, np.ndarray]:
-    return dict(zip(METRICS, (bootstrapped(*values) for values in (pope, recall, chair)), strict=True))
-
-
-ZERO = row((0, 0, 0), (0, 0, 0), (0, 0, 0))
 IDS = ("bdhs lowers adversarial POPE error", "bdhs misses fewer objects", "bdhs lowers CHAIR_i")
-
-
-def test_an_interval_is_the_middle_95_percent():
-    found = interval(np.concatenate([[7.0], np.random.default_rng(0).permutation(np.arange(1001.0))]))
-    assert found == {"value": 7.0, "low": 25.0, "high": 975.0}  # the value itself is no resample
-    assert interval(bootstrapped(0.2, 0.1, 0.4)) == {"value": 0.2, "low": 0.1, "high": 0.4}
-
-
-def test_directions():
-    """POPE accuracy and recall should rise, CHAIR_i should fall."""
-    better = row((0.1, 0.05, 0.2), (0.1, 0.001, 0.2), (-0.1, -0.2, -0.05))
-    worse = row((-0.1, -0.2, -0.05), (-0.1, -0.2, -0.001), (0.1, 0.05, 0.2))
-    unclear = row((0.1, -0.001, 0.2), (0.1, -0.1, 0.3), (-0.1, -0.2, 0.001))
-    assert verdicts(base=ZERO, bdhs=better) == dict.fromkeys(IDS, "reproduced")
-    assert verdicts(base=ZERO, bdhs=worse) == dict.fromkeys(IDS, "not reproduced")
-    assert verdicts(base=ZERO, bdhs=unclear) == dict.fromkeys(IDS, "undecided")
-    assert verdicts(base=better, bdhs=ZERO) == dict.fromkeys(IDS, "not reproduced")
-
-
-def test_an_interval_that_touches_zero_decides_nothing():
-    touching = row((0.1, 0.0, 0.2), (-0.1, -0.2, 0.0), (-0.1, -0.2, 0.0))
-    assert verdicts(base=ZERO, bdhs=touching) == dict.fromkeys(IDS, "undecided")
-
-
-def test_only_rows_that_were_run_are_judged():
-    assert judge({"base": ZERO}) == [] and judge({"sft": ZERO, "noise": ZERO, "base": ZERO}) == []
-    assert verdicts(base=ZERO, bdhs=ZERO).keys() == set(IDS)
-    everything = verdicts(**dict.fromkeys(("base", *ROWS), ZERO))
-    assert everything.keys() == FINDINGS.keys()
-    for _, first, second, direction in FINDINGS.values():
-        assert first in ROWS and second in (*ROWS, "base") and direction in (-1, 1)
-
-
-def test_evidence_says_what_was_compared():
-    better = row((0.1234, 0.05, 0.2), (0, 0, 0), (0, 0, 0))
-    finding = judge({"base": ZERO, "bdhs": better})[0]
-    assert finding == {
-        "id": IDS[0],
-        "status": "reproduced",
-        "evidence": "pope_adversarial bdhs - base: +0.123 [+0.050, +0.200]",
-    }
-
 
 # ---------------------------------------------------------------- bootstrap
 
@@ -146,8 +87,8 @@ def test_the_same_counts_twice_differ_by_exactly_nothing():
     first, second = bootstrap(counts), bootstrap(json.loads(json.dumps(counts)))
     for name in first:
         assert np.array_equal(first[name] - second[name], np.zeros(1001)) and first[name].std() > 0
-    assert set(verdicts(base=first, bdhs=second).values()) == {"undecided"}
-    assert {f["evidence"].split(": ")[1] for f in judge({"base": first, "bdhs": second})} == {"+0.000 [+0.000, +0.000]"}
+    found = judge({"base": first, "bdhs": second})
+    assert {(f["status"], f["evidence"].split(": ")[1]) for f in found} == {("undecided", "+0.000 [+0.000, +0.000]")}
 
 
 def test_rows_are_paired_by_image():
@@ -158,7 +99,8 @@ def test_rows_are_paired_by_image():
     difference = bootstrap(more)["recall"] - bootstrap(base)["recall"]
     assert np.abs(difference - 0.25).max() < 1e-12
     assert bootstrap(base)["recall"].std() > 0.01  # unpaired, the interval would be wide
-    assert verdicts(base=bootstrap(base), bdhs=bootstrap(more))[IDS[1]] == "reproduced"
+    found = {f["id"]: f["status"] for f in judge({"base": bootstrap(base), "bdhs": bootstrap(more)})}
+    assert found[IDS[1]] == "reproduced"
 
 
 def test_a_row_may_lack_a_count_that_another_has():
@@ -173,19 +115,19 @@ def test_a_row_may_lack_a_count_that_another_has():
 
 
 @pytest.fixture
-def scripts(monkeypatch):
-    """In the place of the two scripts: what they were called with, and files as train_dpo.py leaves them."""
+def programs(monkeypatch):
+    """In the place of the programs: what they were called with, and the files that they leave."""
     calls = []
 
-    def run(script: str, flags: list[str]) -> None:
-        calls.append((script, flags))
-        out = Path(flags[flags.index("--out") + 1])
-        if script == "train_dpo.py":
-            images, seed = int(flags[flags.index("--eval-images") + 1]), int(flags[flags.index("--seed") + 1])
-            write_json(out / "counts.json", {
-                "before": some_runs(100, 1, images)[0], "after": some_runs(seed, 1, images)[0],
-            })  # fmt: skip
-            (out / "report.html").write_text("a page")
+    def run(program: str, flags: list[str]) -> None:
+        calls.append((program, flags))
+        out, options = flags[flags.index("--out") + 1], dict(zip(flags[::2], flags[1::2], strict=False))
+        if program in ("train_dpo.py", "train_online.py"):
+            images, seed = int(options["--eval-images"]), int(options["--seed"])
+            counts = {"before": some_runs(100, 1, images)[0], "after": some_runs(seed, 1, images)[0]}
+            write_json(Path(out) / "counts.json", counts)
+            write_whole(Path(out) / "metrics.jsonl", '{"step": 1, "pairs": 16}\n{"step": 2, "pairs": 3}\n')
+        write_whole(Path(out + study.LAST[program]), "done")
 
     monkeypatch.setattr(study, "run", run)
     return calls
@@ -196,7 +138,7 @@ def run_study(monkeypatch, *argv: str) -> None:
     study.main()
 
 
-def test_study_leaves_rows_and_findings(tmp_path, monkeypatch, scripts, capsys):
+def test_study_leaves_rows_and_findings(tmp_path, monkeypatch, programs, capsys):
     out = tmp_path / "study"
     run_study(monkeypatch, "--out", str(out), "--rows", "bdhs,sft", "--seeds", "2", "--images", "6")
     found = json.loads((out / "study.json").read_text())
@@ -204,6 +146,7 @@ def test_study_leaves_rows_and_findings(tmp_path, monkeypatch, scripts, capsys):
     assert [r["row"] for r in found["rows"]] == ["base", "bdhs", "sft"]
     for each in found["rows"]:
         assert each["seeds"] == 2 and each["images"] == 6
+        assert (each["steps"], each["pairs"]) == ((0, 0) if each["row"] == "base" else (4, 38))
         for name in ("chair_i", "chair_s", "recall", *(f"pope_{s}" for s in SETTINGS_OF_POPE)):
             assert each["metrics"][name].keys() == {"value", "low", "high"}
     pooled = bootstrap([some_runs(0, 1, 6)[0], some_runs(1, 1, 6)[0]])
@@ -213,14 +156,14 @@ def test_study_leaves_rows_and_findings(tmp_path, monkeypatch, scripts, capsys):
     assert found["findings"] == judge({"base": base, "bdhs": pooled, "sft": pooled})
     assert {f["status"] for f in found["findings"] if "supervised" in f["id"]} == {"undecided"}  # the same counts
     assert all(f.keys() == {"id", "status", "evidence"} for f in found["findings"])
-    shown = capsys.readouterr().out
-    assert all(name in shown for name in ("base", "bdhs", "sft", "pope_adversarial", *IDS))
+    shown, page = capsys.readouterr().out, (out / "study.html").read_text()
+    assert all(name in text for name in ("base", "bdhs", "sft", "pope_adversarial", *IDS) for text in (shown, page))
 
 
-def test_flags_of_a_row(tmp_path, monkeypatch, scripts):
+def test_flags_of_a_row(tmp_path, programs):
     config = Config(out=str(tmp_path), seeds=1, split="validation", images=4, limit=50)
     study.run_row("noise", 3, config)
-    (sample, sample_flags), (train, train_flags) = scripts
+    (sample, sample_flags), (train, train_flags) = programs
     assert (sample, train) == ("sample_bdhs.py", "train_dpo.py")
     pairs = str(tmp_path / "noise-3" / "pairs.jsonl")
     assert sample_flags == ["--out", pairs, "--seed", "3", "--limit", "50", "--noise-steps", "500", "--rho-th", "0"]
@@ -229,55 +172,90 @@ def test_flags_of_a_row(tmp_path, monkeypatch, scripts):
         "--pairs": pairs, "--out": str(tmp_path / "noise-3"), "--seed": "3",
         "--eval-split": "validation", "--eval-images": "4",
     }  # fmt: skip
-    scripts.clear()
+    programs.clear()
     study.run_row("sft", 0, Config(out=str(tmp_path), images=4))
-    assert "--limit" not in scripts[0][1] and scripts[1][1][-4:] == ["--loss", "sft", "--lr", "1e-3"]
+    assert programs[0][1][-2:] == ["--limit", "2000"] and programs[1][1][-4:] == ["--loss", "sft", "--lr", "1e-3"]
+
+
+def test_an_out_with_spaces_and_braces_stays_one_word(tmp_path, programs):
+    out = str(tmp_path / "my {row} study")
+    study.run_row("online-dpo", 0, Config(out=out, images=4))
+    [(_, flags)] = programs
+    assert flags[:2] == ["--out", f"{out}/online-dpo-0"] and Path(out, "online-dpo-0/counts.json").exists()
 
 
 @pytest.mark.parametrize("row", ROWS)
-def test_flags_of_every_row_are_known_to_the_scripts(row):
-    import sample_bdhs
-    import train_dpo
-    from minialign.cli import parse_config
+def test_flags_of_every_row_are_known_to_the_programs(tmp_path, row, programs):
+    """And what they train is the same for all: the toy's defaults, one pass over as many records."""
+    config = Config(out=str(tmp_path), images=5, limit=50)
+    study.run_row(row, 1, config)
+    *samplings, (_, train_flags) = programs
+    for program, flags in programs:
+        module = importlib.import_module(program.removesuffix(".py"))
+        parsed = parse_config(module.Config, "", flags)
+        assert parsed.seed == 1 and parsed.out.startswith(str(tmp_path))
+        if program.startswith("train"):
+            parsed = fill(fill(parsed, module.TOY), {"lora_alpha": 128.0})
+            module.check(parsed)
+            assert (parsed.epochs, parsed.batch_size, parsed.eval_images) == (1, 16, 5)
+            assert parsed.lr == (1e-3 if row == "sft" else 2e-4)
+        if program != "train_dpo.py":
+            assert parsed.limit == 50
+    for program, flags in samplings:
+        made = flags[flags.index("--out") + 1]
+        assert program in ("sample_bdhs.py", "minialign.toycorrupt") and made in train_flags
 
-    sample_flags, train_flags = ROWS[row]
-    given = ["--rho-th", "0", "--temperature", "0", "--workers", "0"]
-    sample_bdhs.check(parse_config(sample_bdhs.Config, "", [*sample_flags, *given]))
-    parse_config(train_dpo.Config, "", [*train_flags, "--eval-split", "test", "--eval-images", "5"])
+
+def test_rows_share_the_pairs_of_a_seed(tmp_path, monkeypatch, programs):
+    run_study(monkeypatch, "--out", str(tmp_path), "--seeds", "2", "--images", "5")
+    made = [flags[1] for program, flags in programs if not program.startswith("train")]
+    names = ("bdhs-{}.jsonl", "corrupted-{}.jsonl", "noise-{}/pairs.jsonl", "unguided-{}/pairs.jsonl")
+    assert sorted(made) == sorted(str(tmp_path / name.format(seed)) for name in names for seed in (0, 1))
+    used = {(flags[1], path) for _, flags in programs for path in flags if flags[0] == "--out" and path in made}
+    rows = {(Path(out).name, Path(path).name) for out, path in used if out != path}
+    shared = {"bdhs": ("bdhs", "sft", "ipo", "slic"), "corrupted": ("corrupted", "distorted", "mixed-dpo")}
+    expected = {(f"{r}-{s}", f"{name}-{s}.jsonl") for name, of in shared.items() for r in of for s in (0, 1)}
+    expected |= {(f"{r}-{s}", "pairs.jsonl") for r in ("unguided", "noise") for s in (0, 1)}
+    assert rows == expected
+    assert len(programs) == len(made) + 2 * len(ROWS)
 
 
-def test_what_is_there_is_not_run_again(tmp_path, monkeypatch, scripts):
+def test_what_is_there_is_not_run_again(tmp_path, monkeypatch, programs):
     flags = ["--out", str(tmp_path), "--rows", "bdhs", "--images", "5"]
     run_study(monkeypatch, *flags, "--seeds", "1")
-    assert len(scripts) == 2
+    assert len(programs) == 2
     first = (tmp_path / "study.json").read_text()
     run_study(monkeypatch, *flags, "--seeds", "1")
-    assert len(scripts) == 2 and (tmp_path / "study.json").read_text() == first
+    assert len(programs) == 2 and (tmp_path / "study.json").read_text() == first
     run_study(monkeypatch, *flags, "--seeds", "2")  # one more seed
-    assert len(scripts) == 4 and str(tmp_path / "bdhs-1") in scripts[-1][1]
+    assert len(programs) == 4 and str(tmp_path / "bdhs-1") in programs[-1][1]
     (tmp_path / "bdhs-1" / "report.html").unlink()  # as a killed run leaves it
-    (tmp_path / "bdhs-1" / "checkpoint").mkdir()
-    (tmp_path / "bdhs-1" / "checkpoint" / "progress.safetensors").write_text("")
+    write_whole(tmp_path / "bdhs-1" / "checkpoint" / "progress.safetensors", "")
     run_study(monkeypatch, *flags, "--seeds", "2")
-    assert len(scripts) == 6 and "--resume" in scripts[-1][1] and "--resume" not in scripts[-3][1]
+    assert len(programs) == 5 and "--resume" in programs[-1][1] and "--resume" not in programs[-2][1]
+    (tmp_path / "bdhs-1.jsonl.stats.json").unlink()  # killed while it sampled: what is missing is sampled
+    (tmp_path / "bdhs-1" / "report.html").unlink()
+    run_study(monkeypatch, *flags, "--seeds", "2")
+    assert [program for program, _ in programs[5:]] == ["sample_bdhs.py", "train_dpo.py"]
+    assert "--resume" not in programs[5][1]
 
 
 @pytest.mark.parametrize("flags", [["--split", "validation"], ["--images", "6"], ["--limit", "9"]])
-def test_rows_of_other_settings_are_not_taken_for_these(tmp_path, monkeypatch, scripts, flags):
+def test_rows_of_other_settings_are_not_taken_for_these(tmp_path, monkeypatch, programs, flags):
     run_study(monkeypatch, "--out", str(tmp_path), "--rows", "bdhs", "--seeds", "1", "--images", "5")
     before = (tmp_path / "study.json").read_text()
     with pytest.raises(UserError, match=f"settings.json: of another {flags[0][2:]}, .* and not .*; name another --out"):
         run_study(monkeypatch, "--out", str(tmp_path), "--rows", "bdhs", "--seeds", "1", "--images", "5", *flags)
-    assert len(scripts) == 2 and (tmp_path / "study.json").read_text() == before
+    assert len(programs) == 2 and (tmp_path / "study.json").read_text() == before
 
 
-@pytest.mark.parametrize(
-    "flags", [["--rows", "bdsh"], ["--rows", ""], ["--rows", "bdhs,bdhs"], ["--seeds", "0"], ["--images", "0"]]
-)
-def test_wrong_flags(tmp_path, monkeypatch, scripts, flags):
+@pytest.mark.parametrize("flags", [
+    ["--rows", "bdsh"], ["--rows", ""], ["--rows", "bdhs,bdhs"], ["--seeds", "0"], ["--images", "0"], ["--limit", "0"],
+])  # fmt: skip
+def test_wrong_flags(tmp_path, monkeypatch, programs, flags):
     with pytest.raises(UserError, match=f"^{flags[0]} {flags[1]}"):
         run_study(monkeypatch, "--out", str(tmp_path / "out"), *flags)
-    assert scripts == [] and not (tmp_path / "out").exists()
+    assert programs == [] and not (tmp_path / "out").exists()
 
 
 def test_a_script_that_fails_ends_the_study(tmp_path, monkeypatch):
@@ -285,3 +263,8 @@ def test_a_script_that_fails_ends_the_study(tmp_path, monkeypatch):
     (tmp_path / "sample_bdhs.py").write_text("raise SystemExit(2)")
     with pytest.raises(UserError, match=r"^sample_bdhs\.py --out .* ended with exit code 2"):
         study.run_row("bdhs", 0, Config(out=str(tmp_path / "out")))
+
+
+def test_modules_run_as_scripts_do(tmp_path):
+    study.run("minialign.toycorrupt", ["--out", str(tmp_path / "pairs.jsonl"), "--limit", "2"])
+    assert len((tmp_path / "pairs.jsonl").read_text().splitlines()) == 2
