@@ -43,10 +43,13 @@ def load_ahead(items: Sequence, load: Callable, workers: int) -> Iterator:
         ahead = iter(loader)
     finally:
         signal.pthread_sigmask(signal.SIG_UNBLOCK, signals)
-    for loaded in ahead:
-        if isinstance(loaded, UserError):
-            raise loaded
-        yield loaded
+    try:
+        for loaded in ahead:
+            if isinstance(loaded, UserError):
+                raise loaded
+            yield loaded
+    finally:
+        del ahead  # ends the processes; an error keeps this frame, and the garbage collector would wait for each
 
 
 def stand_apart(_) -> None:
