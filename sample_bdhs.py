@@ -150,7 +150,8 @@ def require_same_records(out: Path, pairs: list[dict], records: list[Record]) ->
     by_id = {record.id: record for record in records}
     for number, pair in enumerate(pairs, start=1):
         kept, record = pair_record(pair), by_id.get(pair["id"])
-        same = record is None or (record.image, record.turns, record.chosen) == (kept.image, kept.turns, kept.chosen)
+        found, wanted = (kept.image, kept.turns, kept.chosen, kept.external), record
+        same = wanted is None or (wanted.image, wanted.turns, wanted.chosen, wanted.rejected) == found
         require(same, f"{out}, line {number}: {pair['id']!r} is another record in --data; name another --out")
 
 

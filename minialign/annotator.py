@@ -32,6 +32,7 @@ from minialign.images import ImageProcessor, open_image
 from minialign.llava import Llava
 from minialign.metrics import Counts, Figures, print_table, with_intervals
 from minialign.records import FormatName, LeftOut, Record
+from minialign.toydraw import COLOURS, OBJECTS
 
 INSTRUCTION = """Two responses to a question about this image are to be compared. The better one hallucinates less: \
 whatever it says must be in the image, every object, attribute, colour and relation as it is there. What the image \
@@ -42,7 +43,8 @@ Response 1: {first}
 Response 2: {second}
 Which one is better? Begin with "Response 1" or "Response 2", then give the reason."""
 VERDICT = re.compile(r"\W*Response ([12])\b(?![*_\s]*(?:(?:and|or)\b|[&/]))")  # `Response 1 & Response 2` is none
-DENIED = re.compile(r"\bno \w+", re.IGNORECASE)  # `there is no cup` mentions no cup
+# `there is no cup`, `no red cup`: mentions none.
+DENIED = re.compile(rf"\bno (?:(?:{'|'.join(COLOURS)}) )?(?:{'|'.join(OBJECTS)})\b", re.IGNORECASE)
 
 
 @dataclass(frozen=True)

@@ -78,6 +78,7 @@ def test_yes_and_no_by_hand(index):
     assert better(no(missing), yes(toyworld.with_article(missing)), index) == Verdict(0)
     assert better(no(missing), "It is a picture.", index) == Verdict(None, "tie")  # no hallucinated object
     assert better(f"No {missing} is there.", "It is a picture.", index) == Verdict(None, "tie")
+    assert better(f"There is no red {missing}.", "It is a picture.", index) == Verdict(None, "tie")
     assert better(f"There is no {there}.", "It is a picture.", index) == Verdict(None, "tie")  # nor a found one
     assert better(f"There is {toyworld.with_article(there)} but no {missing}.", no(missing), index) == Verdict(0)
 

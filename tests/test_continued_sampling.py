@@ -120,3 +120,25 @@ def test_settings_of_two_pairs_files_in_one_folder_stay_apart(model, tmp_path):
     sample(model, tmp_path / "s0.1", limit=2, seed=1)
     with pytest.raises(UserError, match="another seed"):
         sample(model, tmp_path / "s0.0", limit=3, seed=1)
+
+
+@pytest.mark.parametrize("change", ["question", "answer", "image", "rejected"])
+def test_data_that_changed_under_the_same_ids(model, tmp_path, change):
+    """A pairs file is not continued on other records: its pairs would be taken for theirs."""
+    def record(number: int, **changes) -> dict:
+        raw = {"id": number, "image": toyworld.image_name("alignment", number), "question": "What is there?",
+               "chosen": "A red cup.", "rejected": "A car."}  # fmt: skip
+        return raw | changes
+
+    data, out = tmp_path / "data.jsonl", tmp_path / "pairs.jsonl"
+    data.write_text("".join(json.dumps(record(i)) + "\n" for i in range(3)))
+    sample(model, out, data=str(data))
+    before = out.read_bytes()
+    other = {"question": {"question": "What is here?"}, "answer": {"chosen": "A blue cup."},
+             "image": {"image": toyworld.image_name("alignment", 7)}, "rejected": {"rejected": "A dog."}}  # fmt: skip
+    data.write_text("".join(json.dumps(record(i, **(other[change] if i == 1 else {}))) + "\n" for i in range(4)))
+    with pytest.raises(UserError, match="line 2: '1' is another record in --data; name another --out"):
+        sample(model, out, data=str(data))
+    assert out.read_bytes() == before
+    data.write_text("".join(json.dumps(record(i)) + "\n" for i in range(4)))
+    assert len(sample(model, out, data=str(data))) == 4 and out.read_bytes().startswith(before)
