@@ -106,9 +106,17 @@ class ModelAnnotator:
         layouts = [self.processor.layout(picture) for picture in pictures]
         orders = [self.orders(comparison) for comparison in comparisons]
         asked = [[self.question(c, order) for order in each] for c, each in zip(comparisons, orders, strict=True)]
+        over = [self.too_long(texts, len(packing)) for texts, (_, packing) in zip(asked, layouts, strict=True)]
+        asked = [[""] * len(texts) if long else texts for texts, long in zip(asked, over, strict=True)]
         with lora.adapters_off(self.model) if self.policy_off else nullcontext():
             said = benchmarks.answers(self.model, self.tokenizer, features, layouts, asked, self.max_new_tokens)
-        return [self.verdict(answers, each) for answers, each in zip(said, orders, strict=True)]
+        verdicts = [self.verdict(answers, each) for answers, each in zip(said, orders, strict=True)]
+        return [Verdict(None, "unparsable") if long else v for v, long in zip(verdicts, over, strict=True)]
+
+    def too_long(self, texts: list[str], image_tokens: int) -> bool:
+        """Whether the decoder has no position left for a verdict on what it is asked."""
+        longest = max(len(self.tokenizer.prompt([("user", text)])) for text in texts)
+        return longest - 1 + image_tokens >= self.model.config.text.max_position_embeddings
 
     def orders(self, comparison: Comparison) -> list[tuple[int, int]]:
         """The orders in which the two responses are shown: both, or one at random."""

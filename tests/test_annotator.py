@@ -269,3 +269,13 @@ def test_given_features_spare_the_tower(monkeypatch):
     assert not calls
     assert said_by(monkeypatch, judge, comparisons, None) == given and len(calls) == 1
     assert said_by(monkeypatch, judge, comparisons, features.flip(0)) != given  # they matter
+
+
+@pytest.mark.parametrize("both", [False, True])
+def test_what_is_too_long_to_be_judged_is_dropped(both):
+    """It does not end the run, and the others' verdicts stay what they were."""
+    judge = annotator(both_orders=both)
+    short = [comparison("A red cup.", f"A blue car {i}.", index=i) for i in range(2)]
+    long = comparison("A red cup. " * 400, "A car.", index=2)
+    verdicts = judge.choose([short[0], long, short[1]])
+    assert verdicts[1] == Verdict(None, "unparsable") and [verdicts[0], verdicts[2]] == judge.choose(short)
