@@ -25,8 +25,17 @@ from tqdm import tqdm
 from minialign.bdhs import Bdhs, BdhsConfig, Example, Sampled
 from minialign.chat import Tokenizer, announce
 from minialign.checkpoint import fingerprint, load_model, resolve_model
-from minialign.cli import fill, parse_config, require, require_device, require_images, require_temperature, run_main
-from minialign.data import collect, or_skipped, read_records
+from minialign.cli import (
+    fill,
+    parse_config,
+    require,
+    require_at_least,
+    require_device,
+    require_images,
+    require_temperature,
+    run_main,
+)
+from minialign.data import collect, read_records, sift
 from minialign.errors import UserError
 from minialign.files import append_lines, read_lines, write_json
 from minialign.generate import Sampling
@@ -84,9 +93,7 @@ def check_sampling(config) -> None:
 def check(config: Config) -> None:
     """Refuse values that make no sense, before anything is loaded."""
     check_sampling(config)
-    require(config.batch_size >= 1, f"--batch-size {config.batch_size}: at least 1")
-    require(config.limit is None or config.limit >= 1, f"--limit {config.limit}: at least 1")
-    require(config.workers >= 0, f"--workers {config.workers}: 0 or more")
+    require_at_least(config, batch_size=1, limit=1, workers=0)
     require(not Path(config.out).is_dir(), f"--out {config.out}: is a folder; name the pairs file to write")
     require_images(config.images)
     same = Path(config.out).resolve() == Path(config.data).resolve()
@@ -121,18 +128,15 @@ def sampled_pair(pair: dict) -> Record:
 
 def with_pictures(records: list[Record], config: Config, bdhs: Bdhs) -> tuple[list[tuple[Record, Example]], list[str]]:
     """The records with their pictures; and what is wrong with those left out, if --skip-bad-records is given."""
-    examples, bad = [], []
-    for record in records:
-        try:
-            picture = open_image(config.images, record.image)
-            example = Example(record.id, picture, record.turns, record.chosen)
-            bdhs.require_room(example)
-        except UserError as error:
-            bad.append(f"{record.place or f'record {record.id}'}: {error}")
-            require(config.skip_bad_records, or_skipped(bad[-1]))
-        else:
-            examples.append((record, example))
-    return examples, bad
+
+    def opened(record: Record) -> tuple[Record, Example]:
+        example = Example(record.id, open_image(config.images, record.image), record.turns, record.chosen)
+        bdhs.require_room(example)
+        return record, example
+
+    placed = ((record.place or f"record {record.id}", record) for record in records)
+    examples, refused = sift(placed, opened, config.skip_bad_records)
+    return examples, [f"{place}: {error}" for place, error in refused]
 
 
 def pair_line(record: Record, sampled: Sampled, config: Config, messages: bool) -> dict:
@@ -217,6 +221,14 @@ def main(config: Config) -> None:
     shown = ", ".join(f"{share:.1%} after {i}" for i, share in enumerate(curve, start=1))
     print(f"{out}: {len(pairs)} pairs, {left_out} left out; different from y+ (Fig. 10): {shown}; identical: {same}; "
           f"truncated: {truncated}")  # fmt: skip
+
+
+def sample_for(config, out: Path) -> Path:
+    """BDHS pairs of the embedded world in `out`, from the model that is about to be trained with a script's flags."""
+    pairs = out / "pairs.jsonl"
+    options = {name: getattr(config, name) for name in ("model", "template", "seed", "device", "limit")}
+    main(Config(**options, out=str(pairs)))
+    return pairs
 
 
 if __name__ == "__main__":

@@ -16,7 +16,7 @@ Differs from the paper: AdamW without weight decay, warm-up and cosine decay by 
 
 import math
 from contextlib import closing, nullcontext
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal
 
@@ -32,7 +32,6 @@ from minialign.collate import PairBatch, PairCollator, StepLoader
 from minialign.config import read_config
 from minialign.data import open_pairs, usable_pairs
 from minialign.distortion import distorted_tree
-from minialign.files import write_json
 from minialign.flags import adapter_shape, check_training
 from minialign.images import ImageProcessor
 from minialign.llava import Llava
@@ -41,13 +40,12 @@ from minialign.losses import both_logps, preference_loss, preference_metrics
 from minialign.optimizer import make_optimizer, update
 from minialign.records import FormatName
 from minialign.results import save_results, save_weights
-from minialign.schedule import batches_of_epoch, learning_rate
+from minialign.schedule import batches_of_run, learning_rate
 from minialign.toybench import ToyBenchmark
 
 # What stands for a flag that is not given: the paper's value (App. A), or the toy model's, chosen on validation.
 PAPER = {"beta": 0.1, "lr": 5e-7, "projector_lr": 2e-6, "lora_rank": 128, "epochs": 3, "workers": 4}
 TOY = {"beta": 0.1, "lr": 2e-4, "projector_lr": 3e-5, "lora_rank": 64, "epochs": 1, "workers": 0}
-MAY_CHANGE = ("resume", "out", "workers", "skip_bad_records")  # when a run is resumed
 SHOWN = ("loss", "rewards/accuracies", "rewards/margins", "logps/chosen")  # in the progress bar
 
 
@@ -131,8 +129,7 @@ def rejected_weights(config: Config) -> dict[str, float]:
 def train(model: Llava, load: StepLoader, config: Config, out: Path) -> list[dict]:
     """The loop: from the first step, or from the last checkpoint with --resume; returns metrics.jsonl's rows."""
     optimizer = make_optimizer(model, config.lr, config.projector_lr)
-    numbers, batch_size, seed = load.records.numbers, config.batch_size, config.seed
-    steps = [step for epoch in range(config.epochs) for step in batches_of_epoch(numbers, batch_size, seed, epoch)]
+    steps = batches_of_run(load.records.numbers, config.batch_size, config.seed, config.epochs)
     run = resume.Run(out, model, optimizer, config.resume)
     left_out: list[str] = []
     with run, closing(load_ahead(steps[run.start :], load, config.workers)) as loads:
@@ -160,14 +157,6 @@ def train(model: Llava, load: StepLoader, config: Config, out: Path) -> list[dic
     return run.rows
 
 
-def sample_pairs(config: Config, out: Path) -> Path:
-    """BDHS pairs of the embedded world, sampled from the model that is about to be trained."""
-    pairs = out / "pairs.jsonl"
-    options = {name: getattr(config, name) for name in ("model", "template", "seed", "device", "limit")}
-    sample_bdhs.main(sample_bdhs.Config(**options, out=str(pairs)))
-    return pairs
-
-
 def main(config: Config) -> None:
     """Pairs, evaluation, training, evaluation, export, report."""
     config = fill(config, TOY if config.model == "toy" else PAPER)
@@ -177,10 +166,8 @@ def main(config: Config) -> None:
     folder, out = resolve_model(config.model), Path(config.out)
     require_outside(out, "the model", folder)
     config = replace(config, **adapter_shape(config))
-    if config.resume:
-        remedy = "give the old value, or leave --resume out and name another --out"
-        resume.require_same_settings(out / "config.json", asdict(config), MAY_CHANGE, remedy)
-    pairs = Path(config.pairs) if config.pairs else sample_pairs(config, out)
+    resume.require_same_flags(out, config)
+    pairs = Path(config.pairs) if config.pairs else sample_bdhs.sample_for(config, out)
     records = open_pairs(str(pairs), config.format)
     tokenizer, processor = Tokenizer.from_folder(folder, config.template), ImageProcessor.from_folder(folder)
     positions = read_config(folder).text.max_position_embeddings
@@ -191,10 +178,7 @@ def main(config: Config) -> None:
     records = usable_pairs(records, collate.check, config.limit, config.seed, config.skip_bad_records)
     model = lora.load_policy(folder, config)
     announce(folder, model, tokenizer)
-    if not config.resume:
-        resume.remove_results(out)
-    write_json(out / "config.json", asdict(config) | {"resume": False})
-    resume.require_same_data(out / "checkpoint", records, fingerprint(folder, config.adapter), config.resume)
+    resume.begin(out, config, records, fingerprint(folder, config.adapter))
 
     benchmark = ToyBenchmark(config.eval_split, config.eval_images)
     evaluate = config.images == "toy" and config.eval_images > 0

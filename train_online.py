@@ -18,7 +18,7 @@ import random
 import time
 from collections import Counter
 from contextlib import closing, nullcontext
-from dataclasses import asdict, dataclass, fields, replace
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Literal
 
@@ -47,14 +47,13 @@ from minialign.optimizer import make_optimizer, update
 from minialign.records import FormatName
 from minialign.results import save_results, save_weights
 from minialign.rollout import OwnRejected, RankedPairs, features_of, shares
-from minialign.schedule import batches_of_epoch, learning_rate
+from minialign.schedule import batches_of_run, learning_rate
 from minialign.similarity import load_similarity
 from minialign.toybench import ToyBenchmark
 
 # What stands for a flag that is not given: the paper's value (App. A), or the toy model's, as in train_dpo.py.
 PAPER = {"beta": 0.1, "lr": 5e-7, "projector_lr": 2e-6, "lora_rank": 128, "epochs": 3, "workers": 4, "rho_th": 0.99}
 TOY = {"beta": 0.1, "lr": 2e-4, "projector_lr": 3e-5, "lora_rank": 64, "epochs": 1, "workers": 0, "rho_th": 0.7}
-MAY_CHANGE = ("resume", "out", "workers", "skip_bad_records")  # when a run is resumed
 SHOWN = ("loss", "rewards/accuracies", "rewards/margins", "sampled/length")  # in the progress bar
 
 
@@ -136,8 +135,7 @@ def make_respond(config: Config, model: Llava, tokenizer: Tokenizer, processor: 
 def train(model: Llava, tokenizer: Tokenizer, respond, load: StepLoader, config: Config, out: Path) -> list[dict]:
     """The loop: from the first step, or from the last checkpoint with --resume; returns metrics.jsonl's rows."""
     optimizer = make_optimizer(model, config.lr, config.projector_lr)
-    numbers, batch_size, seed = load.records.numbers, config.batch_size, config.seed
-    steps = [step for epoch in range(config.epochs) for step in batches_of_epoch(numbers, batch_size, seed, epoch)]
+    steps = batches_of_run(load.records.numbers, config.batch_size, config.seed, config.epochs)
     # Of how many records the stored pair is taken as it is; the weights of what is rejected, the stored one first.
     p = {"online-dpo": 0.0, "mixed-dpo": config.p, "online-bdhs": float(config.gamma == 1)}[config.method]
     both = config.method == "online-bdhs" and config.gamma not in (None, 0, 1)
@@ -149,7 +147,7 @@ def train(model: Llava, tokenizer: Tokenizer, respond, load: StepLoader, config:
             begin, counts, batches = time.perf_counter(), Counter(), []
             for part in parts:  # 1. the policy answers, and is judged
                 features = features_of(model.encode_images(part.pixels), part.sequences)  # once
-                draws = [random.Random(f"{seed} {step} {record.id}").random() for record in part.records]
+                draws = [random.Random(f"{config.seed} {step} {record.id}").random() for record in part.records]
                 alphas = [draw < p for draw in draws]  # Eq. 4: alpha ~ Bernoulli(p)
                 sampled = [i for i, alpha in enumerate(alphas) if not alpha]
                 answers = dict(zip(sampled, respond(part, sampled, features, step, counts), strict=True))
@@ -181,9 +179,7 @@ def train(model: Llava, tokenizer: Tokenizer, respond, load: StepLoader, config:
 def toy_data(config: Config, out: Path) -> Path:
     """The embedded world's records; with BDHS pairs of the base where a stored y- is wanted."""
     if config.method == "mixed-dpo" or config.gamma:
-        options = {name: getattr(config, name) for name in ("model", "template", "seed", "device", "limit")}
-        sample_bdhs.main(sample_bdhs.Config(**options, out=str(out / "pairs.jsonl")))
-        return out / "pairs.jsonl"
+        return sample_bdhs.sample_for(config, out)
     write_json(out / "data.json", toyworld.alignment_records(config.limit or TOY_RECORDS))
     return out / "data.json"
 
@@ -196,9 +192,7 @@ def main(config: Config) -> None:
     folder, out = resolve_model(config.model), Path(config.out)
     require_outside(out, "the model", folder)
     config = replace(config, **adapter_shape(config))
-    if config.resume:
-        remedy = "give the old value, or leave --resume out and name another --out"
-        resume.require_same_settings(out / "config.json", asdict(config), MAY_CHANGE, remedy)
+    resume.require_same_flags(out, config)
     records = open_records(config.data or str(toy_data(config, out)), "--data", config.format, "give records or pairs")
     tokenizer, processor = Tokenizer.from_folder(folder, config.template), ImageProcessor.from_folder(folder)
     positions = read_config(folder).text.max_position_embeddings
@@ -208,10 +202,7 @@ def main(config: Config) -> None:
     records = usable_pairs(records, collate.check, config.limit, config.seed, config.skip_bad_records)
     model = lora.load_policy(folder, config)
     announce(folder, model, tokenizer)
-    if not config.resume:
-        resume.remove_results(out)
-    write_json(out / "config.json", asdict(config) | {"resume": False})
-    resume.require_same_data(out / "checkpoint", records, fingerprint(folder, config.adapter), config.resume)
+    resume.begin(out, config, records, fingerprint(folder, config.adapter))
 
     respond = make_respond(config, model, tokenizer, processor)
     benchmark = ToyBenchmark(config.eval_split, config.eval_images)

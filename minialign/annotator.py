@@ -25,13 +25,13 @@ from minialign import benchmarks, lora, toybench, toyworld
 from minialign.chat import Tokenizer, announce
 from minialign.checkpoint import load_model, resolve_model
 from minialign.cli import parse_config, require, require_device, require_images, require_seed, run_main
-from minialign.data import open_pairs, or_skipped
+from minialign.data import open_pairs, sift
 from minialign.errors import UserError
 from minialign.generate import stable_seed
 from minialign.images import ImageProcessor, open_image
 from minialign.llava import Llava
 from minialign.metrics import Counts, Figures, print_table, with_intervals
-from minialign.records import FormatName, LeftOut, Record
+from minialign.records import FormatName, Record, require_different
 from minialign.toydraw import COLOURS, OBJECTS
 
 INSTRUCTION = """Two responses to a question about this image are to be compared. The better one hallucinates less: \
@@ -67,6 +67,8 @@ class Verdict:
 
 class OracleAnnotator:
     """The embedded world's exact truth: fewer hallucinated objects, then fewer wrong attributes, then more recall."""
+
+    both_orders = policy_off = False  # a model's ways, of which the truth has none
 
     def choose(self, comparisons: list[Comparison], features: Tensor | None = None) -> list[Verdict]:
         """A verdict on each; responses that are equally true are a tie."""
@@ -188,10 +190,7 @@ def load_annotator(name: str, config) -> OracleAnnotator | ModelAnnotator:
 
 def comparison(record: Record, config: Config) -> tuple[Comparison, int]:
     """A pair's responses in an order that tells nothing, and the number of the chosen one."""
-    if not record.rejected:
-        raise LeftOut("no rejected response (of answers with ratings: none is rated below another)")
-    if record.chosen == record.rejected:
-        raise LeftOut("chosen and rejected are the same text")
+    require_different(record)
     flipped = random.Random(stable_seed(config.seed, record.id)).random() < 0.5
     two = (record.rejected, record.chosen) if flipped else (record.chosen, record.rejected)
     return Comparison(record, two, open_image(config.images, record.image)), int(flipped)
@@ -203,14 +202,9 @@ def judge(config: Config) -> tuple[list[Counts], list[str]]:
     annotator = load_annotator(config.annotator, config)
     counts, left_out, numbers = [], [], list(records.numbers)
     for start in tqdm(range(0, len(numbers), config.batch_size), desc="judge"):
-        batch = []
-        for number in numbers[start : start + config.batch_size]:
-            try:
-                batch.append(comparison(records.parse(number), config))
-            except UserError as error:
-                left_out.append(f"{records.file.place(number)}: {error}")
-                if not (config.skip_bad_records or isinstance(error, LeftOut)):
-                    raise UserError(or_skipped(left_out[-1])) from None
+        numbered = ((records.file.place(n), n) for n in numbers[start : start + config.batch_size])
+        batch, refused = sift(numbered, lambda n: comparison(records.parse(n), config), config.skip_bad_records)
+        left_out += [f"{place}: {error}" for place, error in refused]
         verdicts = annotator.choose([each for each, _ in batch])
         counts += [count_verdict(verdict, chosen) for verdict, (_, chosen) in zip(verdicts, batch, strict=True)]
     if not counts:

@@ -153,7 +153,8 @@ class Bdhs:
         training `step` makes other draws of the same record.
         """
         if features is None and not self.config.noise_steps:
-            features = [self.model.encode_images(self.processor(example.image)) for example in examples]
+            pixels = [self.processor(example.image) for example in examples]
+            features = self.model.encode_images(torch.cat(pixels)).split([len(tiles) for tiles in pixels])
         results: list[Sampled | None] = [None] * len(examples)
         pending = list(range(len(examples)))
         for iteration in range(1, self.config.n_bdhs + 1):

@@ -62,6 +62,13 @@ def require(condition: bool, message: str) -> None:
         raise UserError(message)
 
 
+def require_at_least(config, **least: int) -> None:
+    """Refuse flags below their least value; one that is None is not given."""
+    for name, bound in least.items():
+        value = getattr(config, name)
+        require(value is None or value >= bound, f"--{name.replace('_', '-')} {value}: at least {bound}")
+
+
 def require_outside(out: Path, what: str, path: Path) -> None:
     """Refuse an --out that holds what is read: it would be overwritten."""
     inside = path.resolve().is_relative_to(out.resolve())

@@ -9,12 +9,12 @@ from torch import Tensor
 
 from minialign import toyworld
 from minialign.chat import Tokenizer
-from minialign.data import Records, or_skipped
+from minialign.data import Records, sift
 from minialign.errors import UserError
 from minialign.generate import stable_seed
 from minialign.images import ImageProcessor, noise_of_seed, open_image
 from minialign.masks import Branch, Sequence, TokenTree, build_tree, mask_of_seed
-from minialign.records import LeftOut, Record
+from minialign.records import Record, require_different
 from minialign.report import ReportPair
 
 
@@ -24,7 +24,7 @@ class PairBatch:
 
     records: list[Record]
     sequences: list[Sequence]  # branches: chosen, then every rejected response
-    tree: TokenTree
+    tree: TokenTree | None  # of these; None where the model has branches to add first
     pixels: Tensor
     noisy: Tensor | None
     pictures: list[Image.Image | None]
@@ -50,7 +50,7 @@ class PairCollator:
     truncate: bool = False
     rejected: tuple[str, ...] = ("rejected",)  # fields of a record that hold its rejected responses
     noise_steps: int = 0  # of the noisy pictures; 0: none are wanted
-    keep_pictures: bool = False  # beside their pixels
+    keep_pictures: bool = False  # beside their pixels, for the model to sample from
 
     def responses(self, record: Record, room: int | None = None) -> list[list[int]]:
         """Chosen and rejected ids, at most --max-response-tokens each, and `room`."""
@@ -71,10 +71,7 @@ class PairCollator:
     def require_different(self, record: Record) -> None:
         """Leave a record out whose responses do not differ: there is nothing to prefer."""
         for name in self.rejected:
-            if not getattr(record, name):
-                raise LeftOut(f"no {name} response (of answers with ratings: none is rated below another)")
-            if record.chosen == getattr(record, name):
-                raise LeftOut("chosen and rejected are the same text")
+            require_different(record, name)
 
     def check(self, record: Record) -> None:
         """Refuse a record whose picture cannot be read or whose responses do not fit, leave out one of no use."""
@@ -110,7 +107,8 @@ class PairCollator:
     def batch(self, pairs: list["Loaded"]) -> PairBatch:
         """What was loaded of some pairs, as one batch."""
         sequences = [pair.sequence for pair in pairs]
-        tree = build_tree(sequences, self.tokenizer.image_id, self.tokenizer.pad_id)
+        whole = not (self.noise_steps or self.keep_pictures)
+        tree = build_tree(sequences, self.tokenizer.image_id, self.tokenizer.pad_id) if whole else None
         noisy = torch.cat([pair.noisy for pair in pairs]) if self.noise_steps else None
         pixels = torch.cat([pair.pixels for pair in pairs])
         records, pictures = [pair.record for pair in pairs], [pair.picture for pair in pairs]
@@ -163,15 +161,10 @@ class StepLoader:
 
     def __call__(self, numbers: list[int]) -> tuple[list[PairBatch], list[str]]:
         """The batches, and what is wrong with the pairs that were left out."""
-        pairs, left_out = [], []
-        for number in numbers:
-            try:
-                pairs.append(self.collate.loaded(self.records.parse(number)))
-            except UserError as error:
-                left_out.append(f"{self.records.file.place(number)}: {error}")
-                if not (self.skip_bad or isinstance(error, LeftOut)):
-                    raise UserError(or_skipped(left_out[-1])) from None
+        numbered = ((self.records.file.place(number), number) for number in numbers)
+        pairs, left_out = sift(numbered, lambda n: self.collate.loaded(self.records.parse(n)), self.skip_bad)
         if self.accumulate > 1:
             pairs.sort(key=lambda pair: pair.length)
         size = math.ceil(len(pairs) / self.accumulate) or 1
-        return [self.collate.batch(pairs[i : i + size]) for i in range(0, len(pairs), size)], left_out
+        batches = [self.collate.batch(pairs[i : i + size]) for i in range(0, len(pairs), size)]
+        return batches, [f"{place}: {error}" for place, error in left_out]

@@ -143,23 +143,33 @@ def detect(file: RecordFile) -> str:
 
 def collect(raws: Iterable[tuple[str, object]], parse: Callable, limit: int | None, skip_bad: bool) -> list:
     """Parse (place, raw record) one by one; a bad one ends the run with its place, or is skipped and counted."""
-    records, bad, left_out = [], [], Counter()
+    records, refused = sift(raws, parse, skip_bad, limit)
+    for reason, count in Counter(str(error) for _, error in refused if isinstance(error, LeftOut)).items():
+        tqdm.write(f"{count} records left out: {reason}")
+    bad = [f"{place}: {error}" for place, error in refused if not isinstance(error, LeftOut)]
+    if bad:
+        tqdm.write(f"{len(bad)} bad records skipped, the first: {bad[0]}")
+    return records
+
+
+def sift(
+    raws: Iterable[tuple[str, object]], parse: Callable, skip_bad: bool, limit: int | None = None
+) -> tuple[list, list[tuple[str, UserError]]]:
+    """What `parse` makes of (place, raw record), at most `limit` of them, and (place, error) of those refused.
+
+    Those of no use are left out; a bad one ends the run with its place, unless bad ones are to be skipped.
+    """
+    records, refused = [], []
     for place, raw in raws:
         if limit is not None and len(records) >= limit:
             break
         try:
             records.append(parse(raw))
-        except LeftOut as reason:
-            left_out[str(reason)] += 1
         except UserError as error:
-            bad.append(f"{place}: {error}")
-            if not skip_bad:
-                raise UserError(or_skipped(bad[0])) from None
-    for reason, count in left_out.items():
-        tqdm.write(f"{count} records left out: {reason}")
-    if bad:
-        tqdm.write(f"{len(bad)} bad records skipped, the first: {bad[0]}")
-    return records
+            if not (skip_bad or isinstance(error, LeftOut)):
+                raise UserError(or_skipped(f"{place}: {error}")) from None
+            refused.append((place, error))
+    return records, refused
 
 
 def or_skipped(message: str) -> str:

@@ -28,7 +28,7 @@ from minialign.benchmarks import Asking, Benchmark
 from minialign.chair import read_chair
 from minialign.chat import Tokenizer, announce
 from minialign.checkpoint import fingerprint, load_model, resolve_model
-from minialign.cli import fill, parse_config, require, require_device, require_seed, run_main
+from minialign.cli import fill, parse_config, require, require_at_least, require_device, require_seed, run_main
 from minialign.errors import UserError
 from minialign.files import write_json
 from minialign.images import ImageProcessor
@@ -91,9 +91,7 @@ def completed(config: Config) -> Config:
         elif field.name in NEEDED[kind]:
             raise UserError(f"{flag} is missing; --benchmark {kind} needs --{' --'.join(NEEDED[kind])}")
     config = fill(config, defaults | ({"workers": 0} if config.model == "toy" and kind != "toy" else {}))
-    for name, least in (("batch_size", 1), ("limit", 1), ("max_new_tokens", 1), ("workers", 0)):
-        value = getattr(config, name)
-        require(value is None or value >= least, f"--{name.replace('_', '-')} {value}: at least {least}")
+    require_at_least(config, batch_size=1, limit=1, max_new_tokens=1, workers=0)
     require_seed(config.seed or 0)
     require(config.question is None or config.question.strip() != "", "--question is empty; give what is to be asked")
     require_device(config.device)

@@ -2,17 +2,14 @@
 
 from pathlib import Path
 
-from minialign.cli import require, require_device, require_images, require_outside, require_seed
+from minialign.cli import require, require_at_least, require_device, require_images, require_outside, require_seed
 from minialign.lora import read_adapter_config
 
 
 def check_training(config) -> None:
     """Refuse values that make no sense, before anything is loaded; `config` has a training script's flags."""
-    at_least = {"lora_rank": 1, "epochs": 1, "batch_size": 1, "accumulate": 1, "save_every": 1, "limit": 1,
-                "max_response_tokens": 1, "eval_images": 0, "workers": 0}  # fmt: skip
-    for name, least in at_least.items():
-        value = getattr(config, name)
-        require(value is None or value >= least, f"--{name.replace('_', '-')} {value}: at least {least}")
+    require_at_least(config, lora_rank=1, epochs=1, batch_size=1, accumulate=1, save_every=1, limit=1,
+                     max_response_tokens=1, eval_images=0, workers=0)  # fmt: skip
     for name in ("beta", "lr", "lora_alpha"):
         value = getattr(config, name)
         require(0 < value <= 1e30, f"--{name.replace('_', '-')} {value}: above 0, at most 1e30")

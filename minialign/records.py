@@ -38,6 +38,14 @@ class Record:
     place: str = field(default="", compare=False)  # where it stands, for people
 
 
+def require_different(record: Record, name: str = "rejected") -> None:
+    """Leave a pair out whose chosen and `name` responses do not differ: there is nothing to prefer."""
+    if not getattr(record, name):
+        raise LeftOut(f"no {name} response (of answers with ratings: none is rated below another)")
+    if record.chosen == getattr(record, name):
+        raise LeftOut("chosen and rejected are the same text")
+
+
 # ---------------------------------------------------------------- fields
 
 

@@ -8,6 +8,7 @@ import json
 import shutil
 import signal
 import sys
+from dataclasses import asdict
 from pathlib import Path
 
 import torch
@@ -27,6 +28,22 @@ def require_same_settings(path: Path, settings: dict, may_change: tuple[str, ...
     for name, value in settings.items():
         if name not in may_change and before.get(name) != value:
             raise UserError(f"{path}: of another {name}, {before.get(name)!r} and not {value!r}; {remedy}")
+
+
+def require_same_flags(out: Path, config) -> None:
+    """A resumed training must have the flags that its config.json notes; `config` has a training script's flags."""
+    if config.resume:
+        may_change = ("resume", "out", "workers", "skip_bad_records")
+        remedy = "give the old value, or leave --resume out and name another --out"
+        require_same_settings(out / "config.json", asdict(config), may_change, remedy)
+
+
+def begin(out: Path, config, records: Records, weights: str) -> None:
+    """Note flags and data of a training in `out`; a new one takes an earlier one's results away first."""
+    if not config.resume:
+        remove_results(out)
+    write_json(out / "config.json", asdict(config) | {"resume": False})
+    require_same_data(out / "checkpoint", records, weights, config.resume)
 
 
 def require_same_data(folder: Path, records: Records, weights: str, resume: bool) -> None:

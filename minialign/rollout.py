@@ -66,7 +66,7 @@ class RankedPairs:
         done = generate(self.model, forked, seen, self.sampling, stops, seeds, pad_id)
         texts = [tuple(self.tokenizer.decode(completion.ids) for completion in row) for row in done]
         asked = [Comparison(record, two, part.pictures[i]) for record, two, i in zip(records, texts, rows, strict=True)]
-        verdicts = self.annotator.choose(asked, seen if getattr(self.annotator, "policy_off", False) else None)
+        verdicts = self.annotator.choose(asked, seen if self.annotator.policy_off else None)
         sequences: Sampled = []
         for prompt, row, verdict in zip(prompts, done, verdicts, strict=True):
             counts.update(judged=1, responses=2, tokens=sum(len(completion.ids) for completion in row))
@@ -74,7 +74,7 @@ class RankedPairs:
             counts["first"] += bool(verdict.first)
             counts["dropped"] += verdict.better is None
             counts[verdict.reason or "decided"] += 1
-            counts["asked twice"] += getattr(self.annotator, "both_orders", False) and verdict.reason != "unparsable"
+            counts["asked twice"] += self.annotator.both_orders and verdict.reason != "unparsable"
             order = () if verdict.better is None else (verdict.better, 1 - verdict.better)
             branches = [Branch(row[i].ids) for i in order]
             sequences.append(replace(prompt, branches=branches) if branches else None)

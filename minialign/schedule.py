@@ -12,6 +12,11 @@ def batches_of_epoch(numbers: Sequence[int], batch_size: int, seed: int, epoch: 
     return [order[i : i + batch_size] for i in range(0, len(order), batch_size)]
 
 
+def batches_of_run(numbers: Sequence[int], batch_size: int, seed: int, epochs: int) -> list[list[int]]:
+    """The batches of all epochs, one for each optimizer step."""
+    return [batch for epoch in range(epochs) for batch in batches_of_epoch(numbers, batch_size, seed, epoch)]
+
+
 def learning_rate(step: int, total: int, warmup: float, schedule: str) -> float:
     """Share of the peak rate at `step`: a linear rise, then a cosine or linear fall to zero."""
     rise = max(1, round(warmup * total))

@@ -19,7 +19,7 @@ from typing import Literal
 from tqdm import tqdm
 
 from minialign.checkpoint import TOY, fingerprint
-from minialign.cli import parse_config, require, run_main
+from minialign.cli import parse_config, require, require_at_least, run_main
 from minialign.data import TOY_RECORDS
 from minialign.errors import UserError
 from minialign.files import read_json, read_lines, write_json
@@ -115,8 +115,7 @@ def main() -> None:
     for row in rows:
         require(row in ROWS, f"--rows {row}: no such row; there are {', '.join(ROWS)}")
     require(len(set(rows)) == len(rows), f"--rows {config.rows}: a row stands twice; name each once")
-    for name in ("seeds", "images", "limit"):
-        require(getattr(config, name) >= 1, f"--{name} {getattr(config, name)}: at least 1")
+    require_at_least(config, seeds=1, images=1, limit=1)
     same_settings(config)
     runs: dict[str, list[list[Counts]]] = {}
     for row in tqdm(rows, desc="rows"):

@@ -26,6 +26,8 @@ def weights_of(out: Path) -> bytes:
 class Scripted:
     """Prefers by a score of the text: the higher the better; equal ones tie."""
 
+    both_orders = policy_off = False
+
     def __init__(self, score):
         self.score, self.seen = score, []
 
