@@ -71,6 +71,7 @@ class Config:
     lora_rank: int | None = None  # rank of the adapters (128; toy: 64)
     lora_alpha: float | None = None  # updates are scaled by alpha / rank (twice the rank)
     epochs: int | None = None  # passes over the pairs (3; toy: 1)
+    steps: int | None = None  # optimizer steps, instead of --epochs
     batch_size: int = 16  # pairs per optimizer step
     accumulate: int = 1  # split each batch into so many forward passes
     warmup: float = 0.1  # share of the steps in which the rate rises
@@ -129,7 +130,7 @@ def rejected_weights(config: Config) -> dict[str, float]:
 def train(model: Llava, load: StepLoader, config: Config, out: Path) -> list[dict]:
     """The loop: from the first step, or from the last checkpoint with --resume; returns metrics.jsonl's rows."""
     optimizer = make_optimizer(model, config.lr, config.projector_lr)
-    steps = batches_of_run(load.records.numbers, config.batch_size, config.seed, config.epochs)
+    steps = batches_of_run(load.records.numbers, config.batch_size, config.seed, config.epochs, config.steps)
     run = resume.Run(out, model, optimizer, config.resume)
     left_out: list[str] = []
     with run, closing(load_ahead(steps[run.start :], load, config.workers)) as loads:

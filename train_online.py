@@ -81,6 +81,7 @@ class Config:
     lora_rank: int | None = None  # rank of the adapters (128; toy: 64)
     lora_alpha: float | None = None  # updates are scaled by alpha / rank (twice the rank)
     epochs: int | None = None  # passes over the records (3; toy: 1)
+    steps: int | None = None  # optimizer steps, instead of --epochs
     batch_size: int = 16  # records per optimizer step
     accumulate: int = 1  # split each batch into so many forward passes
     warmup: float = 0.1  # share of the steps in which the rate rises
@@ -135,7 +136,7 @@ def make_respond(config: Config, model: Llava, tokenizer: Tokenizer, processor: 
 def train(model: Llava, tokenizer: Tokenizer, respond, load: StepLoader, config: Config, out: Path) -> list[dict]:
     """The loop: from the first step, or from the last checkpoint with --resume; returns metrics.jsonl's rows."""
     optimizer = make_optimizer(model, config.lr, config.projector_lr)
-    steps = batches_of_run(load.records.numbers, config.batch_size, config.seed, config.epochs)
+    steps = batches_of_run(load.records.numbers, config.batch_size, config.seed, config.epochs, config.steps)
     # Of how many records the stored pair is taken as it is; the weights of what is rejected, the stored one first.
     p = {"online-dpo": 0.0, "mixed-dpo": config.p, "online-bdhs": float(config.gamma == 1)}[config.method]
     both = config.method == "online-bdhs" and config.gamma not in (None, 0, 1)

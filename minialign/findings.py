@@ -1,9 +1,9 @@
 """The findings: what the paper says of two rows of the comparison, and what our paired intervals say to it.
 
 A finding is a range in which the difference of two rows should lie, counted so that more is better: above zero where
-the one beats the other; within `MARGIN` of zero where both are on par; above its lower end where the one matches the
+the one beats the other; within a margin of zero where both are on par; above its lower end where the one matches the
 other or beats it. It is reproduced if the whole 95 % interval lies in the range, not reproduced if all of it lies
-outside, else undecided. The margin was fixed before the rows were run.
+outside, else undecided. The margins were fixed before the rows were run.
 """
 
 from math import inf
@@ -12,10 +12,14 @@ import numpy as np
 
 from minialign.metrics import interval
 
-MARGIN = 0.02
-BEATS, MATCHES, ON_PAR = (0.0, inf), (-MARGIN, inf), (-MARGIN, MARGIN)
-# figure -> (its name in the table, the direction in which it is better)
-FIGURES = {"adversarial POPE": ("pope_adversarial", +1), "recall": ("recall", +1), "CHAIR_i": ("chair_i", -1)}
+# range of the difference in margins; a product with infinity is infinite
+BEATS, MATCHES, ON_PAR = (0.0, inf), (-1.0, inf), (-1.0, 1.0)
+# figure -> (its name in the table, the direction in which it is better, margin)
+FIGURES = {
+    "adversarial POPE": ("pope_adversarial", +1, 0.02),
+    "recall": ("recall", +1, 0.02),
+    "CHAIR_i": ("chair_i", -1, 0.01),
+}
 # (claim, row, the row it is compared with, range)
 CLAIMS = [
     ("bdhs beats supervised control", "bdhs", "sft", BEATS),
@@ -28,6 +32,7 @@ CLAIMS = [
     ("bdhs matches or beats corrupted pairs", "bdhs", "corrupted", MATCHES),
     ("plain DPO beats teacher-forced distortion", "corrupted", "distorted", BEATS),
     ("online bdhs beats offline bdhs", "online-bdhs", "bdhs", BEATS),
+    ("the stronger annotator beats the model itself", "online-dpo", "self-judge", BEATS),
     ("IPO is on par with DPO", "ipo", "bdhs", ON_PAR),
     ("SLiC is on par with DPO", "slic", "bdhs", ON_PAR),
 ]
@@ -42,10 +47,11 @@ FINDINGS = {
 def judge(metrics: dict[str, dict[str, np.ndarray]]) -> list[dict]:
     """Every finding whose rows were run: {"id", "status", "evidence"}; `metrics` holds every row's bootstrap."""
     findings = []
-    for name, (figure, row, other, (least, most)) in FINDINGS.items():
+    for name, (figure, row, other, bounds) in FINDINGS.items():
         if row not in metrics or other not in metrics:
             continue
-        metric, direction = FIGURES[figure]
+        metric, direction, margin = FIGURES[figure]
+        least, most = (bound * margin for bound in bounds)
         difference = interval(metrics[row][metric] - metrics[other][metric])
         if difference["value"] is None:
             status, shown = "undecided", "not measured"
@@ -54,6 +60,7 @@ def judge(metrics: dict[str, dict[str, np.ndarray]]) -> list[dict]:
             inside, outside = least < low and high < most, high < least or most < low
             status = "reproduced" if inside else "not reproduced" if outside else "undecided"
             shown = "{value:+.3f} [{low:+.3f}, {high:+.3f}]".format(**difference)
-        margin = f", margin {MARGIN}" if MARGIN in (-least, most) else ""
-        findings.append({"id": name, "status": status, "evidence": f"{metric} {row} - {other}: {shown}{margin}"})
+        if bounds != BEATS:
+            shown += f", margin {margin}"
+        findings.append({"id": name, "status": status, "evidence": f"{metric} {row} - {other}: {shown}"})
     return findings

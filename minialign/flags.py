@@ -8,7 +8,7 @@ from minialign.lora import read_adapter_config
 
 def check_training(config) -> None:
     """Refuse values that make no sense, before anything is loaded; `config` has a training script's flags."""
-    require_at_least(config, lora_rank=1, epochs=1, batch_size=1, accumulate=1, save_every=1, limit=1,
+    require_at_least(config, lora_rank=1, epochs=1, steps=1, batch_size=1, accumulate=1, save_every=1, limit=1,
                      max_response_tokens=1, eval_images=0, workers=0)  # fmt: skip
     for name in ("beta", "lr", "lora_alpha"):
         value = getattr(config, name)

@@ -12,9 +12,13 @@ def batches_of_epoch(numbers: Sequence[int], batch_size: int, seed: int, epoch: 
     return [order[i : i + batch_size] for i in range(0, len(order), batch_size)]
 
 
-def batches_of_run(numbers: Sequence[int], batch_size: int, seed: int, epochs: int) -> list[list[int]]:
-    """The batches of all epochs, one for each optimizer step."""
-    return [batch for epoch in range(epochs) for batch in batches_of_epoch(numbers, batch_size, seed, epoch)]
+def batches_of_run(
+    numbers: Sequence[int], batch_size: int, seed: int, epochs: int, steps: int | None = None
+) -> list[list[int]]:
+    """The batches of all epochs, one per optimizer step; with `steps` so many, however many epochs that takes."""
+    if steps is not None:
+        epochs = math.ceil(steps / math.ceil(len(numbers) / batch_size))
+    return [batch for epoch in range(epochs) for batch in batches_of_epoch(numbers, batch_size, seed, epoch)][:steps]
 
 
 def learning_rate(step: int, total: int, warmup: float, schedule: str) -> float:

@@ -4,12 +4,14 @@
     python -m minialign.study --rows bdhs,sft --seeds 1 --split validation
 
 A row is a list of commands, run in order; what of them --out already holds is not run again. So rows that begin with
-the same command share its pairs. All rows see the same records, once, in batches of the same size. Intervals are
+the same command share its pairs. All rows
+draw on the same records and make the same number of optimizer steps, in batches of the same size. Intervals are
 bootstrapped over images and seeds; differences between rows are paired by image.
 Leaves study.html and study.json: {"rows": [...], "findings": [{"id", "status", "evidence"}]}.
 """
 
 import json
+import math
 import subprocess
 import sys
 from dataclasses import asdict, dataclass
@@ -33,7 +35,7 @@ SCRIPTS = Path(__file__).resolve().parent.parent
 BDHS, CORRUPTED = "{study}/bdhs-{seed}.jsonl", "{study}/corrupted-{seed}.jsonl"  # pairs that several rows train on
 OWN = "{study}/{row}-{seed}/pairs.jsonl"  # a row's own
 DRAW = "--seed {seed} --limit {limit}"
-TRAIN = "--out {study}/{row}-{seed} --seed {seed} --eval-split {split} --eval-images {images}"
+TRAIN = "--out {study}/{row}-{seed} --seed {seed} --steps {steps} --eval-split {split} --eval-images {images}"
 SAMPLE_BDHS = f"sample_bdhs.py --out {BDHS} {DRAW}"
 CORRUPT = f"minialign.toycorrupt --out {CORRUPTED} {DRAW}"
 OFFLINE, ONLINE = f"train_dpo.py {TRAIN} --pairs", f"train_online.py {TRAIN} --limit {{limit}} --method"
@@ -82,7 +84,8 @@ def run(program: str, flags: list[str]) -> None:
 
 def run_row(row: str, seed: int, config: Config) -> dict[str, list[Counts]]:
     """Run those commands of a row that are not done; the evaluation's counts per image, before and after."""
-    places = asdict(config) | {"study": config.out, "row": row, "seed": seed}
+    steps = math.ceil(config.limit / 16)  # once over the records; rows that lost pairs see some of theirs again
+    places = asdict(config) | {"study": config.out, "row": row, "seed": seed, "steps": steps}
     for command in ROWS[row]:
         program, *flags = (word.format(**places) for word in command.split())
         out = flags[flags.index("--out") + 1]

@@ -8,7 +8,8 @@ from pathlib import Path
 
 from minialign.report import escape, results_table, show, write_page
 
-SHOWN = ("chair_i", "chair_s", "recall", "pope_adversarial", "pope_popular", "pope_random")  # all: study.json
+# of all that study.json holds
+SHOWN = ("chair_i", "chair_s", "recall", "pope_adversarial", "colour_errors", "position_errors", "length")
 Cell = dict[str, float | None]  # value, low, high
 Box = tuple[float, float, float, float]  # left, top, right, bottom
 WIDTH, HEIGHT, LEFT, RIGHT, TOP, BOTTOM = 720, 460, 62, 708, 10, 416  # chart and its frame, in SVG units
@@ -29,7 +30,7 @@ def write_study(path: Path, config: dict, rows: list[dict], findings: list[dict]
     by_figure = {name: {row: figures[name] for row, figures in table.items()} for name in SHOWN}
     learned = ", ".join(f"{row['row']} {row['pairs']:,} in {row['steps']:,}" for row in rows if row["row"] != "base")
     body = f"""<h2>Recall against CHAIR_i</h2>{scatter(table)}
-<h2>Results</h2><p class="note">CHAIR: lower is better. Recall and POPE's accuracies: higher is better.</p>
+<h2>Results</h2><p class="note">CHAIR and errors: lower is better. Recall and POPE: higher. Length: words.</p>
 {results_table(by_figure, corner="row")}
 <p class="note">Pairs that were learned from, and the optimizer's steps, all seeds together: {escape(learned)}.</p>
 <h2>Findings</h2>{findings_table(findings)}"""

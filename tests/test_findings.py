@@ -3,10 +3,11 @@
 import numpy as np
 import pytest
 
-from minialign.findings import BEATS, FIGURES, FINDINGS, MARGIN, MATCHES, ON_PAR, judge
+from minialign.findings import BEATS, FIGURES, FINDINGS, MATCHES, ON_PAR, judge
 from minialign.metrics import interval
 from minialign.study import ROWS
 
+MARGINS = {"adversarial POPE": 0.02, "recall": 0.02, "CHAIR_i": 0.01}
 METRICS = ("pope_adversarial", "recall", "chair_i")
 
 
@@ -59,8 +60,8 @@ def test_only_rows_that_were_run_are_judged():
     assert everything.keys() == FINDINGS.keys()
     compared = [(first, second) for _, first, second, _ in FINDINGS.values()]
     assert all(first in ROWS and second in (*ROWS, "base") for first, second in compared)
-    assert {row for pair in compared for row in pair} == {"base", *ROWS} - {"self-judge"}  # that is only looked at
-    assert len(FINDINGS) == 13 * len(FIGURES)  # each on every figure
+    assert {row for pair in compared for row in pair} == {"base", *ROWS}
+    assert len(FINDINGS) == 14 * len(FIGURES)  # each on every figure
 
 
 def test_evidence_says_what_was_compared():
@@ -90,7 +91,7 @@ ACROSS, FAR_ACROSS, LOW_ACROSS = (0.01, -0.01, 0.03), (0.0, -0.03, 0.03), (-0.02
 def test_margins(gain, matches, on_par):
     """bdhs against corrupted, and IPO against bdhs: a gain is upwards, in CHAIR_i downwards."""
     value, low, high = gain
-    better = row(gain, gain, (-value, -high, -low))
+    better = row(gain, gain, (-value / 2, -high / 2, -low / 2))  # CHAIR_i's margin is half of theirs
     found = verdicts(bdhs=better, corrupted=ZERO)
     assert found == dict.fromkeys((f"bdhs matches or beats corrupted pairs on {name}" for name in FIGURES), matches)
     found = verdicts(ipo=better, bdhs=ZERO)
@@ -98,7 +99,8 @@ def test_margins(gain, matches, on_par):
 
 
 def test_ranges():
-    assert MARGIN == 0.02 and ON_PAR == (-0.02, 0.02) and MATCHES[0] == -0.02 and BEATS[0] == 0
+    assert {name: margin for name, (_, _, margin) in FIGURES.items()} == MARGINS
+    assert ON_PAR == (-1, 1) and MATCHES[0] == -1 and BEATS[0] == 0
     assert MATCHES[1] == BEATS[1] == float("inf")  # who beats another matches it, too
 
 

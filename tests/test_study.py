@@ -170,7 +170,7 @@ def test_flags_of_a_row(tmp_path, programs):
     options = dict(zip(train_flags[::2], train_flags[1::2], strict=True))
     assert options == {
         "--pairs": pairs, "--out": str(tmp_path / "noise-3"), "--seed": "3",
-        "--eval-split": "validation", "--eval-images": "4",
+        "--eval-split": "validation", "--eval-images": "4", "--steps": "4",
     }  # fmt: skip
     programs.clear()
     study.run_row("sft", 0, Config(out=str(tmp_path), images=4))
@@ -186,7 +186,7 @@ def test_an_out_with_spaces_and_braces_stays_one_word(tmp_path, programs):
 
 @pytest.mark.parametrize("row", ROWS)
 def test_flags_of_every_row_are_known_to_the_programs(tmp_path, row, programs):
-    """And what they train is the same for all: the toy's defaults, one pass over as many records."""
+    """And all make as many steps."""
     config = Config(out=str(tmp_path), images=5, limit=50)
     study.run_row(row, 1, config)
     *samplings, (_, train_flags) = programs
@@ -197,7 +197,7 @@ def test_flags_of_every_row_are_known_to_the_programs(tmp_path, row, programs):
         if program.startswith("train"):
             parsed = fill(fill(parsed, module.TOY), {"lora_alpha": 128.0})
             module.check(parsed)
-            assert (parsed.epochs, parsed.batch_size, parsed.eval_images) == (1, 16, 5)
+            assert (parsed.steps, parsed.batch_size, parsed.eval_images) == (4, 16, 5)
             assert parsed.lr == (1e-3 if row == "sft" else 2e-4)
         if program != "train_dpo.py":
             assert parsed.limit == 50

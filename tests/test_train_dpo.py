@@ -19,7 +19,7 @@ from minialign.images import ImageProcessor
 from minialign.llama import Llama
 from minialign.lora import load_adapter
 from minialign.masks import Branch, Sequence, build_tree
-from minialign.schedule import batches_of_epoch, learning_rate
+from minialign.schedule import batches_of_epoch, batches_of_run, learning_rate
 
 TRL_NAMES = {
     "loss", "rewards/chosen", "rewards/rejected", "rewards/accuracies", "rewards/margins", "logps/chosen",
@@ -142,6 +142,18 @@ def test_an_epoch_sees_every_pair_once():
     assert seen[0] != seen[1] != seen[2] != seen[0] and records == list(range(23))
     assert batches_of_epoch(records, 5, 0, 1) == batches_of_epoch(records, 5, 0, 1)
     assert sum(batches_of_epoch(records, 5, 1, 0), []) != seen[0]
+    run = batches_of_run(records, 5, 0, 3)
+    assert run == [batch for epoch in range(3) for batch in batches_of_epoch(records, 5, 0, epoch)]
+    for steps in (1, 5, 6, 10, 15):  # fewer than an epoch, just one, more; --epochs says nothing then
+        assert batches_of_run(records, 5, 0, 1, steps) == batches_of_run(records, 5, 0, 9, steps) == run[:steps]
+
+
+@pytest.mark.parametrize("steps", [2, 6])
+def test_steps_in_the_place_of_epochs(model, pairs, tmp_path, steps):
+    """14 pairs in batches of four: an epoch is four steps. The rate falls to zero over the steps that there are."""
+    rows = train(model, tmp_path, pairs=pairs, epochs=7, steps=steps)
+    assert [row["pairs"] for row in rows] == [4, 4, 4, 2, 4, 4][:steps]
+    assert rows[-1]["lr"] == pytest.approx(1e-3 * learning_rate(steps - 1, steps, 0.1, "cosine"))
 
 
 def test_the_tower_sees_each_image_once_per_step(model, pairs, tmp_path, monkeypatch):
