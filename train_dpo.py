@@ -2,6 +2,7 @@
 
     python train_dpo.py                         # the whole road on the embedded world, in minutes
     python train_dpo.py --model DIR --pairs pairs.jsonl --images DIR --out runs/mine
+    torchrun --nproc-per-node 8 train_dpo.py --model DIR ... --device cuda --dtype bfloat16 --shard full
 
 Without --pairs the pairs are sampled first (sample_bdhs.py). Each pair is ONE sequence: image and prompt once,
 then chosen and rejected as two branches (minialign/masks.py). The policy is the base model with LoRA adapters
@@ -24,14 +25,15 @@ import torch
 from tqdm import tqdm
 
 import sample_bdhs
-from minialign import lora, resume
+from minialign import distributed, lora, resume
 from minialign.chat import Tokenizer, announce
 from minialign.checkpoint import fingerprint, resolve_model
 from minialign.cli import fill, parse_config, require, require_outside, run_main
 from minialign.collate import PairBatch, PairCollator, StepLoader
 from minialign.config import read_config
-from minialign.data import open_pairs, usable_pairs
+from minialign.data import Records, open_pairs, usable_pairs
 from minialign.distortion import distorted_tree
+from minialign.distributed import added, gather, gathered
 from minialign.flags import adapter_shape, check_training
 from minialign.images import ImageProcessor
 from minialign.llava import Llava
@@ -87,6 +89,7 @@ class Config:
     resume: bool = False  # continue from --out/checkpoint
     device: str = "cpu"  # torch device
     dtype: Literal["float32", "bfloat16"] = "float32"  # of the frozen weights; adapters and losses are float32
+    shard: Literal["none", "full"] = "none"  # under torchrun: a whole model per process, or FSDP2's shards of one
     workers: int | None = None  # processes that read and decode pictures ahead (4; toy: 0)
     skip_bad_records: bool = False  # skip and count malformed pairs instead of stopping
 
@@ -132,28 +135,30 @@ def train(model: Llava, load: StepLoader, config: Config, out: Path) -> list[dic
     optimizer = make_optimizer(model, config.lr, config.projector_lr)
     steps = batches_of_run(load.records.numbers, config.batch_size, config.seed, config.epochs, config.steps)
     run = resume.Run(out, model, optimizer, config.resume)
-    left_out: list[str] = []
-    with run, closing(load_ahead(steps[run.start :], load, config.workers)) as loads:
-        bar = tqdm(loads, initial=run.start, total=len(steps), desc=config.loss)
+    mine = [distributed.share(batch) for batch in steps[run.start :]]
+    idle, left_out = load.collate.idle(1 + len(load.collate.rejected)), []
+    with run, closing(load_ahead(mine, load, config.workers)) as loads:
+        bar = tqdm(loads, initial=run.start, total=len(steps), desc=config.loss, disable=distributed.rank() > 0)
         for step, (parts, bad) in enumerate(bar, start=run.start):
-            pairs = sum(len(part) for part in parts)  # 0 where all of them are left out: nothing is learned
-            length = sum(part.chosen_tokens for part in parts) / max(1, pairs)
+            counts = added({"pairs": sum(map(len, parts)), "tokens": sum(part.chosen_tokens for part in parts)})
+            pairs = counts["pairs"]  # of all processes; 0 where all are left out: nothing is learned
             metrics: dict[str, float] = {}
-            for part in parts:
-                loss, part_metrics = pair_loss(model, part, config, length)
+            for part in distributed.even(parts, idle):
+                loss, part_metrics = pair_loss(model, part, config, counts["tokens"] / max(1, pairs))
                 weight = len(part) / pairs
                 (loss * weight).backward()
                 for name, value in part_metrics.items():
                     metrics[name] = metrics.get(name, 0.0) + weight * value
+            metrics = added(metrics)
             share = learning_rate(step, len(steps), config.warmup, config.schedule)
-            if parts:
+            if pairs:
                 metrics["grad_norm"] = update(optimizer, share, config.clip, metrics["loss"], f"step {step + 1}")
             facts = {"lr": share * config.lr, "pairs": pairs}
             save = (step + 1) % config.save_every == 0 or step + 1 == len(steps)
             run.add({"step": step + 1, **metrics, **facts}, save)
-            left_out += bad
+            left_out += sum(gather(bad), [])
             bar.set_postfix({name: f"{metrics[name]:.3f}" for name in SHOWN if name in metrics})
-    if left_out:
+    if left_out and distributed.rank() == 0:
         tqdm.write(f"{len(left_out)} pairs left out on the way, the first: {left_out[0]}")
     return run.rows
 
@@ -164,6 +169,7 @@ def main(config: Config) -> None:
     config = fill(config, {"lora_alpha": 2.0 * config.lora_rank})
     check(config)
     require(config.pairs is not None or config.images == "toy", "--pairs is missing; make one with sample_bdhs.py")
+    distributed.start(config.device)
     folder, out = resolve_model(config.model), Path(config.out)
     require_outside(out, "the model", folder)
     config = replace(config, **adapter_shape(config))
@@ -177,19 +183,25 @@ def main(config: Config) -> None:
     fields, noise = tuple(k for k in kinds if k != "distorted"), config.noise_steps if "distorted" in kinds else 0
     collate = PairCollator(tokenizer, processor, config.images, *limits, fields, noise)
     records = usable_pairs(records, collate.check, config.limit, config.seed, config.skip_bad_records)
-    model = lora.load_policy(folder, config)
+    model = distributed.load(config, lambda device: lora.load_policy(folder, config, device))
     announce(folder, model, tokenizer)
     resume.begin(out, config, records, fingerprint(folder, config.adapter))
 
     benchmark = ToyBenchmark(config.eval_split, config.eval_images)
     evaluate = config.images == "toy" and config.eval_images > 0
-    with nullcontext() if config.adapter else lora.adapters_off(model):  # fresh ones do nothing yet
+    with gathered(model), nullcontext() if config.adapter else lora.adapters_off(model):  # fresh ones do nothing yet
         counts = {"before": benchmark.run(model, tokenizer, processor, "before")} if evaluate else {}
     rows = train(model, StepLoader(records, collate, config.accumulate, config.skip_bad_records), config, out)
 
-    save_weights(model, folder, config, out)
-    if evaluate:
-        counts["after"] = benchmark.run(model, tokenizer, processor, "after")
+    with gathered(model):
+        distributed.once(lambda: save_weights(model, folder, config, out))
+        if evaluate:
+            counts["after"] = benchmark.run(model, tokenizer, processor, "after")
+    distributed.once(lambda: leave(rows, records, collate, counts, config, out))
+
+
+def leave(rows: list[dict], records: Records, collate: PairCollator, counts: dict, config: Config, out: Path) -> None:
+    """Figures, report and a last word."""
     first = rows[: math.ceil(len(records.numbers) / config.batch_size)]
     ranked = sum(row["pairs"] * row["logps/ref_accuracies"] for row in first if row["pairs"])
     ranked /= max(1, sum(row["pairs"] for row in first))

@@ -1,7 +1,7 @@
 """Collation: pairs into token trees and pixels, one optimizer step at a time."""
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from PIL import Image
@@ -20,7 +20,10 @@ from minialign.report import ReportPair
 
 @dataclass(frozen=True)
 class PairBatch:
-    """Pairs as token trees, one each, with their pixels (tiles, 3, H, W), and the noisy ones if they are wanted."""
+    """Pairs as token trees, one each, with their pixels (tiles, 3, H, W), and the noisy ones if they are wanted.
+
+    An idle batch has a sequence and no record.
+    """
 
     records: list[Record]
     sequences: list[Sequence]  # branches: chosen, then every rejected response
@@ -30,12 +33,12 @@ class PairBatch:
     pictures: list[Image.Image | None]
 
     def __len__(self) -> int:
-        return len(self.sequences)
+        return len(self.records)
 
     @property
     def chosen_tokens(self) -> int:
         """Tokens of all chosen responses."""
-        return sum(len(sequence.branches[0].ids) for sequence in self.sequences)
+        return sum(len(sequence.branches[0].ids) for _, sequence in zip(self.records, self.sequences, strict=False))
 
 
 @dataclass(frozen=True)
@@ -113,6 +116,14 @@ class PairCollator:
         pixels = torch.cat([pair.pixels for pair in pairs])
         records, pictures = [pair.record for pair in pairs], [pair.picture for pair in pairs]
         return PairBatch(records, sequences, tree, pixels, noisy, pictures)
+
+    def idle(self, branches: int) -> PairBatch:
+        """A batch of no pair: one row that counts for nothing, for a process that must go with the others."""
+        answers = [Branch([self.tokenizer.eos_id])] * branches
+        sequence = Sequence([self.tokenizer.image_id], answers, self.processor.patches)
+        pixels = torch.zeros(1, 3, self.processor.size, self.processor.size)
+        pair = Loaded(None, sequence, pixels, pixels if self.noise_steps else None)
+        return replace(self.batch([pair]), records=[])
 
     def report_pair(self, record: Record) -> ReportPair:
         """What the report shows of a pair: the whole picture as the tower saw it, its visible patches, the texts."""
