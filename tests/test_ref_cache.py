@@ -83,7 +83,7 @@ def base_with_another_weight(model: str, folder: Path) -> str:
     shutil.copytree(model, folder)
     tensors = load_file(folder / "model.safetensors")
     name = next(name for name in tensors if name.endswith("layers.1.mlp.up_proj.weight"))
-    tensors[name].view(-1)[7] *= 1.000001
+    tensors[name].view(-1)[tensors[name].numel() // 2] *= 1.000001
     save_file(tensors, folder / "model.safetensors", {"format": "pt"})
     assert fingerprint(folder) == fingerprint(Path(model))
     return str(folder)
