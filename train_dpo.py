@@ -38,9 +38,10 @@ from minialign.flags import adapter_shape, check_training
 from minialign.images import ImageProcessor
 from minialign.llava import Llava
 from minialign.loader import load_ahead
-from minialign.losses import both_logps, preference_loss, preference_metrics
+from minialign.losses import branch_logps, preference_loss, preference_metrics, reference_logps
 from minialign.optimizer import make_optimizer, update
 from minialign.records import FormatName
+from minialign.reference import ReferenceCache
 from minialign.results import save_results, save_weights
 from minialign.schedule import batches_of_run, learning_rate
 from minialign.toybench import ToyBenchmark
@@ -62,6 +63,7 @@ class Config:
     template: str | None = None  # vicuna, llava_v1, mistral, chatml or short; else the model's own
     adapter: str | None = None  # PEFT adapter folder that the policy starts from; its rank and alpha are kept
     reference: Literal["base", "adapter"] | None = None  # with --adapter: what the policy is held against
+    ref_cache: str | None = None  # folder that keeps the reference's log-probs for later epochs and other runs
     out: str = "runs/dpo"  # folder to write
     loss: Literal["dpo", "ipo", "slic", "sft"] = "dpo"  # sft: the supervised control on y+ alone
     rejected: Literal["stored", "both", "distorted"] = "stored"  # y-; both: external and own (Eq. 5); see above
@@ -99,10 +101,16 @@ def check(config: Config) -> None:
     check_training(config)
     require(1 <= config.noise_steps <= 1000, f"--noise-steps {config.noise_steps}: between 1 and 1000")
     require(config.adapter is None or config.pairs is not None, "--adapter: give --pairs too; none are sampled from it")
+    if config.ref_cache is not None:
+        said = "these responses are made anew at every step, and none is met twice; leave one of the two out"
+        require("distorted" not in rejected_weights(config), f"--ref-cache with --rejected distorted: {said}")
+        require(not Path(config.ref_cache).is_file(), f"--ref-cache {config.ref_cache}: is a file; name a folder")
 
 
-def pair_loss(model: Llava, batch: PairBatch, config: Config, length: float) -> tuple[torch.Tensor, dict[str, float]]:
-    """The mean loss of a batch, and its metrics by TRL's names.
+def pair_loss(
+    model: Llava, batch: PairBatch, config: Config, length: float, cache: ReferenceCache | None = None
+) -> tuple[torch.Tensor, dict[str, float]]:
+    """The mean loss of a batch, and its metrics by TRL's names; `cache` may know what the reference says.
 
     `length` is for sft: the mean tokens of y+ in the whole step, of which `batch` is a part with --accumulate.
     """
@@ -111,7 +119,9 @@ def pair_loss(model: Llava, batch: PairBatch, config: Config, length: float) -> 
     if batch.noisy is not None:
         tree = distorted_tree(model, batch.sequences, model.encode_images(batch.noisy))
     weights = torch.tensor(list(rejected_weights(config).values()), device=model.device)
-    logps, ref_logps = both_logps(model, tree.to(model.device), features)  # (B, 1 + K) each
+    tree = tree.to(model.device)
+    ref_logps = cache.logps(model, batch.keys, tree, features) if cache else reference_logps(model, tree, features)
+    logps = branch_logps(model, tree, features)  # (B, 1 + K), as of the reference
     if config.loss == "sft":
         loss = -logps[:, 0].mean() / length  # mean over y+'s tokens
     else:
@@ -130,7 +140,7 @@ def rejected_weights(config: Config) -> dict[str, float]:
     return {name: weight for name, weight in weights.items() if weight > 0}
 
 
-def train(model: Llava, load: StepLoader, config: Config, out: Path) -> list[dict]:
+def train(model: Llava, load: StepLoader, config: Config, out: Path, cache: ReferenceCache | None) -> list[dict]:
     """The loop: from the first step, or from the last checkpoint with --resume; returns metrics.jsonl's rows."""
     optimizer = make_optimizer(model, config.lr, config.projector_lr)
     steps = batches_of_run(load.records.numbers, config.batch_size, config.seed, config.epochs, config.steps)
@@ -144,7 +154,7 @@ def train(model: Llava, load: StepLoader, config: Config, out: Path) -> list[dic
             pairs = counts["pairs"]  # of all processes; 0 where all are left out: nothing is learned
             metrics: dict[str, float] = {}
             for part in distributed.even(parts, idle):
-                loss, part_metrics = pair_loss(model, part, config, counts["tokens"] / max(1, pairs))
+                loss, part_metrics = pair_loss(model, part, config, counts["tokens"] / max(1, pairs), cache)
                 weight = len(part) / pairs
                 (loss * weight).backward()
                 for name, value in part_metrics.items():
@@ -181,17 +191,21 @@ def main(config: Config) -> None:
     limits = config.max_response_tokens, positions, config.truncate
     kinds = list(rejected_weights(config))
     fields, noise = tuple(k for k in kinds if k != "distorted"), config.noise_steps if "distorted" in kinds else 0
-    collate = PairCollator(tokenizer, processor, config.images, *limits, fields, noise)
+    keyed = config.ref_cache is not None
+    collate = PairCollator(tokenizer, processor, config.images, *limits, fields, noise, keyed=keyed)
     records = usable_pairs(records, collate.check, config.limit, config.seed, config.skip_bad_records)
     model = distributed.load(config, lambda device: lora.load_policy(folder, config, device))
     announce(folder, model, tokenizer)
+    with gathered(model):
+        cache = ReferenceCache(Path(config.ref_cache), model) if keyed else None
     resume.begin(out, config, records, fingerprint(folder, config.adapter))
 
     benchmark = ToyBenchmark(config.eval_split, config.eval_images)
     evaluate = config.images == "toy" and config.eval_images > 0
     with gathered(model), nullcontext() if config.adapter else lora.adapters_off(model):  # fresh ones do nothing yet
         counts = {"before": benchmark.run(model, tokenizer, processor, "before")} if evaluate else {}
-    rows = train(model, StepLoader(records, collate, config.accumulate, config.skip_bad_records), config, out)
+    load = StepLoader(records, collate, config.accumulate, config.skip_bad_records)
+    rows = train(model, load, config, out, cache)
 
     with gathered(model):
         distributed.once(lambda: save_weights(model, folder, config, out))

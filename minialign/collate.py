@@ -15,6 +15,7 @@ from minialign.generate import stable_seed
 from minialign.images import ImageProcessor, noise_of_seed, open_image
 from minialign.masks import Branch, Sequence, TokenTree, build_tree, mask_of_seed
 from minialign.records import Record, require_different
+from minialign.reference import pair_key
 from minialign.report import ReportPair
 
 
@@ -31,6 +32,7 @@ class PairBatch:
     pixels: Tensor
     noisy: Tensor | None
     pictures: list[Image.Image | None]
+    keys: list[str]  # what names the pairs in the reference's cache; none where there is no cache
 
     def __len__(self) -> int:
         return len(self.records)
@@ -54,6 +56,7 @@ class PairCollator:
     rejected: tuple[str, ...] = ("rejected",)  # fields of a record that hold its rejected responses
     noise_steps: int = 0  # of the noisy pictures; 0: none are wanted
     keep_pictures: bool = False  # beside their pixels, for the model to sample from
+    keyed: bool = False  # each pair with its key in the reference's cache
 
     def responses(self, record: Record, room: int | None = None) -> list[list[int]]:
         """Chosen and rejected ids, at most --max-response-tokens each, and `room`."""
@@ -115,7 +118,8 @@ class PairCollator:
         noisy = torch.cat([pair.noisy for pair in pairs]) if self.noise_steps else None
         pixels = torch.cat([pair.pixels for pair in pairs])
         records, pictures = [pair.record for pair in pairs], [pair.picture for pair in pairs]
-        return PairBatch(records, sequences, tree, pixels, noisy, pictures)
+        keys = [pair_key(pair.sequence, pair.pixels) for pair in pairs] if self.keyed else []
+        return PairBatch(records, sequences, tree, pixels, noisy, pictures, keys)
 
     def idle(self, branches: int) -> PairBatch:
         """A batch of no pair: one row that counts for nothing, for a process that must go with the others."""

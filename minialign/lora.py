@@ -111,6 +111,17 @@ def adapter_state(model: Llava) -> dict[str, Tensor]:
     return {name: p for name, p in model.named_parameters() if "lora_" in name or f"{PROJECTOR}.copy." in name}
 
 
+def reference_state(model: Llava) -> dict[str, Tensor]:
+    """The tensors that the reference is made of: all that are not trained, and its own updates, scaled."""
+    trained = adapter_state(model).keys()
+    state = {name: tensor for name, tensor in model.named_parameters() if name not in trained}
+    for name, module in model.named_modules():
+        if isinstance(module, LoraLinear) and module.reference_B is not None and module.reference_B.any():
+            state[f"{name}.reference_A"] = module.reference_A  # where B is zero A is drawn, and does nothing
+            state[f"{name}.reference_B"] = module.reference_B * module.scaling
+    return state
+
+
 def merged(model: Llava) -> Callable[[str, Tensor], Tensor]:
     """What makes the plain model that does the same of the base's stored tensors, by our names.
 

@@ -88,6 +88,19 @@ def test_shards_in_bfloat16_are_those_of_one_process(model, pairs, tmp_path):
     assert types == {torch.float32}
 
 
+def test_processes_share_a_reference_cache(model, pairs, tmp_path):
+    """What two processes in shards have found, in uneven shares, one process looks up, and trains the same."""
+    flags = ["--model", model, "--pairs", pairs, *SIZES, "--epochs", 2, "--eval-images", 0, "--lr", "1e-3"]
+    flags += ["--batch-size", 2]  # the third process has none
+    cache = ["--ref-cache", tmp_path / "cache"]
+    run(3, "train_dpo.py", *flags, *cache, "--shard", "full", "--out", tmp_path / "three")
+    again = run(1, "train_dpo.py", *flags, *cache, "--out", tmp_path / "one")  # and the idle batch's, which is no pair
+    assert "has the reference's log-probs of 15 pairs" in again.stdout
+    run(1, "train_dpo.py", *flags, "--out", tmp_path / "plain")
+    assert_same_training(tmp_path / "plain", tmp_path / "three")
+    assert_same_training(tmp_path / "plain", tmp_path / "one")
+
+
 @pytest.mark.parametrize("method", ["online-bdhs", "mixed-dpo"])
 def test_online_training_in_shards(model, tmp_path, method):
     """The whole model is gathered to sample from; every process draws for its own records what one would."""
