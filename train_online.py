@@ -35,7 +35,7 @@ from minialign.cli import fill, parse_config, require, require_outside, run_main
 from minialign.collate import PairCollator, StepLoader
 from minialign.config import read_config
 from minialign.data import TOY_RECORDS, open_records, usable_pairs
-from minialign.distributed import added, gathered
+from minialign.distributed import added, gather, gathered
 from minialign.files import write_json
 from minialign.flags import adapter_shape, check_training
 from minialign.generate import Sampling
@@ -145,11 +145,11 @@ def train(model: Llava, tokenizer: Tokenizer, respond, load: StepLoader, config:
     weights = torch.tensor([config.gamma, 1 - config.gamma] if both else [1.0], device=config.device)
     run = resume.Run(out, model, optimizer, config.resume)
     mine = [distributed.share(batch) for batch in steps[run.start :]]
-    blank = load.collate.idle(1 + len(weights)).sequences
+    blank, left_out = load.collate.idle(1 + len(weights)).sequences, []
     idle = blank, torch.zeros(1, blank[0].image_features, model.config.vision.hidden_size, device=config.device), [], 0
     with run, closing(load_ahead(mine, load, config.workers)) as loads:
         bar = tqdm(loads, initial=run.start, total=len(steps), desc=config.method, disable=distributed.rank() > 0)
-        for step, (parts, _) in enumerate(bar, start=run.start):
+        for step, (parts, bad) in enumerate(bar, start=run.start):
             begin, counts, batches = time.perf_counter(), Counter(), []
             with gathered(model):  # 1. the policy answers, and is judged
                 for part in parts:
@@ -181,7 +181,10 @@ def train(model: Llava, tokenizer: Tokenizer, respond, load: StepLoader, config:
             seconds = {"time/sampling": between - begin, "time/training": time.perf_counter() - between}
             row = {"step": step + 1, **metrics, **shares(counts), "lr": share * config.lr, "pairs": pairs, **seconds}
             run.add(row, (step + 1) % config.save_every == 0 or step + 1 == len(steps))
+            left_out += sum(gather(bad), [])
             bar.set_postfix({name: f"{row[name]:.3f}" for name in SHOWN if name in row})
+    if left_out and distributed.rank() == 0:
+        tqdm.write(f"{len(left_out)} records left out on the way, the first: {left_out[0]}")
     return run.rows
 
 
