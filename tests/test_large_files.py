@@ -139,7 +139,7 @@ def test_a_bad_picture_that_is_left_out_late(model, tmp_path, pictures, late, ca
     shown = capsys.readouterr()
     assert f"1 pairs left out on the way, the first: {late}, line 10" in shown.out + shown.err
     del flags["pairs"]
-    online(model, tmp_path / "online", method="mixed-dpo", p=1.0, data=str(late), **flags)
+    online(model, tmp_path / "online", method="online-bdhs", gamma=1.0, data=str(late), **flags)
     assert f"1 records left out on the way, the first: {late}, line 10" in capsys.readouterr().out
     flags["pairs"] = str(late)
     rows = train(model, tmp_path / "single", **flags | {"batch_size": 1})
