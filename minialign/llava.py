@@ -92,5 +92,5 @@ class Llava(nn.Module):
 
         With a cache, `keys` is the whole tree so far, whose last T columns are `tree`'s.
         """
-        mask = dense_mask(tree, tree if keys is None else keys)
+        mask = tree.mask if keys is None else dense_mask(tree, keys)
         return self.language_model(self.embed(tree, tower_features), tree.positions, mask, cache)

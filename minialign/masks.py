@@ -5,7 +5,8 @@ a DPO pair is a prompt with two branches; a BDHS completion of S sentences is on
 with S branches, each forking where its sentence was cut. One rule, `may_attend`, covers them all.
 """
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from functools import cached_property
 
 import torch
 from torch import Tensor
@@ -28,6 +29,7 @@ class TokenTree:
     parent     column of the token that predicts this one, -1 for the first
     feature    row of the batch's image features that fills this slot, NEWLINE for image_newline, -1 for text
     tip        (B, S) column of each branch's last token (its fork's, if it has none), -1 where there is no branch
+    causal     every token follows the one in the column before it and none is hidden: the rule is plain causal
     """
 
     ids: Tensor
@@ -39,10 +41,20 @@ class TokenTree:
     feature: Tensor
     tip: Tensor
     features_expected: int = 0
+    causal: bool = False
+
+    @cached_property
+    def mask(self) -> Tensor | None:
+        """The rule among the tree's own tokens, built once for policy and reference; None: plain causal attention.
+
+        That lets padding attend to what is before it, and nobody reads what it gets.
+        """
+        return None if self.causal else dense_mask(self, self)
 
     def to(self, device) -> "TokenTree":
         """The same tree on `device`."""
-        return TokenTree(*(getattr(self, n).to(device) for n in (*COLUMNS, "tip")), self.features_expected)
+        tensors = (getattr(self, name).to(device) for name in (*COLUMNS, "tip"))
+        return TokenTree(*tensors, self.features_expected, self.causal)
 
     def append(self, other: "TokenTree") -> "TokenTree":
         """This tree with the columns of `other` behind its own: decoding grows a tree so."""
@@ -132,8 +144,10 @@ def build_tree(
         # Padding has unique positions, so that each pad may attend to itself alone.
         for values, pad in zip(row, [pad_id, None, PADDING, 0, False, -1, -1], strict=True):
             values += range(count, width) if pad is None else [pad] * (width - count)
-    columns = (torch.tensor([row[i] for row in rows]) for i in range(len(COLUMNS)))
-    return TokenTree(*columns, torch.tensor(tips).view(len(rows), branches), offset)
+    columns = [torch.tensor([row[i] for row in rows]) for i in range(len(COLUMNS))]
+    tree = TokenTree(*columns, torch.tensor(tips).view(len(rows), branches), offset)
+    follows = tree.visible & (tree.parent == torch.arange(width) - 1)
+    return replace(tree, causal=bool((follows | (tree.branch == PADDING)).all()))
 
 
 def _row(sequence: Sequence, image_token_id: int, feature_offset: int, drop_hidden: bool) -> tuple[list, list]:
