@@ -9,6 +9,9 @@ from dataclasses import dataclass
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.nn.attention.flex_attention import BlockMask, flex_attention
+
+from minialign.compiled import compiled
 
 
 @dataclass(frozen=True)
@@ -89,7 +92,8 @@ class Attention(nn.Module):
     def forward(self, x, rotary, mask, cache: KVCache | None, layer: int) -> Tensor:
         """(B, T, D) -> (B, T, D).
 
-        mask: (B, 1, T, keys) bool, keys being T, or all that `cache` holds with them; None: plain causal.
+        mask: (B, 1, T, keys) bool, keys being T, or all that `cache` holds with them; a BlockMask of T by T; or None,
+        which is plain causal.
         """
         B, T, _ = x.shape
         q, k, v = (  # (B, heads, T, head_dim)
@@ -99,7 +103,11 @@ class Attention(nn.Module):
         if cache is not None:
             k, v = cache.append(layer, k, v)
         grouped = q.shape[1] != k.shape[1]
-        out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=mask is None, enable_gqa=grouped)
+        if isinstance(mask, BlockMask):
+            flex = flex_attention if torch.compiler.is_compiling() else compiled(flex_attention)
+            out = flex(q, k, v, block_mask=mask, enable_gqa=grouped)
+        else:
+            out = F.scaled_dot_product_attention(q, k, v, mask, is_causal=mask is None, enable_gqa=grouped)
         return self.o_proj(out.transpose(1, 2).reshape(B, T, -1))
 
 
@@ -142,7 +150,7 @@ class Llama(nn.Module):
         self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
 
     def forward(
-        self, embeddings: Tensor, positions: Tensor, mask: Tensor | None, cache: KVCache | None = None
+        self, embeddings: Tensor, positions: Tensor, mask: Tensor | BlockMask | None, cache: KVCache | None = None
     ) -> Tensor:
         """(B, T, D) embeddings, (B, T) positions, a mask as `Attention` takes it -> (B, T, D) hidden states.
 

@@ -10,6 +10,9 @@ from functools import cached_property
 
 import torch
 from torch import Tensor
+from torch.nn.attention.flex_attention import BlockMask, create_block_mask
+
+from minialign.compiled import compiled
 
 TRUNK = 0
 PADDING = -1
@@ -44,12 +47,14 @@ class TokenTree:
     causal: bool = False
 
     @cached_property
-    def mask(self) -> Tensor | None:
+    def mask(self) -> Tensor | BlockMask | None:
         """The rule among the tree's own tokens, built once for policy and reference; None: plain causal attention.
 
         That lets padding attend to what is before it, and nobody reads what it gets.
         """
-        return None if self.causal else dense_mask(self, self)
+        if self.causal:
+            return None
+        return block_mask(self) if self.ids.is_cuda else dense_mask(self, self)
 
     def to(self, device) -> "TokenTree":
         """The same tree on `device`."""
@@ -81,6 +86,19 @@ def dense_mask(query: TokenTree, key: TokenTree) -> Tensor:
         query.positions[:, None, :, None], query.branch[:, None, :, None], query.fork[:, None, :, None],
         key.positions[:, None, None, :], key.branch[:, None, None, :], key.visible[:, None, None, :],
     )  # fmt: skip
+
+
+def block_mask(tree: TokenTree) -> BlockMask:
+    """The rule for FlexAttention: the blocks of 128 x 128 in which it holds somewhere, and the rule within them."""
+    positions, branch, fork, visible = tree.positions, tree.branch, tree.fork, tree.visible  # no cycle with tree.mask
+
+    def rule(row, head, q, k):
+        return may_attend(
+            positions[row, q], branch[row, q], fork[row, q], positions[row, k], branch[row, k], visible[row, k]
+        )
+
+    rows, width = tree.ids.shape
+    return compiled(create_block_mask)(rule, rows, None, width, width, device=tree.ids.device)
 
 
 def image_attention_mask(image_tokens: int, rho_th: float, generator: torch.Generator) -> Tensor:
