@@ -12,6 +12,7 @@ import torch
 from helpers import IMAGE, random_ids, random_model, refused
 from torch.utils.flop_counter import FlopCounterMode
 
+from minialign.generate import Sampling, generate
 from minialign.llama import LlamaConfig
 from minialign.lora import add_adapters
 from minialign.losses import both_logps, branch_logps, preference_loss
@@ -161,6 +162,31 @@ def test_texts_have_their_lengths(folder):
     lengths = {len(tokenizer.response(size.answer(i, kind))) for i in range(20) for kind in ("chosen", "rejected")}
     assert lengths == {sizes.SENTENCES * 9}
     assert all(a != b for a, b in pairwise(size.answer(i, "chosen") for i in range(20)))
+
+
+def test_the_peer_stops_and_never_says_the_image_token(folder, monkeypatch):
+    """Both have a head that would say the image token often; a token of what they say instead is made a stop."""
+    (ours, *rest), peer = models.load_ours(SMALL, folder), models.load_peer(SMALL, folder)
+    sequences, pixels = sampling.two_samples(SMALL, *rest)
+    sequences = [replace(one, branches=[Branch([100 + i]), Branch([200 + i])]) for i, one in enumerate(sequences)]
+    prompts, features = sampling.PeerBatch(peer, sequences, pixels), ours.encode_images(torch.cat(pixels))
+
+    def both(stops: set[int]) -> list[list[int]]:
+        said = generate(ours, sequences, features, Sampling(8, 0.0), stops)
+        theirs = prompts.generate(8, stops)
+        sampling.require_same_tokens(said, theirs, "float32")
+        return theirs
+
+    first, *others = both(set())
+    with torch.no_grad():
+        for head in (ours.lm_head, peer.lm_head):
+            head.weight[models.IMAGE] = 3 * head.weight[first[0]]
+    assert both(set()) == [first, *others] and any(other[0] != first[0] for other in others)
+    assert both({first[0]})[0] == first[:1]
+    real, widths = peer.generate, []
+    monkeypatch.setattr(peer, "generate", lambda **inputs: widths.append((out := real(**inputs)).shape[1]) or out)
+    assert both({said[0] for said in (first, *others)}) == [said[:1] for said in (first, *others)]
+    assert widths == [prompts.width + 1]  # it does not go on, either
 
 
 def test_no_gpu(monkeypatch, tmp_path):

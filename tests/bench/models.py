@@ -29,6 +29,8 @@ def make_folder(size: Size, folder: Path) -> Path:
     torch.manual_seed(0)
     with torch.device(size.device):
         model = transformers.LlavaNextForConditionalGeneration._from_config(config, dtype=getattr(torch, size.dtype))
+    with torch.no_grad():  # of the size that the layers add, so that what is said depends on what was asked
+        model.get_input_embeddings().weight.mul_(size.text["hidden_size"] ** 0.5)
     model.save_pretrained(folder, max_shard_size=size.shard)
     pictures = transformers.LlavaNextImageProcessorPil(
         size={"shortest_edge": tile}, crop_size={"height": tile, "width": tile}, image_grid_pinpoints=pinpoints

@@ -14,7 +14,10 @@ from torch import Tensor
 
 import minialign.bdhs
 from minialign.bdhs import Bdhs, BdhsConfig, Example
+from minialign.chat import Tokenizer
 from minialign.generate import Completion, Sampling, generate
+from minialign.images import ImageProcessor
+from minialign.llava import Llava
 from minialign.masks import Branch, Sequence
 from tests.bench import roofline
 from tests.bench.models import load_ours, load_peer
@@ -85,7 +88,7 @@ def never_similar(texts: list[str], references: list[str]) -> list[float]:
     return [0.0] * len(texts)
 
 
-def make_bdhs(size: Size, model, tokenizer, processor) -> Bdhs:
+def make_bdhs(size: Size, model: Llava, tokenizer: Tokenizer, processor: ImageProcessor) -> Bdhs:
     """Algorithm 1, one guided and greedy iteration."""
     sampling = Sampling(size.sentence_tokens, temperature=0.0)
     return Bdhs(model, tokenizer, processor, never_similar, BdhsConfig(RHO_TH, n_bdhs=1, sampling=sampling))
@@ -128,15 +131,20 @@ def bdhs_row(size: Size, ours, peer) -> dict:
     return measured(size, ours, peer, our_work, peer_work, f"{work}: transformers' generate", checked)
 
 
-def generate_row(size: Size, ours, peer) -> dict:
-    """Two samples of each picture, as long as asked for."""
-    model, tokenizer, processor = ours
-    pictures = [picture(i) for i in range(size.examples)]
-    pixels, sequences = [processor(one) for one in pictures], []
+def two_samples(size: Size, tokenizer: Tokenizer, processor: ImageProcessor) -> tuple[list[Sequence], list[Tensor]]:
+    """Questions with two empty branches each, and their pictures' pixels."""
+    pictures, sequences = [picture(i) for i in range(size.examples)], []
     for number, one in enumerate(pictures):
         patches, packing = processor.layout(one)
         prompt = tokenizer.prompt([("user", size.question(number))])
         sequences.append(Sequence(prompt, [Branch([]), Branch([])], patches, packing=packing))
+    return sequences, [processor(one) for one in pictures]
+
+
+def generate_row(size: Size, ours, peer) -> dict:
+    """Two samples of each picture, as long as asked for."""
+    model, tokenizer, processor = ours
+    sequences, pixels = two_samples(size, tokenizer, processor)
     prompts = PeerBatch(peer, sequences, pixels)
 
     def our_work(tokens: int = size.new_tokens) -> list:
@@ -146,7 +154,7 @@ def generate_row(size: Size, ours, peer) -> dict:
         return prompts.generate(size.new_tokens, set())
 
     checked = require_same_tokens(our_work(), peer_work(), size.dtype)
-    work = f"2 x {size.new_tokens} tokens of each of {len(pictures)} pictures: transformers' generate"
+    work = f"2 x {size.new_tokens} tokens of each of {len(sequences)} pictures: transformers' generate"
     row = measured(size, ours, peer, our_work, peer_work, work, checked)
     if size.device == "cuda":
         prefill = interleaved({"ours": lambda: our_work(1)}, size.repeats, size.device)["ours"]

@@ -54,7 +54,7 @@ def picture(number: int) -> Image.Image:
 
 
 def text_config(vocab: int, hidden: int, intermediate: int, layers: int, heads: int) -> dict:
-    """A decoder whose random weights keep their input's size, so that what it says depends on the picture."""
+    """A decoder whose random matrices keep their input's size."""
     return {"vocab_size": vocab, "hidden_size": hidden, "intermediate_size": intermediate, "num_hidden_layers": layers,
             "num_attention_heads": heads, "num_key_value_heads": heads, "max_position_embeddings": 4096,
             "initializer_range": hidden**-0.5, "pad_token_id": 3}  # fmt: skip
