@@ -61,10 +61,10 @@ def collapse(rows: list[dict], limits: CollapseLimits) -> str | None:
 
 
 def pays_too_much(early: list[dict], late: list[dict]) -> bool:
-    """Reward and KL have risen, and Eq. 2 has fallen by more than its noise: at its optimum it is above the start."""
-    risen = all(mean(late, name) > mean(early, name) for name in (SCORE, KL))
+    """The reward has risen, but Eq. 2 has fallen by more than its noise: so the KL has risen by more than it brings."""
     error = sum(statistics.variance([row[REWARD] for row in rows]) / len(rows) for rows in (early, late)) ** 0.5
-    return risen and mean(late, REWARD) < mean(early, REWARD) - NOISE * error
+    fallen = mean(late, REWARD) < mean(early, REWARD) - NOISE * error
+    return fallen and mean(late, SCORE) > mean(early, SCORE)
 
 
 def mean(rows: list[dict], name: str) -> float:

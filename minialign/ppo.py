@@ -1,20 +1,21 @@
 """PPO: a token is an action; GAE gives its advantage, and clipped losses let a rollout serve several updates.
 
 The order of a step: sample; `token_rewards`, reference and values, once, by the policy that sampled; `gae`; whiten the
-advantages of the whole batch; then some epochs of `policy_loss` + value_coef * `value_loss` over its parts. All are
-flat, (branch tokens,) in the order of `token_logps`: there is no padding to mask, and parts of a batch concatenate.
+advantages of the whole batch, of all processes; then some epochs of `policy_loss` + value_coef * `value_loss` over
+its parts. All are flat, (branch tokens,) in the order of `token_logps`: there is no padding to mask, and parts of a
+batch concatenate.
 
 What matters and stands elsewhere or with the caller:
   value of a token   of the state before it: the head on the hidden state that predicts the token (`tree.parent`)
   value head         starts at zero, so that the first advantages are the returns; a random one adds noise to them
   old log-probs      of the training pass, not of the sampler: in the first update the ratio is 1 to the last bit
-  sampling           temperature 1 and top-p 1: the gradient is that of the plain distribution
+  sampling           temperature 1 and top-p 1: log-probs and their gradient are those of the plain distribution
   reward             KL per token by k1, the score on the last token, whitened by the data set: minialign/rewards.py
 Left out: a value network of its own (the paper trains adapters alone: a head on the policy's body costs one vector);
 rewards whitened per batch (they are by the data set); a value of the state behind a truncated response (it ends there,
 like one that stops); a penalty for it; stopping a rollout's epochs at a KL; a ratio per response (the clip is per
-token); dual clipping; an entropy bonus; a mean per response before that over the batch (long ones count for more here,
-as every token is an action); dropout, which would make the ratio noisy.
+token); an entropy bonus; the mean per response before that over the batch (here a long one counts for more, as every
+token is an action); dropout, which would make the ratio noisy.
 """
 
 import torch

@@ -25,7 +25,7 @@ def reward_loss(chosen: Tensor, rejected: Tensor) -> Tensor:
 
 @dataclass(frozen=True)
 class Whitening:
-    """Mean and standard deviation to whiten by, in float64: of a data set's scores, or of a batch's advantages."""
+    """Mean and standard deviation to whiten by: those of a data set's scores, or of a batch's advantages."""
 
     mean: float
     std: float
@@ -33,7 +33,6 @@ class Whitening:
     @classmethod
     def of(cls, values: Tensor) -> "Whitening":
         """Of the values themselves, which are all that is meant: no correction for a sample."""
-        values = values.double()
         return cls(values.mean().item(), values.std(correction=0).item())
 
     def __call__(self, values: Tensor) -> Tensor:

@@ -52,7 +52,7 @@ class Bandit:
         """The largest error of a probability, from the optimum; which is far from the reference's and other betas'."""
         best = self.optimum(self.beta)
         for other in (self.probabilities(self.reference), self.optimum(2 * self.beta), self.optimum(self.beta / 2)):
-            assert (other - best).abs().max() > 0.03
+            assert (other - best).abs().max() > 0.02  # twice what the tests allow
         return (self.probabilities(policy.detach()) - best).abs().max().item()
 
 

@@ -77,9 +77,9 @@ def test_steps_without_samples_do_not_count():
     assert min(stops(mixed)) == 4 * LIMITS.window
 
 
-def test_wavering_alone_is_rarely_a_collapse():
-    """Reward and KL without a trend: of 200 runs none is stopped."""
-    assert sum(bool(stops(run(seed, score=lambda t: 0, kl=lambda t: 1))) for seed in range(200)) == 0
+def test_wavering_alone_is_no_collapse():
+    """Reward and KL without a trend: of 60 runs none is stopped."""
+    assert sum(bool(stops(run(seed, score=lambda t: 0, kl=lambda t: 1))) for seed in range(60)) == 0
 
 
 @pytest.mark.parametrize(

@@ -79,9 +79,9 @@ def test_clipped_value_loss_by_hand(value, old, target, expected, slope):
 
 
 def test_metrics_by_hand():
-    got = ppo_metrics(torch.log(torch.tensor([1.0, 1.1, 1.3, 0.5])), torch.zeros(4), 0.2)
-    kl = sum(math.log(q) ** 2 for q in (1.1, 1.3, 0.5)) / 8
-    assert got == {"policy/clipfrac_avg": 0.5, "policy/approxkl_avg": pytest.approx(kl, abs=1e-6)}
+    got = ppo_metrics(torch.log(torch.tensor([1.0, 1.1, 1.15, 0.5])), torch.zeros(4), 0.2)
+    kl = sum(math.log(q) ** 2 for q in (1.1, 1.15, 0.5)) / 8
+    assert got == {"policy/clipfrac_avg": 0.25, "policy/approxkl_avg": pytest.approx(kl, abs=1e-6)}
 
 
 @pytest.mark.parametrize("seed", SEEDS)
