@@ -22,6 +22,7 @@ from typing import Literal
 import torch
 from tqdm import tqdm
 
+from minialign import distributed
 from minialign.bdhs import Bdhs, BdhsConfig, Example, Sampled
 from minialign.chat import Tokenizer, announce
 from minialign.checkpoint import fingerprint, load_model, resolve_model
@@ -38,6 +39,7 @@ from minialign.cli import (
 from minialign.data import collect, read_records, sift
 from minialign.errors import UserError
 from minialign.files import append_lines, read_lines, write_json
+from minialign.flags import require_torchrun
 from minialign.generate import Sampling
 from minialign.images import ImageProcessor, open_image
 from minialign.loader import load_ahead
@@ -48,7 +50,7 @@ from minialign.similarity import load_similarity
 # What stands for a flag that is not given: the paper's value, or the toy model's, chosen on validation.
 PAPER = {"rho_th": 0.99, "workers": 4}
 TOY = {"rho_th": 0.7, "workers": 0}
-MAY_CHANGE = ("out", "limit", "batch_size", "skip_bad_records", "workers")  # when a run is continued
+MAY_CHANGE = ("out", "limit", "batch_size", "skip_bad_records", "workers", "shard")  # when a run is continued
 
 
 @dataclass(frozen=True)
@@ -75,6 +77,7 @@ class Config:
     limit: int | None = None  # a random subset of so many records, which follows from --seed (toy: the first 2000)
     device: str = "cpu"  # torch device
     dtype: Literal["float32", "bfloat16"] = "float32"  # of the weights
+    shard: Literal["none", "full"] = "none"  # under torchrun: a whole model per process, or FSDP2's shards of one
     workers: int | None = None  # processes that decode pictures ahead (4; toy: 0)
     skip_bad_records: bool = False  # skip and count malformed records instead of stopping
 
@@ -99,6 +102,7 @@ def check(config: Config) -> None:
     same = Path(config.out).resolve() == Path(config.data).resolve()
     require(not same, f"--out {config.out}: is --data too, and would be overwritten; name another file")
     require_device(config.device)
+    require_torchrun(config.shard)
 
 
 def beside(out: Path, what: str) -> Path:
@@ -172,6 +176,7 @@ def main(config: Config) -> None:
     """Sample every record that the pairs file does not hold yet."""
     config = fill(config, TOY if config.model == "toy" else PAPER)
     check(config)
+    distributed.start(config.device)
     folder = resolve_model(config.model)
     records = read_records(config.data, config.format, config.limit, config.seed, config.skip_bad_records)
     messages = any(len(record.turns) > 1 for record in records)
@@ -187,7 +192,7 @@ def main(config: Config) -> None:
     if known:
         print(f"{out}: {len(known)} pairs are there, {len(todo)} to go")
 
-    model = load_model(folder, config.device, getattr(torch, config.dtype))
+    model = distributed.load(config, lambda device: load_model(folder, device, getattr(torch, config.dtype)))
     tokenizer = Tokenizer.from_folder(folder, config.template)
     knobs = {f.name: getattr(config, f.name) for f in fields(BdhsConfig) if f.name != "sampling"}
     sampling = Sampling(config.max_new_tokens, config.temperature, config.top_p)
@@ -195,21 +200,25 @@ def main(config: Config) -> None:
     similarity = load_similarity(config.encoder, config.device)
     processor = ImageProcessor.from_folder(folder)
     bdhs = Bdhs(model, tokenizer, processor, similarity, BdhsConfig(**knobs, sampling=sampling))
-    write_json(beside(out, "config"), settings)
+    distributed.once(lambda: write_json(beside(out, "config"), settings))
     left_out, unreadable = 0, []  # an empty response is no pair; and what is wrong with pictures
     parts = [todo[first : first + config.batch_size] for first in range(0, len(todo), config.batch_size)]
-    ahead = load_ahead(parts, lambda part: with_pictures(part, config, bdhs), config.workers)
-    with closing(ahead), tqdm(total=len(todo), desc="bdhs", unit="pair") as bar:
+    mine = distributed.even(distributed.share(parts), [])
+    ahead = load_ahead(mine, lambda part: with_pictures(part, config, bdhs), config.workers)
+    with closing(ahead), tqdm(total=len(todo), desc="bdhs", unit="pair", disable=distributed.rank() > 0) as bar:
         for batch, bad in ahead:
-            unreadable += bad
-            sampled = bdhs.sample([example for _, example in batch]) if batch else []
+            with distributed.gathered(model):
+                sampled = bdhs.sample([example for _, example in batch]) if batch else []
             both = zip((record for record, _ in batch), sampled, strict=True)
-            new = [pair_line(r, s, config, messages) for r, s in both if s.rejected]
-            append_lines(out, new)
-            pairs += new
-            left_out += len(batch) + len(bad) - len(new)
-            bar.update(len(batch) + len(bad))
-    if unreadable:
+            own = [pair_line(r, s, config, messages) for r, s in both if s.rejected]
+            for new, seen, others_bad in distributed.gather((own, len(batch) + len(bad), bad)):  # in the data's order
+                if distributed.rank() == 0:
+                    append_lines(out, new)
+                pairs += new
+                unreadable += others_bad
+                left_out += seen - len(new)
+                bar.update(seen)
+    if unreadable and distributed.rank() == 0:
         tqdm.write(f"{len(unreadable)} pictures left out, the first: {unreadable[0]}")
 
     require(bool(pairs) or not unreadable, f"none of {len(todo)} pictures could be read: {''.join(unreadable[:1])}")
@@ -217,7 +226,7 @@ def main(config: Config) -> None:
     same = sum(pair["chosen"] == pair["rejected"] for pair in pairs)
     truncated = sum(pair["bdhs"]["truncated"] for pair in pairs)
     stats = {"pairs": len(pairs), "resolved": curve, "identical": same, "truncated": truncated, "left_out": left_out}
-    write_json(beside(out, "stats"), stats)
+    distributed.once(lambda: write_json(beside(out, "stats"), stats))
     shown = ", ".join(f"{share:.1%} after {i}" for i, share in enumerate(curve, start=1))
     print(f"{out}: {len(pairs)} pairs, {left_out} left out; different from y+ (Fig. 10): {shown}; identical: {same}; "
           f"truncated: {truncated}")  # fmt: skip
@@ -226,7 +235,7 @@ def main(config: Config) -> None:
 def sample_for(config, out: Path) -> Path:
     """BDHS pairs of the embedded world in `out`, from the model that is about to be trained with a script's flags."""
     pairs = out / "pairs.jsonl"
-    options = {name: getattr(config, name) for name in ("model", "template", "seed", "device", "limit")}
+    options = {name: getattr(config, name) for name in ("model", "template", "seed", "device", "limit", "shard")}
     main(Config(**options, out=str(pairs)))
     return pairs
 

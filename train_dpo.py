@@ -2,6 +2,7 @@
 
     python train_dpo.py                         # the whole road on the embedded world, in minutes
     python train_dpo.py --model DIR --pairs pairs.jsonl --images DIR --out runs/mine
+    torchrun --nproc-per-node 8 train_dpo.py --model DIR ... --device cuda --dtype bfloat16 --shard full
 
 Without --pairs the pairs are sampled first (sample_bdhs.py). Each pair is ONE sequence: image and prompt once,
 then chosen and rejected as two branches (minialign/masks.py). The policy is the base model with LoRA adapters
@@ -24,21 +25,23 @@ import torch
 from tqdm import tqdm
 
 import sample_bdhs
-from minialign import lora, resume
+from minialign import distributed, lora, resume
 from minialign.chat import Tokenizer, announce
 from minialign.checkpoint import fingerprint, resolve_model
 from minialign.cli import fill, parse_config, require, require_outside, run_main
 from minialign.collate import PairBatch, PairCollator, StepLoader
 from minialign.config import read_config
-from minialign.data import open_pairs, usable_pairs
+from minialign.data import Records, open_pairs, usable_pairs
 from minialign.distortion import distorted_tree
+from minialign.distributed import added, gather, gathered
 from minialign.flags import adapter_shape, check_training
 from minialign.images import ImageProcessor
 from minialign.llava import Llava
 from minialign.loader import load_ahead
-from minialign.losses import both_logps, preference_loss, preference_metrics
+from minialign.losses import branch_logps, preference_loss, preference_metrics, reference_logps
 from minialign.optimizer import make_optimizer, update
 from minialign.records import FormatName
+from minialign.reference import ReferenceCache
 from minialign.results import save_results, save_weights
 from minialign.schedule import batches_of_run, learning_rate
 from minialign.toybench import ToyBenchmark
@@ -60,6 +63,7 @@ class Config:
     template: str | None = None  # vicuna, llava_v1, mistral, chatml or short; else the model's own
     adapter: str | None = None  # PEFT adapter folder that the policy starts from; its rank and alpha are kept
     reference: Literal["base", "adapter"] | None = None  # with --adapter: what the policy is held against
+    ref_cache: str | None = None  # folder that keeps the reference's log-probs for later epochs and other runs
     out: str = "runs/dpo"  # folder to write
     loss: Literal["dpo", "ipo", "slic", "sft"] = "dpo"  # sft: the supervised control on y+ alone
     rejected: Literal["stored", "both", "distorted"] = "stored"  # y-; both: external and own (Eq. 5); see above
@@ -89,6 +93,7 @@ class Config:
     dtype: Literal["float32", "bfloat16"] = "float32"  # of the frozen weights; adapters and losses are float32
     recompute: bool = False  # keep no activations of the decoder's layers: the backward pass computes them again
     compile: bool = False  # run the decoder's layers compiled where they are trained
+    shard: Literal["none", "full"] = "none"  # under torchrun: a whole model per process, or FSDP2's shards of one
     workers: int | None = None  # processes that read and decode pictures ahead (4; toy: 0)
     skip_bad_records: bool = False  # skip and count malformed pairs instead of stopping
 
@@ -98,10 +103,16 @@ def check(config: Config) -> None:
     check_training(config)
     require(1 <= config.noise_steps <= 1000, f"--noise-steps {config.noise_steps}: between 1 and 1000")
     require(config.adapter is None or config.pairs is not None, "--adapter: give --pairs too; none are sampled from it")
+    if config.ref_cache is not None:
+        said = "these responses are made anew at every step, and none is met twice; leave one of the two out"
+        require("distorted" not in rejected_weights(config), f"--ref-cache with --rejected distorted: {said}")
+        require(not Path(config.ref_cache).is_file(), f"--ref-cache {config.ref_cache}: is a file; name a folder")
 
 
-def pair_loss(model: Llava, batch: PairBatch, config: Config, length: float) -> tuple[torch.Tensor, dict[str, float]]:
-    """The mean loss of a batch, and its metrics by TRL's names.
+def pair_loss(
+    model: Llava, batch: PairBatch, config: Config, length: float, cache: ReferenceCache | None = None
+) -> tuple[torch.Tensor, dict[str, float]]:
+    """The mean loss of a batch, and its metrics by TRL's names; `cache` may know what the reference says.
 
     `length` is for sft: the mean tokens of y+ in the whole step, of which `batch` is a part with --accumulate.
     """
@@ -110,7 +121,9 @@ def pair_loss(model: Llava, batch: PairBatch, config: Config, length: float) -> 
     if batch.noisy is not None:
         tree = distorted_tree(model, batch.sequences, model.encode_images(batch.noisy))
     weights = torch.tensor(list(rejected_weights(config).values()), device=model.device)
-    logps, ref_logps = both_logps(model, tree.to(model.device), features)  # (B, 1 + K) each
+    tree = tree.to(model.device)
+    ref_logps = cache.logps(model, batch.keys, tree, features) if cache else reference_logps(model, tree, features)
+    logps = branch_logps(model, tree, features)  # (B, 1 + K), as of the reference
     if config.loss == "sft":
         loss = -logps[:, 0].mean() / length  # mean over y+'s tokens
     else:
@@ -129,33 +142,35 @@ def rejected_weights(config: Config) -> dict[str, float]:
     return {name: weight for name, weight in weights.items() if weight > 0}
 
 
-def train(model: Llava, load: StepLoader, config: Config, out: Path) -> list[dict]:
+def train(model: Llava, load: StepLoader, config: Config, out: Path, cache: ReferenceCache | None) -> list[dict]:
     """The loop: from the first step, or from the last checkpoint with --resume; returns metrics.jsonl's rows."""
     optimizer = make_optimizer(model, config.lr, config.projector_lr)
     steps = batches_of_run(load.records.numbers, config.batch_size, config.seed, config.epochs, config.steps)
     run = resume.Run(out, model, optimizer, config.resume)
-    left_out: list[str] = []
-    with run, closing(load_ahead(steps[run.start :], load, config.workers)) as loads:
-        bar = tqdm(loads, initial=run.start, total=len(steps), desc=config.loss)
+    mine = [distributed.share(batch) for batch in steps[run.start :]]
+    idle, left_out = load.collate.idle(1 + len(load.collate.rejected)), []
+    with run, closing(load_ahead(mine, load, config.workers)) as loads:
+        bar = tqdm(loads, initial=run.start, total=len(steps), desc=config.loss, disable=distributed.rank() > 0)
         for step, (parts, bad) in enumerate(bar, start=run.start):
-            pairs = sum(len(part) for part in parts)  # 0 where all of them are left out: nothing is learned
-            length = sum(part.chosen_tokens for part in parts) / max(1, pairs)
+            counts = added({"pairs": sum(map(len, parts)), "tokens": sum(part.chosen_tokens for part in parts)})
+            pairs = counts["pairs"]  # of all processes; 0 where all are left out: nothing is learned
             metrics: dict[str, float] = {}
-            for part in parts:
-                loss, part_metrics = pair_loss(model, part, config, length)
+            for part in distributed.even(parts, idle):
+                loss, part_metrics = pair_loss(model, part, config, counts["tokens"] / max(1, pairs), cache)
                 weight = len(part) / pairs
                 (loss * weight).backward()
                 for name, value in part_metrics.items():
                     metrics[name] = metrics.get(name, 0.0) + weight * value
+            metrics = added(metrics)
             share = learning_rate(step, len(steps), config.warmup, config.schedule)
-            if parts:
+            if pairs:
                 metrics["grad_norm"] = update(optimizer, share, config.clip, metrics["loss"], f"step {step + 1}")
             facts = {"lr": share * config.lr, "pairs": pairs}
             save = (step + 1) % config.save_every == 0 or step + 1 == len(steps)
             run.add({"step": step + 1, **metrics, **facts}, save)
-            left_out += bad
+            left_out += sum(gather(bad), [])
             bar.set_postfix({name: f"{metrics[name]:.3f}" for name in SHOWN if name in metrics})
-    if left_out:
+    if left_out and distributed.rank() == 0:
         tqdm.write(f"{len(left_out)} pairs left out on the way, the first: {left_out[0]}")
     return run.rows
 
@@ -166,6 +181,7 @@ def main(config: Config) -> None:
     config = fill(config, {"lora_alpha": 2.0 * config.lora_rank})
     check(config)
     require(config.pairs is not None or config.images == "toy", "--pairs is missing; make one with sample_bdhs.py")
+    distributed.start(config.device)
     folder, out = resolve_model(config.model), Path(config.out)
     require_outside(out, "the model", folder)
     config = replace(config, **adapter_shape(config))
@@ -177,22 +193,32 @@ def main(config: Config) -> None:
     limits = config.max_response_tokens, positions, config.truncate
     kinds = list(rejected_weights(config))
     fields, noise = tuple(k for k in kinds if k != "distorted"), config.noise_steps if "distorted" in kinds else 0
-    collate = PairCollator(tokenizer, processor, config.images, *limits, fields, noise)
+    keyed = config.ref_cache is not None
+    collate = PairCollator(tokenizer, processor, config.images, *limits, fields, noise, keyed=keyed)
     records = usable_pairs(records, collate.check, config.limit, config.seed, config.skip_bad_records)
-    model = lora.load_policy(folder, config)
+    model = distributed.load(config, lambda device: lora.load_policy(folder, config, device))
     model.language_model.in_training(config.recompute, config.compile)
     announce(folder, model, tokenizer)
+    with gathered(model):
+        cache = ReferenceCache(Path(config.ref_cache), model) if keyed else None
     resume.begin(out, config, records, fingerprint(folder, config.adapter))
 
     benchmark = ToyBenchmark(config.eval_split, config.eval_images)
     evaluate = config.images == "toy" and config.eval_images > 0
-    with nullcontext() if config.adapter else lora.adapters_off(model):  # fresh ones do nothing yet
+    with gathered(model), nullcontext() if config.adapter else lora.adapters_off(model):  # fresh ones do nothing yet
         counts = {"before": benchmark.run(model, tokenizer, processor, "before")} if evaluate else {}
-    rows = train(model, StepLoader(records, collate, config.accumulate, config.skip_bad_records), config, out)
+    load = StepLoader(records, collate, config.accumulate, config.skip_bad_records)
+    rows = train(model, load, config, out, cache)
 
-    save_weights(model, folder, config, out)
-    if evaluate:
-        counts["after"] = benchmark.run(model, tokenizer, processor, "after")
+    with gathered(model):
+        distributed.once(lambda: save_weights(model, folder, config, out))
+        if evaluate:
+            counts["after"] = benchmark.run(model, tokenizer, processor, "after")
+    distributed.once(lambda: leave(rows, records, collate, counts, config, out))
+
+
+def leave(rows: list[dict], records: Records, collate: PairCollator, counts: dict, config: Config, out: Path) -> None:
+    """Figures, report and a last word."""
     first = rows[: math.ceil(len(records.numbers) / config.batch_size)]
     ranked = sum(row["pairs"] * row["logps/ref_accuracies"] for row in first if row["pairs"])
     ranked /= max(1, sum(row["pairs"] for row in first))

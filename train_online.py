@@ -26,7 +26,7 @@ import torch
 from tqdm import tqdm
 
 import sample_bdhs
-from minialign import lora, resume, toyworld
+from minialign import distributed, lora, resume, toyworld
 from minialign.annotator import ModelAnnotator, load_annotator
 from minialign.bdhs import Bdhs, BdhsConfig
 from minialign.chat import Tokenizer, announce
@@ -35,6 +35,7 @@ from minialign.cli import fill, parse_config, require, require_outside, run_main
 from minialign.collate import PairCollator, StepLoader
 from minialign.config import read_config
 from minialign.data import TOY_RECORDS, open_records, usable_pairs
+from minialign.distributed import added, gather, gathered
 from minialign.files import write_json
 from minialign.flags import adapter_shape, check_training
 from minialign.generate import Sampling
@@ -108,6 +109,7 @@ class Config:
     dtype: Literal["float32", "bfloat16"] = "float32"  # of the frozen weights; adapters and losses are float32
     recompute: bool = False  # keep no activations of the decoder's layers: the backward pass computes them again
     compile: bool = False  # run the decoder's layers compiled where they are trained
+    shard: Literal["none", "full"] = "none"  # under torchrun: a whole model per process, or FSDP2's shards of one
     workers: int | None = None  # processes that read and decode pictures ahead (4; toy: 0)
     skip_bad_records: bool = False  # skip and count malformed records instead of stopping
 
@@ -144,38 +146,47 @@ def train(model: Llava, tokenizer: Tokenizer, respond, load: StepLoader, config:
     both = config.method == "online-bdhs" and config.gamma not in (None, 0, 1)
     weights = torch.tensor([config.gamma, 1 - config.gamma] if both else [1.0], device=config.device)
     run = resume.Run(out, model, optimizer, config.resume)
-    with run, closing(load_ahead(steps[run.start :], load, config.workers)) as loads:
-        bar = tqdm(loads, initial=run.start, total=len(steps), desc=config.method)
-        for step, (parts, _) in enumerate(bar, start=run.start):
+    mine = [distributed.share(batch) for batch in steps[run.start :]]
+    blank, left_out = load.collate.idle(1 + len(weights)).sequences, []
+    idle = blank, torch.zeros(1, blank[0].image_features, model.config.vision.hidden_size, device=config.device), [], 0
+    with run, closing(load_ahead(mine, load, config.workers)) as loads:
+        bar = tqdm(loads, initial=run.start, total=len(steps), desc=config.method, disable=distributed.rank() > 0)
+        for step, (parts, bad) in enumerate(bar, start=run.start):
             begin, counts, batches = time.perf_counter(), Counter(), []
-            for part in parts:  # 1. the policy answers, and is judged
-                features = features_of(model.encode_images(part.pixels), part.sequences)  # once
-                draws = [random.Random(f"{config.seed} {step} {record.id}").random() for record in part.records]
-                alphas = [draw < p for draw in draws]  # Eq. 4: alpha ~ Bernoulli(p)
-                sampled = [i for i, alpha in enumerate(alphas) if not alpha]
-                answers = dict(zip(sampled, respond(part, sampled, features, step, counts), strict=True))
-                sequences = [answers.get(i, part.sequences[i]) for i in range(len(part))]
-                kept = [i for i, sequence in enumerate(sequences) if sequence is not None]
-                if kept:
-                    own = torch.tensor([not alphas[i] and config.method != "online-bdhs" for i in kept])
-                    batches.append(([sequences[i] for i in kept], torch.cat([features[i] for i in kept]), own))
-            between, pairs = time.perf_counter(), sum(len(sequences) for sequences, _, _ in batches)
+            with gathered(model):  # 1. the policy answers, and is judged
+                for part in parts:
+                    features = features_of(model.encode_images(part.pixels), part.sequences)  # once
+                    draws = [random.Random(f"{config.seed} {step} {record.id}").random() for record in part.records]
+                    alphas = [draw < p for draw in draws]  # Eq. 4: alpha ~ Bernoulli(p)
+                    sampled = [i for i, alpha in enumerate(alphas) if not alpha]
+                    answers = dict(zip(sampled, respond(part, sampled, features, step, counts), strict=True))
+                    sequences = [answers.get(i, part.sequences[i]) for i in range(len(part))]
+                    kept = [i for i, sequence in enumerate(sequences) if sequence is not None]
+                    own = [row for row, i in enumerate(kept) if not alphas[i] and config.method != "online-bdhs"]
+                    if kept:
+                        seen = torch.cat([features[i] for i in kept])
+                        batches.append(([sequences[i] for i in kept], seen, own, len(kept)))
+            between, pairs = time.perf_counter(), added({"pairs": sum(count for *_, count in batches)})["pairs"]
             metrics: dict[str, float] = {}
-            for sequences, features, own in batches:  # 2. it learns from that
+            for sequences, features, own, count in distributed.even(batches, idle):  # 2. it learns from that
                 tree = build_tree(sequences, tokenizer.image_id, tokenizer.pad_id).to(model.device)
                 logps, ref_logps = both_logps(model, tree, features)
-                loss, weight = preference_loss(logps, ref_logps, config.loss, config.beta, weights), len(own) / pairs
+                loss, weight = preference_loss(logps, ref_logps, config.loss, config.beta, weights), count / pairs
                 (loss * weight).backward()
                 found = {"loss": loss.item()} | preference_metrics(logps, ref_logps, config.beta, weights)
                 metrics |= {name: metrics.get(name, 0.0) + weight * value for name, value in found.items()}
                 counts.update(count_objective(logps[own], ref_logps[own]))
+            metrics, counts = added(metrics), Counter(added(counts))
             share = learning_rate(step, len(steps), config.warmup, config.schedule)
-            if batches:
+            if pairs:
                 metrics["grad_norm"] = update(optimizer, share, config.clip, metrics["loss"], f"step {step + 1}")
             seconds = {"time/sampling": between - begin, "time/training": time.perf_counter() - between}
             row = {"step": step + 1, **metrics, **shares(counts), "lr": share * config.lr, "pairs": pairs, **seconds}
             run.add(row, (step + 1) % config.save_every == 0 or step + 1 == len(steps))
+            left_out += sum(gather(bad), [])
             bar.set_postfix({name: f"{row[name]:.3f}" for name in SHOWN if name in row})
+    if left_out and distributed.rank() == 0:
+        tqdm.write(f"{len(left_out)} records left out on the way, the first: {left_out[0]}")
     return run.rows
 
 
@@ -183,7 +194,8 @@ def toy_data(config: Config, out: Path) -> Path:
     """The embedded world's records; with BDHS pairs of the base where a stored y- is wanted."""
     if config.method == "mixed-dpo" or config.gamma:
         return sample_bdhs.sample_for(config, out)
-    write_json(out / "data.json", toyworld.alignment_records(config.limit or TOY_RECORDS))
+    records = toyworld.alignment_records(config.limit or TOY_RECORDS)
+    distributed.once(lambda: write_json(out / "data.json", records))
     return out / "data.json"
 
 
@@ -192,6 +204,7 @@ def main(config: Config) -> None:
     config = fill(config, TOY if config.model == "toy" else PAPER)
     config = fill(config, {"lora_alpha": 2.0 * config.lora_rank})
     check(config)
+    distributed.start(config.device)
     folder, out = resolve_model(config.model), Path(config.out)
     require_outside(out, "the model", folder)
     config = replace(config, **adapter_shape(config))
@@ -203,7 +216,7 @@ def main(config: Config) -> None:
     limits = config.max_response_tokens, positions, config.truncate
     collate = PairCollator(tokenizer, processor, config.images, *limits, stored, keep_pictures=True)
     records = usable_pairs(records, collate.check, config.limit, config.seed, config.skip_bad_records)
-    model = lora.load_policy(folder, config)
+    model = distributed.load(config, lambda device: lora.load_policy(folder, config, device))
     model.language_model.in_training(config.recompute, config.compile)
     announce(folder, model, tokenizer)
     resume.begin(out, config, records, fingerprint(folder, config.adapter))
@@ -211,16 +224,18 @@ def main(config: Config) -> None:
     respond = make_respond(config, model, tokenizer, processor)
     benchmark = ToyBenchmark(config.eval_split, config.eval_images)
     evaluate = config.images == "toy" and config.eval_images > 0
-    with nullcontext() if config.adapter else lora.adapters_off(model):  # fresh ones do nothing yet
+    with gathered(model), nullcontext() if config.adapter else lora.adapters_off(model):  # fresh ones do nothing yet
         counts = {"before": benchmark.run(model, tokenizer, processor, "before")} if evaluate else {}
     load = StepLoader(records, collate, config.accumulate, config.skip_bad_records)
     rows = train(model, tokenizer, respond, load, config, out)
-    save_weights(model, folder, config, out)
-    if evaluate:
-        counts["after"] = benchmark.run(model, tokenizer, processor, "after")
+    with gathered(model):
+        distributed.once(lambda: save_weights(model, folder, config, out))
+        if evaluate:
+            counts["after"] = benchmark.run(model, tokenizer, processor, "after")
     shown = [collate.report_pair(records.parse(number)) for number in records.numbers[:8]] if stored else []
     learned = sum(row["pairs"] for row in rows)
-    save_results(out, f"minialign: {config.method}", config, shown, rows, counts, {"pairs": learned})
+    title, facts = f"minialign: {config.method}", {"pairs": learned}
+    distributed.once(lambda: save_results(out, title, config, shown, rows, counts, facts))
     print(f"{len(rows)} steps, {learned} pairs; {out}/adapter (PEFT), {out}/merged (Hugging Face), {out}/report.html")
 
 

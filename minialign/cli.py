@@ -103,6 +103,15 @@ def require_device(device: str) -> None:
         raise UserError(f"--device {device}: not to be had here ({first}); `cpu` always is") from None
 
 
+# Part of what torch says where another process has died -> what to do.
+GONE = "another process has ended, for a reason that stands elsewhere here; --resume goes on from the last checkpoint"
+DEATHS = {
+    "DataLoader worker": "a process that loads ahead has died, perhaps for want of memory; lower --workers, and go on",
+    "gloo/transport": GONE,
+    "remote process exited": GONE,  # NCCL
+}
+
+
 def terminated(*_) -> None:
     """SIGTERM: end in order, as schedulers want; files are whole at any moment."""
     print("terminated; what was written so far is whole", file=sys.stderr)
@@ -121,9 +130,9 @@ def run_main(main: Callable[[], object]) -> None:
         print(f"error: {UserError(str(error))}; make room for it, or name another place", file=sys.stderr)
         sys.exit(2)
     except RuntimeError as error:
-        if "DataLoader worker" not in str(error):
+        said = next((said for sign, said in DEATHS.items() if sign in str(error)), None)
+        if said is None:
             raise
-        said = "a process that loads ahead has died, perhaps for want of memory; lower --workers, and go on from here"
         print(f"error: {said}", file=sys.stderr)
         sys.exit(2)
     except KeyboardInterrupt:

@@ -1,7 +1,7 @@
 """Collation: pairs into token trees and pixels, one optimizer step at a time."""
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from PIL import Image
@@ -15,12 +15,16 @@ from minialign.generate import stable_seed
 from minialign.images import ImageProcessor, noise_of_seed, open_image
 from minialign.masks import Branch, Sequence, TokenTree, build_tree, mask_of_seed
 from minialign.records import Record, require_different
+from minialign.reference import pair_key
 from minialign.report import ReportPair
 
 
 @dataclass(frozen=True)
 class PairBatch:
-    """Pairs as token trees, one each, with their pixels (tiles, 3, H, W), and the noisy ones if they are wanted."""
+    """Pairs as token trees, one each, with their pixels (tiles, 3, H, W), and the noisy ones if they are wanted.
+
+    An idle batch has a sequence and no record.
+    """
 
     records: list[Record]
     sequences: list[Sequence]  # branches: chosen, then every rejected response
@@ -28,14 +32,15 @@ class PairBatch:
     pixels: Tensor
     noisy: Tensor | None
     pictures: list[Image.Image | None]
+    keys: list[str]  # what names the pairs in the reference's cache; none where there is no cache
 
     def __len__(self) -> int:
-        return len(self.sequences)
+        return len(self.records)
 
     @property
     def chosen_tokens(self) -> int:
         """Tokens of all chosen responses."""
-        return sum(len(sequence.branches[0].ids) for sequence in self.sequences)
+        return sum(len(sequence.branches[0].ids) for _, sequence in zip(self.records, self.sequences, strict=False))
 
 
 @dataclass(frozen=True)
@@ -51,6 +56,7 @@ class PairCollator:
     rejected: tuple[str, ...] = ("rejected",)  # fields of a record that hold its rejected responses
     noise_steps: int = 0  # of the noisy pictures; 0: none are wanted
     keep_pictures: bool = False  # beside their pixels, for the model to sample from
+    keyed: bool = False  # each pair with its key in the reference's cache
 
     def responses(self, record: Record, room: int | None = None) -> list[list[int]]:
         """Chosen and rejected ids, at most --max-response-tokens each, and `room`."""
@@ -112,7 +118,16 @@ class PairCollator:
         noisy = torch.cat([pair.noisy for pair in pairs]) if self.noise_steps else None
         pixels = torch.cat([pair.pixels for pair in pairs])
         records, pictures = [pair.record for pair in pairs], [pair.picture for pair in pairs]
-        return PairBatch(records, sequences, tree, pixels, noisy, pictures)
+        keys = [pair_key(pair.sequence, pair.pixels) for pair in pairs] if self.keyed else []
+        return PairBatch(records, sequences, tree, pixels, noisy, pictures, keys)
+
+    def idle(self, branches: int) -> PairBatch:
+        """A batch of no pair: one row that counts for nothing, for a process that must go with the others."""
+        answers = [Branch([self.tokenizer.eos_id])] * branches
+        sequence = Sequence([self.tokenizer.image_id], answers, self.processor.patches)
+        pixels = torch.zeros(1, 3, self.processor.size, self.processor.size)
+        pair = Loaded(None, sequence, pixels, pixels if self.noise_steps else None)
+        return replace(self.batch([pair]), records=[])
 
     def report_pair(self, record: Record) -> ReportPair:
         """What the report shows of a pair: the whole picture as the tower saw it, its visible patches, the texts."""

@@ -28,6 +28,13 @@ def check_training(config) -> None:
     require(not Path(config.out).is_file(), f"--out {config.out}: is a file; name a folder")
     require_images(config.images)
     require_device(config.device)
+    require_torchrun(config.shard)
+
+
+def require_torchrun(shard: str) -> None:
+    """Refuse shards where there is one process to hold them."""
+    said = "--shard full: start with torchrun, as in `torchrun --nproc-per-node 8 train_dpo.py ...`, or leave it out"
+    require(shard == "none" or "RANK" in os.environ, said)
 
 
 def adapter_shape(config) -> dict:

@@ -30,22 +30,23 @@ class LoraLinear(nn.Module):
     def __init__(self, base: nn.Linear, rank: int, alpha: float):
         super().__init__()
         self.base, self.scaling, self.enabled = base, alpha / rank, True
-        self.reference: tuple[Tensor, Tensor] | None = None
         where = {"device": base.weight.device, "dtype": torch.float32}
         self.lora_A = nn.Parameter(torch.empty(rank, base.in_features, **where))
         self.lora_B = nn.Parameter(torch.zeros(base.out_features, rank, **where))
         nn.init.kaiming_uniform_(self.lora_A, a=math.sqrt(5))
+        self.register_buffer("reference_A", None, persistent=False)  # buffers go where the model goes
+        self.register_buffer("reference_B", None, persistent=False)
 
     def forward(self, x: Tensor) -> Tensor:
         out = self.base(x)
-        update = (self.lora_A, self.lora_B) if self.enabled else self.reference
-        if update is not None:
-            out = out + (F.linear(F.linear(x.float(), update[0]), update[1]) * self.scaling).to(out.dtype)
+        A, B = (self.lora_A, self.lora_B) if self.enabled else (self.reference_A, self.reference_B)
+        if A is not None:
+            out = out + (F.linear(F.linear(x.float(), A), B) * self.scaling).to(out.dtype)
         return out
 
     def keep_reference(self) -> None:
         """From now on the reference has the update as it is."""
-        self.reference = (self.lora_A.detach().clone(), self.lora_B.detach().clone())
+        self.reference_A, self.reference_B = self.lora_A.detach().clone(), self.lora_B.detach().clone()
 
     def merged(self, weight: Tensor) -> Tensor:
         """The weight of the plain linear layer that does the same, from the base's as it is stored."""
@@ -107,7 +108,18 @@ def trainable_groups(model: Llava, lr: float, projector_lr: float) -> list[dict]
 
 def adapter_state(model: Llava) -> dict[str, Tensor]:
     """The trained tensors by our names."""
-    return {name: p for name, p in model.state_dict().items() if "lora_" in name or f"{PROJECTOR}.copy." in name}
+    return {name: p for name, p in model.named_parameters() if "lora_" in name or f"{PROJECTOR}.copy." in name}
+
+
+def reference_state(model: Llava) -> dict[str, Tensor]:
+    """The tensors that the reference is made of: all that are not trained, and its own updates, scaled."""
+    trained = adapter_state(model).keys()
+    state = {name: tensor for name, tensor in model.named_parameters() if name not in trained}
+    for name, module in model.named_modules():
+        if isinstance(module, LoraLinear) and module.reference_B is not None and module.reference_B.any():
+            state[f"{name}.reference_A"] = module.reference_A  # where B is zero A is drawn, and does nothing
+            state[f"{name}.reference_B"] = module.reference_B * module.scaling
+    return state
 
 
 def merged(model: Llava) -> Callable[[str, Tensor], Tensor]:
@@ -116,7 +128,7 @@ def merged(model: Llava) -> Callable[[str, Tensor], Tensor]:
     Updates are folded in, the projector's copy takes its place, all else stays.
     """
     linears = {f"{name}.weight": m for name, m in model.named_modules() if isinstance(m, LoraLinear)}
-    copies = {f"{PROJECTOR}.{key}": value for key, value in model.multi_modal_projector.copy.state_dict().items()}
+    copies = {f"{PROJECTOR}.{key}": value for key, value in model.multi_modal_projector.copy.named_parameters()}
 
     def change(name: str, stored: Tensor) -> Tensor:
         return linears[name].merged(stored) if name in linears else copies.get(name, stored)
@@ -204,13 +216,13 @@ def load_adapter(model: Llava, folder: Path) -> None:
             parameter.copy_(found[name])
 
 
-def load_policy(folder: Path, config) -> Llava:
-    """The model of a training run with its adapters: new ones, or those of `config.adapter`.
+def load_policy(folder: Path, config, device: str) -> Llava:
+    """The model of a training run with its adapters, on `device`: new ones, or those of `config.adapter`.
 
     `config` has a training script's flags. Loaded adapters are the policy's start, and with `--reference adapter`
     the reference too. What new ones, or those that a folder leaves out, begin with follows from the seed.
     """
-    model = load_model(folder, config.device, getattr(torch, config.dtype))
+    model = load_model(folder, device, getattr(torch, config.dtype))
     torch.manual_seed(config.seed)
     if config.adapter is None:
         add_adapters(model, config.lora_rank, config.lora_alpha)

@@ -63,10 +63,15 @@ def slic_loss(h: Tensor, beta: float) -> Tensor:
 LOSSES = {"dpo": dpo_loss, "ipo": ipo_loss, "slic": slic_loss}
 
 
-def both_logps(model: Llava, tree: TokenTree, tower_features: Tensor | None) -> tuple[Tensor, Tensor]:
-    """Summed log-probs of every branch (B, S) by the policy, and by the reference: the same model, adapters off."""
+def reference_logps(model: Llava, tree: TokenTree, tower_features: Tensor | None) -> Tensor:
+    """Summed log-probs of every branch (B, S) by the reference: the same model, adapters off."""
     with adapters_off(model):
-        ref_logps = branch_logps(model, tree, tower_features)
+        return branch_logps(model, tree, tower_features)
+
+
+def both_logps(model: Llava, tree: TokenTree, tower_features: Tensor | None) -> tuple[Tensor, Tensor]:
+    """Summed log-probs of every branch (B, S) by the policy, and by the reference."""
+    ref_logps = reference_logps(model, tree, tower_features)
     return branch_logps(model, tree, tower_features), ref_logps
 
 

@@ -4,6 +4,7 @@ import math
 
 import torch
 
+from minialign.distributed import add_gradients, full
 from minialign.errors import UserError
 from minialign.llava import Llava
 from minialign.lora import trainable_groups
@@ -19,12 +20,15 @@ def make_optimizer(model: Llava, lr: float, projector_lr: float) -> torch.optim.
 def update(optimizer: torch.optim.Optimizer, share: float, clip: float, loss: float, where: str) -> float:
     """One step at `share` of the peak rates, the norm of all gradients clipped; returns the norm before clipping.
 
+    Several processes add up their gradients, and make the same step.
+
     A loss or norm that is not finite is a `UserError`, and the weights stay as they were.
     """
     for group in optimizer.param_groups:
         group["lr"] = share * group["peak"]
     trained = [parameter for group in optimizer.param_groups for parameter in group["params"]]
-    norm = torch.nn.utils.clip_grad_norm_(trained, clip).item()
+    add_gradients(trained)
+    norm = full(torch.nn.utils.clip_grad_norm_(trained, clip)).item()
     if not (math.isfinite(loss) and math.isfinite(norm)):
         said = f"{where}: loss {loss}, gradient norm {norm}; the checkpoint holds the weights before it"
         raise UserError(f"{said}; begin anew with a lower --lr or a longer --warmup in another --out")

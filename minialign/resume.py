@@ -16,6 +16,7 @@ from safetensors.torch import save_file
 
 from minialign.checkpoint import check_tensors, opened, read_tensors
 from minialign.data import Records
+from minialign.distributed import fill_in, full, gather, once, rank, size
 from minialign.errors import UserError
 from minialign.files import append_lines, read_json, read_lines, write_json, write_whole
 from minialign.llava import Llava
@@ -33,17 +34,22 @@ def require_same_settings(path: Path, settings: dict, may_change: tuple[str, ...
 def require_same_flags(out: Path, config) -> None:
     """A resumed training must have the flags that its config.json notes; `config` has a training script's flags."""
     if config.resume:
-        may_change = ("resume", "out", "workers", "skip_bad_records")
+        may_change = ("resume", "out", "workers", "shard", "skip_bad_records", "ref_cache")
         remedy = "give the old value, or leave --resume out and name another --out"
         require_same_settings(out / "config.json", asdict(config), may_change, remedy)
 
 
 def begin(out: Path, config, records: Records, weights: str) -> None:
     """Note flags and data of a training in `out`; a new one takes an earlier one's results away first."""
-    if not config.resume:
-        remove_results(out)
-    write_json(out / "config.json", asdict(config) | {"resume": False})
-    require_same_data(out / "checkpoint", records, weights, config.resume)
+
+    def note() -> None:
+        """By one process, while the others wait."""
+        if not config.resume:
+            remove_results(out)
+        write_json(out / "config.json", asdict(config) | {"resume": False})
+        require_same_data(out / "checkpoint", records, weights, config.resume)
+
+    once(note)
 
 
 def require_same_data(folder: Path, records: Records, weights: str, resume: bool) -> None:
@@ -71,7 +77,8 @@ class Run:
     """The log and the checkpoints of a training run: `rows` so far, one more by `add`.
 
     In its `with` block SIGTERM lets the step in progress end; then the progress is saved, and the program exits
-    with 0. A `UserError` there saves what was done before it.
+    with 0. A `UserError` there saves what was done before it; of several processes the others may not have met it,
+    and the last checkpoint stays. All of them hold the rows, the first one writes.
     """
 
     def __init__(self, out: Path, model: Llava, optimizer: torch.optim.Optimizer, resume: bool):
@@ -80,7 +87,7 @@ class Run:
         self.rows = read_lines(self.log, "leave --resume out")[: self.start] if self.start else []
         if len(self.rows) < self.start:
             raise UserError(f"{self.log}: {len(self.rows)} of the checkpoint's {self.start} steps; leave --resume out")
-        write_whole(self.log, "".join(json.dumps(row) + "\n" for row in self.rows))
+        once(lambda: write_whole(self.log, "".join(json.dumps(row) + "\n" for row in self.rows)))
         self.terminated = False
         if self.start:
             print(f"{self.folder}: {self.start} steps are done; going on from there")
@@ -88,11 +95,14 @@ class Run:
     def add(self, row: dict, save: bool) -> None:
         """Log a step that is done, and save after it if `save`."""
         self.rows.append(row)
-        append_lines(self.log, [row])
-        if save or self.terminated:
+        if rank() == 0:
+            append_lines(self.log, [row])
+        terminated = any(gather(self.terminated))
+        if save or terminated:
             save_progress(self.folder, self.model, self.optimizer, len(self.rows))
-        if self.terminated:
-            print(f"terminated after step {len(self.rows)}; --resume goes on from there", file=sys.stderr)
+        if terminated:
+            if rank() == 0:
+                print(f"terminated after step {len(self.rows)}; --resume goes on from there", file=sys.stderr)
             sys.exit(0)
 
     def __enter__(self) -> "Run":
@@ -106,17 +116,29 @@ class Run:
     def __exit__(self, kind: type | None, *_) -> None:
         signal.signal(signal.SIGTERM, self.before)
         trained = [parameter for group in self.optimizer.param_groups for parameter in group["params"]]
-        if kind is UserError and all(parameter.isfinite().all() for parameter in trained):
+        if kind is UserError and size() == 1 and all(parameter.isfinite().all() for parameter in trained):
             save_progress(self.folder, self.model, self.optimizer, len(self.rows))
 
 
 def save_progress(folder: Path, model: Llava, optimizer: torch.optim.Optimizer, step: int) -> None:
-    """Write `folder`/progress.safetensors, whole: the state after `step` optimizer steps."""
-    folder.mkdir(parents=True, exist_ok=True)
-    partial, path = folder / ".progress.partial", folder / "progress.safetensors"
-    tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in progress_tensors(model, optimizer).items()}
-    save_file(tensors, partial, {"progress": json.dumps({"step": step})})
-    partial.replace(path)
+    """Write `folder`/progress.safetensors, whole: the state after `step` optimizer steps.
+
+    Whole tensors, so that any number of processes goes on from it.
+    """
+    tensors = {}
+    for name, tensor in progress_tensors(model, optimizer).items():
+        whole = full(tensor.detach())
+        if rank() == 0:
+            tensors[name] = whole.cpu().contiguous()
+
+    def write() -> None:
+        """By one process, while the others wait."""
+        folder.mkdir(parents=True, exist_ok=True)
+        partial, path = folder / ".progress.partial", folder / "progress.safetensors"
+        save_file(tensors, partial, {"progress": json.dumps({"step": step})})
+        partial.replace(path)
+
+    once(write)
 
 
 def progress_tensors(model: Llava, optimizer: torch.optim.Optimizer) -> dict[str, torch.Tensor]:
@@ -144,7 +166,7 @@ def load_progress(folder: Path, model: Llava, optimizer: torch.optim.Optimizer) 
     check_tensors(path, wanted, found)
     with torch.no_grad():
         for name, tensor in wanted.items():
-            tensor.copy_(found[name])
+            fill_in(tensor, found[name])
     with opened(path) as file:
         noted = (file.metadata() or {}).get("progress")
     if noted is None:

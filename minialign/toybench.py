@@ -17,6 +17,7 @@ from tqdm import tqdm
 
 from minialign import benchmarks, toyworld
 from minialign.chat import Tokenizer
+from minialign.distributed import gather, rank, share
 from minialign.images import ImageProcessor
 from minialign.llava import Llava
 from minialign.metrics import SETTINGS_OF_POPE, Counts
@@ -93,8 +94,9 @@ class ToyBenchmark:
 
     def run(self, model: Llava, tokenizer: Tokenizer, processor: ImageProcessor, title="evaluate") -> list[Counts]:
         """Greedy answers for every image, counted against its scene; `with_intervals` makes figures of them."""
-        counts: list[Counts] = []
-        for first in tqdm(range(0, self.images, self.batch_size), desc=title, leave=False):
+        counts: dict[int, list[Counts]] = {}  # by the first image of a batch
+        firsts = share([*range(0, self.images, self.batch_size)])
+        for first in tqdm(firsts, desc=title, leave=False, disable=rank() > 0):
             numbers = range(first, min(first + self.batch_size, self.images))
             scenes = [toyworld.make_scene(self.split, i) for i in numbers]
             pictures = [toyworld.picture(scene) for scene in scenes]
@@ -108,5 +110,6 @@ class ToyBenchmark:
             replies = self.answers(model, tokenizer, features, layouts, spoken, 16)
             for scene, text, q, keys, reply in zip(scenes, texts, questions, asked, replies, strict=True):
                 pope = count_pope(q, dict(zip(keys, reply, strict=True)))
-                counts.append({**count_description(scene, text[0]), **pope})
-        return counts
+                counts.setdefault(first, []).append({**count_description(scene, text[0]), **pope})
+        batches = {first: batch for each in gather(counts) for first, batch in each.items()}
+        return [each for first in sorted(batches) for each in batches[first]]

@@ -56,13 +56,13 @@ def toy_features(indices: tuple[int, ...], split: str = "validation") -> Tensor:
 
 
 def randomize(model: nn.Module, seed: int, scale: float = 1.0) -> None:
-    """Weights that matter: matrices that keep their input's size (times `scale`), the rest around its default."""
+    """Weights that matter: matrices that keep their input's size (times `scale`), norms around 1, biases around 0."""
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for parameter in model.parameters():
             noise = torch.randn(parameter.shape, generator=generator)
             if parameter.dim() == 1:
-                parameter.add_(noise * 0.1)
+                parameter.copy_(noise * 0.1 + (parameter == 1))  # a norm's weights are 1, a bias is not
             else:
                 parameter.copy_(noise * scale / parameter[0].numel() ** 0.5)
 

@@ -68,9 +68,9 @@ def test_the_two_types_train_alike(half, runs):
 def test_the_model_has_that_type(half, pairs, tmp_path, monkeypatch):
     seen, real = set(), train_dpo.pair_loss
 
-    def spy(model, batch, config, length):
+    def spy(model, *args):
         seen.update((name.split(".")[-1], p.dtype) for name, p in model.named_parameters() if "projector" not in name)
-        return real(model, batch, config, length)
+        return real(model, *args)
 
     monkeypatch.setattr(train_dpo, "pair_loss", spy)
     train(str(half), tmp_path, pairs=pairs, limit=4, dtype="bfloat16", workers=0)

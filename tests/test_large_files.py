@@ -8,6 +8,7 @@ import pytest
 from data_sets import RAW, expected
 from helpers import refused
 from input_files import array, instruct, lines, pair, pairs_in, records_in
+from online_runs import online
 from script_runs import contents, read_lines, sample, train
 
 from minialign import data
@@ -137,6 +138,10 @@ def test_a_bad_picture_that_is_left_out_late(model, tmp_path, pictures, late, ca
     assert sorted(row["pairs"] for row in rows) == [1, 2, 2, 2, 2, 2]
     shown = capsys.readouterr()
     assert f"1 pairs left out on the way, the first: {late}, line 10" in shown.out + shown.err
+    del flags["pairs"]
+    online(model, tmp_path / "online", method="online-bdhs", gamma=1.0, data=str(late), **flags)
+    assert f"1 records left out on the way, the first: {late}, line 10" in capsys.readouterr().out
+    flags["pairs"] = str(late)
     rows = train(model, tmp_path / "single", **flags | {"batch_size": 1})
     empty = [row["step"] for row in rows if row["pairs"] == 0]  # a step in which nothing is learned
     assert len(rows) == 12 and len(empty) == 1 and "loss" not in rows[empty[0] - 1]

@@ -198,7 +198,7 @@ def test_flags_of_every_row_are_known_to_the_programs(tmp_path, row, programs):
             parsed = fill(fill(parsed, module.TOY), {"lora_alpha": 128.0})
             module.check(parsed)
             assert (parsed.steps, parsed.batch_size, parsed.eval_images) == (4, 16, 5)
-            assert parsed.lr == (1e-3 if row == "sft" else 2e-4)
+            assert parsed.lr == (1e-3 if row == "sft" else 5e-4 if program == "train_online.py" else 2e-4)
         if program != "train_dpo.py":
             assert parsed.limit == 50
     for program, flags in samplings:

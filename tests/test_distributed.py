@@ -1,0 +1,205 @@
+"""The three scripts under torchrun, on gloo: one process, two and three give the same, whole models or shards."""
+
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from input_files import pairs_in
+from safetensors import safe_open
+from safetensors.torch import load_file
+from script_runs import read_lines
+
+from minialign import distributed
+from minialign.schedule import batches_of_run
+
+ROOT = Path(__file__).resolve().parent.parent
+SIZES = ["--lora-rank", "4", "--batch-size", "5", "--seed", "3"]
+TIMES = ("time/sampling", "time/training")
+
+
+def command(processes: int, script: str, *flags: object) -> list[str]:
+    """`python script`, or `torchrun script` with several processes."""
+    torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(processes)]
+    return [sys.executable, *(torchrun if processes > 1 else []), str(ROOT / script), *map(str, flags)]
+
+
+def launch(processes: int, script: str, *flags: object) -> subprocess.CompletedProcess:
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    words = command(processes, script, *flags)
+    return subprocess.run(words, env=environment, capture_output=True, text=True, timeout=240, check=False)
+
+
+def run(processes: int, script: str, *flags: object) -> subprocess.CompletedProcess:
+    done = launch(processes, script, *flags)
+    assert done.returncode == 0, done.stderr[-3000:]
+    return done
+
+
+def rows_of(out: Path) -> list[dict]:
+    return [{k: v for k, v in row.items() if k not in TIMES} for row in read_lines(out / "metrics.jsonl")]
+
+
+def assert_same_training(one: Path, other: Path) -> None:
+    """Loss curves, and whatever else is logged, and final adapters, to 1e-5."""
+    rows, others = rows_of(one), rows_of(other)
+    assert len(rows) == len(others) > 0
+    for row, also in zip(rows, others, strict=True):
+        assert row.keys() == also.keys()
+        for name, value in row.items():
+            assert also[name] == pytest.approx(value, abs=1e-5, rel=1e-5), (row["step"], name)
+    first, second = (load_file(path / "adapter/adapter_model.safetensors") for path in (one, other))
+    assert first.keys() == second.keys()
+    for name, tensor in first.items():
+        assert torch.allclose(tensor, second[name], atol=1e-5, rtol=0), name
+
+
+@pytest.fixture(scope="session")
+def alone(pairs, tmp_path_factory) -> Path:
+    """Ten steps of one process: batches of 5, of which the last of an epoch has 4."""
+    out = tmp_path_factory.mktemp("alone") / "out"
+    run(1, "train_dpo.py", *flags_of("toy", pairs, out))
+    return out
+
+
+def flags_of(model: str, pairs: str, out: Path) -> list[object]:
+    return ["--model", model, "--pairs", pairs, *SIZES, "--steps", 10, "--eval-images", 60, "--out", out]
+
+
+@pytest.mark.parametrize(("processes", "shard"), [(2, "none"), (2, "full"), (3, "full")])
+def test_any_number_of_processes_trains_the_same(alone, pairs, tmp_path, processes, shard):
+    """With three, a process has one pair or two, and of the last batch one or none with --accumulate 2."""
+    done = run(processes, "train_dpo.py", *flags_of("toy", pairs, tmp_path), "--shard", shard, "--accumulate", 2)
+    assert_same_training(alone, tmp_path)
+    assert (tmp_path / "counts.json").read_bytes() == (alone / "counts.json").read_bytes()  # of the same images
+    assert done.stdout.count("pairs, of which the reference") == 1  # the first process speaks
+    assert not re.search(r"Traceback|Error", done.stderr)
+
+
+def test_shards_in_bfloat16_are_those_of_one_process(model, pairs, tmp_path):
+    """Frozen weights in bfloat16, what is trained in float32, and so the gradients that are summed."""
+    flags = ["--model", model, "--pairs", pairs, *SIZES, "--steps", 3, "--eval-images", 0, "--dtype", "bfloat16"]
+    run(1, "train_dpo.py", *flags, "--out", tmp_path / "one")
+    run(2, "train_dpo.py", *flags, "--out", tmp_path / "two", "--shard", "full")
+    for row, also in zip(rows_of(tmp_path / "one"), rows_of(tmp_path / "two"), strict=True):
+        assert also["loss"] == pytest.approx(row["loss"], abs=1e-3)  # bfloat16 rounds by the batch
+    types = {t.dtype for t in load_file(tmp_path / "two/adapter/adapter_model.safetensors").values()}
+    assert types == {torch.float32}
+
+
+def test_processes_share_a_reference_cache(model, pairs, tmp_path):
+    """What two processes in shards have found, in uneven shares, one process looks up, and trains the same."""
+    flags = ["--model", model, "--pairs", pairs, *SIZES, "--epochs", 2, "--eval-images", 0, "--lr", "1e-3"]
+    flags += ["--batch-size", 2]  # the third process has none
+    cache = ["--ref-cache", tmp_path / "cache"]
+    run(3, "train_dpo.py", *flags, *cache, "--shard", "full", "--out", tmp_path / "three")
+    again = run(1, "train_dpo.py", *flags, *cache, "--out", tmp_path / "one")  # and the idle batch's, which is no pair
+    assert "has the reference's log-probs of 15 pairs" in again.stdout
+    run(1, "train_dpo.py", *flags, "--out", tmp_path / "plain")
+    assert_same_training(tmp_path / "plain", tmp_path / "three")
+    assert_same_training(tmp_path / "plain", tmp_path / "one")
+
+
+@pytest.mark.parametrize("method", ["online-bdhs", "mixed-dpo"])
+def test_online_training_in_shards(model, tmp_path, method):
+    """The whole model is gathered to sample from; every process draws for its own records what one would."""
+    flags = ["--model", model, *SIZES, "--method", method, "--limit", 9, "--steps", 3, "--eval-images", 0]
+    flags += ["--rho-th", 0.7, "--max-new-tokens", 6, "--n-bdhs", 2, "--annotator", "oracle", "--lr", "1e-3"]
+    run(1, "train_online.py", *flags, "--out", tmp_path / "one")
+    run(2, "train_online.py", *flags, "--out", tmp_path / "two", "--shard", "full")
+    rows = rows_of(tmp_path / "one")
+    assert len({row["pairs"] for row in rows}) > 1 or rows[0]["pairs"] < 5  # some are dropped: uneven shares
+    assert rows == [pytest.approx(row, abs=1e-5, rel=1e-5) for row in rows_of(tmp_path / "two")]
+
+
+def test_sampling_by_three(model, tmp_path):
+    """Two batches for three processes: the same bytes, in the data's order; and a run of three goes on alone."""
+    flags = ["--model", model, "--rho-th", 0.7, "--max-new-tokens", 5, "--batch-size", 4, "--n-bdhs", 3]
+    for processes, shard in ((1, "none"), (3, "full")):
+        run(
+            processes,
+            "sample_bdhs.py",
+            *flags,
+            "--limit",
+            7,
+            "--shard",
+            shard,
+            "--out",
+            tmp_path / f"{processes}.jsonl",
+        )
+    one, three = tmp_path / "1.jsonl", tmp_path / "3.jsonl"
+    assert three.read_bytes() == one.read_bytes() and len(pairs_in(one)) > 5
+    assert Path(f"{three}.stats.json").read_bytes() == Path(f"{one}.stats.json").read_bytes()
+    for each in (one, three):
+        run(1, "sample_bdhs.py", *flags, "--limit", 9, "--out", each)
+    assert three.read_bytes() == one.read_bytes()
+
+
+def children(process: subprocess.Popen) -> list[int]:
+    """The processes that torchrun has started."""
+    return [int(pid) for pid in Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()]
+
+
+def killed(out: Path, words: list[str], kill) -> subprocess.CompletedProcess:
+    """A run of many steps that `kill(process)` ends after its third step."""
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    process = subprocess.Popen(words, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    log = out / "metrics.jsonl"
+    while not log.exists() or len(log.read_text().splitlines()) < 3:
+        assert process.poll() is None, process.communicate()[1][-3000:]
+        time.sleep(0.05)
+    kill(process)
+    stdout, stderr = process.communicate(timeout=100)
+    return subprocess.CompletedProcess(words, process.returncode, stdout, stderr)
+
+
+def test_a_process_that_dies_ends_the_others(model, pairs, tmp_path):
+    """By kill -9, as for want of memory: no hang, a line that says so, and one process goes on from the checkpoint."""
+    flags = ["--model", model, "--pairs", pairs, *SIZES, "--steps", 24, "--save-every", 2, "--eval-images", 0]
+    flags += ["--lr", "1e-3"]
+    words = command(2, "train_dpo.py", *flags, "--shard", "full", "--out", tmp_path / "two")
+    done = killed(tmp_path / "two", words, lambda process: os.kill(children(process)[1], signal.SIGKILL))
+    assert done.returncode != 0
+    assert "error: another process has ended" in done.stderr and "[rank0]" not in done.stderr
+    assert "(SIGKILL)" in done.stderr  # torchrun names the one that was killed
+    assert 3 <= len(rows_of(tmp_path / "two")) < 24
+    assert "steps are done" in run(1, "train_dpo.py", *flags, "--resume", "--out", tmp_path / "two").stdout
+    run(1, "train_dpo.py", *flags, "--out", tmp_path / "one")
+    assert_same_training(tmp_path / "one", tmp_path / "two")
+
+
+@pytest.mark.parametrize("script", ["train_dpo.py", "train_online.py", "sample_bdhs.py"])
+def test_shards_need_torchrun(tmp_path, script):
+    done = launch(1, script, "--shard", "full", "--out", tmp_path / "out")
+    assert done.returncode == 2 and not (tmp_path / "out").exists()
+    [said] = done.stderr.splitlines()
+    assert said.startswith("error: --shard full: start with torchrun, as in `torchrun --nproc-per-node 8 train_dpo.py")
+
+
+def test_sigterm_to_all_saves_once(model, pairs, tmp_path):
+    """As a scheduler ends a job: every process hears it at another moment, and all stop after the same step."""
+    flags = ["--model", model, "--pairs", pairs, *SIZES, "--steps", 40, "--save-every", 40, "--eval-images", 0]
+    words = command(2, "train_dpo.py", *flags, "--shard", "full", "--out", tmp_path)
+    done = killed(tmp_path, words, lambda process: process.terminate())
+    steps = len(rows_of(tmp_path))
+    assert 3 <= steps < 40 and done.stderr.count(f"terminated after step {steps}; --resume goes on from there") == 1
+    with safe_open(tmp_path / "checkpoint/progress.safetensors", "pt") as file:
+        assert json.loads(file.metadata()["progress"]) == {"step": steps}
+
+
+@pytest.mark.parametrize("processes", [1, 2, 3, 5, 8])
+def test_every_record_is_dealt_out_once(monkeypatch, processes):
+    monkeypatch.setattr(distributed, "size", lambda: processes)
+    for batch in batches_of_run(range(23), 5, seed=4, epochs=2):
+        dealt = []
+        for rank in range(processes):
+            monkeypatch.setattr(distributed, "rank", lambda rank=rank: rank)
+            dealt.append(distributed.share(batch))
+        assert sorted(sum(dealt, [])) == sorted(batch)
+        assert max(map(len, dealt)) - min(map(len, dealt)) <= 1
