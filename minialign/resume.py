@@ -149,7 +149,7 @@ def progress_tensors(model: Llava, optimizer: torch.optim.Optimizer) -> dict[str
             state = optimizer.state[parameter]
             for name in ("exp_avg", "exp_avg_sq"):
                 tensors[f"optimizer.{g}.{i}.{name}"] = state.setdefault(name, torch.zeros_like(parameter))
-            tensors[f"optimizer.{g}.{i}.step"] = state.setdefault("step", torch.tensor(0.0))
+            tensors[f"optimizer.{g}.{i}.step"] = state.setdefault("step", torch.zeros((), device=parameter.device))
     return tensors
 
 
