@@ -38,7 +38,7 @@ from minialign.cli import (
 )
 from minialign.data import collect, read_records, sift
 from minialign.errors import UserError
-from minialign.files import append_lines, read_lines, write_json
+from minialign.files import append_lines, read_lines, size_of, write_json
 from minialign.flags import require_torchrun
 from minialign.generate import Sampling
 from minialign.images import ImageProcessor, open_image
@@ -186,7 +186,7 @@ def main(config: Config) -> None:
     said = "its prompts are texts, and some records have several turns, which need messages"
     require(not (bare and messages), f"--out {out}: {said}; name another --out")
     messages = messages or bool(pairs) and not bare
-    known = {pair["id"] for pair in pairs}
+    known, size = {pair["id"] for pair in pairs}, size_of(out)
     require_same_records(out, pairs, records)
     todo = [record for record in records if record.id not in known]
     if known:
@@ -213,7 +213,7 @@ def main(config: Config) -> None:
             own = [pair_line(r, s, config, messages) for r, s in both if s.rejected]
             for new, seen, others_bad in distributed.gather((own, len(batch) + len(bad), bad)):  # in the data's order
                 if distributed.rank() == 0:
-                    append_lines(out, new)
+                    size = append_lines(out, new, size)
                 pairs += new
                 unreadable += others_bad
                 left_out += seen - len(new)
@@ -235,8 +235,8 @@ def main(config: Config) -> None:
 def sample_for(config, out: Path) -> Path:
     """BDHS pairs of the embedded world in `out`, from the model that is about to be trained with a script's flags."""
     pairs = out / "pairs.jsonl"
-    options = {name: getattr(config, name) for name in ("model", "template", "seed", "device", "limit", "shard")}
-    main(Config(**options, out=str(pairs)))
+    shared = ("model", "template", "seed", "device", "dtype", "limit", "shard")
+    main(Config(**{name: getattr(config, name) for name in shared}, out=str(pairs)))
     return pairs
 
 

@@ -93,7 +93,7 @@ class Config:
     dtype: Literal["float32", "bfloat16"] = "float32"  # of the frozen weights; adapters and losses are float32
     shard: Literal["none", "full"] = "none"  # under torchrun: a whole model per process, or FSDP2's shards of one
     recompute: bool = False  # keep no activations of the decoder's layers: the backward pass computes them again
-    compile: bool = False  # run the decoder's layers compiled where they are trained
+    compile: bool = False  # run the decoder's layers compiled in training; the first steps wait a minute for it
     workers: int | None = None  # processes that read and decode pictures ahead (4; toy: 0)
     skip_bad_records: bool = False  # skip and count malformed pairs instead of stopping
 
@@ -106,7 +106,8 @@ def check(config: Config) -> None:
     if config.ref_cache is not None:
         said = "these responses are made anew at every step, and none is met twice; leave one of the two out"
         require("distorted" not in rejected_weights(config), f"--ref-cache with --rejected distorted: {said}")
-        require(not Path(config.ref_cache).is_file(), f"--ref-cache {config.ref_cache}: is a file; name a folder")
+        folder = bool(config.ref_cache) and not Path(config.ref_cache).is_file()
+        require(folder, f"--ref-cache {config.ref_cache!r}: is no folder; name one")
 
 
 def pair_loss(

@@ -109,7 +109,7 @@ class Config:
     dtype: Literal["float32", "bfloat16"] = "float32"  # of the frozen weights; adapters and losses are float32
     shard: Literal["none", "full"] = "none"  # under torchrun: a whole model per process, or FSDP2's shards of one
     recompute: bool = False  # keep no activations of the decoder's layers: the backward pass computes them again
-    compile: bool = False  # run the decoder's layers compiled where they are trained
+    compile: bool = False  # run the decoder's layers compiled in training; the first steps wait a minute for it
     workers: int | None = None  # processes that read and decode pictures ahead (4; toy: 0)
     skip_bad_records: bool = False  # skip and count malformed records instead of stopping
 
@@ -119,6 +119,8 @@ def check(config: Config) -> None:
     check_training(config)
     require(0 <= config.p <= 1, f"--p {config.p}: a probability between 0 and 1")
     sample_bdhs.check_sampling(config)
+    said = f"--gamma with --method {config.method}: weighs the stored y- of online-bdhs; leave it out"
+    require(config.gamma is None or config.method == "online-bdhs", said)
     require(config.data is not None or config.images == "toy", "--data is missing; name a file of records or pairs")
 
 
@@ -236,7 +238,9 @@ def main(config: Config) -> None:
     learned = sum(row["pairs"] for row in rows)
     title, facts = f"minialign: {config.method}", {"pairs": learned}
     distributed.once(lambda: save_results(out, title, config, shown, rows, counts, facts))
-    print(f"{len(rows)} steps, {learned} pairs; {out}/adapter (PEFT), {out}/merged (Hugging Face), {out}/report.html")
+    none = "" if learned else " (nothing was learned: metrics.jsonl says why answers were dropped)"
+    print(f"{len(rows)} steps, {learned} pairs{none}; "
+          f"{out}/adapter (PEFT), {out}/merged (Hugging Face), {out}/report.html")  # fmt: skip
 
 
 if __name__ == "__main__":

@@ -3,6 +3,7 @@
 import argparse
 import dataclasses
 import inspect
+import os
 import re
 import signal
 import sys
@@ -96,8 +97,9 @@ def require_device(device: str) -> None:
     """Refuse a torch device that this machine does not have."""
     import torch  # here, so that a program's --help does not wait for it
 
+    own = f"cuda:{os.environ.get('LOCAL_RANK', 0)}"  # under torchrun, so that the first GPU is not opened by all
     try:
-        torch.zeros(1, device=device).item()
+        torch.zeros(1, device=own if device == "cuda" else device).item()
     except (RuntimeError, AssertionError) as error:
         first = str(error).splitlines()[0]
         raise UserError(f"--device {device}: not to be had here ({first}); `cpu` always is") from None

@@ -16,6 +16,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from minialign.cli import require
 from minialign.errors import UserError
 from minialign.llava import Llava
 
@@ -24,11 +25,13 @@ PATIENCE = timedelta(minutes=30)  # before a process gives up waiting; the first
 
 def start(device: str) -> None:
     """Join the processes that torchrun has started, if it has. Each takes a GPU of its own; only the first speaks."""
-    if "RANK" not in os.environ or dist.is_initialized():
+    if not dist.is_torchelastic_launched() or dist.is_initialized():
         return
-    if device.startswith("cuda"):
+    said = f"--device {device}: under torchrun every process takes a GPU of its own; give `cuda`"
+    require(device in ("cpu", "cuda"), said)
+    if device == "cuda":
         torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
-    dist.init_process_group("cpu:gloo,cuda:nccl" if device.startswith("cuda") else "gloo", timeout=PATIENCE)
+    dist.init_process_group("cpu:gloo,cuda:nccl" if device == "cuda" else "gloo", timeout=PATIENCE)
     if rank() > 0:
         sys.stdout = open(os.devnull, "w")  # noqa: SIM115
 

@@ -57,15 +57,26 @@ def read_json(path: Path, remedy: str, kind: type = dict) -> dict | list:
     return value
 
 
-def append_lines(path: Path, values: list[dict]) -> None:
-    """Append JSON lines in one write, and see them onto the disk."""
+def size_of(path: Path) -> int:
+    """Bytes of a file, 0 where there is none."""
+    return path.stat().st_size if path.exists() else 0
+
+
+def append_lines(path: Path, values: list[dict], behind: int | None = None) -> int:
+    """Append JSON lines in one write, and see them onto the disk; returns the file's bytes.
+
+    A file that does not end `behind` so many bytes is being written by somebody else: a `UserError`.
+    """
     text = "".join(json.dumps(value, ensure_ascii=False) + "\n" for value in values)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         with open(path, "ab") as file:
+            if behind not in (None, file.tell()):
+                raise UserError(f"{path}: another program writes it, too; wait for that one, then run again")
             file.write(text.encode("utf-8"))
             file.flush()
             os.fsync(file.fileno())
+            return file.tell()
     except OSError as error:
         raise UserError(f"{path}: cannot be written ({error}); make room for it, or write elsewhere") from None
 

@@ -4,6 +4,8 @@ import os
 import shutil
 from pathlib import Path
 
+import torch
+
 from minialign.cli import require, require_at_least, require_device, require_images, require_outside, require_seed
 from minialign.lora import read_adapter_config
 
@@ -18,7 +20,7 @@ def check_training(config) -> None:
     require(0 <= config.projector_lr <= 1e30, f"--projector-lr {config.projector_lr}: 0 or more, at most 1e30")
     require(config.gamma is None or 0 <= config.gamma <= 1, f"--gamma {config.gamma}: between 0 and 1")
     require(config.clip > 0, f"--clip {config.clip}: above 0")
-    compiler = os.environ.get("CXX", "g++")
+    compiler = os.environ.get("CXX") or "g++"
     said = f"--compile: needs a C++ compiler, and there is no {compiler}; install it, or leave --compile out"
     require(not config.compile or shutil.which(compiler) is not None, said)
     require(0 <= config.warmup < 1, f"--warmup {config.warmup}: a share of the steps, below 1")
@@ -34,7 +36,7 @@ def check_training(config) -> None:
 def require_torchrun(shard: str) -> None:
     """Refuse shards where there is one process to hold them."""
     said = "--shard full: start with torchrun, as in `torchrun --nproc-per-node 8 train_dpo.py ...`, or leave it out"
-    require(shard == "none" or "RANK" in os.environ, said)
+    require(shard == "none" or torch.distributed.is_torchelastic_launched(), said)
 
 
 def adapter_shape(config) -> dict:

@@ -72,6 +72,7 @@ class ReferenceCache:
     """The log-probs that `folder` has of a model's reference, and those that are added to it."""
 
     def __init__(self, folder: Path, model: Llava):
+        folder.mkdir(parents=True, exist_ok=True)  # now, and not when the first value is found
         self.folder, self.reference = folder, reference_key(model)
         self.file = folder / f"reference-{secrets.token_hex(8)}.jsonl"  # of this process alone
         self.known: dict[str, list[float]] = {}

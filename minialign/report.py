@@ -241,7 +241,7 @@ def pair_list(pairs: list[ReportPair]) -> str:
     """The pairs one after another, with a line that explains the marks."""
     note = "Masked patches are dimmed. Words that differ are <ins>underlined</ins> in the chosen response, "
     note += "<del>underlined with a wave</del> in the rejected one."
-    note = note if pairs else "No pairs were recorded."
+    note = note if pairs else "No pairs were stored, and answers of the policy itself are not kept."
     return f'<p class="note">{note}</p>\n' + "\n".join(map(pair_block, pairs))
 
 

@@ -67,6 +67,8 @@ def remove_results(out: Path) -> None:
         return
     if (out / "checkpoint/progress.safetensors").exists() and not (out / "report.html").exists():
         raise UserError(f"--out {out}: holds an unfinished run; --resume goes on with it, or name another --out")
+    if (out / "report.html").exists():
+        print(f"{out}: the finished run there is replaced")
     for old in ("checkpoint/progress.safetensors", "result.json", "counts.json", "report.html"):
         (out / old).unlink(missing_ok=True)
     for old in ("adapter", "merged"):
@@ -84,7 +86,8 @@ class Run:
     def __init__(self, out: Path, model: Llava, optimizer: torch.optim.Optimizer, resume: bool):
         self.folder, self.log, self.model, self.optimizer = out / "checkpoint", out / "metrics.jsonl", model, optimizer
         self.start = load_progress(self.folder, model, optimizer) if resume else 0
-        self.rows = read_lines(self.log, "leave --resume out")[: self.start] if self.start else []
+        rows = read_lines(self.log, "leave --resume out")[: self.start] if self.start and rank() == 0 else []
+        self.rows = gather(rows)[0]  # read by one process, as what a kill has cut off is taken away
         if len(self.rows) < self.start:
             raise UserError(f"{self.log}: {len(self.rows)} of the checkpoint's {self.start} steps; leave --resume out")
         once(lambda: write_whole(self.log, "".join(json.dumps(row) + "\n" for row in self.rows)))

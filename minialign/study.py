@@ -4,9 +4,10 @@
     python -m minialign.study --rows bdhs,sft --seeds 1 --split validation
 
 A row is a list of commands, run in order; what of them --out already holds is not run again. So rows that begin with
-the same command share its pairs. All rows
-draw on the same records and make the same number of optimizer steps, in batches of the same size. Intervals are
-bootstrapped over images and seeds; differences between rows are paired by image.
+the same command share its pairs; where several studies run side by side in one --out, such rows belong to the same one,
+and a last one, of all rows, makes the table. All rows draw on the same records and make the same number of optimizer
+steps, in batches of the same size. Intervals are bootstrapped over images and seeds; differences between rows are
+paired by image.
 Leaves study.html and study.json: {"rows": [...], "findings": [{"id", "status", "evidence"}]}.
 """
 
@@ -39,7 +40,7 @@ TRAIN = "--out {study}/{row}-{seed} --seed {seed} --steps {steps} --eval-split {
 SAMPLE_BDHS = f"sample_bdhs.py --out {BDHS} {DRAW}"
 CORRUPT = f"minialign.toycorrupt --out {CORRUPTED} {DRAW}"
 OFFLINE, ONLINE = f"train_dpo.py {TRAIN} --pairs", f"train_online.py {TRAIN} --limit {{limit}} --method"
-# Every row has the rate, of four, that was best on validation (docs/sweep.md); 2e-4, the toy's default, goes unsaid.
+# The rates were chosen on validation, for each row (docs/sweep.md); 2e-4, the toy's default, goes unsaid.
 ROWS = {
     "bdhs": [SAMPLE_BDHS, f"{OFFLINE} {BDHS}"],
     "sft": [SAMPLE_BDHS, f"{OFFLINE} {BDHS} --loss sft --lr 1e-3"],

@@ -69,6 +69,7 @@ def main() -> None:
     config = parse_config(Config, __doc__)
     require(config.limit >= 1, f"--limit {config.limit}: at least 1")
     require(not Path(config.out).is_dir(), f"--out {config.out}: is a folder; name the pairs file to write")
+    require(not Path(config.out).exists(), f"--out {config.out}: is there already; name another file, or remove it")
     records = read_records("toy", None, config.limit, config.seed)
     write_whole(Path(config.out), "".join(json.dumps(pair_line(record, config.seed)) + "\n" for record in records))
     print(f"{config.out}: {len(records)} pairs")

@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 from script_runs import contents, instruct_file, read_lines, sample
 
+import sample_bdhs
 from minialign import toyworld
 from minialign.bdhs import Bdhs
 from minialign.errors import UserError
@@ -142,3 +143,20 @@ def test_data_that_changed_under_the_same_ids(model, tmp_path, change):
     assert out.read_bytes() == before
     data.write_text("".join(json.dumps(record(i)) + "\n" for i in range(4)))
     assert len(sample(model, out, data=str(data))) == 4 and out.read_bytes().startswith(before)
+
+
+def test_two_programs_do_not_write_one_file(model, tmp_path, monkeypatch):
+    """The one that comes second to a batch ends with its line; the file is the other's."""
+    out, real, calls = tmp_path / "pairs.jsonl", sample_bdhs.append_lines, []
+
+    def interrupted(path, lines, behind):
+        if not calls:
+            calls.append(lines)
+            sample(model, tmp_path / "other.jsonl")
+            path.write_bytes((tmp_path / "other.jsonl").read_bytes())
+        return real(path, lines, behind)
+
+    monkeypatch.setattr(sample_bdhs, "append_lines", interrupted)
+    with pytest.raises(UserError, match="another program writes it, too; wait for that one, then run again"):
+        sample(model, out)
+    assert out.read_bytes() == (tmp_path / "other.jsonl").read_bytes()

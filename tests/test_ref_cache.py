@@ -175,7 +175,7 @@ def test_what_is_refused_in_one_line(model, pairs, tmp_path, cache):
         train(model, tmp_path / "out", pairs=pairs, limit=4, **({"ref_cache": cache} | changes))
 
     refused(lambda: run(rejected="distorted"), "--ref-cache with --rejected distorted: these responses are made anew")
-    refused(lambda: run(ref_cache=pairs), f"--ref-cache {pairs}: is a file; name a folder")
+    refused(lambda: run(ref_cache=pairs), f"--ref-cache '{pairs}': is no folder; name one")
     (path,) = Path(cache).iterdir()
     path.write_bytes(path.read_bytes().replace(b"logps", b"logqs", 1))
     refused(run, f"{path}: a line is damaged; delete the file")
