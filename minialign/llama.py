@@ -9,6 +9,9 @@ from dataclasses import dataclass
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.nn.attention.flex_attention import BlockMask, flex_attention
+
+from minialign.compiled import compiled
 
 
 @dataclass(frozen=True)
@@ -87,7 +90,11 @@ class Attention(nn.Module):
         self.o_proj = nn.Linear(q_size, config.hidden_size, bias=False)
 
     def forward(self, x, rotary, mask, cache: KVCache | None, layer: int) -> Tensor:
-        """(B, T, D) -> (B, T, D); mask (B, 1, T, keys) bool, keys being T, or all that `cache` holds with them."""
+        """(B, T, D) -> (B, T, D).
+
+        mask: (B, 1, T, keys) bool, keys being T, or all that `cache` holds with them; a BlockMask of T by T; or None,
+        which is plain causal.
+        """
         B, T, _ = x.shape
         q, k, v = (  # (B, heads, T, head_dim)
             proj(x).view(B, T, -1, self.head_dim).transpose(1, 2) for proj in (self.q_proj, self.k_proj, self.v_proj)
@@ -95,7 +102,12 @@ class Attention(nn.Module):
         q, k = rotate(q, *rotary), rotate(k, *rotary)
         if cache is not None:
             k, v = cache.append(layer, k, v)
-        out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, enable_gqa=q.shape[1] != k.shape[1])
+        grouped = q.shape[1] != k.shape[1]
+        if isinstance(mask, BlockMask):
+            flex = flex_attention if torch.compiler.is_compiling() else compiled(flex_attention)
+            out = flex(q, k, v, block_mask=mask, enable_gqa=grouped)
+        else:
+            out = F.scaled_dot_product_attention(q, k, v, mask, is_causal=mask is None, enable_gqa=grouped)
         return self.o_proj(out.transpose(1, 2).reshape(B, T, -1))
 
 
@@ -137,8 +149,10 @@ class Llama(nn.Module):
         self.layers = nn.ModuleList(DecoderLayer(config) for _ in range(config.num_hidden_layers))
         self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
 
-    def forward(self, embeddings: Tensor, positions: Tensor, mask: Tensor, cache: KVCache | None = None) -> Tensor:
-        """(B, T, D) embeddings, (B, T) positions, (B, 1, T, keys) bool mask -> (B, T, D) hidden states.
+    def forward(
+        self, embeddings: Tensor, positions: Tensor, mask: Tensor | BlockMask | None, cache: KVCache | None = None
+    ) -> Tensor:
+        """(B, T, D) embeddings, (B, T) positions, a mask as `Attention` takes it -> (B, T, D) hidden states.
 
         With a cache, the keys are those already cached followed by the T new ones.
         """

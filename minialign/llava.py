@@ -92,5 +92,8 @@ class Llava(nn.Module):
 
         With a cache, `keys` is the whole tree so far, whose last T columns are `tree`'s.
         """
-        mask = dense_mask(tree, tree if keys is None else keys)
+        if keys is None and (cache is None or tree.causal):
+            mask = tree.mask
+        else:  # sampling: few queries at a time, or a short prompt
+            mask = dense_mask(tree, tree if keys is None else keys)
         return self.language_model(self.embed(tree, tower_features), tree.positions, mask, cache)

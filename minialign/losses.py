@@ -2,24 +2,36 @@
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from minialign.llava import Llava
 from minialign.lora import adapters_off
 from minialign.masks import TokenTree
+
+CHUNK = 512  # branch tokens whose logits (CHUNK, V) are held at a time
 
 
 def token_logps(model: Llava, tree: TokenTree, tower_features: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
     """Log-probability of every branch token: (row, branch - 1, log-prob), (branch tokens,) each, float32.
 
     A branch's first token is predicted by the trunk token before its fork. The LM head runs on the tokens that
-    predict a branch's, and nowhere else.
+    predict a branch's, and nowhere else, a chunk at a time. Where gradients are wanted, no chunk's logits are kept:
+    the backward pass computes them again from the hidden states.
     """
     hidden = model(tree, tower_features)
     row, column = (tree.branch > 0).nonzero(as_tuple=True)
-    logits = model.lm_head(hidden[row, tree.parent[row, column]]).float()  # (branch tokens, V)
-    logps = logits.log_softmax(-1).gather(-1, tree.ids[row, column, None])[:, 0]
+    chunks = zip(hidden[row, tree.parent[row, column]].split(CHUNK), tree.ids[row, column].split(CHUNK), strict=True)
+    logps = torch.cat([
+        checkpoint(predicted_logps, model.lm_head, *chunk, use_reentrant=False, preserve_rng_state=False)
+        for chunk in chunks
+    ])  # fmt: skip
     return row, tree.branch[row, column] - 1, logps
+
+
+def predicted_logps(lm_head: nn.Linear, hidden: Tensor, ids: Tensor) -> Tensor:
+    """Log-probability of each token (N,) by the hidden state (N, D) that predicts it: (N,), float32."""
+    return lm_head(hidden).float().log_softmax(-1).gather(-1, ids[:, None])[:, 0]
 
 
 def branch_logps(model: Llava, tree: TokenTree, tower_features: Tensor | None) -> Tensor:

@@ -5,10 +5,14 @@ a DPO pair is a prompt with two branches; a BDHS completion of S sentences is on
 with S branches, each forking where its sentence was cut. One rule, `may_attend`, covers them all.
 """
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from functools import cached_property
 
 import torch
 from torch import Tensor
+from torch.nn.attention.flex_attention import BlockMask, create_block_mask
+
+from minialign.compiled import compiled
 
 TRUNK = 0
 PADDING = -1
@@ -28,6 +32,7 @@ class TokenTree:
     parent     column of the token that predicts this one, -1 for the first
     feature    row of the batch's image features that fills this slot, NEWLINE for image_newline, -1 for text
     tip        (B, S) column of each branch's last token (its fork's, if it has none), -1 where there is no branch
+    causal     every token follows the one in the column before it and none is hidden: the rule is plain causal
     """
 
     ids: Tensor
@@ -39,10 +44,22 @@ class TokenTree:
     feature: Tensor
     tip: Tensor
     features_expected: int = 0
+    causal: bool = False
+
+    @cached_property
+    def mask(self) -> Tensor | BlockMask | None:
+        """The rule among the tree's own tokens, built once for policy and reference; None: plain causal attention.
+
+        That lets padding attend to what is before it, and nobody reads what it gets.
+        """
+        if self.causal:
+            return None
+        return block_mask(self) if self.ids.is_cuda else dense_mask(self, self)
 
     def to(self, device) -> "TokenTree":
         """The same tree on `device`."""
-        return TokenTree(*(getattr(self, n).to(device) for n in (*COLUMNS, "tip")), self.features_expected)
+        tensors = (getattr(self, name).to(device) for name in (*COLUMNS, "tip"))
+        return TokenTree(*tensors, self.features_expected, self.causal)
 
     def append(self, other: "TokenTree") -> "TokenTree":
         """This tree with the columns of `other` behind its own: decoding grows a tree so."""
@@ -69,6 +86,19 @@ def dense_mask(query: TokenTree, key: TokenTree) -> Tensor:
         query.positions[:, None, :, None], query.branch[:, None, :, None], query.fork[:, None, :, None],
         key.positions[:, None, None, :], key.branch[:, None, None, :], key.visible[:, None, None, :],
     )  # fmt: skip
+
+
+def block_mask(tree: TokenTree) -> BlockMask:
+    """The rule for FlexAttention: the blocks of 128 x 128 in which it holds somewhere, and the rule within them."""
+    positions, branch, fork, visible = tree.positions, tree.branch, tree.fork, tree.visible  # no cycle with tree.mask
+
+    def rule(row, head, q, k):
+        return may_attend(
+            positions[row, q], branch[row, q], fork[row, q], positions[row, k], branch[row, k], visible[row, k]
+        )
+
+    rows, width = tree.ids.shape
+    return compiled(create_block_mask)(rule, rows, None, width, width, device=tree.ids.device)
 
 
 def image_attention_mask(image_tokens: int, rho_th: float, generator: torch.Generator) -> Tensor:
@@ -132,8 +162,10 @@ def build_tree(
         # Padding has unique positions, so that each pad may attend to itself alone.
         for values, pad in zip(row, [pad_id, None, PADDING, 0, False, -1, -1], strict=True):
             values += range(count, width) if pad is None else [pad] * (width - count)
-    columns = (torch.tensor([row[i] for row in rows]) for i in range(len(COLUMNS)))
-    return TokenTree(*columns, torch.tensor(tips).view(len(rows), branches), offset)
+    columns = [torch.tensor([row[i] for row in rows]) for i in range(len(COLUMNS))]
+    tree = TokenTree(*columns, torch.tensor(tips).view(len(rows), branches), offset)
+    follows = tree.visible & (tree.parent == torch.arange(width) - 1)
+    return replace(tree, causal=bool((follows | (tree.branch == PADDING)).all()))
 
 
 def _row(sequence: Sequence, image_token_id: int, feature_offset: int, drop_hidden: bool) -> tuple[list, list]:

@@ -14,7 +14,7 @@ from oracle import Oracle
 from PIL import Image
 from script_runs import train
 
-from minialign import toyworld
+from minialign import llama, toyworld
 from minialign.checkpoint import TOY, save_model
 
 os.environ["HF_HUB_OFFLINE"] = "1"
@@ -25,6 +25,26 @@ torch.set_num_threads(1)  # the models are tiny: on a busy machine a second thre
 def oracle() -> Oracle:
     """transformers, where it is installed."""
     return Oracle(pytest.importorskip("transformers"))
+
+
+@pytest.fixture
+def carriers(monkeypatch) -> list[str]:
+    """What carried the rule to the kernel in every call of a decoder's layer: `causal`, `dense` or `blocks`."""
+    sdpa, flex, calls = torch.nn.functional.scaled_dot_product_attention, llama.flex_attention, []
+
+    def noted_sdpa(*args, **kwargs):
+        if kwargs:  # the tower has no mask
+            assert kwargs["is_causal"] == (args[3] is None)
+            calls.append("causal" if args[3] is None else "dense")
+        return sdpa(*args, **kwargs)
+
+    def noted_flex(*args, **kwargs):
+        calls.append("blocks")
+        return flex(*args, **kwargs)
+
+    monkeypatch.setattr(torch.nn.functional, "scaled_dot_product_attention", noted_sdpa)
+    monkeypatch.setattr(llama, "flex_attention", noted_flex)
+    return calls
 
 
 # ---------------------------------------------------------------- the scripts

@@ -20,6 +20,7 @@ from minialign.errors import UserError
 from minialign.images import ImageProcessor
 from minialign.llama import LlamaConfig
 from minialign.llava import Llava, LlavaConfig
+from minialign.masks import Branch, Sequence
 
 IMAGE = 3  # the image token of the random models
 SIZES = {  # grouped-query attention, a head size of its own, widths that differ from one another
@@ -87,6 +88,28 @@ def random_toy(seed: int = 0) -> Llava:
 def random_ids(rng: random.Random, count: int, vocab: int = 50) -> list[int]:
     """Text ids: no control token and no image token of the random models."""
     return [rng.randrange(IMAGE + 1, vocab) for _ in range(count)]
+
+
+def random_batch(seed: int, patches: int) -> list[Sequence]:
+    """Rows of unlike lengths, with and without a picture, with one to four branches that fork anywhere."""
+    rng = random.Random(seed)
+    batch = []
+    for row in range(3 + seed % 2):
+        image = patches > 0 and (row == 0 or rng.random() < 0.6)
+        trunk = random_ids(rng, 1 + rng.randrange(3)) + [IMAGE] * image + random_ids(rng, 2 + rng.randrange(6))
+        forks = [None, *(rng.randrange(1, len(trunk) + 1) for _ in range(rng.randrange(4)))]
+        branches = [Branch(random_ids(rng, 1 + rng.randrange(7)), fork) for fork in forks]
+        batch.append(Sequence(trunk, branches, patches if image else 0))
+    return batch
+
+
+def random_case(seed: int, vocab: int = 50) -> tuple[Llava, list[Sequence], Tensor]:
+    """A random model, a batch for it, and what a tower might have seen of the batch's pictures."""
+    model = random_model(seed, vocab)
+    patches, width = model.config.vision.patches, model.config.vision.hidden_size
+    batch = random_batch(seed, patches)
+    pictures = sum(row.image_tokens > 0 for row in batch)
+    return model, batch, torch.randn(pictures, patches, width, generator=torch.Generator().manual_seed(seed))
 
 
 def plain_logits(model: Llava, ids: list[int], features: Tensor | None, visible: list[bool] | None = None) -> Tensor:

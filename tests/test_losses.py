@@ -2,7 +2,6 @@
 
 import copy
 import math
-import random
 from collections import defaultdict
 from types import SimpleNamespace
 
@@ -11,7 +10,8 @@ import torch
 from helpers import (
     IMAGE,
     plain_logp,
-    random_ids,
+    random_batch,
+    random_case,
     random_model,
     toy_features,
     toy_model,
@@ -146,19 +146,6 @@ def test_losses_equal_trl(ours, trl, seed):
 # Log-probs of branches ---------------------------------------------------------------------------------------
 
 
-def random_batch(seed: int, patches: int) -> list[Sequence]:
-    """Rows of unlike lengths, with and without a picture, with one to four branches that fork anywhere."""
-    rng = random.Random(seed)
-    batch = []
-    for row in range(3 + seed % 2):
-        image = patches > 0 and (row == 0 or rng.random() < 0.6)
-        trunk = random_ids(rng, 1 + rng.randrange(3)) + [IMAGE] * image + random_ids(rng, 2 + rng.randrange(6))
-        forks = [None, *(rng.randrange(1, len(trunk) + 1) for _ in range(rng.randrange(4)))]
-        branches = [Branch(random_ids(rng, 1 + rng.randrange(7)), fork) for fork in forks]
-        batch.append(Sequence(trunk, branches, patches if image else 0))
-    return batch
-
-
 def plain_sums(model, batch: list[Sequence], features) -> list[list[torch.Tensor]]:
     """Every branch as a full sequence of its own."""
     pictures = iter(features)
@@ -182,10 +169,7 @@ def assert_same_gradients(model, ours: torch.Tensor, plain: torch.Tensor) -> Non
 
 @pytest.mark.parametrize("seed", SEEDS)
 def test_branch_logps_equal_the_plain_way(seed):
-    model = random_model(seed)
-    batch = random_batch(seed, model.config.vision.patches)
-    pictures = sum(row.image_tokens > 0 for row in batch)
-    features = torch.randn(pictures, model.config.vision.patches, 16, generator=torch.Generator().manual_seed(seed))
+    model, batch, features = random_case(seed)
     ours = branch_logps(model, build_tree(batch, IMAGE, pad_id=0), features)
     plain = plain_sums(model, batch, features)
     weights = torch.randn(ours.shape, generator=torch.Generator().manual_seed(seed + 1))

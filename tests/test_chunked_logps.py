@@ -1,0 +1,62 @@
+"""Log-probs a chunk of tokens at a time: the numbers of all at once, and never the logits of all at once."""
+
+import pytest
+import torch
+from helpers import IMAGE, random_case, worst
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from minialign import losses
+from minialign.losses import token_logps
+from minialign.masks import build_tree
+
+SEEDS = range(6)
+VOCAB = 97  # no other width of the random models
+
+
+class Heights(TorchDispatchMode):
+    """Notes of every new tensor that is as wide as the vocabulary how many rows it has."""
+
+    def __init__(self):
+        super().__init__()
+        self.seen: list[int] = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        out = func(*args, **(kwargs or {}))
+        if isinstance(out, torch.Tensor) and out.dim() and out.shape[-1] == VOCAB and not func.is_view:
+            self.seen.append(out.numel() // VOCAB)
+        return out
+
+
+def with_gradients(model, logps: torch.Tensor, seed: int) -> tuple[torch.Tensor, ...]:
+    """(the log-probs, then the gradients of a random sum of them by all that the decoder, projector and head hold)."""
+    weights = torch.randn(logps.shape, generator=torch.Generator().manual_seed(seed))
+    named = [p for name, p in model.named_parameters() if not name.startswith("vision_tower")]
+    return logps.detach(), *torch.autograd.grad((logps * weights).sum(), named)
+
+
+def at_once(model, tree, features) -> torch.Tensor:
+    """All branch tokens' log-probs, from the logits of all of them."""
+    row, column = (tree.branch > 0).nonzero(as_tuple=True)
+    logits = model.lm_head(model(tree, features)[row, tree.parent[row, column]])
+    return logits.float().log_softmax(-1).gather(-1, tree.ids[row, column, None])[:, 0]
+
+
+@pytest.mark.parametrize("seed", SEEDS)
+def test_chunks_are_all_at_once(seed, monkeypatch):
+    """Bit for bit where one chunk takes them all; and a chunk's logits are all that there ever is, and are not kept."""
+    model, batch, features = random_case(seed, VOCAB)
+    tree = build_tree(batch, IMAGE, pad_id=0)
+    expected, tokens = with_gradients(model, at_once(model, tree, features), seed), int((tree.branch > 0).sum())
+    for chunk in (losses.CHUNK, tokens, tokens - 1, 2 + seed, 1):
+        monkeypatch.setattr(losses, "CHUNK", chunk)
+        kept: list[torch.Tensor] = []
+        with Heights() as heights:
+            with torch.autograd.graph.saved_tensors_hooks(lambda t, kept=kept: kept.append(t) or t, lambda t: t):
+                logps = token_logps(model, tree, features)[2]
+            found = with_gradients(model, logps, seed)
+        assert max(heights.seen) == min(chunk, tokens) and not any(t.shape[-1:] == (VOCAB,) for t in kept)
+        for ours, theirs in zip(found, expected, strict=True):
+            assert theirs.abs().max() > 0
+            if chunk >= tokens:
+                assert torch.equal(ours, theirs)
+            assert worst(ours, theirs) <= 1e-5 * theirs.abs().max().item()
