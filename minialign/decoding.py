@@ -60,6 +60,8 @@ class Context:
         capacity = -(-(self.filled + room) // ROUND) * ROUND
         self.model, self.tree, self.fixed = model, prompts, fixed
         self.cache = KVCache(model.config.text, rows, capacity, model.lm_head.weight)
+        if fixed:  # free columns are attended to with weight 0, and 0 times NaN is NaN
+            self.cache.keys.zero_(), self.cache.values.zero_()
         hidden = model(prompts, tower_features, self.cache)
         tip = prompts.tip.clamp(min=0)[..., None].expand(-1, -1, hidden.shape[-1])
         self.logits = model.lm_head(hidden.gather(1, tip)).float()  # (B, S, V) behind the branches' last tokens

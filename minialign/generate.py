@@ -16,7 +16,7 @@ from minialign.errors import UserError
 from minialign.llava import Llava
 from minialign.masks import PADDING, Sequence, build_tree
 
-LIKELY = 64  # ids that are sorted at first to draw one
+LIKELY = 32  # ids that are sorted at first to draw one
 
 
 @dataclass(frozen=True)
@@ -69,7 +69,7 @@ def invert(probs: Tensor, uniform: Tensor, top_p: float, count: int) -> Tensor:
         # Equals of the last one may be missing, and some that top_p keeps.
         unsure = (values.gather(-1, place)[:, 0] == values[:, -1]) | ((top_p < 1) & (cumulative[:, -1] < top_p))
         if unsure.any():
-            ids[unsure] = invert(probs[unsure], uniform[unsure], top_p, 16 * count)
+            ids[unsure] = invert(probs[unsure], uniform[unsure], top_p, count**2)
     return ids
 
 

@@ -34,14 +34,13 @@ class LlamaConfig:
 class KVCache:
     """Keys and values of all layers, (B, kv heads, capacity, head_dim) each, filled from the left.
 
-    What is not filled yet is zero: a mask may hide it, which it could not with anything, as 0 times NaN is NaN.
-    `length`, how much is filled, is a tensor: a CUDA graph, too, then writes at another place in every step.
+    `length`, how much is filled, is a tensor: so a CUDA graph, too, writes at another place in every step.
     """
 
     def __init__(self, config: LlamaConfig, batch: int, capacity: int, like: Tensor):
         shape = (config.num_hidden_layers, batch, config.num_key_value_heads, capacity, config.head_dim)
-        self.keys = torch.zeros(shape, dtype=like.dtype, device=like.device)
-        self.values = torch.zeros(shape, dtype=like.dtype, device=like.device)
+        self.keys = torch.empty(shape, dtype=like.dtype, device=like.device)
+        self.values = torch.empty_like(self.keys)
         self.length = torch.zeros((), dtype=torch.long, device=like.device)
 
     def append(self, layer: int, key: Tensor, value: Tensor, width: int) -> tuple[Tensor, Tensor]:
