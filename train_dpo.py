@@ -91,6 +91,8 @@ class Config:
     resume: bool = False  # continue from --out/checkpoint
     device: str = "cpu"  # torch device
     dtype: Literal["float32", "bfloat16"] = "float32"  # of the frozen weights; adapters and losses are float32
+    recompute: bool = False  # keep no activations of the decoder's layers: the backward pass computes them again
+    compile: bool = False  # run the decoder's layers compiled where they are trained
     shard: Literal["none", "full"] = "none"  # under torchrun: a whole model per process, or FSDP2's shards of one
     workers: int | None = None  # processes that read and decode pictures ahead (4; toy: 0)
     skip_bad_records: bool = False  # skip and count malformed pairs instead of stopping
@@ -195,6 +197,7 @@ def main(config: Config) -> None:
     collate = PairCollator(tokenizer, processor, config.images, *limits, fields, noise, keyed=keyed)
     records = usable_pairs(records, collate.check, config.limit, config.seed, config.skip_bad_records)
     model = distributed.load(config, lambda device: lora.load_policy(folder, config, device))
+    model.language_model.in_training(config.recompute, config.compile)
     announce(folder, model, tokenizer)
     with gathered(model):
         cache = ReferenceCache(Path(config.ref_cache), model) if keyed else None

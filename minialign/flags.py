@@ -1,6 +1,7 @@
 """What the flags of the training scripts may be, and which of them have no sense together."""
 
 import os
+import shutil
 from pathlib import Path
 
 from minialign.cli import require, require_at_least, require_device, require_images, require_outside, require_seed
@@ -17,6 +18,9 @@ def check_training(config) -> None:
     require(0 <= config.projector_lr <= 1e30, f"--projector-lr {config.projector_lr}: 0 or more, at most 1e30")
     require(config.gamma is None or 0 <= config.gamma <= 1, f"--gamma {config.gamma}: between 0 and 1")
     require(config.clip > 0, f"--clip {config.clip}: above 0")
+    compiler = os.environ.get("CXX", "g++")
+    said = f"--compile: needs a C++ compiler, and there is no {compiler}; install it, or leave --compile out"
+    require(not config.compile or shutil.which(compiler) is not None, said)
     require(0 <= config.warmup < 1, f"--warmup {config.warmup}: a share of the steps, below 1")
     said = "--adapter and --reference go together: name the policy's start, and `base` or `adapter` as its reference"
     require((config.adapter is None) == (config.reference is None), said)

@@ -10,6 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.attention.flex_attention import BlockMask, flex_attention
+from torch.utils.checkpoint import checkpoint
 
 from minialign.compiled import compiled
 
@@ -135,7 +136,12 @@ class MLP(nn.Module):
 
 
 class DecoderLayer(nn.Module):
-    """Pre-norm attention and MLP, each with a residual."""
+    """Pre-norm attention and MLP, each with a residual.
+
+    Two means of training, where there is no cache, which leave the numbers as they are:
+    recompute  nothing but the input is kept for the backward pass, which runs the layer again
+    compiled   the layer runs compiled; all layers share the code
+    """
 
     def __init__(self, config: LlamaConfig):
         super().__init__()
@@ -143,8 +149,18 @@ class DecoderLayer(nn.Module):
         self.mlp = MLP(config)
         self.input_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
         self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.recompute = self.compiled = False
 
     def forward(self, x, rotary, mask, cache: KVCache | None, layer: int) -> Tensor:
+        if cache is not None:
+            return self.block(x, rotary, mask, cache, layer)
+        block = compiled(DecoderLayer.block) if self.compiled else DecoderLayer.block
+        if not self.recompute:
+            return block(self, x, rotary, mask)
+        return checkpoint(block, self, x, rotary, mask, use_reentrant=False, preserve_rng_state=False)
+
+    def block(self, x, rotary, mask, cache: KVCache | None = None, layer: int = 0) -> Tensor:
+        """What the layer computes; `layer` is its number in the cache."""
         x = x + self.self_attn(self.input_layernorm(x), rotary, mask, cache, layer)
         return x + self.mlp(self.post_attention_layernorm(x))
 
@@ -158,6 +174,11 @@ class Llama(nn.Module):
         self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
         self.layers = nn.ModuleList(DecoderLayer(config) for _ in range(config.num_hidden_layers))
         self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+
+    def in_training(self, recompute: bool, compiled: bool) -> None:
+        """How every layer runs where there is no cache: see `DecoderLayer`."""
+        for layer in self.layers:
+            layer.recompute, layer.compiled = recompute, compiled
 
     def forward(
         self, embeddings: Tensor, positions: Tensor, mask: Tensor | BlockMask | None, cache: KVCache | None = None

@@ -14,7 +14,7 @@ def make_optimizer(model: Llava, lr: float, projector_lr: float) -> torch.optim.
     """AdamW on what is trained; each group keeps its peak rate as `peak`."""
     # Differs from the paper: without weight decay; the paper is silent.
     groups = [group | {"peak": group["lr"]} for group in trainable_groups(model, lr, projector_lr)]
-    return torch.optim.AdamW(groups, weight_decay=0.0)
+    return torch.optim.AdamW(groups, weight_decay=0.0, fused=True)
 
 
 def update(optimizer: torch.optim.Optimizer, share: float, clip: float, loss: float, where: str) -> float:

@@ -1,5 +1,6 @@
 """The three scripts under torchrun, on gloo: one process, two and three give the same, whole models or shards."""
 
+import json
 import os
 import re
 import signal
@@ -11,8 +12,12 @@ from pathlib import Path
 import pytest
 import torch
 from input_files import pairs_in
+from safetensors import safe_open
 from safetensors.torch import load_file
 from script_runs import read_lines
+
+from minialign import distributed
+from minialign.schedule import batches_of_run
 
 ROOT = Path(__file__).resolve().parent.parent
 SIZES = ["--lora-rank", "4", "--batch-size", "5", "--seed", "3"]
@@ -175,3 +180,26 @@ def test_shards_need_torchrun(tmp_path, script):
     assert done.returncode == 2 and not (tmp_path / "out").exists()
     [said] = done.stderr.splitlines()
     assert said.startswith("error: --shard full: start with torchrun, as in `torchrun --nproc-per-node 8 train_dpo.py")
+
+
+def test_sigterm_to_all_saves_once(model, pairs, tmp_path):
+    """As a scheduler ends a job: every process hears it at another moment, and all stop after the same step."""
+    flags = ["--model", model, "--pairs", pairs, *SIZES, "--steps", 40, "--save-every", 40, "--eval-images", 0]
+    words = command(2, "train_dpo.py", *flags, "--shard", "full", "--out", tmp_path)
+    done = killed(tmp_path, words, lambda process: process.terminate())
+    steps = len(rows_of(tmp_path))
+    assert 3 <= steps < 40 and done.stderr.count(f"terminated after step {steps}; --resume goes on from there") == 1
+    with safe_open(tmp_path / "checkpoint/progress.safetensors", "pt") as file:
+        assert json.loads(file.metadata()["progress"]) == {"step": steps}
+
+
+@pytest.mark.parametrize("processes", [1, 2, 3, 5, 8])
+def test_every_record_is_dealt_out_once(monkeypatch, processes):
+    monkeypatch.setattr(distributed, "size", lambda: processes)
+    for batch in batches_of_run(range(23), 5, seed=4, epochs=2):
+        dealt = []
+        for rank in range(processes):
+            monkeypatch.setattr(distributed, "rank", lambda rank=rank: rank)
+            dealt.append(distributed.share(batch))
+        assert sorted(sum(dealt, [])) == sorted(batch)
+        assert max(map(len, dealt)) - min(map(len, dealt)) <= 1

@@ -20,11 +20,11 @@ README = (ROOT / "README.md").read_text(encoding="utf-8")
 ENTRIES = sorted(set(re.findall(r"`([\w/]+\.py)::(\w+)`", README)))
 BLOCKS = re.findall(r"```bash\n(.*?)```", README, re.DOTALL)
 COMMANDS = [
-    shlex.split(part, comments=True)
+    shlex.split(re.sub(r"^torchrun --nproc-per-node \d+", "python", part.strip()), comments=True)
     for block in BLOCKS
     for line in block.splitlines()
     for part in line.split("&&")
-    if part.strip().startswith("python ")
+    if part.strip().startswith(("python ", "torchrun "))
 ]
 
 

@@ -1,0 +1,208 @@
+"""--recompute and --compile change time and memory, and no number; where the model samples they do nothing."""
+
+import random
+from collections import Counter
+from dataclasses import replace
+
+import pytest
+import torch
+from helpers import IMAGE, random_case, random_ids, random_model, worst
+from input_files import gives_remedy
+from input_files import train as train_by_flags
+from online_runs import online, weights_of
+from script_runs import train
+from test_lora import adapted
+from torch.nn.attention import flex_attention as flex
+
+from minialign import llama, masks
+from minialign.compiled import compiled
+from minialign.generate import Sampling, generate
+from minialign.losses import both_logps, preference_loss
+from minialign.masks import Branch, Sequence, block_mask, build_tree
+
+SEEDS = range(6)
+PLAIN, RECOMPUTE, COMPILED = (False, False), (True, False), (False, True)
+
+
+def pairs_of(seed: int, rows: int, length: int):
+    """(a tree of pairs of which the longest has `length` tokens, features), for the random models."""
+    rng, patches, batch = random.Random(seed), 9, []
+    for row in range(rows):
+        room = length - patches - (rng.randrange(5) if row else 0)
+        first, second = sorted(rng.sample(range(3, room), 2))
+        trunk = random_ids(rng, 2) + [IMAGE] + random_ids(rng, first - 2)
+        branches = [Branch(random_ids(rng, second - first)), Branch(random_ids(rng, room - second))]
+        batch.append(Sequence(trunk, branches, patches))
+    tree = build_tree(batch, IMAGE, 0)
+    assert tree.ids.shape == (rows, length)
+    return tree, torch.randn(rows, patches, 16, generator=torch.Generator().manual_seed(seed))
+
+
+def step(model, tree, features, means: tuple[bool, bool]) -> list[torch.Tensor]:
+    """The log-probs of policy and reference, the loss, and all gradients of one training step."""
+    model.language_model.in_training(*means)
+    logps, ref_logps = both_logps(model, tree, features)
+    loss = preference_loss(logps, ref_logps, "ipo", 0.1, torch.ones(1))
+    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    return [logps.detach(), ref_logps, loss.detach(), *torch.autograd.grad(loss, trained)]
+
+
+def assert_close(ours: list[torch.Tensor], theirs: list[torch.Tensor]) -> None:
+    """Equal to 1e-4."""
+    for a, b in zip(ours, theirs, strict=True):
+        assert b.abs().max() > 0 and worst(a, b) <= 1e-4 * max(1.0, b.abs().max().item())
+
+
+# Recompute ---------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("seed", SEEDS)
+def test_recomputing_changes_no_bit(seed):
+    model = adapted(random_model(seed), 4, 8.0, seed)
+    tree, features = pairs_of(seed, 1 + seed % 3, 20 + seed)
+    for a, b in zip(step(model, tree, features, RECOMPUTE), step(model, tree, features, PLAIN), strict=True):
+        assert torch.equal(a, b) and b.abs().max() > 0
+
+
+@pytest.mark.parametrize("seed", SEEDS)
+def test_a_layer_keeps_its_input_alone(seed):
+    """And the mask, of which there is one for all layers; the rest is kept without any layers, too."""
+    model = adapted(random_model(seed), 4, 8.0, seed)
+    tree, features = pairs_of(seed, 2, 30)
+
+    def kept(means: tuple[bool, bool], layers) -> int:
+        numbers: list[int] = []
+        model.language_model.layers = layers
+        model.language_model.in_training(*means)
+        with torch.autograd.graph.saved_tensors_hooks(lambda t: numbers.append(t.numel()) or t, lambda t: t):
+            model(tree, features)
+        return sum(numbers)
+
+    layers, none = model.language_model.layers, torch.nn.ModuleList()
+    inputs = len(layers) * (tree.ids.numel() * model.config.text.hidden_size + tree.mask.numel())
+    assert kept(RECOMPUTE, layers) == kept(PLAIN, none) + inputs < kept(PLAIN, layers) / 4
+
+
+def test_who_runs_again():
+    """The policy's layers, once; neither the reference's nor the tower's, which keeps nothing."""
+    model = adapted(random_model(0), 4, 8.0)
+    tree, _ = pairs_of(0, 2, 30)
+    runs = Counter()
+    for name, module in model.named_modules():
+        if name.endswith("mlp"):
+            module.register_forward_pre_hook(lambda _, __, name=name: runs.update([name]))
+    features = model.encode_images(torch.randn(2, 3, 12, 12, requires_grad=True))
+    assert not features.requires_grad
+    step(model, tree, features, RECOMPUTE)
+    tower = {f"vision_tower.encoder.layers.{i}.mlp": 1 for i in range(2)}  # of 3; the last is never run
+    assert runs == tower | {f"language_model.layers.{i}.mlp": 1 + 2 for i in range(2)}
+
+
+# Compile -----------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def compilations(monkeypatch) -> list:
+    """The graphs that are compiled from now on; they run as plain code, which is quick to make."""
+    graphs, real = [], torch.compile
+
+    def backend(graph, inputs):
+        graphs.append(graph)
+        return graph
+
+    def forget() -> None:
+        compiled.cache_clear()
+        torch._dynamo.reset()
+
+    forget()
+    monkeypatch.setattr(torch, "compile", lambda f, **how: real(f, **how, fullgraph=True, backend=backend))
+    monkeypatch.setattr(masks, "compiled", lambda function: function)
+    yield graphs
+    forget()
+
+
+@pytest.mark.parametrize("recompute", [False, True])
+def test_twenty_lengths_compile_four_times(recompute, compilations):
+    """Policy and reference, one row and more: all layers, lengths and numbers of rows share the code."""
+    rng, model = random.Random(int(recompute)), adapted(random_model(1), 4, 8.0)
+    lengths = rng.sample(range(17, 90), 20)
+    for i, length in enumerate(lengths):
+        tree, features = pairs_of(i, [1, 2, 5, rng.randrange(1, 7)][i % 4], length)
+        means = step(model, tree, features, (recompute, True)), step(model, tree, features, PLAIN)
+        assert_close(*means)
+    assert len(compilations) == 4
+
+
+def test_compiled_by_the_real_compiler():
+    model = adapted(random_model(0), 4, 8.0)
+    for seed, (length, means) in enumerate([(40, COMPILED), (29, COMPILED), (33, (True, True))]):
+        tree, features = pairs_of(seed, 3, length)
+        assert_close(step(model, tree, features, means), step(model, tree, features, PLAIN))
+
+
+def test_a_compiled_layer_takes_blocks(compilations, monkeypatch):
+    """As on a GPU, several to a row; torch's kernel for the CPU cannot do gradients, its plain code can."""
+    monkeypatch.setattr(flex, "_validate_device", lambda *_: None)
+    model = adapted(random_model(1), 4, 8.0)
+    for seed, length in enumerate([140, 300, 211]):
+        tree, features = pairs_of(seed, 5, length)
+        blocks = replace(tree)
+        blocks.__dict__["mask"] = block_mask(tree)
+        assert_close(step(model, blocks, features, COMPILED), step(model, tree, features, PLAIN))
+    assert len(compilations) == 2
+
+
+# Where they have no part -------------------------------------------------------------------------------------
+
+
+def test_sampling_does_neither(monkeypatch):
+    def never(*_, **__):
+        raise AssertionError
+
+    model, batch, features = random_case(2)
+    model = adapted(model, 4, 8.0)
+    expected = generate(model, batch, features, Sampling(5, temperature=0.0), stop_ids=set())
+    model.language_model.in_training(True, True)
+    for name in ("checkpoint", "compiled"):
+        monkeypatch.setattr(llama, name, never)
+    assert generate(model, batch, features, Sampling(5, temperature=0.0), stop_ids=set()) == expected
+
+
+# The flags ---------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def means(monkeypatch) -> Counter:
+    """How often a layer was checkpointed, and how often it ran "compiled": as plain code here."""
+    real, counts = llama.checkpoint, Counter()
+
+    def checkpoint(*args, **kwargs):
+        counts.update(["recompute"])
+        return real(*args, **kwargs)
+
+    def plain(function):
+        counts.update(["compile"])
+        return function
+
+    monkeypatch.setattr(llama, "checkpoint", checkpoint)
+    monkeypatch.setattr(llama, "compiled", plain)
+    return counts
+
+
+@pytest.mark.parametrize("script,facts", [(train, {"epochs": 1}), (online, {"limit": 6, "method": "online-bdhs"})])
+def test_both_scripts_have_the_flags(script, facts, model, pairs, tmp_path, means):
+    facts |= {"pairs": pairs} if script is train else {"data": pairs}
+    rows, used = [], []
+    for i, (again, compile) in enumerate([PLAIN, RECOMPUTE, COMPILED]):
+        rows.append(script(model, tmp_path / str(i), **facts, recompute=again, compile=compile))
+        used.append(dict(means))
+        means.clear()
+    assert rows[0] == rows[1] == rows[2]
+    assert len({weights_of(tmp_path / str(i)) for i in range(3)}) == 1
+    times = 2 * 3 * len(rows[0])  # policy and reference, layers, steps
+    assert used == [{}, {"recompute": times}, {"compile": times}]
+
+
+def test_compiling_needs_a_compiler(model, pairs, tmp_path, monkeypatch):
+    monkeypatch.setenv("CXX", "no-such-compiler")
+    gives_remedy(lambda: train_by_flags(model, tmp_path, "--pairs", pairs, "--compile"), "no no-such-compiler; install")
