@@ -110,10 +110,11 @@ def generate(
 
     A branch also ends, without having stopped, where the decoder's positions do. Log-probs are natural, of the
     untempered distribution, as training computes them. The image token is never sampled.
-    seeds[row][branch] is needed unless temperature is 0. fixed: see decoding.py; None: on a GPU.
+    seeds[row][branch] is needed unless temperature is 0. fixed: see decoding.py; None: on a GPU, but for a
+    model in shards, as no graph takes their hooks.
     """
     device, positions, limit = model.device, model.config.text.max_position_embeddings, sampling.max_new_tokens
-    fixed = device.type == "cuda" if fixed is None else fixed
+    fixed = device.type == "cuda" and not hasattr(model, "reshard") if fixed is None else fixed
     prompts = build_tree(sequences, model.config.image_token_id, pad_id).to(device)
     rows, branches = prompts.tip.shape
     last = last_tokens(prompts)
