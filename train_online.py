@@ -107,9 +107,9 @@ class Config:
     resume: bool = False  # continue from --out/checkpoint
     device: str = "cpu"  # torch device
     dtype: Literal["float32", "bfloat16"] = "float32"  # of the frozen weights; adapters and losses are float32
+    shard: Literal["none", "full"] = "none"  # under torchrun: a whole model per process, or FSDP2's shards of one
     recompute: bool = False  # keep no activations of the decoder's layers: the backward pass computes them again
     compile: bool = False  # run the decoder's layers compiled where they are trained
-    shard: Literal["none", "full"] = "none"  # under torchrun: a whole model per process, or FSDP2's shards of one
     workers: int | None = None  # processes that read and decode pictures ahead (4; toy: 0)
     skip_bad_records: bool = False  # skip and count malformed records instead of stopping
 

@@ -40,8 +40,8 @@ class LoraLinear(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         out = self.base(x)
         A, B = (self.lora_A, self.lora_B) if self.enabled else (self.reference_A, self.reference_B)
-        if A is not None:
-            out = out + (F.linear(F.linear(x.float(), A), B) * self.scaling).to(out.dtype)
+        if A is not None:  # float32, but multiplied in the type of what comes in, as under autocast
+            out = out + F.linear(F.linear(x, A.to(x.dtype)) * self.scaling, B.to(x.dtype))
         return out
 
     def keep_reference(self) -> None:

@@ -153,11 +153,10 @@ def results_table(result: dict, corner: str = "metric") -> str:
     rows = ["".join(f'<th scope="col">{escape(column)}</th>' for column in [corner, *result])]
     for name in names:
         cells = {column: values.get(name) or {} for column, values in result.items()}
-        largest = max(abs(number(cell.get("value")) or 0.0) for cell in cells.values())
-        form = ".1f" if largest >= 10 else ".3f"  # the same number of digits along a row
         hint = BETTER.get(name.split("_")[-1], BETTER.get(name.split("_")[0], ""))
         row = f'<th scope="row">{escape(name)}<small>{hint}</small></th>'
         for column, cell in cells.items():
+            form = ".1f" if abs(number(cell.get("value")) or 0.0) >= 10 else ".3f"  # lengths, and shares
             low, high = (show(cell.get(key), form) for key in ("low", "high"))
             interval = "" if low == high == "–" else f"<small>[{low}, {high}]</small>"
             row += f'<td data-column="{escape(column)}">{show(cell.get("value"), form)}{interval}</td>'

@@ -34,7 +34,7 @@ def require_same_settings(path: Path, settings: dict, may_change: tuple[str, ...
 def require_same_flags(out: Path, config) -> None:
     """A resumed training must have the flags that its config.json notes; `config` has a training script's flags."""
     if config.resume:
-        may_change = ("resume", "out", "workers", "shard", "skip_bad_records", "ref_cache")
+        may_change = ("resume", "out", "workers", "shard", "recompute", "compile", "skip_bad_records", "ref_cache")
         remedy = "give the old value, or leave --resume out and name another --out"
         require_same_settings(out / "config.json", asdict(config), may_change, remedy)
 
@@ -149,7 +149,7 @@ def progress_tensors(model: Llava, optimizer: torch.optim.Optimizer) -> dict[str
             state = optimizer.state[parameter]
             for name in ("exp_avg", "exp_avg_sq"):
                 tensors[f"optimizer.{g}.{i}.{name}"] = state.setdefault(name, torch.zeros_like(parameter))
-            tensors[f"optimizer.{g}.{i}.step"] = state.setdefault("step", torch.tensor(0.0))
+            tensors[f"optimizer.{g}.{i}.step"] = state.setdefault("step", torch.zeros((), device=parameter.device))
     return tensors
 
 

@@ -1,5 +1,6 @@
 """The three scripts under torchrun, on gloo: one process, two and three give the same, whole models or shards."""
 
+import importlib
 import json
 import os
 import re
@@ -17,6 +18,7 @@ from safetensors.torch import load_file
 from script_runs import read_lines
 
 from minialign import distributed
+from minialign.cli import parse_config
 from minialign.schedule import batches_of_run
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -34,6 +36,12 @@ def launch(processes: int, script: str, *flags: object) -> subprocess.CompletedP
     environment = os.environ | {"OMP_NUM_THREADS": "1"}
     words = command(processes, script, *flags)
     return subprocess.run(words, env=environment, capture_output=True, text=True, timeout=240, check=False)
+
+
+def run_alone(script: str, *flags: object) -> None:
+    """One process, this one."""
+    module = importlib.import_module(script.removesuffix(".py"))
+    module.main(parse_config(module.Config, "", [str(flag) for flag in flags]))
 
 
 def run(processes: int, script: str, *flags: object) -> subprocess.CompletedProcess:
@@ -64,7 +72,7 @@ def assert_same_training(one: Path, other: Path) -> None:
 def alone(pairs, tmp_path_factory) -> Path:
     """Ten steps of one process: batches of 5, of which the last of an epoch has 4."""
     out = tmp_path_factory.mktemp("alone") / "out"
-    run(1, "train_dpo.py", *flags_of("toy", pairs, out))
+    run_alone("train_dpo.py", *flags_of("toy", pairs, out))
     return out
 
 
@@ -85,7 +93,7 @@ def test_any_number_of_processes_trains_the_same(alone, pairs, tmp_path, process
 def test_shards_in_bfloat16_are_those_of_one_process(model, pairs, tmp_path):
     """Frozen weights in bfloat16, what is trained in float32, and so the gradients that are summed."""
     flags = ["--model", model, "--pairs", pairs, *SIZES, "--steps", 3, "--eval-images", 0, "--dtype", "bfloat16"]
-    run(1, "train_dpo.py", *flags, "--out", tmp_path / "one")
+    run_alone("train_dpo.py", *flags, "--out", tmp_path / "one")
     run(2, "train_dpo.py", *flags, "--out", tmp_path / "two", "--shard", "full")
     for row, also in zip(rows_of(tmp_path / "one"), rows_of(tmp_path / "two"), strict=True):
         assert also["loss"] == pytest.approx(row["loss"], abs=1e-3)  # bfloat16 rounds by the batch
@@ -93,15 +101,15 @@ def test_shards_in_bfloat16_are_those_of_one_process(model, pairs, tmp_path):
     assert types == {torch.float32}
 
 
-def test_processes_share_a_reference_cache(model, pairs, tmp_path):
+def test_processes_share_a_reference_cache(model, pairs, tmp_path, capsys):
     """What two processes in shards have found, in uneven shares, one process looks up, and trains the same."""
     flags = ["--model", model, "--pairs", pairs, *SIZES, "--epochs", 2, "--eval-images", 0, "--lr", "1e-3"]
     flags += ["--batch-size", 2]  # the third process has none
     cache = ["--ref-cache", tmp_path / "cache"]
     run(3, "train_dpo.py", *flags, *cache, "--shard", "full", "--out", tmp_path / "three")
-    again = run(1, "train_dpo.py", *flags, *cache, "--out", tmp_path / "one")  # and the idle batch's, which is no pair
-    assert "has the reference's log-probs of 15 pairs" in again.stdout
-    run(1, "train_dpo.py", *flags, "--out", tmp_path / "plain")
+    run_alone("train_dpo.py", *flags, *cache, "--out", tmp_path / "one")
+    assert "log-probs of 15 pairs" in capsys.readouterr().out  # and the idle batch's, which is no pair
+    run_alone("train_dpo.py", *flags, "--out", tmp_path / "plain")
     assert_same_training(tmp_path / "plain", tmp_path / "three")
     assert_same_training(tmp_path / "plain", tmp_path / "one")
 
@@ -111,7 +119,7 @@ def test_online_training_in_shards(model, tmp_path, method):
     """The whole model is gathered to sample from; every process draws for its own records what one would."""
     flags = ["--model", model, *SIZES, "--method", method, "--limit", 9, "--steps", 3, "--eval-images", 0]
     flags += ["--rho-th", 0.7, "--max-new-tokens", 6, "--n-bdhs", 2, "--annotator", "oracle", "--lr", "1e-3"]
-    run(1, "train_online.py", *flags, "--out", tmp_path / "one")
+    run_alone("train_online.py", *flags, "--out", tmp_path / "one")
     run(2, "train_online.py", *flags, "--out", tmp_path / "two", "--shard", "full")
     rows = rows_of(tmp_path / "one")
     assert len({row["pairs"] for row in rows}) > 1 or rows[0]["pairs"] < 5  # some are dropped: uneven shares
@@ -137,7 +145,7 @@ def test_sampling_by_three(model, tmp_path):
     assert three.read_bytes() == one.read_bytes() and len(pairs_in(one)) > 5
     assert Path(f"{three}.stats.json").read_bytes() == Path(f"{one}.stats.json").read_bytes()
     for each in (one, three):
-        run(1, "sample_bdhs.py", *flags, "--limit", 9, "--out", each)
+        run_alone("sample_bdhs.py", *flags, "--limit", 9, "--out", each)
     assert three.read_bytes() == one.read_bytes()
 
 
@@ -159,7 +167,7 @@ def killed(out: Path, words: list[str], kill) -> subprocess.CompletedProcess:
     return subprocess.CompletedProcess(words, process.returncode, stdout, stderr)
 
 
-def test_a_process_that_dies_ends_the_others(model, pairs, tmp_path):
+def test_a_process_that_dies_ends_the_others(model, pairs, tmp_path, capsys):
     """By kill -9, as for want of memory: no hang, a line that says so, and one process goes on from the checkpoint."""
     flags = ["--model", model, "--pairs", pairs, *SIZES, "--steps", 24, "--save-every", 2, "--eval-images", 0]
     flags += ["--lr", "1e-3"]
@@ -169,8 +177,9 @@ def test_a_process_that_dies_ends_the_others(model, pairs, tmp_path):
     assert "error: another process has ended" in done.stderr and "[rank0]" not in done.stderr
     assert "(SIGKILL)" in done.stderr  # torchrun names the one that was killed
     assert 3 <= len(rows_of(tmp_path / "two")) < 24
-    assert "steps are done" in run(1, "train_dpo.py", *flags, "--resume", "--out", tmp_path / "two").stdout
-    run(1, "train_dpo.py", *flags, "--out", tmp_path / "one")
+    run_alone("train_dpo.py", *flags, "--resume", "--out", tmp_path / "two")
+    assert "steps are done" in capsys.readouterr().out
+    run_alone("train_dpo.py", *flags, "--out", tmp_path / "one")
     assert_same_training(tmp_path / "one", tmp_path / "two")
 
 
