@@ -69,10 +69,10 @@ class Context:
         if fixed:
             free = prompts.ids.new_zeros(rows, capacity - self.filled)
             self.tree = prompts.append(columns(free, free, free, free, free.bool(), self.filled))
+            for tensor in (self.cache.keys, self.cache.values, self.cache.length):
+                torch._dynamo.mark_static_address(tensor)  # a graph writes them where they are
         if fixed and model.device.type == "cuda":
             self.step = replayed_logits
-            for tensor in (self.cache.keys, self.cache.values, self.cache.length):
-                torch._dynamo.mark_static_address(tensor)  # written in place, where they are
 
     def add(self, new: TokenTree) -> None:
         """Take a step: the next columns, and the logits (B, W, V) behind them."""

@@ -93,6 +93,7 @@ class Attention(nn.Module):
     def __init__(self, config: LlamaConfig):
         super().__init__()
         self.head_dim = config.head_dim
+        self.grouped = config.num_attention_heads != config.num_key_value_heads
         q_size = config.num_attention_heads * config.head_dim
         kv_size = config.num_key_value_heads * config.head_dim
         self.q_proj = nn.Linear(config.hidden_size, q_size, bias=False)
@@ -113,12 +114,11 @@ class Attention(nn.Module):
         q, k = rotate(q, *rotary), rotate(k, *rotary)
         if cache is not None:
             k, v = cache.append(layer, k, v, T if mask is None else mask.shape[-1])
-        grouped = q.shape[1] != k.shape[1]
         if isinstance(mask, BlockMask):
             flex = flex_attention if torch.compiler.is_compiling() else compiled(flex_attention)
-            out = flex(q, k, v, block_mask=mask, enable_gqa=grouped)
+            out = flex(q, k, v, block_mask=mask, enable_gqa=self.grouped)
         else:
-            out = F.scaled_dot_product_attention(q, k, v, mask, is_causal=mask is None, enable_gqa=grouped)
+            out = F.scaled_dot_product_attention(q, k, v, mask, is_causal=mask is None, enable_gqa=self.grouped)
         return self.o_proj(out.transpose(1, 2).reshape(B, T, -1))
 
 

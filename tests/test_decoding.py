@@ -140,23 +140,24 @@ def test_free_columns_add_nothing_whatever_lay_in_memory(seed, monkeypatch):
     assert_same(drawn(seed, SAMPLINGS[1], fixed=True), grown)
 
 
-def test_a_step_is_compiled_once(compilations, monkeypatch):
-    """Whatever the lengths and the number of rows and branches, as one graph each (`fullgraph`); one row or one branch
-    would be one more."""
+def test_a_step_is_compiled_twice_at_most(compilations, monkeypatch):
+    """Whatever the lengths and the number of rows and branches, as one graph each (`fullgraph`). Sizes that are equal
+    at first, here rows, places and heads, are taken for one, and so there is a second; a size of 1 would be one more."""
     model, plain = random_model(0), decoding.next_logits
     monkeypatch.setattr(decoding, "next_logits", lambda *given: compiled(plain, "reduce-overhead")(*given))
     for seed, limit in enumerate([5, 90, 8, 12, 40, 7, 60, 9]):
         rng = random.Random(seed)
+        count, branches = (4, 4) if seed == 0 else (rng.randrange(2, 6), rng.randrange(2, 5))  # as many as heads, too
         rows = [
-            Sequence(random_ids(rng, rng.randrange(4, 150)), [Branch(random_ids(rng, 1), 3)] * rng.randrange(2, 5))
-            for _ in range(rng.randrange(2, 6))
+            Sequence(random_ids(rng, rng.randrange(4, 150)), [Branch(random_ids(rng, 1), 3)] * branches)
+            for _ in range(count)
         ]
         given = rows, None, Sampling(limit, 1.0), STOPS, seeds_of(rows, seed)
         done = generate.generate(model, *given, fixed=True)
         with monkeypatch.context() as patched:
             patched.setattr(decoding, "next_logits", plain)
             assert_same(done, generate.generate(model, *given, fixed=False))
-    assert len(compilations) == 1
+    assert len(compilations) <= 2
 
 
 # Keys --------------------------------------------------------------------------------------------------------
