@@ -142,7 +142,7 @@ def test_free_columns_add_nothing_whatever_lay_in_memory(seed, monkeypatch):
 
 def test_a_step_is_compiled_twice_at_most(compilations, monkeypatch):
     """Whatever the lengths and the number of rows and branches, as one graph each (`fullgraph`). Sizes that are equal
-    at first, here rows, places and heads, are taken for one, and so there is a second; a size of 1 would be one more."""
+    at first, here rows, places and heads, are taken for one: hence a second. A size of 1 would be one more."""
     model, plain = random_model(0), decoding.next_logits
     monkeypatch.setattr(decoding, "next_logits", lambda *given: compiled(plain, "reduce-overhead")(*given))
     for seed, limit in enumerate([5, 90, 8, 12, 40, 7, 60, 9]):
