@@ -206,6 +206,7 @@ class Bdhs:
             branches = [Branch(cut.kept_ids[cut.shared :], len(prompt) + cut.shared) for cut in parts]
             patches, packing = self.processor.layout(example.image)
             visible = self.mask(seed, len(packing))
+            ids = ids[: max(cut.shared for cut in parts)]  # no branch sees what is behind the last fork
             sequences.append(Sequence(prompt + ids, branches, patches, visible, packing))
             seeds.append([stable_seed(seed, k) for k in range(len(parts))])
             cuts.append(parts)

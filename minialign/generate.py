@@ -1,8 +1,8 @@
 """Cached, batched sampling of branches: one prefill per batch, then one token per branch and step.
 
-The branches of a row are decoded together with the trunk, whose keys are stored once. Randomness comes as one
-uniform number per branch and step from that branch's own seed, so that what is drawn for an example does not
-depend on the batch that it is in.
+The branches of a row are decoded together with the trunk, whose keys are stored once. What has ended is left out
+of the steps that follow; on a GPU it is padding (see decoding.py). Randomness comes as one uniform number per branch
+and step from that branch's own seed, so that what is drawn for an example does not depend on the batch that it is in.
 """
 
 import hashlib
@@ -11,10 +11,12 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from minialign.decoding import Context, columns, last_tokens
 from minialign.errors import UserError
-from minialign.llama import KVCache
 from minialign.llava import Llava
-from minialign.masks import PADDING, TRUNK, Sequence, TokenTree, build_tree
+from minialign.masks import PADDING, Sequence, build_tree
+
+LIKELY = 32  # ids that are sorted at first to draw one
 
 
 @dataclass(frozen=True)
@@ -45,32 +47,52 @@ def pick(logits: Tensor, uniform: Tensor, sampling: Sampling) -> Tensor:
     """Choose token ids: (..., V) logits and (...) uniform numbers -> (...) ids, by inverting the cumulative sum."""
     if sampling.temperature == 0:
         return logits.argmax(-1)
-    probs = torch.softmax(logits.double() / sampling.temperature, dim=-1)
-    probs, order = probs.sort(dim=-1, descending=True, stable=True)
-    cumulative = probs.cumsum(-1)
-    probs = probs.masked_fill(cumulative - probs >= sampling.top_p, 0)
-    cumulative = probs.cumsum(-1)
-    target = uniform[..., None].double() * cumulative[..., -1:]
-    chosen = (cumulative <= target).sum(-1, keepdim=True).clamp(max=probs.shape[-1] - 1)
-    return order.gather(-1, chosen)[..., 0]
+    probs = torch.softmax(logits.double() / sampling.temperature, dim=-1).flatten(0, -2)
+    return invert(probs, uniform.double().flatten(), sampling.top_p, LIKELY).view(uniform.shape)
 
 
-def next_columns(keys: TokenTree, ids: Tensor, position: Tensor, fork: Tensor, active: Tensor) -> TokenTree:
-    """The (B, S) columns of one decoding step: a token per active branch, padding for the others."""
-    width, branches = keys.ids.shape[1], ids.shape[1]
-    column = torch.arange(width, width + branches, device=ids.device).expand_as(ids)
-    number = torch.arange(1, branches + 1, device=ids.device).expand_as(ids)
-    nothing = torch.full_like(ids, -1)
-    return TokenTree(
-        ids=ids,
-        positions=torch.where(active, position, column),  # unique for padding
-        branch=torch.where(active, number, PADDING),
-        fork=fork,
-        visible=active,
-        parent=torch.where(active, keys.tip, nothing),
-        feature=nothing,
-        tip=torch.where(active, column, nothing),
-    )
+def invert(probs: Tensor, uniform: Tensor, top_p: float, count: int) -> Tensor:
+    """The ids (N,) at which the sums of `probs` (N, V), the likeliest first and equals by id, pass `uniform` (N,).
+
+    Sorting a vocabulary takes long, and what is drawn is nearly always among the `count` likeliest; only for rows in
+    which it may not be are more of them sorted.
+    """
+    count = min(count, probs.shape[-1])
+    likely = probs.topk(count).indices.sort().values  # by id: topk gives equals in any order
+    values, order = probs.gather(-1, likely).sort(dim=-1, descending=True, stable=True)
+    cumulative = values.cumsum(-1)
+    kept = cumulative - values < top_p
+    total = cumulative.masked_fill(~kept, 0).amax(-1) if top_p < 1 else 1.0
+    place = (cumulative <= (uniform * total)[:, None]).sum(-1, keepdim=True).clamp(max=count - 1)
+    ids = likely.gather(-1, order.gather(-1, place))[:, 0]
+    if count < probs.shape[-1]:
+        # Equals of the last one may be missing, and some that top_p keeps.
+        unsure = (values.gather(-1, place)[:, 0] == values[:, -1]) | ((top_p < 1) & (cumulative[:, -1] < top_p))
+        if unsure.any():
+            ids[unsure] = invert(probs[unsure], uniform[unsure], top_p, count**2)
+    return ids
+
+
+def uniform_numbers(seeds: list[list[int]], branches: int, count: int) -> Tensor:
+    """(B, S, count) numbers of [0, 1): as many as a branch may need, from its own seed."""
+    uniform = torch.zeros(len(seeds), branches, count)
+    for row, row_seeds in enumerate(seeds):
+        for branch, seed in enumerate(row_seeds):
+            uniform[row, branch] = torch.rand(count, generator=torch.Generator().manual_seed(seed))
+    return uniform
+
+
+def still_running(active: Tensor) -> tuple[Tensor, Tensor]:
+    """Of (B, W) branches: the rows to go on with, and for each the places (B', W') of its branches that have not ended.
+
+    Rows go when half of them have ended: their keys are copied, and so all copies together are no more than one of all.
+    """
+    rows = torch.arange(len(active), device=active.device)
+    live = active.any(1)
+    if 2 * live.sum() <= len(live):
+        rows = rows[live]
+    order = (~active[rows]).sort(dim=1, stable=True).indices
+    return rows, order[:, : active.sum(1).max()]
 
 
 @torch.no_grad()
@@ -82,60 +104,57 @@ def generate(
     stop_ids: set[int],
     seeds: list[list[int]] | None = None,
     pad_id: int = 0,
+    fixed: bool | None = None,
 ) -> list[list[Completion]]:
     """Continue every branch of every sequence until a stop token or the limit; [row][branch] of completions.
 
     A branch also ends, without having stopped, where the decoder's positions do. Log-probs are natural, of the
     untempered distribution, as training computes them. The image token is never sampled.
-    seeds[row][branch] is needed unless temperature is 0.
+    seeds[row][branch] is needed unless temperature is 0. fixed: see decoding.py; None: on a GPU, but for a
+    model in shards, as no graph takes their hooks.
     """
-    device = model.device
-    keys = build_tree(sequences, model.config.image_token_id, pad_id).to(device)
-    active = keys.tip >= 0  # (B, S)
-    cache = KVCache(
-        model.config.text, len(sequences), keys.ids.shape[1] + active.shape[1] * sampling.max_new_tokens,
-        model.lm_head.weight,
-    )  # fmt: skip
-    uniform = torch.zeros(*active.shape, sampling.max_new_tokens)
-    if sampling.temperature > 0:
-        for row, row_seeds in enumerate(seeds):
-            for branch, seed in enumerate(row_seeds):
-                stream = torch.Generator().manual_seed(seed)
-                uniform[row, branch] = torch.rand(sampling.max_new_tokens, generator=stream)
-    uniform = uniform.to(device)
-    stops = torch.tensor(sorted(stop_ids), device=device)
-
-    tip = keys.tip.clamp(min=0)
-    position = keys.positions.gather(1, tip) + 1  # (B, S) of the next token
-    fork = torch.where(keys.branch.gather(1, tip) == TRUNK, position, keys.fork.gather(1, tip))
-    positions, taken = model.config.text.max_position_embeddings, int(position[active].max())
+    device, positions, limit = model.device, model.config.text.max_position_embeddings, sampling.max_new_tokens
+    fixed = device.type == "cuda" and not hasattr(model, "reshard") if fixed is None else fixed
+    prompts = build_tree(sequences, model.config.image_token_id, pad_id).to(device)
+    rows, branches = prompts.tip.shape
+    last = last_tokens(prompts)
+    taken = int(last.positions[last.visible].max()) + 1
     if taken >= positions:
         said = f"image and prompt take {taken} positions, the decoder has {positions}"
         raise UserError(f"{said}; ask less, or use another model")
-    hidden = model(keys, tower_features, cache)
-    hidden = hidden.gather(1, tip[..., None].expand(-1, -1, hidden.shape[-1]))  # (B, S, D)
-    steps = []
-    for step in range(sampling.max_new_tokens):
-        logits = model.lm_head(hidden).float()
-        logps = logits.log_softmax(-1)
-        logits[..., model.config.image_token_id] = -torch.inf
-        ids = pick(logits, uniform[..., step], sampling)
-        steps.append((ids, logps.gather(-1, ids[..., None])[..., 0], active))
-        active = active & ~torch.isin(ids, stops) & (position + 1 < positions)
-        if not active.any() or step == sampling.max_new_tokens - 1:
+    uniform = uniform_numbers(seeds if sampling.temperature > 0 else [[]] * rows, branches, limit).to(device)
+    stops = torch.tensor(sorted(stop_ids), device=device)
+    context = Context(model, prompts, tower_features, branches * limit, fixed)
+    row, steps = torch.arange(rows, device=device), []  # the sequence in each of the context's rows
+    for step in range(limit):
+        logps = context.logits.log_softmax(-1)
+        context.logits[..., model.config.image_token_id] = -torch.inf
+        ids = pick(context.logits, uniform[row[:, None], last.branch.clamp(min=1) - 1, step], sampling)
+        steps.append((row[:, None].expand_as(ids), last.branch, ids, logps.gather(-1, ids[..., None])[..., 0]))
+        active = last.visible & ~torch.isin(ids, stops) & (last.positions + 2 < positions)
+        if not active.any() or step == limit - 1:
             break
-        new = next_columns(keys, ids, position, fork, active)
-        keys = keys.append(new)
-        hidden = model(new, None, cache, keys)
-        position = position + 1
-    ids, logps, drawn = (torch.stack(part, dim=-1).cpu() for part in zip(*steps, strict=True))  # (B, S, steps)
-    return [
-        [completion(ids[row, s][drawn[row, s]], logps[row, s][drawn[row, s]], stop_ids)
-         for s in range(len(sequence.branches))]
-        for row, sequence in enumerate(sequences)
-    ]  # fmt: skip
+        going = ids, last.positions + 1, last.branch, last.fork, active
+        if not fixed:
+            keep, places = still_running(active)
+            going = [values[keep].gather(1, places) for values in going]
+            if len(keep) < len(row):
+                row = row[keep]
+                context.keep(keep)
+        last = columns(*going, context.filled)
+        context.add(last)
+    return completions(sequences, steps, stop_ids)
 
 
-def completion(ids: Tensor, logps: Tensor, stop_ids: set[int]) -> Completion:
-    """What one branch got; it has stopped by itself if its last token is one of those that stop."""
-    return Completion(ids.tolist(), logps.tolist(), int(ids[-1]) in stop_ids)
+def completions(sequences: list[Sequence], steps: list[tuple[Tensor, ...]], stop_ids: set[int]):
+    """What every branch got, from each step's sequence, branch, id and log-prob, (B, W) each.
+
+    A branch has stopped by itself if its last token is one of those that stop.
+    """
+    said = [[([], []) for _ in sequence.branches] for sequence in sequences]
+    for row, branch, ids, logps in steps:
+        drawn = branch != PADDING
+        for r, b, token, logp in zip(*(part[drawn].tolist() for part in (row, branch, ids, logps)), strict=True):
+            said[r][b - 1][0].append(token)
+            said[r][b - 1][1].append(logp)
+    return [[Completion(ids, logps, ids[-1] in stop_ids) for ids, logps in row] for row in said]

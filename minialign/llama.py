@@ -33,20 +33,30 @@ class LlamaConfig:
 
 
 class KVCache:
-    """Keys and values of all layers, (B, kv heads, capacity, head_dim) each, filled from the left."""
+    """Keys and values of all layers, (B, kv heads, capacity, head_dim) each, filled from the left.
+
+    `length`, how much is filled, is a tensor: so a CUDA graph, too, writes at another place in every step.
+    """
 
     def __init__(self, config: LlamaConfig, batch: int, capacity: int, like: Tensor):
         shape = (config.num_hidden_layers, batch, config.num_key_value_heads, capacity, config.head_dim)
         self.keys = torch.empty(shape, dtype=like.dtype, device=like.device)
         self.values = torch.empty_like(self.keys)
-        self.length = 0
+        self.length = torch.zeros((), dtype=torch.long, device=like.device)
 
-    def append(self, layer: int, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
-        """Store one layer's new (B, kv, T, head_dim) keys and values; return everything so far."""
-        end = self.length + key.shape[2]
-        self.keys[layer, :, :, self.length : end] = key
-        self.values[layer, :, :, self.length : end] = value
-        return self.keys[layer, :, :, :end], self.values[layer, :, :, :end]
+    def append(self, layer: int, key: Tensor, value: Tensor, width: int) -> tuple[Tensor, Tensor]:
+        """Store one layer's new (B, kv, T, head_dim) keys and values; return the first `width` columns of all."""
+        columns = self.length + torch.arange(key.shape[2], device=key.device)
+        self.keys[layer].index_copy_(2, columns, key)
+        self.values[layer].index_copy_(2, columns, value)
+        return self.keys[layer, :, :, :width], self.values[layer, :, :, :width]
+
+    def keep(self, rows: Tensor) -> None:
+        """Let go of all but some rows, given in order. The rows move up, and only what is filled is copied."""
+        filled, count = int(self.length), len(rows)
+        for tensor in (self.keys, self.values):
+            tensor[:, :count, :, :filled] = tensor[:, rows, :, :filled]
+        self.keys, self.values = self.keys[:, :count], self.values[:, :count]
 
 
 class RMSNorm(nn.Module):
@@ -94,8 +104,8 @@ class Attention(nn.Module):
     def forward(self, x, rotary, mask, cache: KVCache | None, layer: int) -> Tensor:
         """(B, T, D) -> (B, T, D).
 
-        mask: (B, 1, T, keys) bool, keys being T, or all that `cache` holds with them; a BlockMask of T by T; or None,
-        which is plain causal.
+        mask: (B, 1, T, keys) bool, keys being T, or the first columns of `cache`, where they go; a BlockMask of T by T;
+        or None, which is plain causal.
         """
         B, T, _ = x.shape
         q, k, v = (  # (B, heads, T, head_dim)
@@ -103,7 +113,7 @@ class Attention(nn.Module):
         )
         q, k = rotate(q, *rotary), rotate(k, *rotary)
         if cache is not None:
-            k, v = cache.append(layer, k, v)
+            k, v = cache.append(layer, k, v, T if mask is None else mask.shape[-1])
         if isinstance(mask, BlockMask):
             flex = flex_attention if torch.compiler.is_compiling() else compiled(flex_attention)
             out = flex(q, k, v, block_mask=mask, enable_gqa=self.grouped)

@@ -71,6 +71,8 @@ class Llava(nn.Module):
         available = 0 if tower_features is None else tower_features.shape[0] * tower_features.shape[1]
         if available != tree.features_expected:
             raise ValueError(f"{tree.features_expected} image slots in the batch, but {available} image features")
+        if not available:
+            return embeddings
         if self.image_newline is not None:
             newlines = tree.feature == NEWLINE
             embeddings = torch.where(newlines[..., None], self.image_newline.to(embeddings.dtype), embeddings)

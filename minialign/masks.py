@@ -61,10 +61,20 @@ class TokenTree:
         tensors = (getattr(self, name).to(device) for name in (*COLUMNS, "tip"))
         return TokenTree(*tensors, self.features_expected, self.causal)
 
+    def rows(self, keep: Tensor) -> "TokenTree":
+        """Some of the rows."""
+        tensors = (getattr(self, name)[keep] for name in (*COLUMNS, "tip"))
+        return TokenTree(*tensors, self.features_expected, self.causal)
+
     def append(self, other: "TokenTree") -> "TokenTree":
         """This tree with the columns of `other` behind its own: decoding grows a tree so."""
         columns = (torch.cat([getattr(self, n), getattr(other, n)], dim=1) for n in COLUMNS)
         return TokenTree(*columns, other.tip, self.features_expected)
+
+    def put(self, other: "TokenTree", first: int) -> None:
+        """Write the columns of `other` over this tree's own, from column `first` on: so one of fixed size fills up."""
+        for name in COLUMNS:
+            getattr(self, name)[:, first : first + other.ids.shape[1]] = getattr(other, name)
 
 
 def may_attend(q_position, q_branch, q_fork, k_position, k_branch, k_visible) -> Tensor:

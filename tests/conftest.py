@@ -14,8 +14,9 @@ from oracle import Oracle
 from PIL import Image
 from script_runs import train
 
-from minialign import llama, toyworld
+from minialign import llama, masks, toyworld
 from minialign.checkpoint import TOY, save_model
+from minialign.compiled import compiled
 
 os.environ["HF_HUB_OFFLINE"] = "1"
 torch.set_num_threads(1)  # the models are tiny: on a busy machine a second thread costs minutes
@@ -45,6 +46,26 @@ def carriers(monkeypatch) -> list[str]:
     monkeypatch.setattr(torch.nn.functional, "scaled_dot_product_attention", noted_sdpa)
     monkeypatch.setattr(llama, "flex_attention", noted_flex)
     return calls
+
+
+@pytest.fixture
+def compilations(monkeypatch) -> list:
+    """The graphs that are compiled from now on; they run as plain code, which is quick to make."""
+    graphs, real = [], torch.compile
+
+    def backend(graph, inputs, mode=None):
+        graphs.append(graph)
+        return graph
+
+    def forget() -> None:
+        compiled.cache_clear()
+        torch._dynamo.reset()
+
+    forget()
+    monkeypatch.setattr(torch, "compile", lambda f, **how: real(f, **how, fullgraph=True, backend=backend))
+    monkeypatch.setattr(masks, "compiled", lambda function: function)
+    yield graphs
+    forget()
 
 
 # ---------------------------------------------------------------- the scripts

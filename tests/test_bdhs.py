@@ -71,7 +71,8 @@ def test_branches_equal_one_sentence_at_a_time(calls, make, rho_th, seed):
         visible = image_attention_mask(36, rho_th, torch.Generator().manual_seed(result.mask_seed))
         assert torch.equal(visible, bdhs.mask(result.mask_seed, 36))
         prompt, rng = tokenizer.prompt(example.turns), random.Random(result.mask_seed)
-        assert row.trunk == prompt + tokenizer.encode(example.chosen)  # y+ as it is
+        whole, seen = prompt + tokenizer.encode(example.chosen), max(branch.fork for branch in row.branches)
+        assert row.trunk == whole[:seen]  # y+ as it is, as far as a branch sees it
         parts = cuts(example.chosen, rng)
         assert len(parts) == len(done)
         for (_, cut), completion in zip(parts, done, strict=True):

@@ -14,8 +14,7 @@ from script_runs import train
 from test_lora import adapted
 from torch.nn.attention import flex_attention as flex
 
-from minialign import llama, masks
-from minialign.compiled import compiled
+from minialign import llama
 from minialign.generate import Sampling, generate
 from minialign.losses import both_logps, preference_loss
 from minialign.masks import Branch, Sequence, block_mask, build_tree
@@ -99,26 +98,6 @@ def test_who_runs_again():
 
 
 # Compile -----------------------------------------------------------------------------------------------------
-
-
-@pytest.fixture
-def compilations(monkeypatch) -> list:
-    """The graphs that are compiled from now on; they run as plain code, which is quick to make."""
-    graphs, real = [], torch.compile
-
-    def backend(graph, inputs):
-        graphs.append(graph)
-        return graph
-
-    def forget() -> None:
-        compiled.cache_clear()
-        torch._dynamo.reset()
-
-    forget()
-    monkeypatch.setattr(torch, "compile", lambda f, **how: real(f, **how, fullgraph=True, backend=backend))
-    monkeypatch.setattr(masks, "compiled", lambda function: function)
-    yield graphs
-    forget()
 
 
 @pytest.mark.parametrize("recompute", [False, True])
