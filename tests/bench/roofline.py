@@ -63,15 +63,19 @@ def dpo_flops(model: Llava, tree: TokenTree, tiles: int, reference: bool = True)
     flops = (4 + once) * weights_of(decoder) * tokens + 6 * adapters * tokens
     flops += (12 + 2 * once) * width * len(decoder) * pairs
     flops += (4 + once) * model.lm_head.weight.numel() * scored
-    projector = model.multi_modal_projector.copy
-    flops += (4 + once) * projector.linear_1.weight.numel() * features
-    flops += (6 + once) * projector.linear_2.weight.numel() * features
+    flops += projector_flops(model, features, reference)
 
     blocks = model.vision_tower.encoder.layers
     layer = config.vision_feature_layer
     used = blocks[: layer if layer >= 0 else len(blocks) + 1 + layer]
     patches = config.vision.patches + 1
     return flops + tiles * patches * (2 * weights_of(used) + 4 * config.vision.hidden_size * len(used) * patches)
+
+
+def projector_flops(model: Llava, features: int, reference: bool = True) -> int:
+    """The projector's part of `dpo_flops`: it is trained in float32, whatever the other weights are."""
+    once, projector = 2 if reference else 0, model.multi_modal_projector.copy
+    return features * ((4 + once) * projector.linear_1.weight.numel() + (6 + once) * projector.linear_2.weight.numel())
 
 
 def utilisation(flops: int, seconds: float) -> float | None:

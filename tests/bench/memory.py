@@ -1,0 +1,169 @@
+"""What a DPO step holds in memory: by formula for models of any size, and counted for those that run here.
+
+Weights and optimizer are counted on a model of the meta device, which has shapes and no data. Activations are what
+autograd keeps for the backward pass, per token of one decoder layer, of D = hidden_size, Q = heads * head_dim,
+K = key-value heads * head_dim, I = intermediate_size, rank r, and w bytes per number of the frozen weights:
+  2 (4 D + 4)          both norms: their float32 input and its scale
+  w (2 D + I)          the inputs of linears that have adapters: q, k, v share one, gate and up; down
+  w 7 r                what each adapter's A gives
+  w (2 Q + 2 K) + 4 H  attention: q, k, v and its result, o's input, too, and a float32 per head for the softmax
+  w 3 I                SwiGLU: gate, its silu, up
+Frozen linears keep nothing, as a gradient of their weights is never asked for. Beside the tokens, a layer keeps its
+adapters in the type that they are multiplied in, if that is not float32.
+"""
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+from torch.autograd.graph import saved_tensors_hooks
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+from minialign.llama import LlamaConfig
+from minialign.llava import Llava, LlavaConfig
+from minialign.lora import add_adapters
+from minialign.losses import CHUNK
+from minialign.masks import TokenTree
+
+# ---------------------------------------------------------------- weights and optimizer
+
+
+def meta_model(config: LlavaConfig, dtype: torch.dtype, rank: int) -> Llava:
+    """The policy as train_dpo.py makes it, with shapes and without data."""
+    with torch.device("meta"):
+        model = Llava(config).to(dtype)
+    add_adapters(model, rank, 2.0 * rank)
+    return model
+
+
+def local(tensor: Tensor, processes: int) -> int:
+    """Bytes of a tensor's largest shard: FSDP2 deals its rows out, so the first process has the most."""
+    rows = -(-len(tensor) // processes)
+    return rows * (tensor.numel() // len(tensor)) * tensor.element_size()
+
+
+def frozen_bytes(model: torch.nn.Module, processes: int = 1) -> int:
+    """Bytes of what is not trained, on each of so many processes that share it."""
+    return sum(local(p, processes) for p in model.parameters() if not p.requires_grad)
+
+
+def trained_bytes(model: torch.nn.Module, processes: int = 1) -> int:
+    """Bytes of adapters and projector; their gradients take as many, and Adam's two moments twice as many."""
+    return sum(local(p, processes) for p in model.parameters() if p.requires_grad)
+
+
+def gathered_bytes(model: Llava) -> int:
+    """Beside the shards: what no layer holds, which stays gathered for the step, and two layers, one ahead of time."""
+    inside = sum(whole_bytes(unit) for unit in (*model.language_model.layers, model.vision_tower))
+    return whole_bytes(model) - inside + 2 * max(map(whole_bytes, model.language_model.layers))
+
+
+def whole_bytes(module: torch.nn.Module) -> int:
+    """Bytes of all parameters."""
+    return frozen_bytes(module) + trained_bytes(module)
+
+
+# ---------------------------------------------------------------- activations
+
+
+def layer_bytes(config: LlamaConfig, rank: int, itemsize: int) -> int:
+    """Per token, what one decoder layer keeps for the backward pass: the sum that stands at the head of this file."""
+    D, I, H = config.hidden_size, config.intermediate_size, config.num_attention_heads
+    Q, K = H * config.head_dim, config.num_key_value_heads * config.head_dim
+    return 2 * (4 * D + 4) + itemsize * (2 * D + 4 * I + 7 * rank + 2 * Q + 2 * K) + 4 * H
+
+
+def kept_of_layer(model: Llava, tokens: int) -> int:
+    """Bytes that one decoder layer of a model with adapters keeps of so many tokens."""
+    layer, itemsize = model.language_model.layers[0], model.lm_head.weight.element_size()
+    adapters = sum(p.numel() for p in layer.parameters() if p.requires_grad)
+    rank = len(layer.mlp.up_proj.lora_A)
+    return tokens * layer_bytes(model.config.text, rank, itemsize) + (adapters * itemsize if itemsize < 4 else 0)
+
+
+def activation_bytes(model: Llava, tree: TokenTree, recompute: bool = False) -> int:
+    """What the policy's forward pass keeps, without the CPU's dense mask.
+
+    recompute: of each layer its input alone, and the layer whose turn it is in the backward pass in full.
+    """
+    config, itemsize = model.config.text, model.lm_head.weight.element_size()
+    tokens, scored, features = tree.ids.numel(), int((tree.branch > 0).sum()), int((tree.feature >= 0).sum())
+    layer, layers = kept_of_layer(model, tokens), config.num_hidden_layers
+    kept = layers * tokens * config.hidden_size * itemsize + layer if recompute else layers * layer
+    shared = tokens * (2 * config.head_dim * itemsize + 4 * config.hidden_size + 4)  # rotary tables, the last norm
+    head = scored * (config.hidden_size * itemsize + 40)  # hidden states, and five int64 of where they lie
+    projector = features * 4 * (model.config.vision.hidden_size + 2 * config.hidden_size) + tokens
+    return kept + shared + head + projector
+
+
+def dense_mask_bytes(model: Llava, tree: TokenTree) -> int:
+    """What the CPU's dense mask adds: SDPA keeps it in every layer, as numbers. A GPU has blocks in its place."""
+    rows, width = tree.ids.shape
+    return rows * width**2 * model.lm_head.weight.element_size() * model.config.text.num_hidden_layers
+
+
+def workspace_bytes(model: Llava, tree: TokenTree) -> int:
+    """What comes and goes at the height of the backward pass, rounded up.
+
+    Three float32 forms of a chunk's logits (log-softmax and two gradients), or as much as a layer keeps.
+    """
+    config = model.config.text
+    chunk = min(CHUNK, int((tree.branch > 0).sum()))
+    return max(12 * chunk * config.vocab_size, kept_of_layer(model, tree.ids.numel()))
+
+
+def kv_cache_bytes(config: LlamaConfig, batch: int, capacity: int, itemsize: int) -> int:
+    """Keys and values of all layers."""
+    return 2 * config.num_hidden_layers * batch * config.num_key_value_heads * capacity * config.head_dim * itemsize
+
+
+def peak_parts(model: Llava, tree: TokenTree, processes: int, recompute: bool) -> dict[str, int]:
+    """Bytes per GPU at the height of a step; `processes` share the model, 1 being --shard none.
+
+    From the second step on the moments are there, and with --accumulate the gradients, too.
+    """
+    trained = trained_bytes(model, processes)
+    return {
+        "weights": frozen_bytes(model, processes) + trained,
+        "gradients and moments": 3 * trained,
+        "gathered": gathered_bytes(model) if processes > 1 else 0,
+        "activations": activation_bytes(model, tree, recompute),
+        "workspace": workspace_bytes(model, tree),
+    }
+
+
+# ---------------------------------------------------------------- counted
+
+
+def saved_bytes(model: Llava, work: Callable[[], Tensor]) -> int:
+    """Bytes of all storages that autograd keeps of `work()`, each once, the model's own left out."""
+    own = {p.untyped_storage().data_ptr() for p in model.parameters()}
+    kept: dict[int, torch.UntypedStorage] = {}  # held, so that no address is given out twice
+
+    def pack(tensor: Tensor) -> Tensor:
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in own:
+            kept[storage.data_ptr()] = storage
+        return tensor
+
+    with saved_tensors_hooks(pack, lambda tensor: tensor):
+        result = work()
+    assert result.requires_grad  # else nothing is kept
+    return sum(storage.nbytes() for storage in kept.values())
+
+
+class LargestTensor(TorchDispatchMode):
+    """The largest tensor that any operation gives; those of (rows, 1, width, width) are the CPU's dense mask."""
+
+    def __init__(self, tree: TokenTree):
+        super().__init__()
+        rows, width = tree.ids.shape
+        self.mask, self.bytes, self.shape = (rows, 1, width, width), 0, ()
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        result = function(*args, **(kwargs or {}))
+        for tensor in tree_leaves(result):
+            if isinstance(tensor, Tensor) and tensor.shape != self.mask and tensor.nbytes > self.bytes:
+                self.bytes, self.shape = tensor.nbytes, tuple(tensor.shape)
+        return result

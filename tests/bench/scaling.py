@@ -1,0 +1,279 @@
+"""The figures of docs/scaling.md: memory per GPU and time per 1,000 pairs, from sizes and a GPU's data sheet.
+
+    python -m tests.bench.scaling             # the tables that follow from formulas
+    python -m tests.bench.scaling --measure   # what can be measured here, too: growth.py's tables and plots
+
+What is not known is assumed, and stands in `ASSUMED`: nothing here was measured on a GPU.
+"""
+
+import math
+from dataclasses import dataclass
+from functools import cache, cached_property
+
+import torch
+
+from minialign.anyres import PINPOINTS, packing
+from minialign.cli import parse_config, run_main
+from minialign.clip import ClipConfig
+from minialign.llama import LlamaConfig
+from minialign.llava import Llava, LlavaConfig
+from minialign.lora import LoraLinear
+from minialign.masks import Branch, Sequence, TokenTree, build_tree
+from tests.bench import memory, roofline
+from tests.bench.sizes import PICTURE
+
+GB = 1e9
+RANK = 128
+H100 = roofline.GPUS["H100"]
+# Of the makers' data sheets: bytes of memory, float32 FLOP/s outside of the tensor cores, bytes/s of NVLink one way
+# between the 8 GPUs of a node, and of the node's 8 network ports of 400 Gbit/s.
+MEMORY, FLOAT32, NODE, NVLINK, NETWORK = 80e9, 67e12, 8, 450e9, 8 * 50e9
+ASSUMED = 0.5  # of the peak rate is reached; the rest of a step that is no product of matrices is in it
+LARGE = MEMORY - 5e9  # bytes that a step may take: the rest is for the driver, NCCL and fragments
+MODELS = {
+    "7B": LlamaConfig(32064, 4096, 11008, 32, 32, 32),
+    "13B": LlamaConfig(32064, 5120, 13824, 40, 40, 40),
+    "34B": LlamaConfig(64064, 7168, 20480, 60, 56, 8),
+}
+GPUS = (1, 8, 32, 256)
+
+
+@cache
+def policy(name: str) -> Llava:
+    """A LLaVA-1.6 with adapters of rank 128, frozen weights in bfloat16, without data."""
+    config = LlavaConfig(MODELS[name], ClipConfig(), image_token_id=32000, pinpoints=PINPOINTS)
+    return memory.meta_model(config, torch.bfloat16, RANK)
+
+
+@cache
+def batch(pairs: int = 1, response: int = 100, prompt: int = 60) -> tuple[TokenTree, int]:
+    """Pairs on pictures of 640 x 480 (2,340 image tokens), and how many tiles the tower sees."""
+    vision = ClipConfig()
+    side = vision.image_size // vision.patch_size
+    patches, order = packing(PICTURE[::-1], vision.image_size, side)
+    row = Sequence([1] * prompt + [32000], [Branch([2] * response)] * 2, patches, packing=order)
+    return build_tree([row] * pairs, 32000, 0), pairs * patches // vision.patches
+
+
+# ---------------------------------------------------------------- time
+
+
+@dataclass(frozen=True)
+class Seconds:
+    """Of one optimizer step on one GPU; `hidden` is the communication that takes place beside the computing."""
+
+    base: float  # products in bfloat16, attention's included
+    projector: float  # products in float32
+    hidden: float
+    summing: float  # of all gradients, when they are there
+
+    @property
+    def computing(self) -> float:
+        """What the GPU itself has to do."""
+        return self.base + self.projector
+
+    @property
+    def total(self) -> float:
+        """The step: computing or the communication beside it, whichever takes longer, and what comes after."""
+        return max(self.computing, self.hidden) + self.summing
+
+
+def bus(gpus: int) -> float:
+    """Bytes/s at which a collective moves: rings go through all ports of a node at a time."""
+    return NVLINK if gpus <= NODE else min(NVLINK, NETWORK)
+
+
+def moved(gpus: int, size: int) -> float:
+    """Seconds in which every GPU gets what the others hold of `size` bytes; latency is left out."""
+    return size * (gpus - 1) / gpus / bus(gpus)
+
+
+@cache
+def flops(name: str, pairs: int, reference: bool) -> int:
+    """roofline.dpo_flops of some pairs."""
+    return roofline.dpo_flops(policy(name), *batch(pairs), reference)
+
+
+@dataclass(frozen=True)
+class Plan:
+    """A model on so many GPUs, each with so many pairs in a pass; --accumulate gives the passes of a step."""
+
+    name: str
+    gpus: int
+    shard: str
+    pairs: int = 1
+
+    @property
+    def model(self) -> Llava:
+        """Shapes."""
+        return policy(self.name)
+
+    @property
+    def batch_size(self) -> int:
+        """The paper's 16, or what gives every GPU a pass."""
+        return max(16, self.gpus * self.pairs)
+
+    def peak(self, recompute: bool) -> dict[str, int]:
+        """Bytes per GPU."""
+        processes = self.gpus if self.shard == "full" else 1
+        return memory.peak_parts(self.model, batch(self.pairs)[0], processes, recompute)
+
+    @cached_property
+    def recompute(self) -> bool:
+        """Only where it must be."""
+        return sum(self.peak(recompute=False).values()) > LARGE
+
+    @cached_property
+    def parts(self) -> dict[str, int]:
+        """Bytes per GPU, with --recompute where it must be."""
+        return self.peak(self.recompute)
+
+    @property
+    def fits(self) -> bool:
+        """Into a GPU's memory."""
+        return sum(self.parts.values()) <= LARGE
+
+    def gathered(self, cached: bool) -> int:
+        """Bytes that --shard full gathers in one forward and backward pass.
+
+        Each layer three times: for the reference (unless it is cached), the policy and the backward pass; all else
+        once. What is trained is moved once more, as gradients.
+        """
+        layers = sum(map(memory.whole_bytes, self.model.language_model.layers))
+        once = memory.whole_bytes(self.model) + memory.trained_bytes(self.model)
+        return once + (1 if cached else 2) * layers
+
+    def step(self, cached: bool = False) -> Seconds:
+        """One optimizer step, on each GPU.
+
+        FLOPs are roofline.dpo_flops', of which the projector's are float32. --recompute adds another forward pass of
+        the policy: what a reference costs, and 2 L per token of L adapter parameters. With whole models the gradients
+        of what is trained are summed once a step, which moves them twice.
+        """
+        passes, tree = self.batch_size // (self.gpus * self.pairs), batch(self.pairs)[0]
+        tokens, features = tree.ids.numel(), int((tree.feature >= 0).sum())
+        both, alone = (
+            flops(self.name, self.pairs, reference) - roofline.projector_flops(self.model, features, reference)
+            for reference in (True, False)
+        )
+        linears = [m for m in self.model.modules() if isinstance(m, LoraLinear)]
+        again = both - alone + 2 * tokens * sum(m.lora_A.numel() + m.lora_B.numel() for m in linears)
+        base = (alone if cached else both) + self.recompute * again
+        wide = roofline.projector_flops(self.model, features, not cached)
+        hidden = passes * moved(self.gpus, self.gathered(cached)) if self.shard == "full" else 0.0
+        summing = 2 * moved(self.gpus, memory.trained_bytes(self.model)) if self.shard == "none" else 0.0
+        return Seconds(passes * base / (ASSUMED * H100.flops), passes * wide / (ASSUMED * FLOAT32), hidden, summing)
+
+    def bound(self) -> str:
+        """What the time goes to, or why there is none."""
+        if not self.fits:
+            return "memory: does not fit"
+        step = self.step()
+        said = "computing" if step.computing >= step.hidden else "gathering"
+        return said + (f"; gathering is {step.hidden / step.computing:.0%} of it" if step.hidden else "")
+
+
+# ---------------------------------------------------------------- tables
+
+
+def plans() -> list[Plan]:
+    """All that the page tells of; one GPU has nobody to share with."""
+    return [Plan(n, g, s) for n in MODELS for g in GPUS for s in ("none", "full") if (g, s) != (1, "full")]
+
+
+def markdown(head: str, rows: list[list[str]]) -> str:
+    """A table; the names of its columns are parted by bars."""
+    lines = [head, "|".join("---" for _ in head.split("|"))] + [" | ".join(row) for row in rows]
+    return "".join(f"| {line} |\n" for line in lines)
+
+
+def main_table() -> str:
+    """Memory and time."""
+    rows = []
+    for plan in plans():
+        parts = plan.parts
+        row = [plan.name, str(plan.gpus), plan.shard, str(plan.batch_size), "yes" if plan.recompute else "no"]
+        row += [f"{value / GB:.1f}" for value in (*parts.values(), sum(parts.values()))]
+        per_1000 = 1000 / plan.batch_size
+        row += [f"{per_1000 * plan.step(cached).total:,.1f}" if plan.fits else "-" for cached in (False, True)]
+        rows.append([*row, plan.bound()])
+    return markdown(
+        "model | GPUs | --shard | --batch-size | --recompute | weights | gradients, moments | gathered | activations |"
+        " workspace | GB in all | s per 1,000 pairs | with --ref-cache | bound by", rows,
+    )  # fmt: skip
+
+
+def whole_table() -> str:
+    """What `gathered` holds: before and after training, and while it samples, every GPU has the whole model."""
+    rows = []
+    for name in MODELS:
+        model = policy(name)
+        whole, row = memory.whole_bytes(model), [name]
+        for gpus in GPUS[1:]:
+            local = memory.frozen_bytes(model, gpus) + 3 * memory.trained_bytes(model, gpus)
+            row.append(f"{(whole + local) / GB:.1f}")
+        rows.append([*row, f"{NODE * whole / GB:,.0f}"])
+    return markdown(
+        "model | GB per GPU, of 8 | of 32 | of 256 | GB of a node's own memory, to load in 8 processes", rows
+    )
+
+
+def network_table() -> str:
+    """How fast a node's network must be for computing to hide what shards gather over it."""
+    rows = []
+    for name in MODELS:
+        step = Plan(name, 32, "full").step()
+        slow = step.hidden * NETWORK / 50e9 / step.computing
+        needed = NETWORK * step.hidden / step.computing
+        rows.append([name, f"{step.computing * 1e3:,.0f}", f"{step.hidden * 1e3:,.0f}", f"{needed / GB:,.0f}",
+                     str(math.ceil(slow))])  # fmt: skip
+    return markdown(
+        "model on 32 GPUs | ms of computing, a pair | ms of gathering at 400 GB/s | GB/s per node that hide it |"
+        " pairs in a pass that hide it at 50 GB/s", rows,
+    )  # fmt: skip
+
+
+def length_table() -> str:
+    """Activations of one pair and keys and values of one sequence, per 1,000 tokens."""
+    rows = []
+    for name, config in MODELS.items():
+        layer = memory.layer_bytes(config, RANK, 2)
+        cache = memory.kv_cache_bytes(config, 1, 1000, 2)
+        kept = 1000 * config.num_hidden_layers * layer
+        inputs = 1000 * (config.num_hidden_layers * 2 * config.hidden_size + layer)
+        rows.append([name, f"{layer:,}", f"{kept / GB:.2f}", f"{inputs / GB:.2f}", f"{cache / GB:.2f}"])
+    return markdown(
+        "model | bytes per token and layer | GB per 1,000 tokens | with --recompute | keys and values", rows
+    )
+
+
+def tables() -> dict[str, str]:
+    """The tables of the page that follow from formulas, by what stands above them."""
+    return {
+        "Memory per GPU and time": main_table(),
+        "Whole models out of shards": whole_table(),
+        "Gathering against computing": network_table(),
+        "Per token": length_table(),
+    }
+
+
+@dataclass(frozen=True)
+class Config:
+    """Flags."""
+
+    measure: bool = False  # measure growth and loading here (three minutes on one core), and write the plots
+    out: str = "docs"  # folder of the plots
+
+
+def main(config: Config) -> None:
+    """Print all tables."""
+    for title, table in tables().items():
+        print(f"## {title}\n\n{table}")
+    if config.measure:
+        from tests.bench import growth  # here, as it needs transformers, which the formulas do not
+
+        growth.main(config.out)
+
+
+if __name__ == "__main__":
+    run_main(lambda: main(parse_config(Config, __doc__)))
