@@ -200,20 +200,24 @@ def main(config: Config) -> None:
     model = distributed.load(config, lambda device: lora.load_policy(folder, config, device))
     model.language_model.in_training(config.recompute, config.compile)
     announce(folder, model, tokenizer)
-    with gathered(model):
-        cache = ReferenceCache(Path(config.ref_cache), model) if keyed else None
+    cache = None
+    if keyed:
+        with gathered(model):
+            cache = ReferenceCache(Path(config.ref_cache), model)
     resume.begin(out, config, records, fingerprint(folder, config.adapter))
 
     benchmark = ToyBenchmark(config.eval_split, config.eval_images)
     evaluate = config.images == "toy" and config.eval_images > 0
-    with gathered(model), nullcontext() if config.adapter else lora.adapters_off(model):  # fresh ones do nothing yet
-        counts = {"before": benchmark.run(model, tokenizer, processor, "before")} if evaluate else {}
+    counts = {}
+    if evaluate:
+        with gathered(model), nullcontext() if config.adapter else lora.adapters_off(model):  # fresh ones do nothing
+            counts["before"] = benchmark.run(model, tokenizer, processor, "before")
     load = StepLoader(records, collate, config.accumulate, config.skip_bad_records)
     rows = train(model, load, config, out, cache)
 
-    with gathered(model):
-        distributed.once(lambda: save_weights(model, folder, config, out))
-        if evaluate:
+    save_weights(model, folder, config, out)
+    if evaluate:
+        with gathered(model):
             counts["after"] = benchmark.run(model, tokenizer, processor, "after")
     distributed.once(lambda: leave(rows, records, collate, counts, config, out))
 

@@ -226,13 +226,15 @@ def main(config: Config) -> None:
     respond = make_respond(config, model, tokenizer, processor)
     benchmark = ToyBenchmark(config.eval_split, config.eval_images)
     evaluate = config.images == "toy" and config.eval_images > 0
-    with gathered(model), nullcontext() if config.adapter else lora.adapters_off(model):  # fresh ones do nothing yet
-        counts = {"before": benchmark.run(model, tokenizer, processor, "before")} if evaluate else {}
+    counts = {}
+    if evaluate:
+        with gathered(model), nullcontext() if config.adapter else lora.adapters_off(model):  # fresh ones do nothing
+            counts["before"] = benchmark.run(model, tokenizer, processor, "before")
     load = StepLoader(records, collate, config.accumulate, config.skip_bad_records)
     rows = train(model, tokenizer, respond, load, config, out)
-    with gathered(model):
-        distributed.once(lambda: save_weights(model, folder, config, out))
-        if evaluate:
+    save_weights(model, folder, config, out)
+    if evaluate:
+        with gathered(model):
             counts["after"] = benchmark.run(model, tokenizer, processor, "after")
     shown = [collate.report_pair(records.parse(number)) for number in records.numbers[:8]] if stored else []
     learned = sum(row["pairs"] for row in rows)

@@ -121,7 +121,7 @@ def units(model: Llava) -> list[nn.Module]:
 
 @contextmanager
 def gathered(model: Llava) -> Iterator[None]:
-    """Inside, every process holds the whole model, gathered once: to sample from, each at its own pace, or to save."""
+    """Inside, every process holds the whole model, gathered once: to sample from, each at its own pace."""
     for unit in units(model):
         unit.unshard()
         unit.set_reshard_after_forward(False, recurse=False)
@@ -134,6 +134,16 @@ def gathered(model: Llava) -> Iterator[None]:
 def full(tensor: Tensor) -> Tensor:
     """The whole of a tensor, which may be in shards; all processes ask for it together."""
     return tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor
+
+
+def whole(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    """The tensors whole, one after another, in the main memory of the first process; the others get an empty dict."""
+    found = {}
+    for name, tensor in tensors.items():
+        tensor_whole = full(tensor.detach())
+        if rank() == 0:
+            found[name] = tensor_whole.cpu().contiguous()
+    return found
 
 
 def fill_in(tensor: Tensor, whole: Tensor) -> None:

@@ -48,10 +48,6 @@ class LoraLinear(nn.Module):
         """From now on the reference has the update as it is."""
         self.reference_A, self.reference_B = self.lora_A.detach().clone(), self.lora_B.detach().clone()
 
-    def merged(self, weight: Tensor) -> Tensor:
-        """The weight of the plain linear layer that does the same, from the base's as it is stored."""
-        return weight.float() + (self.lora_B @ self.lora_A * self.scaling).to(weight.device)
-
 
 class TrainableCopy(nn.Module):
     """A module trained in full, with its original kept for the reference."""
@@ -122,16 +118,17 @@ def reference_state(model: Llava) -> dict[str, Tensor]:
     return state
 
 
-def merged(model: Llava) -> Callable[[str, Tensor], Tensor]:
+def merged(trained: dict[str, Tensor], scaling: float) -> Callable[[str, Tensor], Tensor]:
     """What makes the plain model that does the same of the base's stored tensors, by our names.
 
     Updates are folded in, the projector's copy takes its place, all else stays.
     """
-    linears = {f"{name}.weight": m for name, m in model.named_modules() if isinstance(m, LoraLinear)}
-    copies = {f"{PROJECTOR}.{key}": value for key, value in model.multi_modal_projector.copy.named_parameters()}
 
     def change(name: str, stored: Tensor) -> Tensor:
-        return linears[name].merged(stored) if name in linears else copies.get(name, stored)
+        linear = name.removesuffix(".weight")
+        if f"{linear}.lora_A" in trained:
+            return stored.float() + trained[f"{linear}.lora_B"] @ trained[f"{linear}.lora_A"] * scaling
+        return trained.get(name.replace(f"{PROJECTOR}.", f"{PROJECTOR}.copy."), stored)
 
     return change
 
@@ -143,9 +140,9 @@ def peft_name(name: str) -> str:
     return f"base_model.model.model.{name}"
 
 
-def save_adapter(model: Llava, rank: int, alpha: float, base: str, folder: Path) -> None:
+def save_adapter(trained: dict[str, Tensor], rank: int, alpha: float, base: str, folder: Path) -> None:
     """Write a folder that `PeftModel.from_pretrained` reads, whole."""
-    tensors = {peft_name(k): v.detach().cpu().contiguous() for k, v in adapter_state(model).items()}
+    tensors = {peft_name(name): tensor.detach().cpu().contiguous() for name, tensor in trained.items()}
 
     def write(partial: Path) -> None:
         """Tensors and config into the folder that takes its place when it is whole."""

@@ -5,6 +5,7 @@ from pathlib import Path
 
 from minialign import lora
 from minialign.checkpoint import save_changed
+from minialign.distributed import once, whole
 from minialign.files import write_json
 from minialign.llava import Llava
 from minialign.metrics import Counts, print_table, with_intervals
@@ -16,9 +17,16 @@ def save_weights(model: Llava, folder: Path, config, out: Path) -> None:
 
     `config` has a training script's flags.
     """
-    lora.save_adapter(model, config.lora_rank, config.lora_alpha, str(folder), out / "adapter")
+    trained = whole(lora.adapter_state(model))
     named = {} if config.template is None else {"minialign_template": config.template}
-    save_changed(folder, lora.merged(model), model.config.raw | named, out / "merged")
+
+    def write() -> None:
+        """By one process, while the others wait."""
+        lora.save_adapter(trained, config.lora_rank, config.lora_alpha, str(folder), out / "adapter")
+        change = lora.merged(trained, config.lora_alpha / config.lora_rank)
+        save_changed(folder, change, model.config.raw | named, out / "merged")
+
+    once(write)
 
 
 def save_results(

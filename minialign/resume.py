@@ -16,7 +16,7 @@ from safetensors.torch import save_file
 
 from minialign.checkpoint import check_tensors, opened, read_tensors
 from minialign.data import Records
-from minialign.distributed import fill_in, full, gather, once, rank, size
+from minialign.distributed import fill_in, gather, once, rank, size, whole
 from minialign.errors import UserError
 from minialign.files import append_lines, read_json, read_lines, write_json, write_whole
 from minialign.llava import Llava
@@ -128,11 +128,7 @@ def save_progress(folder: Path, model: Llava, optimizer: torch.optim.Optimizer, 
 
     Whole tensors, so that any number of processes goes on from it.
     """
-    tensors = {}
-    for name, tensor in progress_tensors(model, optimizer).items():
-        whole = full(tensor.detach())
-        if rank() == 0:
-            tensors[name] = whole.cpu().contiguous()
+    tensors = whole(progress_tensors(model, optimizer))
 
     def write() -> None:
         """By one process, while the others wait."""

@@ -88,7 +88,7 @@ def transformers_model(oracle, folder):
 @pytest.mark.parametrize(("rank", "alpha"), SHAPES)
 def test_peft_reads_the_adapter(oracle, rank, alpha, tmp_path):
     model = adapted(toy_model(), rank, alpha, seed=rank)
-    save_adapter(model, rank, alpha, str(TOY), tmp_path / "adapter")
+    save_adapter(adapter_state(model), rank, alpha, str(TOY), tmp_path / "adapter")
     kind = pytest.importorskip("peft").PeftModel
     peft = kind.from_pretrained(transformers_model(oracle, TOY), tmp_path / "adapter").eval()
     for ours, theirs, base in zip(answers(model), answers(peft), answers(toy_model()), strict=True):
@@ -112,7 +112,7 @@ def test_peft_reads_the_adapter(oracle, rank, alpha, tmp_path):
 def test_merged_checkpoint_is_a_plain_model(oracle, rank, alpha, tmp_path):
     model = adapted(toy_model(), rank, alpha, seed=rank)
     save_model(toy_model().state_dict(), model.config.raw, TOY, tmp_path / "base", torch.float32)
-    save_changed(tmp_path / "base", merged(model), model.config.raw, tmp_path / "merged")
+    save_changed(tmp_path / "base", merged(adapter_state(model), alpha / rank), model.config.raw, tmp_path / "merged")
     theirs, ours = answers(transformers_model(oracle, tmp_path / "merged")), answers(load_model(tmp_path / "merged"))
     for a, b, c, base in zip(answers(model), ours, theirs, answers(toy_model()), strict=True):
         assert worst(a, b) < 1e-4 and worst(a, c) < 1e-4
@@ -189,7 +189,7 @@ def test_a_half_precision_base_keeps_its_type():
 def test_round_trip_is_exact(seed, tmp_path):
     base, rank = random_model(seed), 1 + 2 * seed
     model = adapted(base, rank, 3.0, seed)
-    save_adapter(model, rank, 3.0, "somewhere", tmp_path / "adapter")
+    save_adapter(adapter_state(model), rank, 3.0, "somewhere", tmp_path / "adapter")
     other = copy.deepcopy(base)
     load_adapter(other, tmp_path / "adapter")
     assert other.state_dict().keys() == model.state_dict().keys()
@@ -244,7 +244,7 @@ def truncate(folder) -> None:
 )
 def test_bad_folders_are_refused(damage, message, tmp_path):
     folder = tmp_path / "adapter"
-    save_adapter(adapted(random_model(0), 2, 4.0), 2, 4.0, "somewhere", folder)
+    save_adapter(adapter_state(adapted(random_model(0), 2, 4.0)), 2, 4.0, "somewhere", folder)
     damage(folder)
     with pytest.raises(UserError, match=message):
         load_adapter(copy.deepcopy(random_model(0)), folder)

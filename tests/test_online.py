@@ -168,7 +168,7 @@ def test_ties_teach_nothing(model, tmp_path, monkeypatch):
     fresh = copy.deepcopy(random_toy(1))
     torch.manual_seed(0)
     lora.add_adapters(fresh, 4, 8.0)
-    lora.save_adapter(fresh, 4, 8.0, model, tmp_path / "fresh")
+    lora.save_adapter(lora.adapter_state(fresh), 4, 8.0, model, tmp_path / "fresh")
     assert weights_of(tmp_path) == (tmp_path / "fresh" / "adapter_model.safetensors").read_bytes()
 
 

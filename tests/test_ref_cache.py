@@ -95,7 +95,7 @@ def some_adapter(folder: Path) -> str:
     lora.add_adapters(adapted, 2, 4.0)
     for parameter in lora.adapter_state(adapted).values():
         parameter.data += 0.01
-    lora.save_adapter(adapted, 2, 4.0, str(TOY), folder)
+    lora.save_adapter(lora.adapter_state(adapted), 2, 4.0, str(TOY), folder)
     return str(folder)
 
 

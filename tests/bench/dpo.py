@@ -19,7 +19,7 @@ from minialign.chat import Tokenizer
 from minialign.collate import PairBatch, PairCollator
 from minialign.images import ImageProcessor
 from minialign.llava import Llava
-from minialign.lora import add_adapters, save_adapter
+from minialign.lora import adapter_state, add_adapters, save_adapter
 from minialign.losses import both_logps, branch_logps, preference_loss
 from minialign.optimizer import make_optimizer, update
 from minialign.records import Record
@@ -133,7 +133,7 @@ def make_sides(size: Size, folder: Path) -> tuple[Ours, Peer]:
     model, tokenizer, processor = load_ours(size, folder)
     with_adapters(model, size.lora_rank)
     adapter, pair = folder / "adapter", record(size, folder, 0)
-    save_adapter(model, size.lora_rank, 2.0 * size.lora_rank, str(folder), adapter)
+    save_adapter(adapter_state(model), size.lora_rank, 2.0 * size.lora_rank, str(folder), adapter)
     ours, peer = Ours(model, collator(tokenizer, processor, folder)([pair])), Peer(size, folder, adapter, pair)
     require_same_tokens(ours.batch, peer.batch)
     return ours, peer
