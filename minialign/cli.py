@@ -121,7 +121,24 @@ def terminated(*_) -> None:
 
 
 def run_main(main: Callable[[], object]) -> None:
-    """Run a program; a `UserError` becomes one line on stderr and exit code 2, never a traceback."""
+    """Run a program; a `UserError` becomes one line on stderr and exit code 2, never a traceback.
+
+    One of torchrun's processes ends without Python's own tidying up, in which torch's threads may abort it.
+    """
+    if "TORCHELASTIC_RUN_ID" not in os.environ:
+        return guarded(main)
+    code = 0
+    try:
+        guarded(main)
+    except SystemExit as ended:
+        code = ended.code
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code)
+
+
+def guarded(main: Callable[[], object]) -> None:
+    """Run a program, and say in one line how it ended if it did not end well."""
     signal.signal(signal.SIGTERM, terminated)
     try:
         main()

@@ -5,7 +5,6 @@ out to the processes, and what each adds to the loss is divided by the whole ste
 is the gradient of one process that sees all of them.
 """
 
-import atexit
 import os
 import sys
 from collections import Counter
@@ -33,7 +32,6 @@ def start(device: str) -> None:
     if device == "cuda":
         torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
     dist.init_process_group("cpu:gloo,cuda:nccl" if device == "cuda" else "gloo", timeout=PATIENCE)
-    atexit.register(dist.destroy_process_group)  # its threads must not outlive the interpreter
     if rank() > 0:
         sys.stdout = open(os.devnull, "w")  # noqa: SIM115
 
