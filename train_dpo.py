@@ -169,8 +169,9 @@ def train(model: Llava, load: StepLoader, config: Config, out: Path, cache: Refe
             facts = {"lr": share * config.lr, "pairs": pairs}
             save = (step + 1) % config.save_every == 0 or step + 1 == len(steps)
             run.add({"step": step + 1, **metrics, **facts}, save)
-            left_out += sum(gather(bad), [])
+            left_out += bad
             bar.set_postfix({name: f"{metrics[name]:.3f}" for name in SHOWN if name in metrics})
+    left_out = sum(gather(left_out), [])
     if left_out and distributed.rank() == 0:
         tqdm.write(f"{len(left_out)} pairs left out on the way, the first: {left_out[0]}")
     return run.rows

@@ -185,8 +185,9 @@ def train(model: Llava, tokenizer: Tokenizer, respond, load: StepLoader, config:
             seconds = {"time/sampling": between - begin, "time/training": time.perf_counter() - between}
             row = {"step": step + 1, **metrics, **shares(counts), "lr": share * config.lr, "pairs": pairs, **seconds}
             run.add(row, (step + 1) % config.save_every == 0 or step + 1 == len(steps))
-            left_out += sum(gather(bad), [])
+            left_out += bad
             bar.set_postfix({name: f"{row[name]:.3f}" for name in SHOWN if name in row})
+    left_out = sum(gather(left_out), [])
     if left_out and distributed.rank() == 0:
         tqdm.write(f"{len(left_out)} records left out on the way, the first: {left_out[0]}")
     return run.rows
@@ -237,11 +238,10 @@ def main(config: Config) -> None:
         with gathered(model):
             counts["after"] = benchmark.run(model, tokenizer, processor, "after")
     shown = [collate.report_pair(records.parse(number)) for number in records.numbers[:8]] if stored else []
-    learned = sum(row["pairs"] for row in rows)
-    title, facts = f"minialign: {config.method}", {"pairs": learned}
-    distributed.once(lambda: save_results(out, title, config, shown, rows, counts, facts))
-    none = "" if learned else " (nothing was learned: metrics.jsonl says why answers were dropped)"
-    print(f"{len(rows)} steps, {learned} pairs{none}; "
+    learned = {"pairs": sum(row["pairs"] for row in rows)}
+    distributed.once(lambda: save_results(out, f"minialign: {config.method}", config, shown, rows, counts, learned))
+    none = "" if learned["pairs"] else " (nothing was learned: metrics.jsonl says why answers were dropped)"
+    print(f"{len(rows)} steps, {learned['pairs']} pairs{none}; "
           f"{out}/adapter (PEFT), {out}/merged (Hugging Face), {out}/report.html")  # fmt: skip
 
 

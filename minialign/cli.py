@@ -105,6 +105,11 @@ def require_device(device: str) -> None:
         raise UserError(f"--device {device}: not to be had here ({first}); `cpu` always is") from None
 
 
+def under_torchrun() -> bool:
+    """Whether this is one of the processes that torchrun has started; known before torch is loaded."""
+    return "TORCHELASTIC_RUN_ID" in os.environ
+
+
 # Part of what torch says where another process has died -> what to do.
 GONE = "another process has ended, for a reason that stands elsewhere here; --resume goes on from the last checkpoint"
 DEATHS = {
@@ -125,7 +130,7 @@ def run_main(main: Callable[[], object]) -> None:
 
     One of torchrun's processes ends without Python's own tidying up, in which torch's threads may abort it.
     """
-    if "TORCHELASTIC_RUN_ID" not in os.environ:
+    if not under_torchrun():
         return guarded(main)
     code = 0
     try:

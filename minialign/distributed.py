@@ -16,7 +16,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from minialign.cli import require
+from minialign.cli import require, under_torchrun
 from minialign.errors import UserError
 from minialign.llava import Llava
 
@@ -25,7 +25,7 @@ PATIENCE = timedelta(minutes=30)  # before a process gives up waiting; the first
 
 def start(device: str) -> None:
     """Join the processes that torchrun has started, if it has. Each takes a GPU of its own; only the first speaks."""
-    if not dist.is_torchelastic_launched() or dist.is_initialized():
+    if not under_torchrun() or dist.is_initialized():
         return
     said = f"--device {device}: under torchrun every process takes a GPU of its own; give `cuda`"
     require(device in ("cpu", "cuda"), said)
@@ -140,20 +140,20 @@ def whole(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
     """The tensors whole, one after another, in the main memory of the first process; the others get an empty dict."""
     found = {}
     for name, tensor in tensors.items():
-        tensor_whole = full(tensor.detach())
+        value = full(tensor.detach())
         if rank() == 0:
-            found[name] = tensor_whole.cpu().contiguous()
+            found[name] = value.cpu().contiguous()
     return found
 
 
-def fill_in(tensor: Tensor, whole: Tensor) -> None:
-    """Copy `whole` into a tensor that may be in shards."""
+def fill_in(tensor: Tensor, value: Tensor) -> None:
+    """Copy `value`, which is whole, into a tensor that may be in shards."""
     if hasattr(tensor, "full_tensor"):
         from torch.distributed.tensor import distribute_tensor
 
         mesh = tensor.device_mesh
-        whole = distribute_tensor(whole.to(mesh.device_type), mesh, tensor.placements, src_data_rank=None)
-    tensor.copy_(whole)
+        value = distribute_tensor(value.to(mesh.device_type), mesh, tensor.placements, src_data_rank=None)
+    tensor.copy_(value)
 
 
 def add_gradients(trained: list[Tensor]) -> None:

@@ -4,9 +4,15 @@ import os
 import shutil
 from pathlib import Path
 
-import torch
-
-from minialign.cli import require, require_at_least, require_device, require_images, require_outside, require_seed
+from minialign.cli import (
+    require,
+    require_at_least,
+    require_device,
+    require_images,
+    require_outside,
+    require_seed,
+    under_torchrun,
+)
 from minialign.lora import read_adapter_config
 
 
@@ -36,7 +42,7 @@ def check_training(config) -> None:
 def require_torchrun(shard: str) -> None:
     """Refuse shards where there is one process to hold them."""
     said = "--shard full: start with torchrun, as in `torchrun --nproc-per-node 8 train_dpo.py ...`, or leave it out"
-    require(shard == "none" or torch.distributed.is_torchelastic_launched(), said)
+    require(shard == "none" or under_torchrun(), said)
 
 
 def adapter_shape(config) -> dict:

@@ -204,7 +204,7 @@ def main_table() -> str:
 
 
 def whole_table() -> str:
-    """What `gathered` holds: before and after training, and while it samples, every GPU has the whole model."""
+    """What `gathered` holds: while it samples, is evaluated or hashed, every GPU has the whole model."""
     rows = []
     for name in MODELS:
         model = policy(name)
