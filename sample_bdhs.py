@@ -78,7 +78,7 @@ class Config:
     device: str = "cpu"  # torch device
     dtype: Literal["float32", "bfloat16"] = "float32"  # of the weights
     shard: Literal["none", "full"] = "none"  # under torchrun: a whole model per process, or FSDP2's shards of one
-    workers: int | None = None  # processes that decode pictures ahead (4; toy: 0)
+    workers: int | None = None  # threads that decode pictures ahead (4; toy: 0)
     skip_bad_records: bool = False  # skip and count malformed records instead of stopping
 
 

@@ -110,7 +110,7 @@ class Config:
     shard: Literal["none", "full"] = "none"  # under torchrun: a whole model per process, or FSDP2's shards of one
     recompute: bool = False  # keep no activations of the decoder's layers: the backward pass computes them again
     compile: bool = False  # run the decoder's layers compiled in training; the first steps wait a minute for it
-    workers: int | None = None  # processes that read and decode pictures ahead (4; toy: 0)
+    workers: int | None = None  # threads that read and decode pictures ahead (4; toy: 0)
     skip_bad_records: bool = False  # skip and count malformed records instead of stopping
 
 

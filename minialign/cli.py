@@ -113,7 +113,6 @@ def under_torchrun() -> bool:
 # Part of what torch says where another process has died -> what to do.
 GONE = "another process has ended, for a reason that stands elsewhere here; --resume goes on from the last checkpoint"
 DEATHS = {
-    "DataLoader worker": "a process that loads ahead has died, perhaps for want of memory; lower --workers, and go on",
     "gloo/transport": GONE,
     "remote process exited": GONE,  # NCCL
 }

@@ -72,7 +72,7 @@ class Config:
     split: Literal["test", "validation"] | None = None  # toy (test): choices are made on validation, test comes last
     max_new_tokens: int | None = None  # limit of an answer (pope: 16, else 512)
     batch_size: int | None = None  # pictures whose questions are answered together (toy: 50, else 8)
-    workers: int | None = None  # processes that decode pictures ahead (4; model toy: 0)
+    workers: int | None = None  # threads that decode pictures ahead (4; model toy: 0)
     skip_bad_records: bool = False  # leave out and count bad records and pictures instead of stopping
     device: str = "cpu"  # torch device
     dtype: Literal["float32", "bfloat16"] = "float32"  # of the weights

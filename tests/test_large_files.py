@@ -1,7 +1,9 @@
-"""Files of many records: indexed and not parsed, sampled at random, read ahead by other processes."""
+"""Files of many records: indexed and not parsed, sampled at random, read ahead by other threads."""
 
 import json
 import random
+import threading
+import time
 from pathlib import Path
 
 import pytest
@@ -81,11 +83,11 @@ def test_a_limit_counts_what_can_be_used(tmp_path):
     assert len(pairs_in(path, 25)) == 20
 
 
-# ---------------------------------------------------------------- other processes, and what they meet late
+# ---------------------------------------------------------------- other threads, and what they meet late
 
 
 def test_workers_change_nothing(model, pairs, tmp_path):
-    """The same pairs, weights and metrics with 0, 1 and 2 processes."""
+    """The same pairs, weights and metrics with 0, 1 and 2 threads."""
     runs = []
     for workers in (0, 1, 2):
         out = tmp_path / str(workers)
@@ -106,6 +108,36 @@ def test_a_bad_line_is_met_in_its_turn(workers):
     seen = []
     refused(lambda: [seen.append(value) for value in load_ahead(range(9), load, workers)], "the fifth")
     assert seen == [0, 1, 4, 9, 16]
+
+
+@pytest.mark.parametrize("workers", [1, 2])
+def test_threads_load_side_by_side_and_not_too_far_ahead(monkeypatch, workers):
+    """Every load waits until all threads are in one; and while an item is in use, two per thread are loaded ahead."""
+    monkeypatch.setattr("os.cpu_count", lambda: 8)
+    together, started = threading.Barrier(workers, timeout=20), []
+
+    def load(item: int) -> int:
+        started.append(item)
+        together.wait()
+        return item
+
+    ahead = load_ahead(range(12), load, workers)
+    for item in range(12):
+        assert next(ahead) == item
+        assert len(started) <= item + 1 + 2 * workers
+    assert next(ahead, None) is None and sorted(started) == list(range(12))
+
+
+def test_what_nobody_waits_for_is_not_loaded():
+    """A run that ends early ends the threads, and what they had not begun is dropped."""
+    started = []
+    ahead = load_ahead(range(1000), lambda item: started.append(item) or item, 1)
+    assert next(ahead) == 0
+    ahead.close()
+    count = len(started)
+    assert count <= 3
+    time.sleep(0.05)
+    assert len(started) == count and not [t for t in threading.enumerate() if t.name.startswith("load")]
 
 
 @pytest.fixture
