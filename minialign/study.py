@@ -105,12 +105,15 @@ def learned(row: str, config: Config) -> dict[str, int]:
 
 
 def same_settings(config: Config) -> None:
-    """Refuse an --out whose rows were made with another split, other images, another limit, other flags or weights."""
+    """Refuse an --out made with another split, other images, limit or weights, or these rows by other commands."""
     path, settings = Path(config.out) / "settings.json", asdict(config)
-    kept = {name: settings[name] for name in ("split", "images", "limit")} | {"rows": ROWS, "weights": fingerprint(TOY)}
-    if path.exists():
-        require_same_settings(path, kept, (), "name another --out")
-    write_json(path, kept)
+    kept = {name: settings[name] for name in ("split", "images", "limit")} | {"weights": fingerprint(TOY)}
+    rows = {f"row {row}": ROWS[row] for row in config.rows.split(",")}
+    noted = read_json(path, "name another --out") if path.exists() else {}
+    if noted:
+        asked = kept | {row: commands for row, commands in rows.items() if row in noted}
+        require_same_settings(path, asked, (), "name another --out")
+    write_json(path, noted | kept | rows)
 
 
 def main() -> None:

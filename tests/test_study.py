@@ -249,6 +249,19 @@ def test_rows_of_other_settings_are_not_taken_for_these(tmp_path, monkeypatch, p
     assert len(programs) == 2 and (tmp_path / "study.json").read_text() == before
 
 
+def test_a_row_of_other_commands_is_refused_and_a_new_row_is_not(tmp_path, monkeypatch, programs):
+    flags = ["--out", str(tmp_path), "--seeds", "1", "--images", "5", "--rows"]
+    run_study(monkeypatch, *flags, "bdhs")
+    monkeypatch.setitem(ROWS, "slic", [*ROWS["slic"][:-1], ROWS["slic"][-1] + " --lr 1"])
+    run_study(monkeypatch, *flags, "bdhs,slic")
+    monkeypatch.setitem(ROWS, "bdhs", [*ROWS["bdhs"][:-1], ROWS["bdhs"][-1] + " --lr 1"])
+    ran = len(programs)
+    with pytest.raises(UserError, match="settings.json: of another row bdhs, .* and not .*; name another --out"):
+        run_study(monkeypatch, *flags, "slic,bdhs")
+    run_study(monkeypatch, *flags, "slic")
+    assert len(programs) == ran == 3
+
+
 @pytest.mark.parametrize("flags", [
     ["--rows", "bdsh"], ["--rows", ""], ["--rows", "bdhs,bdhs"], ["--seeds", "0"], ["--images", "0"], ["--limit", "0"],
 ])  # fmt: skip
