@@ -11,6 +11,7 @@ and sees each image once per step.
 
 Left in --out: config.json, metrics.jsonl, result.json, adapter/ (PEFT), merged/ (Hugging Face), checkpoint/
 (--resume), report.html. `--loss sft` is the supervised control: its loss knows y+ alone, neither y- nor reference.
+`--loss reward` makes a reward model (Eq. 1) instead of a policy: a head on each response's last token, kept in merged/.
 
 Differs from the paper: AdamW without weight decay, warm-up and cosine decay by default (the paper is silent).
 """
@@ -25,7 +26,7 @@ import torch
 from tqdm import tqdm
 
 import sample_bdhs
-from minialign import distributed, lora, resume
+from minialign import distributed, flags, lora, resume
 from minialign.chat import Tokenizer, announce
 from minialign.checkpoint import fingerprint, resolve_model
 from minialign.cli import fill, parse_config, require, require_outside, run_main
@@ -34,78 +35,46 @@ from minialign.config import read_config
 from minialign.data import Records, open_pairs, usable_pairs
 from minialign.distortion import distorted_tree
 from minialign.distributed import added, gather, gathered
-from minialign.flags import adapter_shape, check_training
+from minialign.heads import branch_rewards
 from minialign.images import ImageProcessor
 from minialign.llava import Llava
 from minialign.loader import load_ahead
-from minialign.losses import branch_logps, preference_loss, preference_metrics, reference_logps
+from minialign.losses import branch_logps, preference_loss, preference_metrics, reference_logps, reward_metrics
 from minialign.optimizer import make_optimizer, update
-from minialign.records import FormatName
 from minialign.reference import ReferenceCache
 from minialign.results import save_results, save_weights
+from minialign.reward_model import measure_rewards
+from minialign.rewards import Whitening, reward_loss
 from minialign.schedule import batches_of_run, learning_rate
 from minialign.toybench import ToyBenchmark
 
-# What stands for a flag that is not given: the paper's value (App. A), or the toy model's, chosen on validation.
-PAPER = {"beta": 0.1, "lr": 5e-7, "projector_lr": 2e-6, "lora_rank": 128, "epochs": 3, "workers": 4}
-TOY = {"beta": 0.1, "lr": 2e-4, "projector_lr": 3e-5, "lora_rank": 64, "epochs": 1, "workers": 0}
 SHOWN = ("loss", "rewards/accuracies", "rewards/margins", "logps/chosen")  # in the progress bar
 
 
 @dataclass(frozen=True)
-class Config:
-    """Flags."""
+class Config(flags.TrainingFlags):
+    """Flags of its own; flags.py has those of both training scripts, and what stands for those that are not given."""
 
-    model: str = "toy"  # Hugging Face LLaVA folder, or `toy`
     pairs: str | None = None  # pairs file; without it BDHS pairs are sampled into --out first
-    format: FormatName | None = None  # of the pairs file; else that of its first record
-    images: str = "toy"  # folder of the pictures, or `toy`
-    template: str | None = None  # vicuna, llava_v1, mistral, chatml or short; else the model's own
-    adapter: str | None = None  # PEFT adapter folder that the policy starts from; its rank and alpha are kept
-    reference: Literal["base", "adapter"] | None = None  # with --adapter: what the policy is held against
-    ref_cache: str | None = None  # folder that keeps the reference's log-probs for later epochs and other runs
     out: str = "runs/dpo"  # folder to write
-    loss: Literal["dpo", "ipo", "slic", "sft"] = "dpo"  # sft: the supervised control on y+ alone
+    loss: Literal["dpo", "ipo", "slic", "sft", "reward"] = "dpo"  # sft: supervised on y+ alone; reward: Eq. 1
     rejected: Literal["stored", "both", "distorted"] = "stored"  # y-; both: external and own (Eq. 5); see above
     gamma: float = 0.5  # Eq. 5: weight of the external y- (distorted: of the stored one)
     noise_steps: int = 500  # distorted: diffusion steps of the noisy picture (Eq. 9)
-    beta: float | None = None  # strength of the pull to the reference (0.1)
-    lr: float | None = None  # peak learning rate of the adapters (5e-7; toy: 2e-4)
-    projector_lr: float | None = None  # peak learning rate of the projector (2e-6; toy: 3e-5)
-    lora_rank: int | None = None  # rank of the adapters (128; toy: 64)
-    lora_alpha: float | None = None  # updates are scaled by alpha / rank (twice the rank)
-    epochs: int | None = None  # passes over the pairs (3; toy: 1)
-    steps: int | None = None  # optimizer steps, instead of --epochs
-    batch_size: int = 16  # pairs per optimizer step
-    accumulate: int = 1  # split each batch into so many forward passes
-    warmup: float = 0.1  # share of the steps in which the rate rises
-    schedule: Literal["cosine", "linear"] = "cosine"  # how the rate falls to zero after that
-    clip: float = 1.0  # gradient norm limit
-    max_response_tokens: int = 512  # longer responses are refused
-    truncate: bool = False  # cut longer responses at their end instead
-    limit: int | None = None  # a random subset of so many pairs, which follows from --seed
-    save_every: int = 50  # steps between checkpoints
-    seed: int = 0  # sampling, adapters' first values and data order follow from it
-    eval_split: Literal["test", "validation"] = "test"  # choices are made on validation; test is looked at last
-    eval_images: int = 500  # before and after, where --images is toy; 0 skips both
-    resume: bool = False  # continue from --out/checkpoint
-    device: str = "cpu"  # torch device
-    dtype: Literal["float32", "bfloat16"] = "float32"  # of the frozen weights; adapters and losses are float32
-    shard: Literal["none", "full"] = "none"  # under torchrun: a whole model per process, or FSDP2's shards of one
-    recompute: bool = False  # keep no activations of the decoder's layers: the backward pass computes them again
-    compile: bool = False  # run the decoder's layers compiled in training; the first steps wait a minute for it
-    workers: int | None = None  # threads that read and decode pictures ahead (4; toy: 0)
-    skip_bad_records: bool = False  # skip and count malformed pairs instead of stopping
+    ref_cache: str | None = None  # folder that keeps the reference's log-probs for later epochs and other runs
 
 
 def check(config: Config) -> None:
     """Refuse values that make no sense, before anything is loaded."""
-    check_training(config)
+    flags.check_training(config)
+    require(0 <= config.gamma <= 1, f"--gamma {config.gamma}: between 0 and 1")
     require(1 <= config.noise_steps <= 1000, f"--noise-steps {config.noise_steps}: between 1 and 1000")
     require(config.adapter is None or config.pairs is not None, "--adapter: give --pairs too; none are sampled from it")
     if config.ref_cache is not None:
         said = "these responses are made anew at every step, and none is met twice; leave one of the two out"
         require("distorted" not in rejected_weights(config), f"--ref-cache with --rejected distorted: {said}")
+        said = f"--ref-cache with --loss {config.loss}: there is no reference; leave one of the two out"
+        require(config.loss != "reward", said)
         folder = bool(config.ref_cache) and not Path(config.ref_cache).is_file()
         require(folder, f"--ref-cache {config.ref_cache!r}: is no folder; name one")
 
@@ -123,6 +92,10 @@ def pair_loss(
         tree = distorted_tree(model, batch.sequences, model.encode_images(batch.noisy))
     weights = torch.tensor(list(rejected_weights(config).values()), device=model.device)
     tree = tree.to(model.device)
+    if config.loss == "reward":
+        rewards = branch_rewards(model, tree, features)
+        loss = (reward_loss(rewards[:, :1], rewards[:, 1:]) * weights).sum(1).mean()  # Eq. 1
+        return loss, {"loss": loss.item()} | reward_metrics(rewards, weights)
     ref_logps = cache.logps(model, batch.keys, tree, features) if cache else reference_logps(model, tree, features)
     logps = branch_logps(model, tree, features)  # (B, 1 + K), as of the reference
     if config.loss == "sft":
@@ -179,14 +152,14 @@ def train(model: Llava, load: StepLoader, config: Config, out: Path, cache: Refe
 
 def main(config: Config) -> None:
     """Pairs, evaluation, training, evaluation, export, report."""
-    config = fill(config, TOY if config.model == "toy" else PAPER)
+    config = fill(config, flags.TOY if config.model == "toy" else flags.PAPER)
     config = fill(config, {"lora_alpha": 2.0 * config.lora_rank})
     check(config)
     require(config.pairs is not None or config.images == "toy", "--pairs is missing; make one with sample_bdhs.py")
     distributed.start(config.device)
     folder, out = resolve_model(config.model), Path(config.out)
     require_outside(out, "the model", folder)
-    config = replace(config, **adapter_shape(config))
+    config = replace(config, **flags.adapter_shape(config))
     resume.require_same_flags(out, config)
     pairs = Path(config.pairs) if config.pairs else sample_bdhs.sample_for(config, out)
     records = open_pairs(str(pairs), config.format)
@@ -198,7 +171,7 @@ def main(config: Config) -> None:
     keyed = config.ref_cache is not None
     collate = PairCollator(tokenizer, processor, config.images, *limits, fields, noise, keyed=keyed)
     records = usable_pairs(records, collate.check, config.limit, config.seed, config.skip_bad_records)
-    model = distributed.load(config, lambda device: lora.load_policy(folder, config, device))
+    model = distributed.load(config, lambda device: lora.load_policy(folder, config, device, config.loss == "reward"))
     model.language_model.in_training(config.recompute, config.compile)
     announce(folder, model, tokenizer)
     cache = None
@@ -208,7 +181,7 @@ def main(config: Config) -> None:
     resume.begin(out, config, records, fingerprint(folder, config.adapter))
 
     benchmark = ToyBenchmark(config.eval_split, config.eval_images)
-    evaluate = config.images == "toy" and config.eval_images > 0
+    evaluate = config.images == "toy" and config.eval_images > 0 and config.loss != "reward"
     counts = {}
     if evaluate:
         with gathered(model), nullcontext() if config.adapter else lora.adapters_off(model):  # fresh ones do nothing
@@ -216,22 +189,30 @@ def main(config: Config) -> None:
     load = StepLoader(records, collate, config.accumulate, config.skip_bad_records)
     rows = train(model, load, config, out, cache)
 
-    save_weights(model, folder, config, out)
+    whitening = measure_rewards(model, load, config.batch_size) if config.loss == "reward" else None
+    save_weights(model, folder, config, out, whitening)
     if evaluate:
         with gathered(model):
             counts["after"] = benchmark.run(model, tokenizer, processor, "after")
-    distributed.once(lambda: leave(rows, records, collate, counts, config, out))
+    distributed.once(lambda: leave(rows, records, collate, counts, whitening, config, out))
 
 
-def leave(rows: list[dict], records: Records, collate: PairCollator, counts: dict, config: Config, out: Path) -> None:
+def leave(
+    rows: list[dict], records: Records, collate: PairCollator, counts: dict, whitening: Whitening | None,
+    config: Config, out: Path,
+) -> None:  # fmt: skip
     """Figures, report and a last word."""
-    first = rows[: math.ceil(len(records.numbers) / config.batch_size)]
-    ranked = sum(row["pairs"] * row["logps/ref_accuracies"] for row in first if row["pairs"])
-    ranked /= max(1, sum(row["pairs"] for row in first))
+    if whitening:
+        facts = {"reward_mean": whitening.mean, "reward_std": whitening.std}
+        said = f"whose rewards have mean {whitening.mean:.3f} and standard deviation {whitening.std:.3f}"
+    else:
+        first = rows[: math.ceil(len(records.numbers) / config.batch_size)]
+        ranked = sum(row["pairs"] * row["logps/ref_accuracies"] for row in first if row["pairs"])
+        ranked /= max(1, sum(row["pairs"] for row in first))
+        facts, said = {"base_preference_accuracy": ranked}, f"of which the reference ranked {ranked:.1%} right"
     shown = [collate.report_pair(records.parse(number)) for number in records.numbers[:8]]
-    title = f"minialign: {config.loss} on {len(records.numbers)} pairs"
-    save_results(out, title, config, shown, rows, counts, {"base_preference_accuracy": ranked})
-    print(f"{len(rows)} steps on {len(records.numbers)} pairs, of which the reference ranked {ranked:.1%} right; "
+    save_results(out, f"minialign: {config.loss} on {len(records.numbers)} pairs", config, shown, rows, counts, facts)
+    print(f"{len(rows)} steps on {len(records.numbers)} pairs, {said}; "
           f"{out}/adapter (PEFT), {out}/merged (Hugging Face), {out}/report.html (pairs and curves)")  # fmt: skip
 
 

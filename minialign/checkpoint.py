@@ -181,8 +181,16 @@ def save_model(state: dict[str, Tensor], raw_config: dict, source: Path, folder:
     write_folder_whole(folder, write)
 
 
-def save_changed(source: Path, change: Callable[[str, Tensor], Tensor], raw_config: dict, folder: Path) -> None:
+def save_changed(
+    source: Path,
+    change: Callable[[str, Tensor], Tensor],
+    raw_config: dict,
+    folder: Path,
+    add: Callable[[Path], None] | None = None,
+) -> None:
     """Write the folder `source` anew with `change(our name, tensor)` in each tensor's place, whole.
+
+    `add(folder)` puts files of its own beside.
 
     File by file, as they were read: the layout of the keys, the shards and the types stay, so that whatever reads
     `source` reads the result, and what did not change has the same bytes.
@@ -201,5 +209,7 @@ def save_changed(source: Path, change: Callable[[str, Tensor], Tensor], raw_conf
         if index.exists():
             shutil.copyfile(index, partial / index.name)
         copy_companions(source, partial, raw_config)
+        if add is not None:
+            add(partial)
 
     write_folder_whole(folder, write)

@@ -20,13 +20,14 @@ from minialign.errors import UserError
 def parse_config(kind: type, doc: str, argv: list[str] | None = None):
     """Read `argv` (default: the command line) into a `kind`.
 
-    A `Literal` gives the choices, `bool` a --flag / --no-flag pair; a typo ends with exit code 2.
+    A `Literal` gives the choices, `bool` a --flag / --no-flag pair; a typo ends with exit code 2. The help lists the
+    flags that `kind` inherits behind its own.
     """
     parser = argparse.ArgumentParser(
         description=doc, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
     )
     hints, helps = typing.get_type_hints(kind), field_comments(kind)
-    for field in dataclasses.fields(kind):
+    for field in sorted(dataclasses.fields(kind), key=lambda field: field.name not in kind.__annotations__):
         flag, hint = "--" + field.name.replace("_", "-"), hints[field.name]
         default = "" if field.default is None else f" [{field.default}]"
         text = f"{helps.get(field.name, '')}{default}".replace("%", "%%")
@@ -46,8 +47,9 @@ def parse_config(kind: type, doc: str, argv: list[str] | None = None):
 
 
 def field_comments(kind: type) -> dict[str, str]:
-    """The end-of-line comment of every field in a dataclass's source."""
-    lines = inspect.getsource(kind).splitlines()
+    """The end-of-line comment of every field in the source of a dataclass, or of those that it inherits from."""
+    kinds = [each for each in reversed(kind.__mro__) if dataclasses.is_dataclass(each)]
+    lines = [line for each in kinds for line in inspect.getsource(each).splitlines()]
     found = (re.match(r"\s+(\w+)\s*:[^#]*#\s*(.+)", line) for line in lines)
     return {match[1]: match[2] for match in found if match}
 

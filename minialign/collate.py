@@ -114,12 +114,16 @@ class PairCollator:
         """What was loaded of some pairs, as one batch."""
         sequences = [pair.sequence for pair in pairs]
         whole = not (self.noise_steps or self.keep_pictures)
-        tree = build_tree(sequences, self.tokenizer.image_id, self.tokenizer.pad_id) if whole else None
+        tree = self.tree(sequences) if whole else None
         noisy = torch.cat([pair.noisy for pair in pairs]) if self.noise_steps else None
         pixels = torch.cat([pair.pixels for pair in pairs])
         records, pictures = [pair.record for pair in pairs], [pair.picture for pair in pairs]
         keys = [pair_key(pair.sequence, pair.pixels) for pair in pairs] if self.keyed else []
         return PairBatch(records, sequences, tree, pixels, noisy, pictures, keys)
+
+    def tree(self, sequences: list[Sequence]) -> TokenTree:
+        """Sequences as one batch of token trees."""
+        return build_tree(sequences, self.tokenizer.image_id, self.tokenizer.pad_id)
 
     def idle(self, branches: int) -> PairBatch:
         """A batch of no pair: one row that counts for nothing, for a process that must go with the others."""

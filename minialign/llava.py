@@ -48,6 +48,7 @@ class Llava(nn.Module):
         self.lm_head = nn.Linear(config.text.hidden_size, config.text.vocab_size, bias=False)
         if config.text.tie_word_embeddings:
             self.lm_head.weight = self.language_model.embed_tokens.weight
+        self.scalar_head: nn.Linear | None = None  # of a reward model, or of PPO's policy: see heads.py
 
     @property
     def device(self) -> torch.device:

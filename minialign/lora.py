@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from minialign.checkpoint import NAMES, check_tensors, load_model, read_tensors, rename
 from minialign.errors import UserError
 from minialign.files import read_json, write_folder_whole, write_json
+from minialign.heads import HEAD, add_head
 from minialign.llava import Llava
 
 TARGETS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
@@ -96,15 +97,17 @@ def adapters_off(model: Llava) -> Iterator[None]:
 
 
 def trainable_groups(model: Llava, lr: float, projector_lr: float) -> list[dict]:
-    """Optimizer groups: the adapters at `lr`, the projector at its own rate (App. A)."""
+    """Optimizer groups: the adapters, and a head if there is one, at `lr`, the projector at its own rate (App. A)."""
     projector = list(model.multi_modal_projector.copy.parameters())
     lora = [p for m in model.modules() if isinstance(m, LoraLinear) for p in (m.lora_A, m.lora_B)]
+    lora += [] if model.scalar_head is None else [model.scalar_head.weight]
     return [{"params": lora, "lr": lr}, {"params": projector, "lr": projector_lr}]
 
 
 def adapter_state(model: Llava) -> dict[str, Tensor]:
     """The trained tensors by our names."""
-    return {name: p for name, p in model.named_parameters() if "lora_" in name or f"{PROJECTOR}.copy." in name}
+    marks = "lora_", f"{PROJECTOR}.copy.", HEAD
+    return {name: p for name, p in model.named_parameters() if any(mark in name for mark in marks)}
 
 
 def reference_state(model: Llava) -> dict[str, Tensor]:
@@ -213,20 +216,23 @@ def load_adapter(model: Llava, folder: Path) -> None:
             parameter.copy_(found[name])
 
 
-def load_policy(folder: Path, config, device: str) -> Llava:
+def load_policy(folder: Path, config, device: str, head: bool = False) -> Llava:
     """The model of a training run with its adapters, on `device`: new ones, or those of `config.adapter`.
 
-    `config` has a training script's flags. Loaded adapters are the policy's start, and with `--reference adapter`
-    the reference too. What new ones, or those that a folder leaves out, begin with follows from the seed.
+    `config` has a training script's flags; `head` adds one (heads.py). Loaded adapters are the policy's start, and
+    with `--reference adapter` the reference too. What new ones, or those that a folder leaves out, begin with follows
+    from the seed.
     """
     model = load_model(folder, device, getattr(torch, config.dtype))
     torch.manual_seed(config.seed)
     if config.adapter is None:
         add_adapters(model, config.lora_rank, config.lora_alpha)
-        return model
-    load_adapter(model, Path(config.adapter))
+    else:
+        load_adapter(model, Path(config.adapter))
     if config.reference == "adapter":
         keep_reference(model)
+    if head:
+        add_head(model)
     return model
 
 

@@ -12,32 +12,50 @@ from minialign.masks import TokenTree
 CHUNK = 512  # branch tokens whose logits (CHUNK, V) are held at a time
 
 
-def token_logps(model: Llava, tree: TokenTree, tower_features: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
-    """Log-probability of every branch token: (row, branch - 1, log-prob), (branch tokens,) each, float32.
+def predicting(model: Llava, tree: TokenTree, tower_features: Tensor | None) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """All branch tokens and what predicts them: (row, branch - 1, token ids, hidden states), (N,) each and (N, D).
 
-    A branch's first token is predicted by the trunk token before its fork. The LM head runs on the tokens that
-    predict a branch's, and nowhere else, a chunk at a time. Where gradients are wanted, no chunk's logits are kept:
-    the backward pass computes them again from the hidden states.
+    Response after response, each from its first token, which is predicted by the trunk token before the fork.
     """
     hidden = model(tree, tower_features)
     row, column = (tree.branch > 0).nonzero(as_tuple=True)
-    chunks = zip(hidden[row, tree.parent[row, column]].split(CHUNK), tree.ids[row, column].split(CHUNK), strict=True)
-    logps = torch.cat([
-        checkpoint(predicted_logps, model.lm_head, *chunk, use_reentrant=False, preserve_rng_state=False)
-        for chunk in chunks
+    return row, tree.branch[row, column] - 1, tree.ids[row, column], hidden[row, tree.parent[row, column]]
+
+
+def logps_of(lm_head: nn.Linear, ids: Tensor, hidden: Tensor) -> Tensor:
+    """Log-probability of each token (N,) by the hidden state (N, D) that predicts it: (N,), float32.
+
+    A chunk at a time. Where gradients are wanted, no chunk's logits are kept: the backward pass computes them again
+    from the hidden states.
+    """
+    chunks = zip(hidden.split(CHUNK), ids.split(CHUNK), strict=True)
+    return torch.cat([
+        checkpoint(predicted_logps, lm_head, *chunk, use_reentrant=False, preserve_rng_state=False) for chunk in chunks
     ])  # fmt: skip
-    return row, tree.branch[row, column] - 1, logps
+
+
+def token_logps(model: Llava, tree: TokenTree, tower_features: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
+    """Log-probability of every branch token: (row, branch - 1, log-prob), (N,) each, float32.
+
+    The LM head runs on the tokens that predict a branch's, and nowhere else.
+    """
+    row, branch, ids, hidden = predicting(model, tree, tower_features)
+    return row, branch, logps_of(model.lm_head, ids, hidden)
 
 
 def predicted_logps(lm_head: nn.Linear, hidden: Tensor, ids: Tensor) -> Tensor:
-    """Log-probability of each token (N,) by the hidden state (N, D) that predicts it: (N,), float32."""
+    """One chunk of `logps_of`."""
     return lm_head(hidden).float().log_softmax(-1).gather(-1, ids[:, None])[:, 0]
 
 
 def branch_logps(model: Llava, tree: TokenTree, tower_features: Tensor | None) -> Tensor:
     """Log-probability of every branch, summed over its tokens: (B, S), float32."""
-    row, branch, logps = token_logps(model, tree, tower_features)
-    return logps.new_zeros(tree.tip.shape).index_put((row, branch), logps, accumulate=True)
+    return summed(tree, *token_logps(model, tree, tower_features))
+
+
+def summed(tree: TokenTree, row: Tensor, branch: Tensor, values: Tensor) -> Tensor:
+    """A value of every branch token (N,), summed by branch: (B, S)."""
+    return values.new_zeros(tree.tip.shape).index_put((row, branch), values, accumulate=True)
 
 
 def log_ratio_difference(policy_chosen, policy_rejected, ref_chosen, ref_rejected) -> Tensor:
@@ -88,15 +106,23 @@ def preference_metrics(logps: Tensor, ref_logps: Tensor, beta: float, weights: T
     """What is plotted of a batch, by TRL's names; several y- count by their weights. Shapes as above."""
     chosen, rejected = logps[:, 0], (logps[:, 1:] * weights).sum(1)
     ref_chosen, ref_rejected = ref_logps[:, 0], (ref_logps[:, 1:] * weights).sum(1)
-    reward_chosen, reward_rejected = beta * (chosen - ref_chosen), beta * (rejected - ref_rejected)
     metrics = {
-        "rewards/chosen": reward_chosen,
-        "rewards/rejected": reward_rejected,
-        "rewards/accuracies": (reward_chosen > reward_rejected).float(),
-        "rewards/margins": reward_chosen - reward_rejected,
         "logps/chosen": chosen,
         "logps/rejected": rejected,
         "logps/ref_accuracies": (ref_chosen > ref_rejected).float(),  # does the reference rank the pair already?
+    }
+    rewards = reward_metrics(beta * (logps - ref_logps), weights)
+    return rewards | {name: value.mean().item() for name, value in metrics.items()}
+
+
+def reward_metrics(rewards: Tensor, weights: Tensor) -> dict[str, float]:
+    """The same of rewards (B, 1 + K), a reward model's or the implicit ones beta log(pi / ref)."""
+    chosen, rejected = rewards[:, 0], (rewards[:, 1:] * weights).sum(1)
+    metrics = {
+        "rewards/chosen": chosen,
+        "rewards/rejected": rejected,
+        "rewards/accuracies": (chosen > rejected).float(),
+        "rewards/margins": chosen - rejected,
     }
     return {name: value.mean().item() for name, value in metrics.items()}
 

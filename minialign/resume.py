@@ -8,6 +8,7 @@ import json
 import shutil
 import signal
 import sys
+from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
 
@@ -80,10 +81,18 @@ class Run:
 
     In its `with` block SIGTERM lets the step in progress end; then the progress is saved, and the program exits
     with 0. A `UserError` there saves what was done before it; of several processes the others may not have met it,
-    and the last checkpoint stays. All of them hold the rows, the first one writes.
+    and the last checkpoint stays. All of them hold the rows, the first one writes. `watch(rows)` may say why the run
+    has to end, which is then `stopped`, and the progress is saved; a resumed run, too, ends at such rows.
     """
 
-    def __init__(self, out: Path, model: Llava, optimizer: torch.optim.Optimizer, resume: bool):
+    def __init__(
+        self,
+        out: Path,
+        model: Llava,
+        optimizer: torch.optim.Optimizer,
+        resume: bool,
+        watch: Callable[[list[dict]], str | None] | None = None,
+    ):
         self.folder, self.log, self.model, self.optimizer = out / "checkpoint", out / "metrics.jsonl", model, optimizer
         self.start = load_progress(self.folder, model, optimizer) if resume else 0
         rows = read_lines(self.log, "leave --resume out")[: self.start] if self.start and rank() == 0 else []
@@ -91,7 +100,8 @@ class Run:
         if len(self.rows) < self.start:
             raise UserError(f"{self.log}: {len(self.rows)} of the checkpoint's {self.start} steps; leave --resume out")
         once(lambda: write_whole(self.log, "".join(json.dumps(row) + "\n" for row in self.rows)))
-        self.terminated = False
+        self.terminated, self.watch = False, watch or (lambda rows: None)
+        self.stopped = self.watch(self.rows)
         if self.start:
             print(f"{self.folder}: {self.start} steps are done; going on from there")
 
@@ -100,8 +110,8 @@ class Run:
         self.rows.append(row)
         if rank() == 0:
             append_lines(self.log, [row])
-        terminated = any(gather(self.terminated))
-        if save or terminated:
+        terminated, self.stopped = any(gather(self.terminated)), self.watch(self.rows)
+        if save or terminated or self.stopped:
             save_progress(self.folder, self.model, self.optimizer, len(self.rows))
         if terminated:
             if rank() == 0:

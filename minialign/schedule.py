@@ -22,9 +22,11 @@ def batches_of_run(
 
 
 def learning_rate(step: int, total: int, warmup: float, schedule: str) -> float:
-    """Share of the peak rate at `step`: a linear rise, then a cosine or linear fall to zero."""
+    """Share of the peak rate at `step`: a linear rise, then a cosine or linear fall to zero, or none."""
     rise = max(1, round(warmup * total))
     if step < rise:
         return (step + 1) / rise
+    if schedule == "constant":
+        return 1.0
     done = (step - rise) / max(1, total - rise)
     return 0.5 * (1 + math.cos(math.pi * done)) if schedule == "cosine" else 1 - done

@@ -10,7 +10,7 @@ from online_runs import TIMES, Scripted, online, weights_of
 from script_runs import contents, instruct_file, train
 
 import train_online
-from minialign import lora
+from minialign import learn, lora
 from minialign.generate import Sampling, generate
 from minialign.llava import Llava
 from minialign.losses import token_logps
@@ -88,9 +88,9 @@ def test_sampled_log_probs_are_those_of_training(seed):
 def test_the_first_step_learns_from_the_policys_own_words(model, tmp_path, monkeypatch):
     """In a step before anything was learned kl is 0, and entropy is that of what was sampled."""
     seen = []
-    real = train_online.both_logps
+    real = learn.both_logps
     monkeypatch.setattr(train_online, "load_annotator", lambda *_: Scripted(len))
-    monkeypatch.setattr(train_online, "both_logps", lambda *args: seen.append(real(*args)) or seen[-1])
+    monkeypatch.setattr(learn, "both_logps", lambda *args: seen.append(real(*args)) or seen[-1])
     rows = online(model, tmp_path, method="online-dpo", limit=4, max_new_tokens=5)
     logps, ref_logps = seen[0]
     assert torch.equal(logps, ref_logps) and rows[0]["objective/kl"] == 0
@@ -130,7 +130,7 @@ def test_every_step_draws_anew(model, tmp_path, monkeypatch, method):
 
     def noting(self, part, rows, *rest):
         found = real(self, part, rows, *rest)
-        said.extend(tuple(sequence.branches[-1].ids) for sequence in found)
+        said.extend(tuple(answer.sequence.branches[-1].ids) for answer in found)
         return found
 
     monkeypatch.setattr(train_online.OwnRejected, "__call__", noting)
@@ -146,17 +146,19 @@ def test_every_step_draws_anew(model, tmp_path, monkeypatch, method):
 
 @pytest.mark.parametrize("sign", [1, -1])
 def test_it_learns_what_the_annotator_prefers(tmp_path, monkeypatch, sign):
-    """More blue with one annotator, less with the other, within a few steps."""
-    scripted = Scripted(lambda text: sign * text.count("blue"))
+    """Short answers with one annotator, long ones with the other, within a few steps; the mean of three seeds."""
+    scripted = Scripted(lambda text: sign * len(text.split()))
     monkeypatch.setattr(train_online, "load_annotator", lambda *_: scripted)
     talks = [[("human", "<image>\nDescribe the picture."), ("gpt", "A cup.")]] * 24
     data = instruct_file(tmp_path / "data.json", *talks)
-    flags = {"method": "online-dpo", "data": data, "epochs": 6, "batch_size": 12, "lr": 5e-3, "max_new_tokens": 60,
-             "temperature": 2.0, "lora_rank": 16, "lora_alpha": 32.0, "beta": 0.3}  # fmt: skip
-    online("toy", tmp_path / "out", **flags)
-    blue = [sum(text.count("blue") for text in comparison.responses) / 2 for comparison in scripted.seen]
-    first, last = sum(blue[:24]), sum(blue[-24:])
-    assert len(blue) == 24 * 6 and sign * (last / first - 1) > 0.25
+    flags = {"method": "online-dpo", "data": data, "epochs": 6, "batch_size": 12, "lr": 2e-3, "max_new_tokens": 60,
+             "temperature": 1.5, "lora_rank": 16, "lora_alpha": 32.0, "beta": 0.1}  # fmt: skip
+    for seed in range(3):
+        online("toy", tmp_path / str(seed), seed=seed, **flags)
+    words = [sum(len(text.split()) for text in comparison.responses) / 2 for comparison in scripted.seen]
+    runs = [words[first : first + 144] for first in range(0, 3 * 144, 144)]  # 24 records, 6 epochs
+    changes = [sum(run[-24:]) / 24 - sum(run[:24]) / 24 for run in runs]
+    assert len(words) == 3 * 144 and sign * sum(changes) / 3 > 1
 
 
 def test_ties_teach_nothing(model, tmp_path, monkeypatch):

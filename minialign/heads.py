@@ -1,0 +1,38 @@
+"""A head that makes one number of a hidden state: a response's reward (Eq. 1), or PPO's value of a token.
+
+It stands on the policy's own body, is trained at the adapters' rate, in float32, and starts at zero: then every reward
+and value is 0, and no random draw decides what is learned first.
+"""
+
+import torch
+from torch import Tensor, nn
+
+from minialign.llava import Llava
+from minialign.masks import TokenTree
+
+HEAD = "scalar_head.weight"  # its one tensor, among those that are trained
+
+
+def add_head(model: Llava) -> None:
+    """Give the model a head, (1, D)."""
+    model.scalar_head = nn.Linear(model.config.text.hidden_size, 1, bias=False, device=model.device)
+    nn.init.zeros_(model.scalar_head.weight)
+
+
+def scalars(model: Llava, hidden: Tensor) -> Tensor:
+    """The head's number of every hidden state, (..., D) -> (...), float32."""
+    return model.scalar_head(hidden.float())[..., 0]
+
+
+def branch_rewards(model: Llava, tree: TokenTree, tower_features: Tensor | None) -> Tensor:
+    """r(x, y) of Eq. 1 for every branch: the head on its last token, which has seen all of it. (B, S), float32."""
+    hidden = model(tree, tower_features)
+    last = tree.tip.clamp(min=0)[..., None].expand(-1, -1, hidden.shape[-1])
+    return scalars(model, hidden.gather(1, last))
+
+
+@torch.no_grad()
+def set_head(model: Llava, weight: Tensor) -> None:
+    """Give the model the head that was trained before."""
+    add_head(model)
+    model.scalar_head.weight.copy_(weight)
