@@ -73,7 +73,7 @@ class Config(flags.TrainingFlags):
 
     data: str | None = None  # records or pairs; without it the embedded world's, for mixed-dpo and --gamma BDHS pairs
     out: str = "runs/online"  # folder to write
-    method: Literal["online-dpo", "mixed-dpo", "online-bdhs", "rloo", "ppo"] = "online-bdhs"  # what is learned from: see above
+    method: Literal["online-dpo", "mixed-dpo", "online-bdhs", "rloo", "ppo"] = "online-bdhs"  # as listed above
     annotator: str = "oracle"  # `oracle` (embedded world), `self` (the base, adapters off), or a LLaVA folder
     orders: Literal["random", "both"] = "random"  # in which a model sees the two responses
     p: float = 0.5  # Eq. 4: probability of the stored pair

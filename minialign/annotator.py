@@ -1,11 +1,13 @@
-"""The annotator of online DPO: which of two responses is better? And how good an annotator is (Table 10).
+"""The annotator of online DPO: which of two responses is better? And how good an annotator is (Tables 7 and 10).
 
     python -m minialign.annotator --annotator DIR --pairs pairs.jsonl --images DIR    # any LLaVA folder as the judge
     python -m minialign.annotator --annotator oracle --pairs pairs.jsonl              # the embedded world's truth
+    python -m minialign.annotator --annotator runs/reward/merged --pairs a.jsonl,b.jsonl    # a reward model (Table 7)
 
 A model is shown image, question and both responses, and asked in our own words for what Table 14 asks. Its verdict
 must begin with `Response 1` or `Response 2`; what does not is dropped and counted. The paper found no bias of
 position; the order is random all the same, or both orders are asked, and a pair on which they differ is a tie.
+A reward model (reward_model.py) is not asked: the response with the higher reward is the better one.
 """
 
 import json
@@ -14,6 +16,7 @@ import re
 import sys
 from contextlib import nullcontext, redirect_stdout
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Literal
 
 import torch
@@ -27,11 +30,13 @@ from minialign.checkpoint import load_model, resolve_model
 from minialign.cli import parse_config, require, require_device, require_images, require_seed, run_main
 from minialign.data import open_pairs, sift
 from minialign.errors import UserError
+from minialign.files import write_json
 from minialign.generate import stable_seed
 from minialign.images import ImageProcessor, open_image
 from minialign.llava import Llava
 from minialign.metrics import Counts, Figures, print_table, with_intervals
 from minialign.records import FormatName, Record, require_different
+from minialign.reward_model import HEAD, RewardModel, load_reward_model
 from minialign.toydraw import COLOURS, OBJECTS
 
 INSTRUCTION = """Two responses to a question about this image are to be compared. The better one hallucinates less: \
@@ -141,6 +146,22 @@ class ModelAnnotator:
         return Verdict(better.pop(), first=places[0] == 0) if len(better) == 1 else Verdict(None, "tie", places[0] == 0)
 
 
+@dataclass(frozen=True)
+class RewardAnnotator:
+    """The response with the higher reward is the better one; equal ones are a tie."""
+
+    model: RewardModel
+    both_orders = policy_off = False  # of a model that is asked in words
+
+    def choose(self, comparisons: list[Comparison], features: Tensor | None = None) -> list[Verdict]:
+        """A verdict on each; the reward model's own tower looks at the pictures."""
+        if not comparisons:
+            return []
+        records, pictures = [each.record for each in comparisons], [each.picture for each in comparisons]
+        scores = self.model(records, pictures, [each.responses for each in comparisons]).tolist()
+        return [Verdict(None, "tie") if a == b else Verdict(int(b > a)) for a, b in scores]
+
+
 # ---------------------------------------------------------------- how good is it?
 
 FIGURES: Figures = {
@@ -162,8 +183,9 @@ def count_verdict(verdict: Verdict, chosen: int) -> Counts:
 class Config:
     """Flags of `python -m minialign.annotator`."""
 
-    annotator: str = "oracle"  # `oracle` for the embedded world, or a Hugging Face LLaVA folder
-    pairs: str | None = None  # held-out preference pairs
+    annotator: str = "oracle"  # `oracle` for the embedded world, or the folder of a LLaVA or of a reward model
+    pairs: str | None = None  # held-out preference pairs, one file or several with commas between
+    out: str | None = None  # JSON file to write as well
     format: FormatName | None = None  # of the pairs file; else that of its first record
     images: str = "toy"  # folder of the pictures, or `toy`
     template: str | None = None  # vicuna, llava_v1, mistral, chatml or short; else the model's own
@@ -176,12 +198,14 @@ class Config:
     json: bool = False  # print one JSON object instead of the table
 
 
-def load_annotator(name: str, config) -> OracleAnnotator | ModelAnnotator:
+def load_annotator(name: str, config) -> OracleAnnotator | ModelAnnotator | RewardAnnotator:
     """`oracle`, or a folder's model; `config` has the flags template, orders, seed, device and dtype."""
     if name == "oracle":
         require(config.images == "toy", "--annotator oracle: knows the embedded world alone; name a LLaVA folder")
         return OracleAnnotator()
     folder = resolve_model(name)
+    if (folder / HEAD).exists():
+        return RewardAnnotator(load_reward_model(folder, config.device, getattr(torch, config.dtype), config.template))
     model = load_model(folder, config.device, getattr(torch, config.dtype))
     tokenizer, processor = Tokenizer.from_folder(folder, config.template), ImageProcessor.from_folder(folder)
     announce(folder, model, tokenizer)
@@ -196,10 +220,9 @@ def comparison(record: Record, config: Config) -> tuple[Comparison, int]:
     return Comparison(record, two, open_image(config.images, record.image)), int(flipped)
 
 
-def judge(config: Config) -> tuple[list[Counts], list[str]]:
-    """What the verdict on every pair counts, and why pairs were left out."""
-    records = open_pairs(config.pairs, config.format)
-    annotator = load_annotator(config.annotator, config)
+def judge(path: str, annotator, config: Config) -> tuple[list[Counts], list[str]]:
+    """What the verdict on every pair of a file counts, and why pairs were left out."""
+    records = open_pairs(path, config.format)
     counts, left_out, numbers = [], [], list(records.numbers)
     for start in tqdm(range(0, len(numbers), config.batch_size), desc="judge"):
         numbered = ((records.file.place(n), n) for n in numbers[start : start + config.batch_size])
@@ -208,25 +231,35 @@ def judge(config: Config) -> tuple[list[Counts], list[str]]:
         verdicts = annotator.choose([each for each, _ in batch])
         counts += [count_verdict(verdict, chosen) for verdict, (_, chosen) in zip(verdicts, batch, strict=True)]
     if not counts:
-        raise UserError(f"--pairs {config.pairs}: no usable pair, {left_out[0]}; give pairs")
+        raise UserError(f"--pairs {path}: no usable pair, {left_out[0]}; give pairs")
     return counts, left_out
 
 
 def main() -> None:
-    """Accuracy on pairs whose better response is known, and the bias of position."""
+    """Accuracy on pairs whose better response is known, and the bias of position; a column per file."""
     config = parse_config(Config, __doc__)
     require(config.pairs is not None, "--pairs is missing; name a file of preference pairs")
     require(config.batch_size >= 1, f"--batch-size {config.batch_size}: at least 1")
     require_seed(config.seed)
     require_images(config.images)
     require_device(config.device)
+    results = {}
     with redirect_stdout(sys.stderr):  # what is printed on the way is no result
-        counts, left_out = judge(config)
-    if left_out:
-        tqdm.write(f"{len(left_out)} pairs left out, the first: {left_out[0]}", file=sys.stderr)
-    result = with_intervals([counts], FIGURES)
-    facts = {"pairs": len(counts), "left_out": len(left_out)}
-    print(json.dumps(facts | result)) if config.json else print_table({config.annotator: result})
+        annotator = load_annotator(config.annotator, config)
+        for path in config.pairs.split(","):
+            counts, left_out = judge(path, annotator, config)
+            if left_out:
+                tqdm.write(f"{path}: {len(left_out)} pairs left out, the first: {left_out[0]}", file=sys.stderr)
+            facts = {"pairs": len(counts), "left_out": len(left_out)}
+            results[path] = facts | with_intervals([counts], FIGURES)
+    one = len(results) == 1
+    found = next(iter(results.values())) if one else results
+    if config.out is not None:
+        write_json(Path(config.out), found)
+    if config.json:
+        return print(json.dumps(found))
+    figures = {path: {name: result[name] for name in FIGURES} for path, result in results.items()}
+    print_table({config.annotator: figures[config.pairs]} if one else figures)
 
 
 if __name__ == "__main__":

@@ -60,7 +60,8 @@ class Config:
     """Flags."""
 
     out: str = "runs/corrupted/pairs.jsonl"  # pairs file to write
-    limit: int = TOY_RECORDS  # the first so many records of the alignment split
+    data: str = "toy"  # LLaVA-Instruct file on pictures of the embedded world; `toy`: its alignment split
+    limit: int = TOY_RECORDS  # so many of its records, of the alignment split the first
     seed: int = 0  # where the errors are and what they are follows from it
 
 
@@ -70,7 +71,7 @@ def main() -> None:
     require(config.limit >= 1, f"--limit {config.limit}: at least 1")
     require(not Path(config.out).is_dir(), f"--out {config.out}: is a folder; name the pairs file to write")
     require(not Path(config.out).exists(), f"--out {config.out}: is there already; name another file, or remove it")
-    records = read_records("toy", None, config.limit, config.seed)
+    records = read_records(config.data, None, config.limit, config.seed)
     write_whole(Path(config.out), "".join(json.dumps(pair_line(record, config.seed)) + "\n" for record in records))
     print(f"{config.out}: {len(records)} pairs")
 

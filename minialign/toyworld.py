@@ -229,6 +229,7 @@ class Config:
     out: str | None = None  # folder that --pretrain writes
     export: str | None = None  # folder for pictures and data.json
     limit: int = 500  # how many records --export writes
+    first: int = 0  # number of the first one; training has those up to 1,999
 
 
 def main() -> None:
@@ -237,12 +238,13 @@ def main() -> None:
     require(config.pretrain or config.export is not None, "nothing to do; give --pretrain or --export DIR")
     require(config.out is not None or not config.pretrain, "--out is missing; name the folder that --pretrain writes")
     require(config.limit >= 1, f"--limit {config.limit}: at least 1")
+    require(0 <= config.first < 10**8, f"--first {config.first}: between 0 and a hundred million")
     if config.pretrain:
         from minialign.toypretrain import pretrain  # it imports this file
 
         pretrain(Path(config.out))
     if config.export:
-        folder, records = Path(config.export), alignment_records(config.limit)
+        folder, records = Path(config.export), alignment_records(config.limit, first=config.first)
         folder.mkdir(parents=True, exist_ok=True)
         for record in records:
             picture(scene_of(record["image"])).save(folder / record["image"])
