@@ -171,7 +171,8 @@ def main(config: Config) -> None:
     keyed = config.ref_cache is not None
     collate = PairCollator(tokenizer, processor, config.images, *limits, fields, noise, keyed=keyed)
     records = usable_pairs(records, collate.check, config.limit, config.seed, config.skip_bad_records)
-    model = distributed.load(config, lambda device: lora.load_policy(folder, config, device, config.loss == "reward"))
+    head = "reward" if config.loss == "reward" else None
+    model = distributed.load(config, lambda device: lora.load_policy(folder, config, device, head))
     model.language_model.in_training(config.recompute, config.compile)
     announce(folder, model, tokenizer)
     cache = None

@@ -202,8 +202,8 @@ def toy_data(config: Config, out: Path) -> Path:
 
 def main(config: Config) -> None:
     """Data, evaluation, training, evaluation, export, report."""
-    toy = config.model == "toy"
-    config = fill(config, (TOY if toy else PAPER) | (TOY_RL if toy else PAPER_RL).get(config.method, {}))
+    base, of_method = (TOY, TOY_RL) if config.model == "toy" else (PAPER, PAPER_RL)
+    config = fill(config, base | of_method.get(config.method, {}))
     config = fill(config, {"lora_alpha": 2.0 * config.lora_rank})
     check(config)
     distributed.start(config.device)
@@ -217,7 +217,8 @@ def main(config: Config) -> None:
     limits = config.max_response_tokens, read_config(folder).text.max_position_embeddings, config.truncate
     collate = PairCollator(tokenizer, processor, config.images, *limits, stored, keep_pictures=True)
     records = usable_pairs(records, collate.check, config.limit, config.seed, config.skip_bad_records)
-    model = distributed.load(config, lambda device: lora.load_policy(folder, config, device, config.method == "ppo"))
+    head = "value" if config.method == "ppo" else None
+    model = distributed.load(config, lambda device: lora.load_policy(folder, config, device, head))
     model.language_model.in_training(config.recompute, config.compile)
     announce(folder, model, tokenizer)
     respond = make_respond(config, model, tokenizer, processor)
@@ -236,13 +237,12 @@ def main(config: Config) -> None:
         with gathered(model):
             counts["after"] = benchmark.run(model, tokenizer, processor, "after")
     shown = [collate.report_pair(records.parse(number)) for number in records.numbers[:8]] if stored else []
-    learned = {unit: sum(row[unit] for row in run.rows) for unit in ("pairs", "responses") if unit in run.rows[0]}
-    facts = learned | ({"stopped": run.stopped} if run.stopped else {})
+    unit = "responses" if config.method in RL else "pairs"
+    facts = {unit: sum(row[unit] for row in run.rows)} | ({"stopped": run.stopped} if run.stopped else {})
     distributed.once(lambda: save_results(out, f"minialign: {config.method}", config, shown, run.rows, counts, facts))
-    none = "" if any(learned.values()) else " (nothing was learned: metrics.jsonl says why answers were dropped)"
+    none = "" if facts[unit] else " (nothing was learned: metrics.jsonl says why answers were dropped)"
     ended = f"ended early, {run.stopped}\n" if run.stopped else ""
-    said = ", ".join(f"{count} {unit}" for unit, count in learned.items())
-    print(f"{ended}{len(run.rows)} steps, {said}{none}; "
+    print(f"{ended}{len(run.rows)} steps, {facts[unit]} {unit}{none}; "
           f"{out}/adapter (PEFT), {out}/merged (Hugging Face), {out}/report.html")  # fmt: skip
 
 

@@ -1,8 +1,11 @@
 """A head that makes one number of a hidden state: a response's reward (Eq. 1), or PPO's value of a token.
 
-It stands on the policy's own body, is trained at the adapters' rate, in float32, and starts at zero: then every reward
-and value is 0, and no random draw decides what is learned first.
+It stands on the policy's own body and is trained at the adapters' rate, in float32. One for values starts at zero: then
+the first advantages are the returns. One for rewards starts at random, as TRL's does: from zero, on the embedded world,
+hundreds of steps taught it nothing.
 """
+
+from typing import Literal
 
 import torch
 from torch import Tensor, nn
@@ -13,10 +16,11 @@ from minialign.masks import TokenTree
 HEAD = "scalar_head.weight"  # its one tensor, among those that are trained
 
 
-def add_head(model: Llava) -> None:
-    """Give the model a head, (1, D)."""
-    model.scalar_head = nn.Linear(model.config.text.hidden_size, 1, bias=False, device=model.device)
-    nn.init.zeros_(model.scalar_head.weight)
+def add_head(model: Llava, kind: Literal["value", "reward"]) -> None:
+    """Give the model a head, (1, D): of zeros, or normal with the standard deviation (D + 1)^-1/2."""
+    size = model.config.text.hidden_size
+    model.scalar_head = nn.Linear(size, 1, bias=False, device=model.device)
+    nn.init.normal_(model.scalar_head.weight, std=(size + 1) ** -0.5 if kind == "reward" else 0.0)
 
 
 def scalars(model: Llava, hidden: Tensor) -> Tensor:
@@ -34,5 +38,5 @@ def branch_rewards(model: Llava, tree: TokenTree, tower_features: Tensor | None)
 @torch.no_grad()
 def set_head(model: Llava, weight: Tensor) -> None:
     """Give the model the head that was trained before."""
-    add_head(model)
+    add_head(model, "value")
     model.scalar_head.weight.copy_(weight)

@@ -9,6 +9,7 @@ import math
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Literal
 
 import torch
 import torch.nn.functional as F
@@ -216,10 +217,10 @@ def load_adapter(model: Llava, folder: Path) -> None:
             parameter.copy_(found[name])
 
 
-def load_policy(folder: Path, config, device: str, head: bool = False) -> Llava:
+def load_policy(folder: Path, config, device: str, head: Literal["value", "reward"] | None = None) -> Llava:
     """The model of a training run with its adapters, on `device`: new ones, or those of `config.adapter`.
 
-    `config` has a training script's flags; `head` adds one (heads.py). Loaded adapters are the policy's start, and
+    `config` has a training script's flags; `head` adds one of that kind. Loaded adapters are the policy's start, and
     with `--reference adapter` the reference too. What new ones, or those that a folder leaves out, begin with follows
     from the seed.
     """
@@ -232,7 +233,7 @@ def load_policy(folder: Path, config, device: str, head: bool = False) -> Llava:
     if config.reference == "adapter":
         keep_reference(model)
     if head:
-        add_head(model)
+        add_head(model, head)
     return model
 
 

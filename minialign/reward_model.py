@@ -88,15 +88,23 @@ def load_reward_model(folder: Path, device: str, dtype: torch.dtype, template: s
         said = f"no reward model, as {HEAD} is missing; give the `merged` that train_dpo.py --loss reward leaves"
         raise UserError(f"{folder}: {said}")
     model = load_model(folder, device, dtype)
-    with opened(path) as file:
-        facts = json.loads((file.metadata() or {}).get("whitening", "{}"))
-    weight = dict(read_tensors(path)).get("weight")
-    mean, std = facts.get("mean"), facts.get("std")
+    weight, whitening = dict(read_tensors(path)).get("weight"), read_whitening(path)
     fits = weight is not None and weight.shape == (1, model.config.text.hidden_size) and weight.isfinite().all()
-    numbers = all(type(value) is float and math.isfinite(value) for value in (mean, std)) and std > 0
-    if not (fits and numbers):
+    if not (fits and whitening):
         raise UserError(f"{path}: no head of this model with a mean and a standard deviation; train it again")
     set_head(model, weight)
     tokenizer, processor = Tokenizer.from_folder(folder, template), ImageProcessor.from_folder(folder)
     announce(folder, model, tokenizer)
-    return RewardModel(model, tokenizer, processor, Whitening(mean, std))
+    return RewardModel(model, tokenizer, processor, whitening)
+
+
+def read_whitening(path: Path) -> Whitening | None:
+    """What `save_head` noted beside the head; None where that is no mean and standard deviation."""
+    with opened(path) as file:
+        noted = (file.metadata() or {}).get("whitening", "")
+    try:
+        facts = json.loads(noted)
+        mean, std = float(facts["mean"]), float(facts["std"])
+    except (ValueError, TypeError, KeyError):
+        return None
+    return Whitening(mean, std) if math.isfinite(mean) and 0 < std < math.inf else None
