@@ -95,9 +95,13 @@ def test_processes_share_a_reference_cache(model, pairs, tmp_path, capsys):
 
 @pytest.mark.parametrize("method", ["online-bdhs", "mixed-dpo"])
 def test_online_training_in_shards(model, tmp_path, method):
-    """The whole model is gathered to sample from; every process draws for its own records what one would."""
-    flags = ["--model", model, *SIZES, "--method", method, "--limit", 9, "--steps", 3, "--eval-images", 0]
-    flags += ["--rho-th", 0.7, "--max-new-tokens", 6, "--n-bdhs", 2, "--annotator", "oracle", "--lr", "1e-3"]
+    """The whole model is gathered to sample from; every process draws for its own records what one would.
+
+    The stored pairs of mixed-dpo are the toy model's, who ends a sentence: random weights go on up to every limit.
+    """
+    flags = ["--model", model if method == "online-bdhs" else "toy", *SIZES, "--method", method, "--limit", 9]
+    flags += ["--steps", 3, "--eval-images", 0, "--rho-th", 0.7, "--max-new-tokens", 6, "--n-bdhs", 2]
+    flags += ["--annotator", "oracle", "--lr", "1e-3"]
     run_alone("train_online.py", *flags, "--out", tmp_path / "one")
     run(2, "train_online.py", *flags, "--out", tmp_path / "two", "--shard", "full")
     rows = rows_of(tmp_path / "one")
