@@ -19,7 +19,9 @@ from minialign.checkpoint import TOY, save_model
 from minialign.compiled import compiled
 
 os.environ["HF_HUB_OFFLINE"] = "1"
-torch.set_num_threads(1)  # the models are tiny: on a busy machine a second thread costs minutes
+# The models are tiny: on a busy machine a second thread costs minutes, and in the processes that tests start, too.
+torch.set_num_threads(1)
+os.environ["OMP_NUM_THREADS"] = "1"
 
 
 @pytest.fixture(scope="session")

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 from helpers import IMAGE, random_ids, random_model
-from test_distributed import run
+from torchruns import run
 
 from minialign import losses
 from minialign.llama import KVCache

@@ -5,9 +5,6 @@ import json
 import os
 import re
 import signal
-import subprocess
-import sys
-import time
 from pathlib import Path
 
 import pytest
@@ -16,38 +13,20 @@ from input_files import pairs_in
 from safetensors import safe_open
 from safetensors.torch import load_file
 from script_runs import read_lines
+from torchruns import children, command, finish, killed, launch, run, start, wait_for
 
 from minialign import distributed
 from minialign.cli import parse_config
 from minialign.schedule import batches_of_run
 
-ROOT = Path(__file__).resolve().parent.parent
 SIZES = ["--lora-rank", "4", "--batch-size", "5", "--seed", "3"]
 TIMES = ("time/sampling", "time/training")
-
-
-def command(processes: int, script: str, *flags: object) -> list[str]:
-    """`python script`, or `torchrun script` with several processes."""
-    torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(processes)]
-    return [sys.executable, *(torchrun if processes > 1 else []), str(ROOT / script), *map(str, flags)]
-
-
-def launch(processes: int, script: str, *flags: object) -> subprocess.CompletedProcess:
-    environment = os.environ | {"OMP_NUM_THREADS": "1"}
-    words = command(processes, script, *flags)
-    return subprocess.run(words, env=environment, capture_output=True, text=True, timeout=240, check=False)
 
 
 def run_alone(script: str, *flags: object) -> None:
     """One process, this one."""
     module = importlib.import_module(script.removesuffix(".py"))
     module.main(parse_config(module.Config, "", [str(flag) for flag in flags]))
-
-
-def run(processes: int, script: str, *flags: object) -> subprocess.CompletedProcess:
-    done = launch(processes, script, *flags)
-    assert done.returncode == 0, done.stderr[-3000:]
-    return done
 
 
 def rows_of(out: Path) -> list[dict]:
@@ -116,9 +95,13 @@ def test_processes_share_a_reference_cache(model, pairs, tmp_path, capsys):
 
 @pytest.mark.parametrize("method", ["online-bdhs", "mixed-dpo"])
 def test_online_training_in_shards(model, tmp_path, method):
-    """The whole model is gathered to sample from; every process draws for its own records what one would."""
-    flags = ["--model", model, *SIZES, "--method", method, "--limit", 9, "--steps", 3, "--eval-images", 0]
-    flags += ["--rho-th", 0.7, "--max-new-tokens", 6, "--n-bdhs", 2, "--annotator", "oracle", "--lr", "1e-3"]
+    """The whole model is gathered to sample from; every process draws for its own records what one would.
+
+    The stored pairs of mixed-dpo are the toy model's, who ends a sentence: random weights go on up to every limit.
+    """
+    flags = ["--model", model if method == "online-bdhs" else "toy", *SIZES, "--method", method, "--limit", 9]
+    flags += ["--steps", 3, "--eval-images", 0, "--rho-th", 0.7, "--max-new-tokens", 6, "--n-bdhs", 2]
+    flags += ["--annotator", "oracle", "--lr", "1e-3"]
     run_alone("train_online.py", *flags, "--out", tmp_path / "one")
     run(2, "train_online.py", *flags, "--out", tmp_path / "two", "--shard", "full")
     rows = rows_of(tmp_path / "one")
@@ -149,30 +132,12 @@ def test_sampling_by_three(model, tmp_path):
     assert three.read_bytes() == one.read_bytes()
 
 
-def children(process: subprocess.Popen) -> list[int]:
-    """The processes that torchrun has started."""
-    return [int(pid) for pid in Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()]
-
-
-def killed(out: Path, words: list[str], kill) -> subprocess.CompletedProcess:
-    """A run of many steps that `kill(process)` ends after its third step."""
-    environment = os.environ | {"OMP_NUM_THREADS": "1"}
-    process = subprocess.Popen(words, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
-    log = out / "metrics.jsonl"
-    while not log.exists() or len(log.read_text().splitlines()) < 3:
-        assert process.poll() is None, process.communicate()[1][-3000:]
-        time.sleep(0.05)
-    kill(process)
-    stdout, stderr = process.communicate(timeout=100)
-    return subprocess.CompletedProcess(words, process.returncode, stdout, stderr)
-
-
 def test_a_process_that_dies_ends_the_others(model, pairs, tmp_path, capsys):
     """By kill -9, as for want of memory: no hang, a line that says so, and one process goes on from the checkpoint."""
     flags = ["--model", model, "--pairs", pairs, *SIZES, "--steps", 24, "--save-every", 2, "--eval-images", 0]
     flags += ["--lr", "1e-3"]
     words = command(2, "train_dpo.py", *flags, "--shard", "full", "--out", tmp_path / "two")
-    done = killed(tmp_path / "two", words, lambda process: os.kill(children(process)[1], signal.SIGKILL))
+    done = killed(tmp_path / "two/metrics.jsonl", words, lambda process: os.kill(children(process)[1], signal.SIGKILL))
     assert done.returncode != 0
     assert "error: another process has ended" in done.stderr and "[rank0]" not in done.stderr
     assert "(SIGKILL)" in done.stderr  # torchrun names the one that was killed
@@ -195,7 +160,7 @@ def test_sigterm_to_one_ends_all_after_the_same_step(model, pairs, tmp_path):
     """As a scheduler ends a job, every process hears it at another moment; here only the second one ever does."""
     flags = ["--model", model, "--pairs", pairs, *SIZES, "--steps", 40, "--save-every", 40, "--eval-images", 0]
     words = command(2, "train_dpo.py", *flags, "--shard", "full", "--out", tmp_path)
-    done = killed(tmp_path, words, lambda process: os.kill(children(process)[1], signal.SIGTERM))
+    done = killed(tmp_path / "metrics.jsonl", words, lambda process: os.kill(children(process)[1], signal.SIGTERM))
     steps = len(rows_of(tmp_path))
     said = f"terminated after step {steps}; --resume goes on from there"
     assert done.returncode == 0 and 3 <= steps < 40 and done.stderr.count(said) == 1
@@ -213,3 +178,27 @@ def test_every_record_is_dealt_out_once(monkeypatch, processes):
             dealt.append(distributed.share(batch))
         assert sorted(sum(dealt, [])) == sorted(batch)
         assert max(map(len, dealt)) - min(map(len, dealt)) <= 1
+
+
+STUCK = """
+import os, sys, threading, time
+def stuck(number):
+    open(f"{sys.argv[1]}/{number}-{os.environ['RANK']}", "w")
+    time.sleep(1000)
+threading.Thread(target=stuck, args=[1], name="other").start()
+stuck(0)
+"""
+
+
+def test_a_run_that_hangs_says_where(tmp_path):
+    """The stacks of all threads of both processes, which then end."""
+    (tmp_path / "stuck.py").write_text(STUCK)
+    process = start(command(2, str(tmp_path / "stuck.py"), tmp_path))
+    wait_for(lambda: len(list(tmp_path.glob("[01]-[01]"))) == 4, process)
+    pids = children(process)
+    with pytest.raises(pytest.fail.Exception) as failure:
+        finish(process, 0.1)
+    said = str(failure.value)
+    assert "not done after 0.1 s" in said and said.count("Fatal Python error: Aborted") == 2
+    assert len(re.findall(r"stuck.py\", line 5 in stuck", said)) == 4
+    assert process.returncode != 0 and not any(Path(f"/proc/{pid}").exists() for pid in pids)

@@ -23,6 +23,7 @@ TRAIN = {"lora_rank": 4, "lora_alpha": 8.0, "lr": 1e-3, "projector_lr": 1e-4, "e
 
 
 def start(script: str, *flags: str) -> subprocess.Popen:
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # where a shell's job in the background ignores Ctrl-C
     environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
     return subprocess.Popen([sys.executable, str(ROOT / script), *flags], cwd=ROOT, env=environment, text=True,
                             stdout=subprocess.PIPE, stderr=subprocess.PIPE, start_new_session=True)  # fmt: skip
