@@ -57,6 +57,7 @@ class PairCollator:
     noise_steps: int = 0  # of the noisy pictures; 0: none are wanted
     keep_pictures: bool = False  # beside their pixels, for the model to sample from
     keyed: bool = False  # each pair with its key in the reference's cache
+    pack: int | None = None  # tokens up to which short pairs share a row of the tree
 
     def responses(self, record: Record, room: int | None = None) -> list[list[int]]:
         """Chosen and rejected ids, at most --max-response-tokens each, and `room`."""
@@ -123,7 +124,7 @@ class PairCollator:
 
     def tree(self, sequences: list[Sequence]) -> TokenTree:
         """Sequences as one batch of token trees."""
-        return build_tree(sequences, self.tokenizer.image_id, self.tokenizer.pad_id)
+        return build_tree(sequences, self.tokenizer.image_id, self.tokenizer.pad_id, pack=self.pack)
 
     def idle(self, branches: int) -> PairBatch:
         """A batch of no pair: one row that counts for nothing, for a process that must go with the others."""
@@ -158,12 +159,6 @@ class Loaded:
     noisy: Tensor | None
     picture: Image.Image | None = None
 
-    @property
-    def length(self) -> int:
-        """Tokens of the sequence, all branches together: what a row of a batch holds."""
-        sequence = self.sequence
-        return len(sequence.trunk) - 1 + sequence.image_tokens + sum(len(branch.ids) for branch in sequence.branches)
-
 
 @dataclass(frozen=True)
 class StepLoader:
@@ -183,7 +178,7 @@ class StepLoader:
         numbered = ((self.records.file.place(number), number) for number in numbers)
         pairs, left_out = sift(numbered, lambda n: self.collate.loaded(self.records.parse(n)), self.skip_bad)
         if self.accumulate > 1:
-            pairs.sort(key=lambda pair: pair.length)
+            pairs.sort(key=lambda pair: pair.sequence.length)
         size = math.ceil(len(pairs) / self.accumulate) or 1
         batches = [self.collate.batch(pairs[i : i + size]) for i in range(0, len(pairs), size)]
         return batches, [f"{place}: {error}" for place, error in left_out]

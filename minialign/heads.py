@@ -25,7 +25,7 @@ def scalars(model: Llava, hidden: Tensor) -> Tensor:
 
 
 def branch_rewards(model: Llava, tree: TokenTree, tower_features: Tensor | None) -> Tensor:
-    """r(x, y) of Eq. 1 for every branch: the head on its last token, which has seen all of it. (sequences, S), float32."""
+    """r(x, y) of Eq. 1 for every branch: the head on its last token, which has seen all of it. (N, S), float32."""
     hidden = model(tree, tower_features)
     return scalars(model, hidden[tree.row[:, None], tree.tip.clamp(min=0)])
 
