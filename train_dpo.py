@@ -171,7 +171,8 @@ def main(config: Config) -> None:
     kinds = list(rejected_weights(config))
     fields, noise = tuple(k for k in kinds if k != "distorted"), config.noise_steps if "distorted" in kinds else 0
     keyed = config.ref_cache is not None
-    collate = PairCollator(tokenizer, processor, config.images, *limits, fields, noise, keyed=keyed, pack=config.pack)
+    means = {"keyed": keyed, "pack": config.pack, "device": config.device}
+    collate = PairCollator(tokenizer, processor, config.images, *limits, fields, noise, **means)
     records = usable_pairs(records, collate.check, config.limit, config.seed, config.skip_bad_records)
     model = distributed.load(config, lambda device: lora.load_policy(folder, config, device, config.loss == "reward"))
     model.language_model.in_training(config.recompute, config.compile)

@@ -58,6 +58,7 @@ class PairCollator:
     keep_pictures: bool = False  # beside their pixels, for the model to sample from
     keyed: bool = False  # each pair with its key in the reference's cache
     pack: int | None = None  # tokens up to which short pairs share a row of the tree
+    device: str = "cpu"  # that the pixels go to; a GPU fetches them from pinned memory while it computes
 
     def responses(self, record: Record, room: int | None = None) -> list[list[int]]:
         """Chosen and rejected ids, at most --max-response-tokens each, and `room`."""
@@ -116,8 +117,8 @@ class PairCollator:
         sequences = [pair.sequence for pair in pairs]
         whole = not (self.noise_steps or self.keep_pictures)
         tree = self.tree(sequences) if whole else None
-        noisy = torch.cat([pair.noisy for pair in pairs]) if self.noise_steps else None
-        pixels = torch.cat([pair.pixels for pair in pairs])
+        noisy = self.pinned([pair.noisy for pair in pairs]) if self.noise_steps else None
+        pixels = self.pinned([pair.pixels for pair in pairs])
         records, pictures = [pair.record for pair in pairs], [pair.picture for pair in pairs]
         keys = [pair_key(pair.sequence, pair.pixels) for pair in pairs] if self.keyed else []
         return PairBatch(records, sequences, tree, pixels, noisy, pictures, keys)
@@ -125,6 +126,11 @@ class PairCollator:
     def tree(self, sequences: list[Sequence]) -> TokenTree:
         """Sequences as one batch of token trees."""
         return build_tree(sequences, self.tokenizer.image_id, self.tokenizer.pad_id, pack=self.pack)
+
+    def pinned(self, pixels: list[Tensor]) -> Tensor:
+        """The pixels of some pairs as one tensor, in pinned memory if a GPU waits for them."""
+        together = torch.cat(pixels)
+        return together.pin_memory() if torch.device(self.device).type == "cuda" else together
 
     def idle(self, branches: int) -> PairBatch:
         """A batch of no pair: one row that counts for nothing, for a process that must go with the others."""
