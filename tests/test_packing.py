@@ -16,10 +16,11 @@ from torch import nn
 
 import train_dpo
 from minialign.distortion import distorted_tree
+from minialign.heads import add_head, branch_rewards
 from minialign.llama import Llama
 from minialign.llava import Llava
 from minialign.losses import both_logps, branch_logps, preference_loss, token_logps
-from minialign.masks import NEWLINE, PADDING, Branch, Sequence, TokenTree, build_tree, dense_mask, shared_rows
+from minialign.masks import NEWLINE, PADDING, Branch, Sequence, TokenTree, build_tree, dense_mask
 
 SEEDS = range(8)
 ADAPTER = "adapter/adapter_model.safetensors"
@@ -62,37 +63,6 @@ def place(tree: TokenTree, number: int) -> tuple[int, slice]:
     row, columns = (tree.sequence == number).nonzero(as_tuple=True)
     assert len(set(row.tolist())) == 1 and torch.equal(columns, torch.arange(columns[0], columns[-1] + 1))
     return int(row[0]), slice(int(columns[0]), int(columns[-1]) + 1)
-
-
-# Which sequences share a row -----------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize(("lengths", "pack", "expected"), [
-    ([5, 3, 2, 4, 1], None, [[0], [1], [2], [3], [4]]),
-    ([5, 3, 2, 4, 1], 5, [[0], [1, 2], [3, 4]]),  # nothing is padding
-    ([5, 3, 2, 4, 2], 16, [[0, 1, 2, 3, 4]]),  # 16 tokens; two rows would take 18, three as many, four 20
-    ([4, 4, 4, 4], 100, [[0], [1], [2], [3]]),  # nothing to gain
-    ([9, 3, 3, 2], 4, [[0], [1, 2, 3]]),  # a longer one is alone, and the others have its width
-    ([10, 10, 10, 4, 4], 22, [[0], [1], [2], [3, 4]]),  # 40 tokens; two rows would take as many, three 42
-    ([7], 3, [[0]]),
-])  # fmt: skip
-def test_rows_by_hand(lengths, pack, expected):
-    assert sorted(sorted(row) for row in shared_rows(lengths, pack)) == expected
-
-
-@pytest.mark.parametrize("seed", range(40))
-def test_rows_of_random_lengths(seed):
-    """All are there once, no row is wider than it may be, and never is there more padding than with a row each."""
-    rng = random.Random(seed)
-    lengths = [rng.randrange(1, 60) for _ in range(rng.randrange(1, 20))]
-    pack = rng.randrange(1, 300)
-    rows = shared_rows(lengths, pack)
-    assert sorted(sum(rows, [])) == list(range(len(lengths))) and all(rows)
-    width = max(sum(lengths[i] for i in row) for row in rows)
-    assert width <= max(pack, *lengths)
-    assert len(rows) * width <= len(lengths) * max(lengths)
-    if pack >= sum(lengths) and len(set(lengths)) > 1:
-        assert len(rows) * width == sum(lengths)
 
 
 # The tree, and what attends to what ----------------------------------------------------------------------------
@@ -219,6 +189,20 @@ def test_tokens_come_with_their_sequence(seed):
 
 
 @pytest.mark.parametrize("seed", SEEDS)
+@torch.no_grad()
+def test_rewards(seed):
+    """A head on the last token of every branch, wherever its sequence stands."""
+    model, rows, features = crowd(seed)
+    add_head(model)
+    model.scalar_head.weight.normal_(generator=torch.Generator().manual_seed(seed))
+    plain = build_tree(rows, IMAGE, 0)
+    there, expected = plain.tip >= 0, branch_rewards(model, plain, features)
+    for pack in packs(rows, seed):
+        found = branch_rewards(model, build_tree(rows, IMAGE, 0, pack=pack), features)
+        assert_close([found[there]], [expected[there]])
+
+
+@pytest.mark.parametrize("seed", SEEDS)
 def test_distorted_responses(seed):
     """y~- is the same, wherever its sequence stands, and goes with its own sequence."""
     model, rows, features = crowd(seed, branches=2)
@@ -252,7 +236,7 @@ def shapes(monkeypatch) -> list[tuple[int, int]]:
 
 
 @pytest.mark.parametrize("changes", [
-    {}, {"accumulate": 2, "batch_size": 7}, {"loss": "sft"}, {"rejected": "both", "gamma": 0.3},
+    {}, {"accumulate": 2, "batch_size": 7}, {"loss": "sft"}, {"loss": "reward"}, {"rejected": "both", "gamma": 0.3},
     {"rejected": "distorted"}, {"rejected": "distorted", "accumulate": 3, "loss": "slic"}, {"recompute": True},
     {"compile": True}, {"ref_cache": "cache", "epochs": 2}, {"workers": 2, "truncate": True, "max_response_tokens": 20},
 ], ids=str)  # fmt: skip
