@@ -29,7 +29,7 @@ import sample_bdhs
 from minialign import distributed, flags, lora, resume
 from minialign.chat import Tokenizer, announce
 from minialign.checkpoint import fingerprint, resolve_model
-from minialign.cli import fill, parse_config, require, require_outside, run_main
+from minialign.cli import fill, parse_config, require, require_at_least, require_outside, run_main
 from minialign.collate import PairBatch, PairCollator, StepLoader
 from minialign.config import read_config
 from minialign.data import Records, open_pairs, usable_pairs
@@ -62,11 +62,13 @@ class Config(flags.TrainingFlags):
     gamma: float = 0.5  # Eq. 5: weight of the external y- (distorted: of the stored one)
     noise_steps: int = 500  # distorted: diffusion steps of the noisy picture (Eq. 9)
     ref_cache: str | None = None  # folder that keeps the reference's log-probs for later epochs and other runs
+    pack: int | None = None  # short pairs share a row of up to so many tokens, where that makes for less padding
 
 
 def check(config: Config) -> None:
     """Refuse values that make no sense, before anything is loaded."""
     flags.check_training(config)
+    require_at_least(config, pack=1)
     require(0 <= config.gamma <= 1, f"--gamma {config.gamma}: between 0 and 1")
     require(1 <= config.noise_steps <= 1000, f"--noise-steps {config.noise_steps}: between 1 and 1000")
     require(config.adapter is None or config.pairs is not None, "--adapter: give --pairs too; none are sampled from it")
@@ -89,7 +91,7 @@ def pair_loss(
     features = model.encode_images(batch.pixels)  # once, for policy and reference
     tree = batch.tree
     if batch.noisy is not None:
-        tree = distorted_tree(model, batch.sequences, model.encode_images(batch.noisy))
+        tree = distorted_tree(model, batch.sequences, model.encode_images(batch.noisy), config.pack)
     weights = torch.tensor(list(rejected_weights(config).values()), device=model.device)
     tree = tree.to(model.device)
     if config.loss == "reward":
@@ -169,7 +171,8 @@ def main(config: Config) -> None:
     kinds = list(rejected_weights(config))
     fields, noise = tuple(k for k in kinds if k != "distorted"), config.noise_steps if "distorted" in kinds else 0
     keyed = config.ref_cache is not None
-    collate = PairCollator(tokenizer, processor, config.images, *limits, fields, noise, keyed=keyed)
+    means = {"keyed": keyed, "pack": config.pack, "device": config.device}
+    collate = PairCollator(tokenizer, processor, config.images, *limits, fields, noise, **means)
     records = usable_pairs(records, collate.check, config.limit, config.seed, config.skip_bad_records)
     head = "reward" if config.loss == "reward" else None
     model = distributed.load(config, lambda device: lora.load_policy(folder, config, device, head))

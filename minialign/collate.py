@@ -57,6 +57,8 @@ class PairCollator:
     noise_steps: int = 0  # of the noisy pictures; 0: none are wanted
     keep_pictures: bool = False  # beside their pixels, for the model to sample from
     keyed: bool = False  # each pair with its key in the reference's cache
+    pack: int | None = None  # tokens up to which short pairs share a row of the tree
+    device: str = "cpu"  # that the pixels go to; a GPU fetches them from pinned memory while it computes
 
     def responses(self, record: Record, room: int | None = None) -> list[list[int]]:
         """Chosen and rejected ids, at most --max-response-tokens each, and `room`."""
@@ -115,15 +117,20 @@ class PairCollator:
         sequences = [pair.sequence for pair in pairs]
         whole = not (self.noise_steps or self.keep_pictures)
         tree = self.tree(sequences) if whole else None
-        noisy = torch.cat([pair.noisy for pair in pairs]) if self.noise_steps else None
-        pixels = torch.cat([pair.pixels for pair in pairs])
+        noisy = self.pinned([pair.noisy for pair in pairs]) if self.noise_steps else None
+        pixels = self.pinned([pair.pixels for pair in pairs])
         records, pictures = [pair.record for pair in pairs], [pair.picture for pair in pairs]
         keys = [pair_key(pair.sequence, pair.pixels) for pair in pairs] if self.keyed else []
         return PairBatch(records, sequences, tree, pixels, noisy, pictures, keys)
 
     def tree(self, sequences: list[Sequence]) -> TokenTree:
         """Sequences as one batch of token trees."""
-        return build_tree(sequences, self.tokenizer.image_id, self.tokenizer.pad_id)
+        return build_tree(sequences, self.tokenizer.image_id, self.tokenizer.pad_id, pack=self.pack)
+
+    def pinned(self, pixels: list[Tensor]) -> Tensor:
+        """The pixels of some pairs as one tensor, in pinned memory if a GPU waits for them."""
+        together = torch.cat(pixels)
+        return together.pin_memory() if torch.device(self.device).type == "cuda" else together
 
     def idle(self, branches: int) -> PairBatch:
         """A batch of no pair: one row that counts for nothing, for a process that must go with the others."""
@@ -158,12 +165,6 @@ class Loaded:
     noisy: Tensor | None
     picture: Image.Image | None = None
 
-    @property
-    def length(self) -> int:
-        """Tokens of the sequence, all branches together: what a row of a batch holds."""
-        sequence = self.sequence
-        return len(sequence.trunk) - 1 + sequence.image_tokens + sum(len(branch.ids) for branch in sequence.branches)
-
 
 @dataclass(frozen=True)
 class StepLoader:
@@ -183,7 +184,7 @@ class StepLoader:
         numbered = ((self.records.file.place(number), number) for number in numbers)
         pairs, left_out = sift(numbered, lambda n: self.collate.loaded(self.records.parse(n)), self.skip_bad)
         if self.accumulate > 1:
-            pairs.sort(key=lambda pair: pair.length)
+            pairs.sort(key=lambda pair: pair.sequence.length)
         size = math.ceil(len(pairs) / self.accumulate) or 1
         batches = [self.collate.batch(pairs[i : i + size]) for i in range(0, len(pairs), size)]
         return batches, [f"{place}: {error}" for place, error in left_out]

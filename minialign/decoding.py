@@ -17,7 +17,9 @@ from minialign.masks import PADDING, TRUNK, TokenTree
 ROUND = 128  # columns: a fixed width is a multiple of this, so that few widths occur
 
 
-def columns(ids: Tensor, position: Tensor, number: Tensor, fork: Tensor, active: Tensor, first: int) -> TokenTree:
+def columns(
+    ids: Tensor, sequence: Tensor, position: Tensor, number: Tensor, fork: Tensor, active: Tensor, first: int
+) -> TokenTree:
     """(B, W) columns of a tree, from its column `first` on: a token of an active branch each, or padding."""
     column = torch.arange(first, first + ids.shape[1], device=ids.device).expand_as(ids)
     nothing = torch.full_like(ids, -1)  # no picture; parents and tips are for training
@@ -29,6 +31,7 @@ def columns(ids: Tensor, position: Tensor, number: Tensor, fork: Tensor, active:
         visible=active,
         parent=nothing,
         feature=nothing,
+        sequence=torch.where(active, sequence, PADDING),
         tip=nothing,
     )
 
@@ -38,7 +41,8 @@ def last_tokens(tree: TokenTree) -> TokenTree:
     tip = tree.tip.clamp(min=0)
     position, number = tree.positions.gather(1, tip), torch.arange(1, tip.shape[1] + 1, device=tip.device)
     fork = torch.where(tree.branch.gather(1, tip) == TRUNK, position + 1, tree.fork.gather(1, tip))
-    return columns(tree.ids.gather(1, tip), position, number.expand_as(tip), fork, tree.tip >= 0, 0)
+    ids, sequence = tree.ids.gather(1, tip), tree.sequence.gather(1, tip)
+    return columns(ids, sequence, position, number.expand_as(tip), fork, tree.tip >= 0, 0)
 
 
 def next_logits(model: Llava, new: TokenTree, cache: KVCache, tree: TokenTree) -> Tensor:
@@ -68,7 +72,7 @@ class Context:
         self.step = next_logits
         if fixed:
             free = prompts.ids.new_zeros(rows, capacity - self.filled)
-            self.tree = prompts.append(columns(free, free, free, free, free.bool(), self.filled))
+            self.tree = prompts.append(columns(free, free, free, free, free, free.bool(), self.filled))
             for tensor in (self.cache.keys, self.cache.values, self.cache.length):
                 torch._dynamo.mark_static_address(tensor)  # a graph writes them where they are
         if fixed and model.device.type == "cuda":

@@ -125,21 +125,21 @@ def generate(
     uniform = uniform_numbers(seeds if sampling.temperature > 0 else [[]] * rows, branches, limit).to(device)
     stops = torch.tensor(sorted(stop_ids), device=device)
     context = Context(model, prompts, tower_features, branches * limit, fixed)
-    row, steps = torch.arange(rows, device=device), []  # the sequence in each of the context's rows
+    steps = []
     for step in range(limit):
         logps = context.logits.log_softmax(-1)
         context.logits[..., model.config.image_token_id] = -torch.inf
-        ids = pick(context.logits, uniform[row[:, None], last.branch.clamp(min=1) - 1, step], sampling)
-        steps.append((row[:, None].expand_as(ids), last.branch, ids, logps.gather(-1, ids[..., None])[..., 0]))
+        place = last.sequence.clamp(min=0), last.branch.clamp(min=1) - 1, step
+        ids = pick(context.logits, uniform[place], sampling)
+        steps.append((last.sequence, last.branch, ids, logps.gather(-1, ids[..., None])[..., 0]))
         active = last.visible & ~torch.isin(ids, stops) & (last.positions + 2 < positions)
         if not active.any() or step == limit - 1:
             break
-        going = ids, last.positions + 1, last.branch, last.fork, active
+        going = ids, last.sequence, last.positions + 1, last.branch, last.fork, active
         if not fixed:
             keep, places = still_running(active)
             going = [values[keep].gather(1, places) for values in going]
-            if len(keep) < len(row):
-                row = row[keep]
+            if len(keep) < len(ids):
                 context.keep(keep)
         last = columns(*going, context.filled)
         context.add(last)

@@ -29,10 +29,9 @@ def scalars(model: Llava, hidden: Tensor) -> Tensor:
 
 
 def branch_rewards(model: Llava, tree: TokenTree, tower_features: Tensor | None) -> Tensor:
-    """r(x, y) of Eq. 1 for every branch: the head on its last token, which has seen all of it. (B, S), float32."""
+    """r(x, y) of Eq. 1 for every branch: the head on its last token, which has seen all of it. (N, S), float32."""
     hidden = model(tree, tower_features)
-    last = tree.tip.clamp(min=0)[..., None].expand(-1, -1, hidden.shape[-1])
-    return scalars(model, hidden.gather(1, last))
+    return scalars(model, hidden[tree.row[:, None], tree.tip.clamp(min=0)])
 
 
 @torch.no_grad()

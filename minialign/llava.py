@@ -58,7 +58,8 @@ class Llava(nn.Module):
     @torch.no_grad()
     def encode_images(self, pixels: Tensor) -> Tensor:
         """(tiles, 3, H, W) -> (tiles, patches, D_vision). The tower is frozen: encode once, use for every policy."""
-        pixels = pixels.to(self.device, self.lm_head.weight.dtype)
+        # There first: torch would change their type on the host, in memory that is not pinned.
+        pixels = pixels.to(self.device, non_blocking=True).to(self.lm_head.weight.dtype)
         return self.vision_tower(pixels, self.config.vision_feature_layer)
 
     def embed(self, tree: TokenTree, tower_features: Tensor | None) -> Tensor:

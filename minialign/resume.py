@@ -35,7 +35,8 @@ def require_same_settings(path: Path, settings: dict, may_change: tuple[str, ...
 def require_same_flags(out: Path, config) -> None:
     """A resumed training must have the flags that its config.json notes; `config` has a training script's flags."""
     if config.resume:
-        may_change = ("resume", "out", "workers", "shard", "recompute", "compile", "skip_bad_records", "ref_cache")
+        may_change = ("resume", "out", "workers", "shard", "recompute", "compile", "pack", "skip_bad_records",
+                      "ref_cache")  # fmt: skip
         remedy = "give the old value, or leave --resume out and name another --out"
         require_same_settings(out / "config.json", asdict(config), may_change, remedy)
 

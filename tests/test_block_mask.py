@@ -35,7 +35,7 @@ def hidden_case(seed: int):
     return model, rows, features
 
 
-def long_tree(seed: int) -> TokenTree:
+def long_tree(seed: int, pack: int | None = None) -> TokenTree:
     """Rows of several blocks, with hidden tokens that are kept, padding, and branches that fork anywhere."""
     rng, rows = random.Random(seed), []
     for _ in range(rng.randrange(1, 4)):
@@ -45,15 +45,17 @@ def long_tree(seed: int) -> TokenTree:
         share = rng.choice([0, 0.02, 0.9])
         seen = torch.tensor([rng.random() < share for _ in range(rng.randrange(400))] + [True])
         rows.append(Sequence(trunk, branches, len(seen), seen))
-    return build_tree(rows, IMAGE, 0, drop_hidden=False)
+    return build_tree(rows, IMAGE, 0, drop_hidden=False, pack=pack)
 
 
+@pytest.mark.parametrize("pack", [None, 99])
 @pytest.mark.parametrize("seed", SEEDS)
-def test_the_decoder_under_blocks_is_the_decoder_under_the_dense_mask(seed):
+def test_the_decoder_under_blocks_is_the_decoder_under_the_dense_mask(seed, pack):
     """Hidden states and all gradients; GQA in two of three sizes."""
     model, rows, features = hidden_case(seed)
-    tree = build_tree(rows, IMAGE, 0, drop_hidden=False)
-    assert (tree.branch == PADDING).any() and not tree.visible[tree.branch != PADDING].all()
+    tree = build_tree(rows, IMAGE, 0, drop_hidden=False, pack=pack)
+    assert pack or (tree.branch == PADDING).any()
+    assert (len(tree.ids) < len(rows)) == bool(pack) and not tree.visible[tree.branch != PADDING].all()
     results = []
     for mask in (block_mask(tree), dense_mask(tree, tree)):
         embeddings = model.embed(tree, features).detach().requires_grad_()
@@ -71,10 +73,11 @@ def listed(count: torch.Tensor, indices: torch.Tensor) -> torch.Tensor:
     return torch.zeros(indices.shape).scatter(-1, indices.long(), there.float())[:, 0].bool()
 
 
+@pytest.mark.parametrize("pack", [None, 3000])
 @pytest.mark.parametrize("seed", range(10))
-def test_the_blocks_are_those_of_the_dense_mask(seed):
+def test_the_blocks_are_those_of_the_dense_mask(seed, pack):
     """Inside its blocks, too; lengths are no multiples of a block's."""
-    tree = long_tree(seed)
+    tree = long_tree(seed, pack)
     blocks, dense, width = block_mask(tree), dense_mask(tree, tree), tree.ids.shape[1]
     rows, columns = torch.arange(len(tree.ids))[:, None, None], torch.arange(width)
     assert torch.equal(blocks.mask_mod(rows, 0, columns[:, None], columns), dense[:, 0])

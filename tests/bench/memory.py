@@ -92,7 +92,7 @@ def activation_bytes(model: Llava, tree: TokenTree, recompute: bool = False) -> 
     layer, layers = kept_of_layer(model, tokens), config.num_hidden_layers
     kept = layers * tokens * config.hidden_size * itemsize + layer if recompute else layers * layer
     shared = tokens * (2 * config.head_dim * itemsize + 4 * config.hidden_size + 4)  # rotary tables, the last norm
-    head = scored * (config.hidden_size * itemsize + 40)  # hidden states, and five int64 of where they lie
+    head = scored * (config.hidden_size * itemsize + 48)  # hidden states, and six int64 of where they lie
     projector = features * 4 * (model.config.vision.hidden_size + 2 * config.hidden_size) + tokens
     return kept + shared + head + projector
 
