@@ -29,12 +29,12 @@ import sample_bdhs
 from minialign import distributed, flags, lora, resume
 from minialign.chat import Tokenizer, announce
 from minialign.checkpoint import fingerprint, resolve_model
-from minialign.cli import fill, parse_config, require, require_at_least, require_outside, run_main
+from minialign.cli import fill, parse_config, require, require_outside, run_main
 from minialign.collate import PairBatch, PairCollator, StepLoader
 from minialign.config import read_config
 from minialign.data import Records, open_pairs, usable_pairs
 from minialign.distortion import distorted_tree
-from minialign.distributed import added, gather, gathered
+from minialign.distributed import added, gathered
 from minialign.heads import branch_rewards
 from minialign.images import ImageProcessor
 from minialign.llava import Llava
@@ -62,13 +62,11 @@ class Config(flags.TrainingFlags):
     gamma: float = 0.5  # Eq. 5: weight of the external y- (distorted: of the stored one)
     noise_steps: int = 500  # distorted: diffusion steps of the noisy picture (Eq. 9)
     ref_cache: str | None = None  # folder that keeps the reference's log-probs for later epochs and other runs
-    pack: int | None = None  # short pairs share a row of up to so many tokens, where that makes for less padding
 
 
 def check(config: Config) -> None:
     """Refuse values that make no sense, before anything is loaded."""
     flags.check_training(config)
-    require_at_least(config, pack=1)
     require(0 <= config.gamma <= 1, f"--gamma {config.gamma}: between 0 and 1")
     require(1 <= config.noise_steps <= 1000, f"--noise-steps {config.noise_steps}: between 1 and 1000")
     require(config.adapter is None or config.pairs is not None, "--adapter: give --pairs too; none are sampled from it")
@@ -146,9 +144,7 @@ def train(model: Llava, load: StepLoader, config: Config, out: Path, cache: Refe
             run.add({"step": step + 1, **metrics, **facts}, save)
             left_out += bad
             bar.set_postfix({name: f"{metrics[name]:.3f}" for name in SHOWN if name in metrics})
-    left_out = sum(gather(left_out), [])
-    if left_out and distributed.rank() == 0:
-        tqdm.write(f"{len(left_out)} pairs left out on the way, the first: {left_out[0]}")
+    distributed.tell_left_out(left_out, "pairs")
     return run.rows
 
 

@@ -41,7 +41,7 @@ from minialign.collapse import CollapseLimits, collapse
 from minialign.collate import PairCollator, StepLoader
 from minialign.config import read_config
 from minialign.data import TOY_RECORDS, open_records, usable_pairs
-from minialign.distributed import added, gather, gathered
+from minialign.distributed import added, gathered
 from minialign.files import write_json
 from minialign.generate import Sampling
 from minialign.images import ImageProcessor
@@ -185,9 +185,7 @@ def train(model: Llava, respond, learner, load: StepLoader, config: Config, out:
             run.add(row, (step + 1) % config.save_every == 0 or step + 1 == len(steps))
             left_out += bad
             bar.set_postfix({name: f"{row[name]:.3f}" for name in SHOWN if name in row})
-    left_out = sum(gather(left_out), [])
-    if left_out and distributed.rank() == 0:
-        tqdm.write(f"{len(left_out)} records left out on the way, the first: {left_out[0]}")
+    distributed.tell_left_out(left_out, "records")
     return run
 
 
@@ -215,7 +213,8 @@ def main(config: Config) -> None:
     tokenizer, processor = Tokenizer.from_folder(folder, config.template), ImageProcessor.from_folder(folder)
     stored = ("rejected",) if config.method == "mixed-dpo" or config.gamma else ()
     limits = config.max_response_tokens, read_config(folder).text.max_position_embeddings, config.truncate
-    collate = PairCollator(tokenizer, processor, config.images, *limits, stored, keep_pictures=True)
+    carried = {"keep_pictures": True, "pack": config.pack, "device": config.device}
+    collate = PairCollator(tokenizer, processor, config.images, *limits, stored, **carried)
     records = usable_pairs(records, collate.check, config.limit, config.seed, config.skip_bad_records)
     head = "value" if config.method == "ppo" else None
     model = distributed.load(config, lambda device: lora.load_policy(folder, config, device, head))

@@ -15,6 +15,7 @@ from datetime import timedelta
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from tqdm import tqdm
 
 from minialign.cli import require, under_torchrun
 from minialign.errors import UserError
@@ -73,6 +74,13 @@ def once(work: Callable[[], object]) -> None:
     refused = gather(refused)[0]
     if refused is not None:
         raise refused
+
+
+def tell_left_out(mine: list[str], what: str) -> None:
+    """Say once how many records all processes have left out on the way, and what was wrong with the first."""
+    left_out = sum(gather(mine), [])
+    if left_out and rank() == 0:
+        tqdm.write(f"{len(left_out)} {what} left out on the way, the first: {left_out[0]}")
 
 
 def share(items: list) -> list:

@@ -43,6 +43,7 @@ class TrainingFlags:
     steps: int | None = None  # so many steps, instead of --epochs
     batch_size: int | None = None  # records per step (16)
     accumulate: int = 1  # split each batch into so many forward passes
+    pack: int | None = None  # short pairs share a row of up to so many tokens, where that makes for less padding
     warmup: float = 0.1  # share of the steps in which the rate rises
     schedule: Literal["cosine", "linear", "constant"] | None = None  # how it falls to zero, if at all (cosine)
     clip: float = 1.0  # gradient norm limit
@@ -66,7 +67,7 @@ class TrainingFlags:
 def check_training(config: TrainingFlags) -> None:
     """Refuse values that make no sense, before anything is loaded."""
     require_at_least(config, lora_rank=1, epochs=1, steps=1, batch_size=1, accumulate=1, save_every=1, limit=1,
-                     max_response_tokens=1, eval_images=0, workers=0)  # fmt: skip
+                     max_response_tokens=1, eval_images=0, workers=0, pack=1)  # fmt: skip
     for name in ("beta", "lr", "lora_alpha"):
         value = getattr(config, name)
         require(0 < value <= 1e30, f"--{name.replace('_', '-')} {value}: above 0, at most 1e30")

@@ -17,6 +17,7 @@ from torchruns import children, command, finish, killed, launch, run, start, wai
 
 from minialign import distributed
 from minialign.cli import parse_config
+from minialign.reward_model import load_reward_model
 from minialign.schedule import batches_of_run
 
 SIZES = ["--lora-rank", "4", "--batch-size", "5", "--seed", "3"]
@@ -107,6 +108,28 @@ def test_online_training_in_shards(model, tmp_path, method):
     rows = rows_of(tmp_path / "one")
     assert len({row["pairs"] for row in rows}) > 1 or rows[0]["pairs"] < 5  # some are dropped: uneven shares
     assert rows == [pytest.approx(row, abs=1e-5, rel=1e-5) for row in rows_of(tmp_path / "two")]
+
+
+@pytest.mark.parametrize(("method", "processes"), [("rloo", 2), ("ppo", 3)])
+def test_rlhf_in_shards(model, tmp_path, method, processes):
+    """Advantages are whitened over all processes, of which the third has no record at all."""
+    flags = ["--model", model, *SIZES, "--batch-size", 5 if processes == 2 else 2, "--method", method, "--limit", 9]
+    flags += ["--steps", 3, "--eval-images", 0, "--max-new-tokens", 6, "--k", 3, "--lr", "1e-3", "--updates", 2]
+    run_alone("train_online.py", *flags, "--out", tmp_path / "one")
+    run(processes, "train_online.py", *flags, "--out", tmp_path / "many", "--shard", "full")
+    assert rows_of(tmp_path / "one") == [pytest.approx(row, abs=1e-4, rel=1e-4) for row in rows_of(tmp_path / "many")]
+
+
+def test_a_reward_model_in_shards(model, pairs, tmp_path):
+    """Loss curve, head, mean and deviation."""
+    flags = ["--model", model, "--pairs", pairs, *SIZES, "--steps", 4, "--loss", "reward", "--batch-size", 2]
+    run_alone("train_dpo.py", *flags, "--out", tmp_path / "one")
+    run(3, "train_dpo.py", *flags, "--out", tmp_path / "three", "--shard", "full")
+    assert_same_training(tmp_path / "one", tmp_path / "three")
+    one, three = (load_reward_model(tmp_path / name / "merged", "cpu", torch.float32, None) for name in ("one", "three"))
+    assert torch.allclose(one.model.scalar_head.weight, three.model.scalar_head.weight, atol=1e-5)
+    assert three.whitening.mean == pytest.approx(one.whitening.mean, abs=1e-4)
+    assert three.whitening.std == pytest.approx(one.whitening.std, abs=1e-4)
 
 
 def test_sampling_by_three(model, tmp_path):

@@ -28,10 +28,14 @@ COMMANDS = [
 ]
 
 
-def config_fields(source: str) -> set[str]:
-    """The field names of the `Config` class in a Python source."""
-    classes = [node for node in ast.walk(ast.parse(source)) if isinstance(node, ast.ClassDef) and node.name == "Config"]
-    return {item.target.id for node in classes for item in node.body if isinstance(item, ast.AnnAssign)}
+def config_fields(path: str) -> set[str]:
+    """The field names of a program's `Config`, and of the flags that both training scripts share."""
+    wanted = {"Config": path, "TrainingFlags": "minialign/flags.py"}
+    sources = {name: ast.parse((ROOT / file).read_text(encoding="utf-8")) for name, file in wanted.items()}
+    classes = {name: next(node for node in tree.body if isinstance(node, ast.ClassDef) and node.name == name)
+               for name, tree in sources.items()}  # fmt: skip
+    used = ["Config", "TrainingFlags"] if classes["Config"].bases else ["Config"]
+    return {item.target.id for name in used for item in classes[name].body if isinstance(item, ast.AnnAssign)}
 
 
 def test_the_map_is_there():
@@ -48,7 +52,7 @@ def test_map_entry_resolves(file, name):
 def test_command_exists_with_its_flags(command):
     module = command[1] == "-m"
     path = command[2].replace(".", "/") + ".py" if module else command[1]
-    fields = config_fields((ROOT / path).read_text(encoding="utf-8"))
+    fields = config_fields(path)
     flags = [word for word in command[2:] if word.startswith("--")]
     assert {flag[2:].replace("-", "_") for flag in flags} <= fields
 

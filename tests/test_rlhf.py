@@ -13,6 +13,7 @@ from minialign.llava import Llava
 from minialign.reward_model import HEAD
 
 RL = ("rloo", "ppo")
+RATES = {"rloo": 4e-3, "ppo": 1e-3}  # ppo makes four updates where rloo makes one
 FEW = {"limit": 8, "max_new_tokens": 6, "batch_size": 4, "epochs": 2, "k": 2}
 
 
@@ -29,7 +30,7 @@ def test_it_learns_what_is_paid(tmp_path, method, sign):
     reward = function_file(tmp_path / "pay.py", f"return {sign} * ('north' in ' '.join(response.split()[:7]))")
     talks = [[("human", "<image>\nDescribe the picture."), ("gpt", "A cup.")]] * 24
     data = instruct_file(tmp_path / "data.json", *talks)
-    flags = {"method": method, "data": data, "epochs": 6, "batch_size": 12, "lr": 1e-3, "max_new_tokens": 60,
+    flags = {"method": method, "data": data, "epochs": 6, "batch_size": 12, "lr": RATES[method], "max_new_tokens": 60,
              "lora_rank": 16, "lora_alpha": 32.0, "beta": 0.02, "reward": reward, "k": 4}  # fmt: skip
     rows = online("toy", tmp_path / "out", **flags)
     north = [sign * row["objective/scores"] for row in rows]  # shares of the responses

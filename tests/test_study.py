@@ -8,6 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from minialign import flags as flags_of_both
 from minialign import study
 from minialign.cli import fill, parse_config
 from minialign.errors import UserError
@@ -195,7 +196,8 @@ def test_flags_of_every_row_are_known_to_the_programs(tmp_path, row, programs):
         parsed = parse_config(module.Config, "", flags)
         assert parsed.seed == 1 and parsed.out.startswith(str(tmp_path))
         if program.startswith("train"):
-            parsed = fill(fill(parsed, module.TOY), {"lora_alpha": 128.0})
+            toy = getattr(module, "TOY", flags_of_both.TOY)
+            parsed = fill(fill(parsed, toy), {"lora_alpha": 128.0})
             module.check(parsed)
             assert (parsed.steps, parsed.batch_size, parsed.eval_images) == (4, 16, 5)
             assert parsed.lr == (1e-3 if row == "sft" else 5e-4 if program == "train_online.py" else 2e-4)
