@@ -2,8 +2,8 @@
 
 A finding is a range in which the difference of two rows should lie, counted so that more is better: above zero where
 the one beats the other; within a margin of zero where both are on par; above its lower end where the one matches the
-other or beats it. It is reproduced if the whole 95 % interval lies in the range, not reproduced if all of it lies
-outside, else undecided. The margins were fixed before the rows were run.
+other or beats it, below its upper end where it does not beat it. It is reproduced if the whole 95 % interval lies in
+the range, not reproduced if all of it lies outside, else undecided. The margins were fixed before the rows were run.
 """
 
 from math import inf
@@ -13,7 +13,7 @@ import numpy as np
 from minialign.metrics import interval
 
 # range of the difference in margins; a product with infinity is infinite
-BEATS, MATCHES, ON_PAR = (0.0, inf), (-1.0, inf), (-1.0, 1.0)
+BEATS, MATCHES, ON_PAR, NO_BETTER = (0.0, inf), (-1.0, inf), (-1.0, 1.0), (-inf, 1.0)
 # figure -> (its name in the table, the direction in which it is better, margin)
 FIGURES = {
     "adversarial POPE": ("pope_adversarial", +1, 0.02),
@@ -35,6 +35,10 @@ CLAIMS = [
     ("the stronger annotator beats the model itself", "online-dpo", "self-judge", BEATS),
     ("IPO is on par with DPO", "ipo", "bdhs", ON_PAR),
     ("SLiC is on par with DPO", "slic", "bdhs", ON_PAR),
+    ("RLOO does not beat online DPO on the same truth", "rloo", "online-dpo", NO_BETTER),
+    ("PPO does not beat online DPO on the same truth", "ppo", "online-dpo", NO_BETTER),
+    ("RLOO on constructed pairs does not beat DPO on them", "rloo-reward", "corrupted", NO_BETTER),
+    ("PPO on constructed pairs does not beat DPO on them", "ppo-reward", "corrupted", NO_BETTER),
 ]
 # id -> (figure, row, the row it is compared with, range)
 FINDINGS = {

@@ -36,6 +36,8 @@ CHARTS = [
     ("Implicit rewards", "reward", ["rewards/chosen", "rewards/rejected", "rewards/margins"], [0.0]),
     ("Log-probabilities of the responses", "log-probability", ["logps/chosen", "logps/rejected"], []),
     ("Reward accuracy", "share of pairs", ["rewards/accuracies"], [0.0, 1.0]),
+    ("Rewards of the policy's answers", "reward", ["objective/scores", "objective/rlhf_reward"], []),
+    ("KL and entropy of the policy's answers", "nats", ["objective/kl", "objective/entropy"], [0.0]),
 ]
 STYLE = """
 :root { color-scheme: light dark; --bg: #fdfdfb; --ink: #1d1f21; --soft: #5f6468; --rule: #d9dad6;
@@ -145,7 +147,7 @@ def summary(config: dict) -> str:
     return " · ".join([time.strftime("%Y-%m-%d %H:%M UTC", time.gmtime()), *settings])
 
 
-def results_table(result: dict, corner: str = "metric") -> str:
+def results_table(result: dict, corner: str = "metric", brackets: str = "95 % interval") -> str:
     """One row per metric, one column per entry of `result`, the interval under each value."""
     names = dict.fromkeys(name for column in result.values() for name in column)
     if not names:
@@ -163,23 +165,23 @@ def results_table(result: dict, corner: str = "metric") -> str:
         rows.append(row)
     head, *body = (f"<tr>{row}</tr>\n" for row in rows)
     many = ' class="many"' if len(result) > 2 else ""  # too wide for a phone: stacked there
-    note = '<p class="note">In brackets: 95 % interval. A dash: not measured.</p>'
+    note = f'<p class="note">In brackets: {brackets}. A dash: not measured.</p>'
     return f"<table{many}>\n<thead>{head}</thead>\n<tbody>\n{''.join(body)}</tbody>\n</table>\n{note}"
 
 
 def training_curves(metrics: list[dict]) -> str:
-    """All charts, or one sentence when nothing was logged."""
+    """The charts of what was logged, or one sentence when nothing was."""
     if not metrics:
         return '<p class="note">No training metrics were recorded.</p>'
     size = math.ceil(len(metrics) / CHART_POINTS)
     note = f'<p class="note">Each point is the mean of {size} logged values.</p>\n' if size > 1 else ""
-    charts = "\n".join(chart(metrics, size, *spec) for spec in CHARTS)
+    logged = {key for row in metrics for key in row}
+    charts = "\n".join(chart(metrics, size, *spec) for spec in CHARTS if logged.intersection(spec[2]))
     return f'{note}<div class="charts">\n{charts}\n</div>'
 
 
 def series(metrics: list[dict], key: str, size: int) -> tuple[list[tuple[float, float | None]], int]:
-    """(step, value), averaged over runs of `size` rows, and the number of values that are not
-    finite. A run without any finite value becomes None, a gap in the line."""
+    """(step, value), the mean of `size` rows, None (a gap) if none is finite; and how many values are not finite."""
     points, means = [(row["step"], number(row[key])) for row in metrics if key in row], []
     for run in (points[start : start + size] for start in range(0, len(points), size)):
         values = [value for _, value in run if value is not None]

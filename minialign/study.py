@@ -5,10 +5,11 @@
 
 A row is a list of commands, run in order; what of them --out already holds is not run again. So rows that begin with
 the same command share its pairs; where several studies run side by side in one --out, such rows belong to the same one,
-and a last one, of all rows, makes the table. All rows draw on the same records and make the same number of optimizer
-steps, in batches of the same size. Intervals are bootstrapped over images and seeds; differences between rows are
-paired by image.
-Leaves study.html and study.json: {"rows": [...], "findings": [{"id", "status", "evidence"}]}.
+and a last one, of all rows, makes the table. All rows draw on the same records and make the same number of steps, in
+batches of the same size (ppo with four updates in each), unless a run of rloo or ppo ends early (collapse.py).
+Intervals are bootstrapped over images and seeds; differences between rows are paired by image.
+Leaves study.html and study.json: {"rows": [...], "findings": [{"id", "status", "evidence"}], "rewards": [...]}, the
+last being Table 7 where a row has a reward model.
 """
 
 import json
@@ -30,38 +31,9 @@ from minialign.findings import judge
 from minialign.metrics import Counts, bootstrap, interval, print_table
 from minialign.resume import require_same_settings
 from minialign.studypage import SHOWN, write_study
+from minialign.studyrows import EXPORT, HELD, HELD_OUT, LAST, PAID, REWARD_MODELS, ROWS
 
 SCRIPTS = Path(__file__).resolve().parent.parent
-# The commands' words hold places to fill: {study} is --out, {row} and {seed} what is run, the others flags of ours.
-BDHS, CORRUPTED = "{study}/bdhs-{seed}.jsonl", "{study}/corrupted-{seed}.jsonl"  # pairs that several rows train on
-OWN = "{study}/{row}-{seed}/pairs.jsonl"  # a row's own
-DRAW = "--seed {seed} --limit {limit}"
-TRAIN = "--out {study}/{row}-{seed} --seed {seed} --steps {steps} --eval-split {split} --eval-images {images}"
-SAMPLE_BDHS = f"sample_bdhs.py --out {BDHS} {DRAW}"
-CORRUPT = f"minialign.toycorrupt --out {CORRUPTED} {DRAW}"
-OFFLINE, ONLINE = f"train_dpo.py {TRAIN} --pairs", f"train_online.py {TRAIN} --limit {{limit}} --method"
-# The rates were chosen on validation, for each row (docs/sweep.md); 2e-4, the toy's default, goes unsaid.
-ROWS = {
-    "bdhs": [SAMPLE_BDHS, f"{OFFLINE} {BDHS}"],
-    "sft": [SAMPLE_BDHS, f"{OFFLINE} {BDHS} --loss sft --lr 1e-3"],
-    "unguided": [f"sample_bdhs.py --out {OWN} {DRAW} --no-guided", f"{OFFLINE} {OWN}"],
-    "noise": [f"sample_bdhs.py --out {OWN} {DRAW} --noise-steps 500 --rho-th 0", f"{OFFLINE} {OWN}"],
-    "corrupted": [CORRUPT, f"{OFFLINE} {CORRUPTED}"],
-    "distorted": [CORRUPT, f"{OFFLINE} {CORRUPTED} --rejected distorted"],
-    "online-bdhs": [f"{ONLINE} online-bdhs --lr 5e-4"],
-    "online-dpo": [f"{ONLINE} online-dpo --lr 5e-4 --annotator oracle"],
-    "self-judge": [f"{ONLINE} online-dpo --lr 5e-4 --annotator self"],
-    "mixed-dpo": [CORRUPT, f"{ONLINE} mixed-dpo --lr 5e-4 --annotator oracle --data {CORRUPTED}"],
-    "ipo": [SAMPLE_BDHS, f"{OFFLINE} {BDHS} --loss ipo --beta 0.02"],  # at App. A's 0.8-1.0 it hardly moves
-    "slic": [SAMPLE_BDHS, f"{OFFLINE} {BDHS} --loss slic --beta 0.1"],
-}
-# Program -> its last file, as it follows its --out: where that stands, the command is done.
-LAST = {
-    "sample_bdhs.py": ".stats.json",
-    "minialign.toycorrupt": "",
-    "train_dpo.py": "/report.html",
-    "train_online.py": "/report.html",
-}
 
 
 @dataclass(frozen=True)
@@ -85,23 +57,47 @@ def run(program: str, flags: list[str]) -> None:
 
 
 def run_row(row: str, seed: int, config: Config) -> dict[str, list[Counts]]:
-    """Run those commands of a row that are not done; the evaluation's counts per image, before and after."""
+    """Run a row's commands; the evaluation's counts per image, before and after, of the last one, which trains."""
+    out = run_commands(ROWS[row], row, seed, config)
+    return read_json(out / "counts.json", f"remove {out} and run again")
+
+
+def run_commands(commands: list[str], row: str, seed: int, config: Config) -> Path:
+    """Run those of the commands that are not done; returns what the last one writes, which its first flag names."""
     steps = math.ceil(config.limit / 16)  # once over the records; rows that lost pairs see some of theirs again
     places = asdict(config) | {"study": config.out, "row": row, "seed": seed, "steps": steps}
-    for command in ROWS[row]:
+    for command in commands:
         program, *flags = (word.format(**places) for word in command.split())
-        out = flags[flags.index("--out") + 1]
+        out = flags[1]
         if not Path(out + LAST[program]).exists():
             resume = ["--resume"] if Path(out, "checkpoint/progress.safetensors").exists() else []
             run(program, flags + resume)
-    return read_json(Path(out) / "counts.json", f"remove {out} and run again")  # of the last one, which trains
+    return Path(out)
+
+
+def table_7(config: Config) -> list[dict]:
+    """Accuracy of reward models on held-out pairs: what they learned from, what they are asked about, by seed."""
+    run_commands([EXPORT, *HELD_OUT.values()], "held-out", 0, config)
+    pairs = {kind: f"{config.out}/held-out/{kind}.jsonl" for kind in HELD_OUT}
+    rows = []
+    for learned, commands in REWARD_MODELS.items():
+        accuracies: dict[str, list[float]] = {kind: [] for kind in pairs}
+        for seed in range(config.seeds):
+            model = f"{{study}}/reward-{learned}-{seed}"
+            ask = f"minialign.annotator --out {model}-accuracy.json --annotator {model}/merged --pairs {{pairs}}"
+            ask = ask.replace("{pairs}", ",".join(f"{HELD}/{kind}.jsonl" for kind in pairs))
+            found = read_json(run_commands([*commands, ask], learned, seed, config), "remove it and run again")
+            for kind, path in pairs.items():
+                accuracies[kind].append(found[path]["accuracy"]["value"])
+        rows += [{"learned_from": learned, "asked_about": kind, "accuracy": each} for kind, each in accuracies.items()]
+    return rows
 
 
 def learned(row: str, config: Config) -> dict[str, int]:
-    """The optimizer's steps and the pairs that were learned from, all seeds together; some may have been dropped."""
+    """The steps, and the pairs or responses that were learned from, all seeds together; some may have been dropped."""
     logs = [Path(config.out) / f"{row}-{seed}" / "metrics.jsonl" for seed in range(config.seeds) if row != "base"]
     steps = [step for log in logs for step in read_lines(log, f"remove {log.parent} and run again")]
-    return {"steps": len(steps), "pairs": sum(step["pairs"] for step in steps)}
+    return {"steps": len(steps), "pairs": sum(step.get("pairs", step.get("responses")) for step in steps)}
 
 
 def same_settings(config: Config) -> None:
@@ -140,10 +136,11 @@ def main() -> None:
         print(f"{finding['status']:15} {finding['id']}: {finding['evidence']}")
     settings = {name: getattr(config, name) for name in ("seeds", "split", "images", "limit")}
     facts = {"seeds": config.seeds, "images": config.images}
+    rewards = table_7(config) if any(PAID in command for row in rows for command in ROWS[row]) else []
     rows_json = [{"row": row, **facts, **learned(row, config), "metrics": m} for row, m in table.items()]
     out = Path(config.out)
-    write_json(out / "study.json", {"rows": rows_json, "findings": findings})
-    write_study(out / "study.html", settings, rows_json, findings)
+    write_json(out / "study.json", {"rows": rows_json, "findings": findings, "rewards": rewards})
+    write_study(out / "study.html", settings, rows_json, findings, rewards)
     print(json.dumps({"wrote": [str(out / "study.json"), str(out / "study.html")]}))
 
 

@@ -24,16 +24,16 @@ figure { overflow-x: auto; } .chart { min-width: 34rem; }
 """
 
 
-def write_study(path: Path, config: dict, rows: list[dict], findings: list[dict]) -> None:
-    """Write the page; `rows` and `findings` are those of study.json."""
+def write_study(path: Path, config: dict, rows: list[dict], findings: list[dict], rewards: list[dict]) -> None:
+    """Write the page; `rows`, `findings` and `rewards` are those of study.json."""
     table = {row["row"]: row["metrics"] for row in rows}
     by_figure = {name: {row: figures[name] for row, figures in table.items()} for name in SHOWN}
     learned = ", ".join(f"{row['row']} {row['pairs']:,} in {row['steps']:,}" for row in rows if row["row"] != "base")
     body = f"""<h2>Recall against CHAIR_i</h2>{scatter(table)}
 <h2>Results</h2><p class="note">CHAIR and errors: lower is better. Recall and POPE: higher. Length: words.</p>
 {results_table(by_figure, corner="row")}
-<p class="note">Pairs that were learned from, and the optimizer's steps, all seeds together: {escape(learned)}.</p>
-<h2>Findings</h2>{findings_table(findings)}"""
+<p class="note">Pairs or responses that were learned from, and steps, all seeds together: {escape(learned)}.</p>
+<h2>Findings</h2>{findings_table(findings)}{rewards_table(rewards)}"""
     write_page(path, "minialign: the comparison on the embedded world", config, body, STYLE)
 
 
@@ -46,6 +46,20 @@ def findings_table(findings: list[dict]) -> str:
         cells = "".join(f'<td data-column="{name}">{escape(finding[name])}</td>' for name in columns[1:])
         lines += f'<tr><th scope="row">{escape(finding["id"])}</th>{cells}</tr>\n'
     return f'<table class="many findings">\n<thead><tr>{head}</tr></thead>\n<tbody>\n{lines}</tbody>\n</table>'
+
+
+def rewards_table(rewards: list[dict]) -> str:
+    """Table 7: one line per reward model, one column per kind of held-out pairs; the mean and range of the seeds."""
+    if not rewards:
+        return ""
+    table: dict[str, dict[str, Cell]] = {}
+    for each in rewards:
+        values = each["accuracy"]
+        cell = {"value": sum(values) / len(values), "low": min(values), "high": max(values)}
+        table.setdefault(f"asked about {each['asked_about']}", {})[f"learned from {each['learned_from']}"] = cell
+    note = '<p class="note">The share of held-out pairs of which the chosen response gets the higher reward.</p>'
+    brackets = "the least and the most of the seeds"
+    return f"<h2>Reward models (Table 7)</h2>{note}{results_table(table, 'accuracy', brackets)}"
 
 
 def ticks(low: float, high: float) -> list[float]:

@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from minialign.findings import BEATS, FIGURES, FINDINGS, MATCHES, ON_PAR, judge
+from minialign.findings import BEATS, FIGURES, FINDINGS, MATCHES, NO_BETTER, ON_PAR, judge
 from minialign.metrics import interval
 from minialign.study import ROWS
 
@@ -61,7 +61,19 @@ def test_only_rows_that_were_run_are_judged():
     compared = [(first, second) for _, first, second, _ in FINDINGS.values()]
     assert all(first in ROWS and second in (*ROWS, "base") for first, second in compared)
     assert {row for pair in compared for row in pair} == {"base", *ROWS}
-    assert len(FINDINGS) == 14 * len(FIGURES)  # each on every figure
+    assert len(FINDINGS) == 18 * len(FIGURES)  # each on every figure
+
+
+def test_not_to_beat_is_to_stay_below_the_margin():
+    """POPE and recall 0.02, CHAIR_i 0.01: better by less than that, or worse, is reproduced."""
+    ids = [name for name, (_, first, _, _) in FINDINGS.items() if first == "rloo-reward"]
+    little = row((0, -0.5, 0.019), (0, -0.1, 0.019), (0, -0.009, 0.5))
+    much = row((0.3, 0.021, 0.5), (0.3, 0.021, 0.5), (-0.2, -0.3, -0.011))
+    both = row((0.02, 0, 0.04), (0.02, 0, 0.04), (-0.01, -0.02, 0))
+    for shown, status in ((little, "reproduced"), (much, "not reproduced"), (both, "undecided")):
+        found = verdicts(**{"corrupted": ZERO, "rloo-reward": shown})
+        assert found == dict.fromkeys(ids, status) and len(ids) == 3
+    assert NO_BETTER[1] == 1
 
 
 def test_evidence_says_what_was_compared():

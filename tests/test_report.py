@@ -185,7 +185,8 @@ def test_missing_and_infinite_metrics_break_the_line_only(tmp_path):
     metrics = [{"step": step, "loss": loss} for step, loss in enumerate(losses)] + [{"step": 8}, {}]
     source, page = write(tmp_path, metrics=metrics)
     assert "Left out because not finite: 3." in page.text
-    assert page.text.count("No values to draw.") == 3
+    assert "No values to draw." not in page.text and page.text.count("Left out") == 1
+    assert "Implicit rewards" not in page.text  # what was not logged has no chart
     chart = re.search('<svg class="chart".*?</svg>', source).group()
     path = re.search('<path class="line s0" d="([^"]*)"', chart).group(1)
     assert path.count("M") == 3 and path.count("m-3 0h6") == 1  # 0.5-0.25, the lone 1.5, 0.75-0.5
@@ -193,7 +194,14 @@ def test_missing_and_infinite_metrics_break_the_line_only(tmp_path):
     ticks = re.findall(r"<text[^>]*>([^<]*)</text>", chart)
     assert ticks == ["0.25", "1.5", "0", "7", "loss", "step"]
     _, page = write(tmp_path, metrics=[{"step": 1, "loss": math.nan}])
-    assert page.text.count("No values to draw.") == 4
+    assert page.text.count("No values to draw.") == 1
+
+
+def test_charts_of_rlhf(tmp_path):
+    metrics = [{"step": s, "loss": 1.0, "objective/scores": s, "objective/kl": s, "objective/entropy": 3} for s in (1, 2)]
+    _, page = write(tmp_path, metrics=metrics)
+    titles = ("Loss", "Rewards of the policy's answers", "KL and entropy of the policy's answers")
+    assert [title for title in titles if title in page.text] == [*titles] and "Reward accuracy" not in page.text
 
 
 def test_charts_have_legends_labels_and_ticks_where_the_values_lie(tmp_path):

@@ -122,8 +122,11 @@ def programs(monkeypatch):
 
     def run(program: str, flags: list[str]) -> None:
         calls.append((program, flags))
-        out, options = flags[flags.index("--out") + 1], dict(zip(flags[::2], flags[1::2], strict=False))
-        if program in ("train_dpo.py", "train_online.py"):
+        out, options = flags[1], dict(zip(flags[::2], flags[1::2], strict=False))
+        if program == "minialign.annotator":
+            paths = options["--pairs"].split(",")
+            return write_json(Path(out), {path: {"accuracy": {"value": 0.5 + 0.1 * i}} for i, path in enumerate(paths)})
+        if "--eval-images" in options:
             images, seed = int(options["--eval-images"]), int(options["--seed"])
             counts = {"before": some_runs(100, 1, images)[0], "after": some_runs(seed, 1, images)[0]}
             write_json(Path(out) / "counts.json", counts)
@@ -143,7 +146,7 @@ def test_study_leaves_rows_and_findings(tmp_path, monkeypatch, programs, capsys)
     out = tmp_path / "study"
     run_study(monkeypatch, "--out", str(out), "--rows", "bdhs,sft", "--seeds", "2", "--images", "6")
     found = json.loads((out / "study.json").read_text())
-    assert found.keys() == {"rows", "findings"}
+    assert found.keys() == {"rows", "findings", "rewards"} and found["rewards"] == []
     assert [r["row"] for r in found["rows"]] == ["base", "bdhs", "sft"]
     for each in found["rows"]:
         assert each["seeds"] == 2 and each["images"] == 6
@@ -190,36 +193,64 @@ def test_flags_of_every_row_are_known_to_the_programs(tmp_path, row, programs):
     """And all make as many steps."""
     config = Config(out=str(tmp_path), images=5, limit=50)
     study.run_row(row, 1, config)
-    *samplings, (_, train_flags) = programs
+    *others, (_, train_flags) = programs
     for program, flags in programs:
         module = importlib.import_module(program.removesuffix(".py"))
         parsed = parse_config(module.Config, "", flags)
         assert parsed.seed == 1 and parsed.out.startswith(str(tmp_path))
         if program.startswith("train"):
-            toy = getattr(module, "TOY", flags_of_both.TOY)
+            of_method = module.TOY_RL.get(parsed.method, {}) if program == "train_online.py" else {}
+            toy = getattr(module, "TOY", flags_of_both.TOY) | of_method
             parsed = fill(fill(parsed, toy), {"lora_alpha": 128.0})
             module.check(parsed)
-            assert (parsed.steps, parsed.batch_size, parsed.eval_images) == (4, 16, 5)
-            assert parsed.lr == (1e-3 if row == "sft" else 5e-4 if program == "train_online.py" else 2e-4)
+            reward = parsed.loss == "reward"
+            assert (parsed.steps, parsed.eval_images) == ((500, 500) if reward else (4, 5)) and parsed.batch_size == 16
+            online = 2e-4 if row.startswith("ppo") else 5e-4
+            rate = 1e-3 if row == "sft" or reward else online if program == "train_online.py" else 2e-4
+            assert parsed.lr == rate
         if program != "train_dpo.py":
             assert parsed.limit == 50
-    for program, flags in samplings:
-        made = flags[flags.index("--out") + 1]
-        assert program in ("sample_bdhs.py", "minialign.toycorrupt") and made in train_flags
+    for program, flags in others:  # each is for what comes later
+        assert program in ("sample_bdhs.py", "minialign.toycorrupt", "train_dpo.py")
+        later = [word for _, words in programs[programs.index((program, flags)) + 1 :] for word in words]
+        assert flags[1] in later or f"{flags[1]}/merged" in later
 
 
 def test_rows_share_the_pairs_of_a_seed(tmp_path, monkeypatch, programs):
     run_study(monkeypatch, "--out", str(tmp_path), "--seeds", "2", "--images", "5")
     made = [flags[1] for program, flags in programs if not program.startswith("train")]
-    names = ("bdhs-{}.jsonl", "corrupted-{}.jsonl", "noise-{}/pairs.jsonl", "unguided-{}/pairs.jsonl")
-    assert sorted(made) == sorted(str(tmp_path / name.format(seed)) for name in names for seed in (0, 1))
+    names = ("bdhs-{}.jsonl", "corrupted-{}.jsonl", "noise-{}/pairs.jsonl", "unguided-{}/pairs.jsonl",
+             "ranked-{}.jsonl", "reward-corrupted-{}-accuracy.json", "reward-ranked-{}-accuracy.json")  # fmt: skip
+    held_out = [str(tmp_path / "held-out" / name) for name in ("", "corrupted.jsonl", "bdhs.jsonl", "ranked.jsonl")]
+    expected = [str(tmp_path / name.format(seed)) for name in names for seed in (0, 1)]
+    assert sorted(made) == sorted([*expected, held_out[0].rstrip("/"), *held_out[1:]])
     used = {(flags[1], path) for _, flags in programs for path in flags if flags[0] == "--out" and path in made}
     rows = {(Path(out).name, Path(path).name) for out, path in used if out != path}
-    shared = {"bdhs": ("bdhs", "sft", "ipo", "slic"), "corrupted": ("corrupted", "distorted", "mixed-dpo")}
+    shared = {"bdhs": ("bdhs", "sft", "ipo", "slic"), "ranked": ("reward-ranked",),
+              "corrupted": ("corrupted", "distorted", "mixed-dpo", "reward-corrupted")}  # fmt: skip
     expected = {(f"{r}-{s}", f"{name}-{s}.jsonl") for name, of in shared.items() for r in of for s in (0, 1)}
     expected |= {(f"{r}-{s}", "pairs.jsonl") for r in ("unguided", "noise") for s in (0, 1)}
     assert rows == expected
-    assert len(programs) == len(made) + 2 * len(ROWS)
+    assert len(programs) == len(made) + 2 * len(ROWS) + 2 * 2  # and two kinds of reward models
+
+
+def test_table_7(tmp_path, monkeypatch, programs, capsys):
+    """Every kind of reward model is asked about every kind of held-out pairs, which no training has seen."""
+    run_study(monkeypatch, "--out", str(tmp_path), "--seeds", "2", "--images", "5", "--rows", "ppo-reward")
+    found = json.loads((tmp_path / "study.json").read_text())["rewards"]
+    kinds = [(each["learned_from"], each["asked_about"]) for each in found]
+    assert kinds == [(a, b) for a in ("corrupted", "ranked") for b in ("corrupted", "bdhs", "ranked")]
+    assert [each["accuracy"] for each in found] == 2 * [[0.5, 0.5], [0.6, 0.6], [0.7, 0.7]]
+    [export] = [flags for program, flags in programs if program == "minialign.toyworld"]
+    assert export[2:] == ["--first", "2000", "--limit", "300"]
+    asked = [flags for program, flags in programs if program == "minialign.annotator"]
+    assert [flags[3] for flags in asked] == [
+        str(tmp_path / f"reward-{kind}-{seed}" / "merged") for kind in ("corrupted", "ranked") for seed in (0, 1)
+    ]
+    ran = len(programs)
+    run_study(monkeypatch, "--out", str(tmp_path), "--seeds", "2", "--images", "5", "--rows", "ppo-reward")
+    assert len(programs) == ran  # nothing again
+    assert "Reward models (Table 7)" in (tmp_path / "study.html").read_text()
 
 
 def test_what_is_there_is_not_run_again(tmp_path, monkeypatch, programs):

@@ -32,7 +32,7 @@ def numbers(text: str) -> list[float]:
 
 
 def test_the_page_is_whole_and_in_order(tmp_path):
-    write_study(tmp_path / "study.html", {"seeds": 3}, ROWS_JSON, FINDINGS)
+    write_study(tmp_path / "study.html", {"seeds": 3}, ROWS_JSON, FINDINGS, [])
     source = (tmp_path / "study.html").read_text(encoding="utf-8")
     page = Page(source)
     assert "all seeds together: bdhs 1,000 in 4, sft 1,000 in 4." in page.text
@@ -49,7 +49,7 @@ def test_everything_stays_text(tmp_path):
     findings = [dict.fromkeys(("id", "status", "evidence"), EVIL)]
     table = {EVIL: figures(0.1, 0.8), EVIL + "2": figures(0.1, 0.8) | {"recall": NOTHING}}
     rows = [{"row": row, "steps": 1, "pairs": 1, "metrics": metrics} for row, metrics in table.items()]
-    write_study(tmp_path / "study.html", {"rows": EVIL}, rows, findings)
+    write_study(tmp_path / "study.html", {"rows": EVIL}, rows, findings, [])
     page = Page((tmp_path / "study.html").read_text(encoding="utf-8"))
     assert not page.all("script") and not any("onerror" in attrs for _, attrs in page.tags)
     # Settings; the point's title and label; below the chart; two rows of the table and twice below it; a finding.
