@@ -198,7 +198,8 @@ def test_missing_and_infinite_metrics_break_the_line_only(tmp_path):
 
 
 def test_charts_of_rlhf(tmp_path):
-    metrics = [{"step": s, "loss": 1.0, "objective/scores": s, "objective/kl": s, "objective/entropy": 3} for s in (1, 2)]
+    objective = {"objective/scores": 1.0, "objective/kl": 2.0, "objective/entropy": 3.0}
+    metrics = [{"step": step, "loss": 1.0, **objective} for step in (1, 2)]
     _, page = write(tmp_path, metrics=metrics)
     titles = ("Loss", "Rewards of the policy's answers", "KL and entropy of the policy's answers")
     assert [title for title in titles if title in page.text] == [*titles] and "Reward accuracy" not in page.text
