@@ -42,9 +42,9 @@ ROWS = {
     "ipo": [SAMPLE_BDHS, f"{OFFLINE} {BDHS} --loss ipo --beta 0.02"],  # at App. A's 0.8-1.0 it hardly moves
     "slic": [SAMPLE_BDHS, f"{OFFLINE} {BDHS} --loss slic --beta 0.1"],
     "rloo": [f"{ONLINE} rloo --lr 5e-4 --beta 0.05"],
-    "ppo": [f"{ONLINE} ppo --lr 2e-4 --beta 0.05"],
+    "ppo": [f"{ONLINE} ppo --lr 1e-4 --beta 0.05"],
     "rloo-reward": [CORRUPT, *REWARD_MODELS["corrupted"], f"{ONLINE} rloo --lr 5e-4 --beta 0.05 {PAID}"],
-    "ppo-reward": [CORRUPT, *REWARD_MODELS["corrupted"], f"{ONLINE} ppo --lr 2e-4 --beta 0.05 {PAID}"],
+    "ppo-reward": [CORRUPT, *REWARD_MODELS["corrupted"], f"{ONLINE} ppo --lr 1e-4 --beta 0.05 {PAID}"],
 }
 # Program -> its last file, as it follows what its first flag names: where that stands, the command is done.
 LAST = {

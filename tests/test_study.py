@@ -205,7 +205,7 @@ def test_flags_of_every_row_are_known_to_the_programs(tmp_path, row, programs):
             module.check(parsed)
             reward = parsed.loss == "reward"
             assert (parsed.steps, parsed.eval_images) == ((500, 500) if reward else (4, 5)) and parsed.batch_size == 16
-            online = 2e-4 if row.startswith("ppo") else 5e-4
+            online = 1e-4 if row.startswith("ppo") else 5e-4
             rate = 1e-3 if row == "sft" or reward else online if program == "train_online.py" else 2e-4
             assert parsed.lr == rate
         if program != "train_dpo.py":
