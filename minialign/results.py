@@ -52,4 +52,6 @@ def save_results(
         write_json(out / "counts.json", counts)
         print_table(result)
     write_json(out / "result.json", result | facts)
-    write_report(out / "report.html", title, asdict(config), pairs, rows, result)
+    own = type(config).__annotations__  # the script's own flags come first: what the run was, at a glance
+    settings = dict(sorted(asdict(config).items(), key=lambda setting: setting[0] not in own))
+    write_report(out / "report.html", title, settings, pairs, rows, result)
