@@ -48,6 +48,9 @@ from minialign.rewards import Whitening, reward_loss
 from minialign.schedule import batches_of_run, learning_rate
 from minialign.toybench import ToyBenchmark
 
+# A reward model's own values (Sec. 5.5), where neither --steps nor --epochs is given; the paper trains adapters alone.
+PAPER_REWARD = {"lr": 2e-5, "projector_lr": 0.0, "batch_size": 32, "warmup": 0.03, "steps": 4000}
+TOY_REWARD = {"lr": 1e-3, "steps": 500}
 SHOWN = ("loss", "rewards/accuracies", "rewards/margins", "logps/chosen")  # in the progress bar
 
 
@@ -67,7 +70,6 @@ class Config(flags.TrainingFlags):
 def check(config: Config) -> None:
     """Refuse values that make no sense, before anything is loaded."""
     flags.check_training(config)
-    require(0 <= config.gamma <= 1, f"--gamma {config.gamma}: between 0 and 1")
     require(1 <= config.noise_steps <= 1000, f"--noise-steps {config.noise_steps}: between 1 and 1000")
     require(config.adapter is None or config.pairs is not None, "--adapter: give --pairs too; none are sampled from it")
     if config.ref_cache is not None:
@@ -150,7 +152,9 @@ def train(model: Llava, load: StepLoader, config: Config, out: Path, cache: Refe
 
 def main(config: Config) -> None:
     """Pairs, evaluation, training, evaluation, export, report."""
-    config = fill(config, flags.TOY if config.model == "toy" else flags.PAPER)
+    base, reward = (flags.TOY, TOY_REWARD) if config.model == "toy" else (flags.PAPER, PAPER_REWARD)
+    steps = reward["steps"] if config.epochs is None else None
+    config = fill(config, base | (reward | {"steps": steps} if config.loss == "reward" else {}))
     config = fill(config, {"lora_alpha": 2.0 * config.lora_rank})
     check(config)
     require(config.pairs is not None or config.images == "toy", "--pairs is missing; make one with sample_bdhs.py")

@@ -1,7 +1,6 @@
 """Online alignment of a LLaVA: online DPO, mixed DPO (Eq. 4), online BDHS (Eq. 5), and RLHF (Eq. 2) by RLOO or PPO.
 
     python train_online.py                              # online BDHS on the embedded world
-    python train_online.py --method online-dpo          # its exact truth ranks two sampled responses
     python train_online.py --method rloo --reward runs/reward/merged --kl-stop 20
     python train_online.py --model DIR --data FILE --images DIR --method mixed-dpo --annotator DIR --out runs/mixed
 
@@ -57,12 +56,12 @@ from minialign.similarity import load_similarity
 from minialign.toybench import ToyBenchmark
 
 # What stands for a flag that is not given: the paper's value (App. A, Sec. 5.5), or the toy model's.
-PAPER, TOY = flags.PAPER | {"rho_th": 0.99, "k": 1}, flags.TOY | {"rho_th": 0.7, "k": 1}
+PAPER, TOY = flags.PAPER | {"rho_th": 0.99}, flags.TOY | {"rho_th": 0.7}
 PAPER_RL = {
-    "rloo": {"beta": 0.4, "lr": 3e-4, "epochs": 2, "batch_size": 256, "k": 4},
-    "ppo": {"lr": 1.41e-5, "batch_size": 32, "schedule": "constant"},
+    "rloo": {"beta": 0.4, "lr": 3e-4, "projector_lr": 0.0, "epochs": 2, "batch_size": 256, "k": 4},
+    "ppo": {"lr": 1.41e-5, "projector_lr": 0.0, "batch_size": 32, "k": 1, "warmup": 0.0, "schedule": "constant"},
 }
-TOY_RL = {"rloo": {"k": 4}, "ppo": {}}
+TOY_RL = {"rloo": {"k": 4}, "ppo": {"k": 1}}
 RL = ("rloo", "ppo")
 SHOWN = ("loss", "rewards/accuracies", "objective/scores", "objective/kl", "sampled/length")  # in the progress bar
 
@@ -82,6 +81,7 @@ class Config(flags.TrainingFlags):
     reward: str = "oracle"  # rloo, ppo: `oracle`, a reward model's folder, or FILE.py:FUNCTION(image, prompt, response)
     k: int | None = None  # rloo, ppo: responses to a prompt (rloo: 4, ppo: 1)
     kl_stop: float | None = None  # rloo, ppo: end where the KL to the reference passes so many nats per response
+    collapse_stop: bool = True  # rloo, ppo: end where the policy collapses (minialign/collapse.py)
     updates: int = 4  # ppo: updates per rollout
     gae_lambda: float = 0.95  # ppo: 1 is the return less the value, 0 one step ahead
     ratio_clip: float = 0.2  # ppo: range of the ratio to the policy that has answered
@@ -102,7 +102,6 @@ def check(config: Config) -> None:
     """Refuse values that make no sense, before anything is loaded."""
     flags.check_training(config)
     require(0 <= config.p <= 1, f"--p {config.p}: a probability between 0 and 1")
-    require(config.gamma is None or 0 <= config.gamma <= 1, f"--gamma {config.gamma}: between 0 and 1")
     sample_bdhs.check_sampling(config)
     said = f"--gamma with --method {config.method}: weighs the stored y- of online-bdhs; leave it out"
     require(config.gamma is None or config.method == "online-bdhs", said)
@@ -145,7 +144,8 @@ def train(model: Llava, respond, learner, load: StepLoader, config: Config, out:
     steps = batches_of_run(load.records.numbers, config.batch_size, config.seed, config.epochs, config.steps)
     # Of how many records the stored pair is taken as it is.
     p = {"mixed-dpo": config.p, "online-bdhs": float(config.gamma == 1)}.get(config.method, 0.0)
-    watch = partial(collapse, limits=CollapseLimits(config.kl_stop)) if config.method in RL else None
+    limits = CollapseLimits(config.kl_stop, config.collapse_stop)
+    watch = partial(collapse, limits=limits) if config.method in RL else None
     run = resume.Run(out, model, optimizer, config.resume, watch)
     mine, left_out = [distributed.share(batch) for batch in steps[run.start :]], []
     idle = rollout.idle_rollout(model, load.collate, learner.branches)
@@ -212,7 +212,8 @@ def main(config: Config) -> None:
     records = open_records(config.data or str(toy_data(config, out)), "--data", config.format, "give records or pairs")
     tokenizer, processor = Tokenizer.from_folder(folder, config.template), ImageProcessor.from_folder(folder)
     stored = ("rejected",) if config.method == "mixed-dpo" or config.gamma else ()
-    limits = config.max_response_tokens, read_config(folder).text.max_position_embeddings, config.truncate
+    cut = config.truncate or config.method in ("online-dpo", *RL)  # there nobody reads the stored response
+    limits = config.max_response_tokens, read_config(folder).text.max_position_embeddings, cut
     carried = {"keep_pictures": True, "pack": config.pack, "device": config.device}
     collate = PairCollator(tokenizer, processor, config.images, *limits, stored, **carried)
     records = usable_pairs(records, collate.check, config.limit, config.seed, config.skip_bad_records)
@@ -221,8 +222,7 @@ def main(config: Config) -> None:
     model.language_model.in_training(config.recompute, config.compile)
     announce(folder, model, tokenizer)
     respond = make_respond(config, model, tokenizer, processor)
-    resume.begin(out, config, records, fingerprint(folder, config.adapter))
-
+    resume.begin(out, config, records, fingerprint(folder, config.adapter, config.reward))
     benchmark = ToyBenchmark(config.eval_split, config.eval_images)
     evaluate = config.images == "toy" and config.eval_images > 0
     counts = {}

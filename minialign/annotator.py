@@ -133,8 +133,7 @@ class ModelAnnotator:
     def question(self, comparison: Comparison, order: tuple[int, int]) -> str:
         """What the model is asked; of several turns, all that was said before stands in the question."""
         first, second = (comparison.responses[i] for i in order)
-        asked = "\n".join(text for _, text in comparison.record.turns)
-        return INSTRUCTION.format(question=asked, first=first, second=second)
+        return INSTRUCTION.format(question=comparison.record.asked, first=first, second=second)
 
     def verdict(self, answers: list[str], orders: list[tuple[int, int]]) -> Verdict:
         """What the answers say; where two orders were asked they must agree."""
@@ -148,7 +147,7 @@ class ModelAnnotator:
 
 @dataclass(frozen=True)
 class RewardAnnotator:
-    """The response with the higher reward is the better one; equal ones are a tie."""
+    """The response with the higher reward is the better one; the same text twice is a tie, whatever rounding says."""
 
     model: RewardModel
     both_orders = policy_off = False  # of a model that is asked in words
@@ -157,9 +156,10 @@ class RewardAnnotator:
         """A verdict on each; the reward model's own tower looks at the pictures."""
         if not comparisons:
             return []
+        texts = [each.responses for each in comparisons]
         records, pictures = [each.record for each in comparisons], [each.picture for each in comparisons]
-        scores = self.model(records, pictures, [each.responses for each in comparisons]).tolist()
-        return [Verdict(None, "tie") if a == b else Verdict(int(b > a)) for a, b in scores]
+        both = zip(texts, self.model(records, pictures, texts).tolist(), strict=True)
+        return [Verdict(None, "tie") if x == y or a == b else Verdict(int(b > a)) for (x, y), (a, b) in both]
 
 
 # ---------------------------------------------------------------- how good is it?
@@ -203,9 +203,9 @@ def load_annotator(name: str, config) -> OracleAnnotator | ModelAnnotator | Rewa
     if name == "oracle":
         require(config.images == "toy", "--annotator oracle: knows the embedded world alone; name a LLaVA folder")
         return OracleAnnotator()
-    folder = resolve_model(name)
+    folder = resolve_model(name, "--annotator")
     if (folder / HEAD).exists():
-        return RewardAnnotator(load_reward_model(folder, config.device, getattr(torch, config.dtype), config.template))
+        return RewardAnnotator(load_reward_model(folder, config.device, getattr(torch, config.dtype)))
     model = load_model(folder, config.device, getattr(torch, config.dtype))
     tokenizer, processor = Tokenizer.from_folder(folder, config.template), ImageProcessor.from_folder(folder)
     announce(folder, model, tokenizer)
@@ -243,23 +243,27 @@ def main() -> None:
     require_seed(config.seed)
     require_images(config.images)
     require_device(config.device)
+    paths = [config.pairs] if Path(config.pairs).exists() else config.pairs.split(",")
+    require(len(set(paths)) == len(paths), f"--pairs {config.pairs}: a file stands twice; name each once")
+    for path in paths if len(paths) > 1 else ():
+        require(Path(path).is_file(), f"--pairs {path}: no such file; name files of preference pairs")
     results = {}
     with redirect_stdout(sys.stderr):  # what is printed on the way is no result
         annotator = load_annotator(config.annotator, config)
-        for path in config.pairs.split(","):
+        for path in paths:
             counts, left_out = judge(path, annotator, config)
             if left_out:
                 tqdm.write(f"{path}: {len(left_out)} pairs left out, the first: {left_out[0]}", file=sys.stderr)
             facts = {"pairs": len(counts), "left_out": len(left_out)}
             results[path] = facts | with_intervals([counts], FIGURES)
     one = len(results) == 1
-    found = next(iter(results.values())) if one else results
+    found = results[paths[0]] if one else results
     if config.out is not None:
         write_json(Path(config.out), found)
     if config.json:
         return print(json.dumps(found))
     figures = {path: {name: result[name] for name in FIGURES} for path, result in results.items()}
-    print_table({config.annotator: figures[config.pairs]} if one else figures)
+    print_table({config.annotator: figures[paths[0]]} if one else {Path(path).name: figures[path] for path in paths})
 
 
 if __name__ == "__main__":

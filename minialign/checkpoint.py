@@ -56,22 +56,24 @@ def rename(key: str, table: list[tuple[str, str]]) -> str:
     return key
 
 
-def resolve_model(model: str) -> Path:
+def resolve_model(model: str, flag: str = "--model") -> Path:
     """`toy` names the embedded checkpoint; anything else is a folder."""
     folder = TOY if model == "toy" else Path(model)
     if not folder.is_dir():
         said = "no such folder; give a Hugging Face LLaVA folder (names on the hub are not fetched), or `toy`"
-        raise UserError(f"--model {model}: {said}")
+        raise UserError(f"{flag} {model}: {said}")
     return folder
 
 
-def fingerprint(folder: Path, adapter: str | None = None) -> str:
-    """A short name of the folder's weights, and of an adapter's.
+def fingerprint(folder: Path, adapter: str | None = None, reward: str = "") -> str:
+    """A short name of the folder's weights, of an adapter's, and of a reward model's where `reward` is a folder.
 
     From sizes, first and last MiB of the files, as 14 GB take long to read.
     """
     digest = hashlib.sha256()
     extra = [] if adapter is None else [Path(adapter) / "adapter_model.safetensors"]
+    if reward and Path(reward).is_dir():
+        extra += sorted(Path(reward).glob("*.safetensors"))
     for path in weight_files(folder) + extra:
         size = path.stat().st_size
         digest.update(f"{path.name} {size} ".encode())

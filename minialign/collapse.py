@@ -14,7 +14,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 NGRAM = 4  # tokens
-NOISE = 3.0  # standard errors by which Eq. 2 has to have fallen
+NOISE = 4.0  # standard errors by which Eq. 2 has to have fallen: it is asked after every step, and may err in none
 SCORE, REWARD, KL = "objective/scores", "objective/rlhf_reward", "objective/kl"  # r; r - beta KL; per response
 ENTROPY, REPETITION = "objective/entropy", "sampled/repetition"
 
@@ -24,7 +24,8 @@ class CollapseLimits:
     """From where on it is a collapse."""
 
     kl_stop: float | None = None  # nats per response, in any one step; None: no bound
-    window: int = 10  # steps that are averaged, the first so many and the last
+    signs: bool = True  # whether the signs stop a run, too
+    window: int = 10  # steps that are averaged at least, the first so many and the last; a tenth of a long run
     entropy: float = 0.1  # share of the first entropy
     repetition: float = 0.5  # mean share of n-grams that are repeated
 
@@ -46,9 +47,10 @@ def collapse(rows: list[dict], limits: CollapseLimits) -> str | None:
     step, kl = sampled[-1]["step"], sampled[-1][KL]
     if limits.kl_stop is not None and kl > limits.kl_stop:
         return f"step {step}: a KL of {kl:.2f} nats per response, above --kl-stop {limits.kl_stop}"
-    if len(sampled) < 2 * limits.window:
+    window = max(limits.window, len(sampled) // 10)
+    if not limits.signs or len(sampled) < 2 * window:
         return None
-    early, late = sampled[: limits.window], sampled[-limits.window :]
+    early, late = sampled[:window], sampled[-window:]
     figures = {name: (mean(early, name), mean(late, name)) for name in (SCORE, REWARD, KL, ENTROPY, REPETITION)}
     signs = {
         "the KL costs more than the reward has risen": pays_too_much(early, late),

@@ -241,6 +241,6 @@ def usable_pairs(
     shown = tqdm(order, desc="check", unit="pair", delay=3)
     numbers = collect(((pairs.file.place(number), number) for number in shown), checked, limit, skip_bad)
     if not numbers:
-        raise UserError(f"{pairs.file.path}: no usable pair: see above; make one with sample_bdhs.py")
+        raise UserError(f"{pairs.file.path}: no usable record: see above; give others, or pairs of sample_bdhs.py")
     rest = range(CHECKED, total) if limit is None else ()
     return replace(pairs, numbers=sorted(numbers) + list(rest))

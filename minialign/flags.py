@@ -20,7 +20,7 @@ from minialign.records import FormatName
 
 # What stands for a flag that is not given: the paper's value (App. A), or the toy model's, chosen on validation.
 PAPER = {"beta": 0.1, "lr": 5e-7, "projector_lr": 2e-6, "lora_rank": 128, "epochs": 3, "batch_size": 16,
-         "schedule": "cosine", "workers": 4}  # fmt: skip
+         "warmup": 0.1, "schedule": "cosine", "workers": 4}  # fmt: skip
 TOY = PAPER | {"lr": 2e-4, "projector_lr": 3e-5, "lora_rank": 64, "epochs": 1, "workers": 0}
 
 
@@ -44,7 +44,7 @@ class TrainingFlags:
     batch_size: int | None = None  # records per step (16)
     accumulate: int = 1  # split each batch into so many forward passes
     pack: int | None = None  # short pairs share a row of up to so many tokens, where that makes for less padding
-    warmup: float = 0.1  # share of the steps in which the rate rises
+    warmup: float | None = None  # share of the steps in which the rate rises (0.1)
     schedule: Literal["cosine", "linear", "constant"] | None = None  # how it falls to zero, if at all (cosine)
     clip: float = 1.0  # gradient norm limit
     max_response_tokens: int = 512  # longer stored responses are refused
@@ -73,6 +73,7 @@ def check_training(config: TrainingFlags) -> None:
         require(0 < value <= 1e30, f"--{name.replace('_', '-')} {value}: above 0, at most 1e30")
     require(0 <= config.projector_lr <= 1e30, f"--projector-lr {config.projector_lr}: 0 or more, at most 1e30")
     require(config.clip > 0, f"--clip {config.clip}: above 0")
+    require(config.gamma is None or 0 <= config.gamma <= 1, f"--gamma {config.gamma}: between 0 and 1")  # each has it
     compiler = os.environ.get("CXX") or "g++"
     said = f"--compile: needs a C++ compiler, and there is no {compiler}; install it, or leave --compile out"
     require(not config.compile or shutil.which(compiler) is not None, said)
@@ -88,6 +89,9 @@ def check_training(config: TrainingFlags) -> None:
 
 def check_rlhf(config, used: bool) -> None:
     """The flags of rloo and ppo, of train_online.py's; `used` by the method that is asked for."""
+    said = f"with --method {config.method}: is for rloo and ppo; leave it out, or name one of these"
+    for name, idle in (("reward", "oracle"), ("k", None), ("kl_stop", None)):
+        require(used or getattr(config, name) == idle, f"--{name.replace('_', '-')} {said}")
     require_at_least(config, k=2 if config.method == "rloo" else 1, updates=1)
     for name in ("ratio_clip", "value_clip", "kl_stop"):
         value = getattr(config, name)
@@ -96,8 +100,12 @@ def check_rlhf(config, used: bool) -> None:
     require(0 <= config.value_coef <= 1e6, f"--value-coef {config.value_coef}: 0 or more, at most a million")
     said = f"with --method {config.method}: the gradient is that of temperature 1 and top-p 1; leave them out"
     require(not used or config.temperature == config.top_p == 1, f"--temperature or --top-p {said}")
-    said = f"--kl-stop with --method {config.method}: is for rloo and ppo; leave it out"
-    require(used or config.kl_stop is None, said)
+    said = "no such folder of a reward model, and no FILE.py:FUNCTION or `oracle`; give one of these"
+    known = config.reward in ("oracle", "toy") or config.reward != "" and Path(config.reward).is_dir()
+    require(known or Path(config.reward.rpartition(":")[0]).is_file(), f"--reward {config.reward}: {said}")
+    for name in ("reward", "annotator"):
+        if Path(getattr(config, name)).is_dir():
+            require_outside(Path(config.out), f"--{name}", Path(getattr(config, name)))
 
 
 def require_torchrun(shard: str) -> None:

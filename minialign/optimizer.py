@@ -30,7 +30,7 @@ def update(optimizer: torch.optim.Optimizer, share: float, clip: float, loss: fl
     add_gradients(trained)
     norm = full(torch.nn.utils.clip_grad_norm_(trained, clip)).item()
     if not (math.isfinite(loss) and math.isfinite(norm)):
-        said = f"{where}: loss {loss}, gradient norm {norm}; the checkpoint holds the weights before it"
+        said = f"{where}: loss {loss}, gradient norm {norm}; what was saved before it stays"
         raise UserError(f"{said}; begin anew with a lower --lr or a longer --warmup in another --out")
     optimizer.step()
     optimizer.zero_grad()

@@ -17,6 +17,7 @@ from typing import Literal
 import torch
 from tqdm import tqdm
 
+from minialign import distributed
 from minialign.annotator import load_annotator
 from minialign.chat import Tokenizer, announce
 from minialign.checkpoint import load_model, resolve_model
@@ -30,14 +31,14 @@ from minialign.cli import (
     require_temperature,
     run_main,
 )
-from minialign.collate import PairCollator
-from minialign.data import read_records
+from minialign.collate import PairBatch, PairCollator
+from minialign.data import read_records, sift
 from minialign.errors import UserError
 from minialign.files import write_whole
 from minialign.generate import Sampling
 from minialign.images import ImageProcessor
 from minialign.llava import Llava
-from minialign.records import FormatName, Record, preference_fields
+from minialign.records import FormatName, preference_fields
 from minialign.rollout import RankedPairs, Sampler, features_of
 
 
@@ -76,15 +77,17 @@ def check(config: Config) -> None:
 
 
 def pair_lines(
-    records: list[Record], model: Llava, ranked: RankedPairs, collate: PairCollator, counts: Counter, messages: bool
+    part: PairBatch, model: Llava, ranked: RankedPairs, collate: PairCollator, counts: Counter, messages: bool
 ) -> list[dict]:
-    """A line for each of some records whose two answers are ranked."""
-    part = collate(records)
+    """A line for each of some records whose two answers are ranked; an empty one is no answer."""
     rows, features = list(range(len(part))), features_of(model.encode_images(part.pixels), part.sequences)
     lines = []
-    for record, answer in zip(records, ranked(part, rows, features, 0, counts), strict=True):
-        if answer is not None:
-            chosen, rejected = (collate.tokenizer.decode(branch.ids) for branch in answer.sequence.branches)
+    for record, answer in zip(part.records, ranked(part, rows, features, 0, counts), strict=True):
+        if answer is None:
+            continue
+        chosen, rejected = (collate.tokenizer.decode(branch.ids) for branch in answer.sequence.branches)
+        counts["empty"] += not (chosen.strip() and rejected.strip())
+        if chosen.strip() and rejected.strip():
             answers = preference_fields(record.turns, {"chosen": chosen, "rejected": rejected}, messages)
             lines.append({"id": record.id, "images": [record.image], **answers})
     return lines
@@ -101,15 +104,22 @@ def main() -> None:
     announce(folder, model, tokenizer)
     sampler = Sampler(model, tokenizer, Sampling(config.max_new_tokens, config.temperature), config.seed)
     ranked, counts, lines = RankedPairs(sampler, load_annotator(config.annotator, config)), Counter(), []
-    collate = PairCollator(tokenizer, processor, config.images, 2**30, 2**30, False, (), keep_pictures=True)
+    positions = model.config.text.max_position_embeddings  # the records' own answers, which nobody reads, are cut
+    collate = PairCollator(tokenizer, processor, config.images, positions, positions, True, (), keep_pictures=True)
+    left_out = []
     messages = any(len(record.turns) > 1 for record in records)
     for first in tqdm(range(0, len(records), config.batch_size), desc="rank"):
-        lines += pair_lines(records[first : first + config.batch_size], model, ranked, collate, counts, messages)
+        placed = ((record.place or record.id, record) for record in records[first : first + config.batch_size])
+        loaded, refused = sift(placed, collate.loaded, config.skip_bad_records)
+        left_out += [f"{place}: {error}" for place, error in refused]
+        if loaded:
+            lines += pair_lines(collate.batch(loaded), model, ranked, collate, counts, messages)
+    distributed.tell_left_out(left_out, "records")
     if not lines:
         raise UserError(f"--data {config.data}: not one pair was ranked; give another --annotator, or more records")
     write_whole(Path(config.out), "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines))
-    print(f"{config.out}: {len(lines)} pairs; {counts['dropped']} of {counts['judged']} were left out, "
-          f"{counts['tie']} as ties, {counts['unparsable']} for want of a clear verdict")  # fmt: skip
+    print(f"{config.out}: {len(lines)} pairs; of {counts['judged']} {counts['tie']} were left out as ties, "
+          f"{counts['unparsable']} for want of a clear verdict, {counts['empty']} with an empty answer")  # fmt: skip
 
 
 if __name__ == "__main__":

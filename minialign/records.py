@@ -37,6 +37,11 @@ class Record:
     bdhs: dict = field(default_factory=dict)
     place: str = field(default="", compare=False)  # where it stands, for people
 
+    @property
+    def asked(self) -> str:
+        """All that was said before the answer, a line each."""
+        return "\n".join(text for _, text in self.turns)
+
 
 def require_different(record: Record, name: str = "rejected") -> None:
     """Leave a pair out whose chosen and `name` responses do not differ: there is nothing to prefer."""

@@ -36,7 +36,7 @@ def require_same_flags(out: Path, config) -> None:
     """A resumed training must have the flags that its config.json notes; `config` has a training script's flags."""
     if config.resume:
         may_change = ("resume", "out", "workers", "shard", "recompute", "compile", "pack", "skip_bad_records",
-                      "ref_cache")  # fmt: skip
+                      "ref_cache", "kl_stop", "collapse_stop")  # fmt: skip
         remedy = "give the old value, or leave --resume out and name another --out"
         require_same_settings(out / "config.json", asdict(config), may_change, remedy)
 
@@ -83,7 +83,8 @@ class Run:
     In its `with` block SIGTERM lets the step in progress end; then the progress is saved, and the program exits
     with 0. A `UserError` there saves what was done before it; of several processes the others may not have met it,
     and the last checkpoint stays. All of them hold the rows, the first one writes. `watch(rows)` may say why the run
-    has to end, which is then `stopped`, and the progress is saved; a resumed run, too, ends at such rows.
+    has to end, which is then `stopped`, and the progress is saved; a resumed run, too, ends at such rows. A step of
+    which some updates were made and others not is never saved.
     """
 
     def __init__(
@@ -102,13 +103,14 @@ class Run:
             raise UserError(f"{self.log}: {len(self.rows)} of the checkpoint's {self.start} steps; leave --resume out")
         once(lambda: write_whole(self.log, "".join(json.dumps(row) + "\n" for row in self.rows)))
         self.terminated, self.watch = False, watch or (lambda rows: None)
-        self.stopped = self.watch(self.rows)
+        self.stopped, self.updates = self.watch(self.rows), self.count_updates()
         if self.start:
             print(f"{self.folder}: {self.start} steps are done; going on from there")
 
     def add(self, row: dict, save: bool) -> None:
         """Log a step that is done, and save after it if `save`."""
         self.rows.append(row)
+        self.updates = self.count_updates()
         if rank() == 0:
             append_lines(self.log, [row])
         terminated, self.stopped = any(gather(self.terminated)), self.watch(self.rows)
@@ -130,8 +132,14 @@ class Run:
     def __exit__(self, kind: type | None, *_) -> None:
         signal.signal(signal.SIGTERM, self.before)
         trained = [parameter for group in self.optimizer.param_groups for parameter in group["params"]]
-        if kind is UserError and size() == 1 and all(parameter.isfinite().all() for parameter in trained):
+        whole_steps = self.rows and self.updates == self.count_updates()
+        if kind is UserError and size() == 1 and whole_steps and all(p.isfinite().all() for p in trained):
             save_progress(self.folder, self.model, self.optimizer, len(self.rows))
+
+    def count_updates(self) -> int:
+        """Updates that the optimizer has made."""
+        state = self.optimizer.state.get(self.optimizer.param_groups[0]["params"][0], {})
+        return int(state.get("step", 0))
 
 
 def save_progress(folder: Path, model: Llava, optimizer: torch.optim.Optimizer, step: int) -> None:

@@ -81,19 +81,20 @@ def save_head(weight: Tensor, whitening: Whitening, folder: Path) -> None:
     save_file({"weight": weight.contiguous()}, folder / HEAD, {"whitening": json.dumps(facts)})
 
 
-def load_reward_model(folder: Path, device: str, dtype: torch.dtype, template: str | None) -> RewardModel:
-    """A folder that `train_dpo.py --loss reward` has left as `merged`."""
+def load_reward_model(folder: Path, device: str, dtype: torch.dtype) -> RewardModel:
+    """A folder that `train_dpo.py --loss reward` has left as `merged`, with the template that it was trained in."""
     path = folder / HEAD
-    if not path.exists():
+    if not path.is_file():
         said = f"no reward model, as {HEAD} is missing; give the `merged` that train_dpo.py --loss reward leaves"
         raise UserError(f"{folder}: {said}")
     model = load_model(folder, device, dtype)
     weight, whitening = dict(read_tensors(path)).get("weight"), read_whitening(path)
-    fits = weight is not None and weight.shape == (1, model.config.text.hidden_size) and weight.isfinite().all()
+    fits = weight is not None and weight.shape == (1, model.config.text.hidden_size) and weight.dtype == torch.float32
+    fits = fits and weight.isfinite().all()
     if not (fits and whitening):
         raise UserError(f"{path}: no head of this model with a mean and a standard deviation; train it again")
     set_head(model, weight)
-    tokenizer, processor = Tokenizer.from_folder(folder, template), ImageProcessor.from_folder(folder)
+    tokenizer, processor = Tokenizer.from_folder(folder), ImageProcessor.from_folder(folder)
     announce(folder, model, tokenizer)
     return RewardModel(model, tokenizer, processor, whitening)
 
@@ -105,6 +106,6 @@ def read_whitening(path: Path) -> Whitening | None:
     try:
         facts = json.loads(noted)
         mean, std = float(facts["mean"]), float(facts["std"])
-    except (ValueError, TypeError, KeyError):
+    except (ValueError, TypeError, KeyError, OverflowError, RecursionError):
         return None
     return Whitening(mean, std) if math.isfinite(mean) and 0 < std < math.inf else None

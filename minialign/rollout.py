@@ -11,7 +11,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from minialign.annotator import Comparison, ModelAnnotator, OracleAnnotator
+from minialign.annotator import Comparison, ModelAnnotator, OracleAnnotator, Verdict
 from minialign.bdhs import Bdhs, Example
 from minialign.chat import Tokenizer
 from minialign.collapse import repetition
@@ -129,6 +129,7 @@ class RankedPairs:
         done, texts = self.sample(part, rows, seen, step, 2, counts)
         asked = [Comparison(part.records[i], two, part.pictures[i]) for i, two in zip(rows, texts, strict=True)]
         verdicts = self.annotator.choose(asked, seen if self.annotator.policy_off else None)
+        verdicts = [Verdict(None, "tie") if a == b else v for v, (a, b) in zip(verdicts, texts, strict=True)]
         answers: Answers = []
         for i, row, verdict in zip(rows, done, verdicts, strict=True):
             counts.update(judged=1)

@@ -4,7 +4,7 @@ All are called with records, pictures and k texts for each, and give scores (B, 
 """
 
 import importlib.util
-import math
+import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,6 +15,7 @@ from torch import Tensor
 
 from minialign import toyworld
 from minialign.annotator import OracleAnnotator
+from minialign.checkpoint import resolve_model
 from minialign.cli import require
 from minialign.errors import UserError
 from minialign.records import Record
@@ -36,7 +37,10 @@ class OracleReward:
 
 @dataclass(frozen=True)
 class UserReward:
-    """A Python function (image, prompt, response) -> number; `name` says where it stands."""
+    """A Python function (image, prompt, response) -> number; `name` says where it stands.
+
+    Of several turns the prompt is all that was said before the response, a line each.
+    """
 
     function: Callable[[Image.Image, str, str], float]
     name: str
@@ -47,12 +51,12 @@ class UserReward:
         return torch.tensor([[self.score(record, picture, text) for text in each] for record, picture, each in asked])
 
     def score(self, record: Record, picture: Image.Image, text: str) -> float:
-        """What it says of one response to the last question; what is no finite number is a `UserError`."""
+        """What it says of one response; what is no number of float32's, or raises, is a `UserError`."""
         try:
-            said = float(self.function(picture, record.turns[-1][1], text))
-        except Exception as error:  # the user's own code may raise anything
-            raise UserError(f"{self.name}: {type(error).__name__}: {error}, of record {record.id}; mend it") from error
-        require(math.isfinite(said), f"{self.name}: {said} of record {record.id}, which is no finite number; mend it")
+            said = float(self.function(picture, record.asked, text))
+        except (Exception, SystemExit) as error:  # the user's own code may raise anything
+            raise UserError(f"{self.name}: raised {error!r}, of record {record.id}; mend it") from error
+        require(abs(said) <= 1e30, f"{self.name}: {said} of record {record.id}, which is no finite number; mend it")
         return said
 
 
@@ -64,20 +68,19 @@ def load_reward(name: str, config) -> OracleReward | UserReward | RewardModel:
     path, _, function = name.rpartition(":")
     if path.endswith(".py"):
         return UserReward(load_function(Path(path), function), f"--reward {name}")
-    said = "no such folder; give a reward model's, FILE.py:FUNCTION, or `oracle`"
-    require(Path(name).is_dir(), f"--reward {name}: {said}")
-    return load_reward_model(Path(name), config.device, getattr(torch, config.dtype), None)
+    return load_reward_model(resolve_model(name, "--reward"), config.device, getattr(torch, config.dtype))
 
 
 def load_function(path: Path, name: str) -> Callable:
     """A function of a Python file of the user's, which is run."""
     require(path.is_file(), f"--reward {path}: no such file; give FILE.py:FUNCTION")
-    spec = importlib.util.spec_from_file_location(path.stem, path)
-    module = importlib.util.module_from_spec(spec)
+    spec = importlib.util.spec_from_file_location(f"reward_{path.stem}", path)
+    module = sys.modules[spec.name] = importlib.util.module_from_spec(spec)  # there, as dataclasses look it up
+    sys.path.insert(0, str(path.parent))  # as for a script: what stands beside it can be imported
     try:
         spec.loader.exec_module(module)
-    except Exception as error:  # the user's own code may raise anything
-        raise UserError(f"--reward {path}: {type(error).__name__}: {error}; mend it") from error
+    except (Exception, SystemExit) as error:  # the user's own code may raise anything
+        raise UserError(f"--reward {path}: raised {error!r}; mend it") from error
     function = getattr(module, name, None)
     require(callable(function), f"--reward {path}: has no function {name!r}; give FILE.py:FUNCTION")
     return function

@@ -172,7 +172,7 @@ def test_pairs_without_an_external_response_are_left_out(run, capsys):
 
 def test_no_external_response_at_all(model, pairs, tmp_path):
     """Nothing to train on is an error; so is an external response that is no text."""
-    with pytest.raises(UserError, match="no usable pair"):
+    with pytest.raises(UserError, match="no usable record"):
         train(model, tmp_path / "out", pairs=pairs, rejected="both")
     raw = json.loads(Path(pairs).read_text().splitlines()[0]) | {"external": 7}
     (tmp_path / "bad.jsonl").write_text(json.dumps(raw) + "\n")

@@ -78,7 +78,7 @@ BAD_PAIRS = [
     (lines(pair(bdhs={"noise_steps": 10**12})), "field 'bdhs.noise_steps'"),
     (lines(pair(bdhs={"rho_th": 1.5})), "field 'bdhs.rho_th'"),
     (lines(pair(bdhs={"rho_th": 0.5, "mask_seed": True})), "field 'bdhs.mask_seed'"),
-    (lines(pair(chosen="The same.", rejected="The same.")), "no usable pair"),
+    (lines(pair(chosen="The same.", rejected="The same.")), "no usable record"),
     (lines(pair(chosen="A cup. " * 300)), "line 1: a response of .* longer than --max-response-tokens 512"),
     (lines(pair(images=["elsewhere.png"])), "line 1: image 'elsewhere.png' is not in the embedded world"),
 ]

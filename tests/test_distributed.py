@@ -127,7 +127,7 @@ def test_a_reward_model_in_shards(model, pairs, tmp_path):
     run(3, "train_dpo.py", *flags, "--out", tmp_path / "three", "--shard", "full")
     assert_same_training(tmp_path / "one", tmp_path / "three")
     folders = [tmp_path / name / "merged" for name in ("one", "three")]
-    one, three = (load_reward_model(folder, "cpu", torch.float32, None) for folder in folders)
+    one, three = (load_reward_model(folder, "cpu", torch.float32) for folder in folders)
     assert torch.allclose(one.model.scalar_head.weight, three.model.scalar_head.weight, atol=1e-5)
     assert three.whitening.mean == pytest.approx(one.whitening.mean, abs=1e-4)
     assert three.whitening.std == pytest.approx(one.whitening.std, abs=1e-4)

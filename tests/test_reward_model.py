@@ -87,7 +87,7 @@ def scores_by_hand(trained: Path, pairs: str) -> torch.Tensor:
 
 def test_the_folder_holds_head_mean_and_deviation(trained, pairs):
     rewards = scores_by_hand(trained, pairs)
-    loaded = load_reward_model(trained / "merged", "cpu", torch.float32, None)
+    loaded = load_reward_model(trained / "merged", "cpu", torch.float32)
     assert loaded.whitening.mean == pytest.approx(rewards.mean().item(), abs=1e-4)
     assert loaded.whitening.std == pytest.approx(rewards.std(correction=0).item(), abs=1e-4)
     lines = read_lines(Path(pairs))
@@ -162,17 +162,17 @@ def spoil(folder: Path, weight=None, whitening: object = None) -> None:
 def test_a_spoilt_head_is_refused_in_one_line(trained, tmp_path, change, said):
     folder = Path(shutil.copytree(trained / "merged", tmp_path / "merged"))
     spoil(folder, **change)
-    refused(lambda: load_reward_model(folder, "cpu", torch.float32, None), HEAD, said, "train it again")
+    refused(lambda: load_reward_model(folder, "cpu", torch.float32), HEAD, said, "train it again")
 
 
 def test_a_folder_without_a_head_is_refused(model):
-    refused(lambda: load_reward_model(Path(model), "cpu", torch.float32, None), model, HEAD, "--loss reward")
+    refused(lambda: load_reward_model(Path(model), "cpu", torch.float32), model, HEAD, "--loss reward")
 
 
 def test_a_damaged_head_is_refused(trained, tmp_path):
     folder = Path(shutil.copytree(trained / "merged", tmp_path / "merged"))
     (folder / HEAD).write_bytes((folder / HEAD).read_bytes()[:40])
-    refused(lambda: load_reward_model(folder, "cpu", torch.float32, None), HEAD, "not a whole safetensors file")
+    refused(lambda: load_reward_model(folder, "cpu", torch.float32), HEAD, "not a whole safetensors file")
 
 
 def test_a_model_that_ranks_nothing_is_refused(model, pairs, tmp_path, monkeypatch):
@@ -202,4 +202,5 @@ def test_accuracy_across_data_sets(trained, pairs, tmp_path, monkeypatch, capsys
     right = (rewards[:, 0] > rewards[:, 1]).float().mean().item()
     assert found[pairs]["accuracy"]["value"] == pytest.approx(right, abs=1e-5)
     assert found[str(turned)]["accuracy"]["value"] == pytest.approx(1 - right, abs=1e-5)
-    assert found[pairs]["pairs"] == 14 and pairs in capsys.readouterr().out
+    shown = capsys.readouterr().out
+    assert found[pairs]["pairs"] == 14 and "pairs.jsonl" in shown and "turned.jsonl" in shown

@@ -38,5 +38,5 @@ def test_bad_pairs_are_skipped_and_counted(model, tmp_path, pictures, capsys):
     assert (shown.out + shown.err).count("4 bad records skipped, the first:") == 1
     (tmp_path / "all.jsonl").write_bytes(lines(bad[0], bad[2]))
     run = ["--pairs", str(tmp_path / "all.jsonl"), "--images", str(pictures), "--skip-bad-records"]
-    gives_remedy(lambda: train(model, tmp_path / "all", *run), "no usable pair")
+    gives_remedy(lambda: train(model, tmp_path / "all", *run), "no usable record")
     assert left_in(tmp_path / "all") == []

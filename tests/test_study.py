@@ -1,12 +1,11 @@
-"""The study's arithmetic by hand: pooled counts, paired intervals; and its bookkeeping of runs."""
+"""The study's bookkeeping: which commands run, what they share, and what is left of them."""
 
 import importlib
 import json
-import random
 from pathlib import Path
 
-import numpy as np
 import pytest
+from study_counts import some_runs
 
 from minialign import flags as flags_of_both
 from minialign import study
@@ -18,101 +17,6 @@ from minialign.metrics import SETTINGS_OF_POPE, bootstrap, interval
 from minialign.study import ROWS, Config
 
 IDS = ("bdhs lowers adversarial POPE error", "bdhs misses fewer objects", "bdhs lowers CHAIR_i")
-
-# ---------------------------------------------------------------- bootstrap
-
-
-COUNTED = ("images", "length", "objects", "mentioned", "hallucinated", "typical", "true", "coloured", "wrong_colour",
-           "placed", "wrong_place", "hallucinating", "found")  # fmt: skip
-POPE = {f"{setting}_{part}": 0 for setting in SETTINGS_OF_POPE for part in ("tp", "fp", "fn", "tn")}
-
-
-def image_counts(rng: random.Random) -> dict[str, float]:
-    """Counts of one image, as toybench.py makes them: what was never counted is missing, as in a Counter."""
-    counts = {name: rng.randrange(5) for name in COUNTED} | {"images": 1, "objects": rng.randrange(1, 5)}
-    return {name: value for name, value in counts.items() if value} | {name: rng.randrange(4) for name in POPE}
-
-
-def some_runs(seed: int, runs: int, images: int) -> list[list[dict]]:
-    rng = random.Random(seed)
-    return [[image_counts(rng) for _ in range(images)] for _ in range(runs)]
-
-
-@pytest.mark.parametrize("seed,runs,images", [(0, 1, 1), (1, 1, 7), (2, 3, 5), (3, 4, 12)])
-def test_pooled_metrics_equal_sums_by_hand(seed, runs, images):
-    counts = some_runs(seed, runs, images)
-
-    def total(name: str) -> int:
-        return sum(image.get(name, 0) for run in counts for image in run)
-
-    def per(a: float, b: float) -> float:
-        return a / b if b else 0.0
-
-    expected = {
-        "chair_i": per(total("hallucinated"), total("mentioned")),
-        "chair_s": per(total("hallucinating"), total("images")),
-        "recall": per(total("found"), total("objects")),
-        "length": per(total("length"), runs * images),
-    }
-    for name in SETTINGS_OF_POPE:
-        tp, fp, fn, tn = (total(f"{name}_{part}") for part in ("tp", "fp", "fn", "tn"))
-        expected[f"pope_{name}"] = per(tp + tn, tp + fp + fn + tn)
-        expected[f"pope_{name}_f1"] = per(2 * tp, 2 * tp + fp + fn)
-    found = bootstrap(counts, 50)
-    for name, value in expected.items():
-        assert found[name].shape == (51,) and found[name][0] == pytest.approx(value, abs=1e-12), name
-
-
-def test_two_runs_of_two_images_by_hand():
-    """Every resample takes images for all runs alike, and runs for all images alike."""
-    found, objects = [[1, 5], [2, 0]], [3, 7]
-    runs = [[POPE | {"found": f, "objects": o} for f, o in zip(run, objects, strict=True)] for run in found]
-    recall = bootstrap(runs, 400)["recall"]
-    assert recall[0] == (1 + 5 + 2 + 0) / 20
-    drawn = [(2, 0), (1, 1), (0, 2)]  # how often each of two is drawn
-    possible = {
-        sum(i[b] * r[a] * found[a][b] for a in (0, 1) for b in (0, 1)) / (2 * sum(i[b] * objects[b] for b in (0, 1)))
-        for i in drawn
-        for r in drawn
-    }
-    assert len(possible) == 9 and set(recall.round(12)) == {round(value, 12) for value in possible}
-
-
-def test_one_image_of_one_run_has_no_spread():
-    for name, values in bootstrap(some_runs(5, 1, 1), 30).items():
-        assert np.array_equal(values, np.full_like(values, values[0]), equal_nan=True), name
-
-
-def test_the_same_counts_twice_differ_by_exactly_nothing():
-    counts = some_runs(6, 3, 20)
-    first, second = bootstrap(counts), bootstrap(json.loads(json.dumps(counts)))
-    for name in first:
-        assert np.array_equal(first[name] - second[name], np.zeros(1001)) and first[name].std() > 0
-    found = judge({"base": first, "bdhs": second})
-    assert {(f["status"], f["evidence"].split(": ")[1]) for f in found} == {("undecided", "+0.000 [+0.000, +0.000]")}
-
-
-def test_rows_are_paired_by_image():
-    """One more object found in every image of four objects: the difference is 1/4 in every resample."""
-    rng = random.Random(7)
-    base = [[POPE | {"images": 1, "objects": 4, "found": rng.randrange(4)} for _ in range(15)] for _ in range(2)]
-    more = [[image | {"found": image["found"] + 1} for image in run] for run in base]
-    difference = bootstrap(more)["recall"] - bootstrap(base)["recall"]
-    assert np.abs(difference - 0.25).max() < 1e-12
-    assert bootstrap(base)["recall"].std() > 0.01  # unpaired, the interval would be wide
-    found = {f["id"]: f["status"] for f in judge({"base": bootstrap(base), "bdhs": bootstrap(more)})}
-    assert found[IDS[1]] == "reproduced"
-
-
-def test_a_row_may_lack_a_count_that_another_has():
-    """No false yes anywhere: the name does not occur, and resampling must not depend on it."""
-    counts = some_runs(8, 2, 9)
-    without = [[{k: v for k, v in image.items() if k != "wrong_place"} for image in run] for run in counts]
-    first, second = bootstrap(counts), bootstrap(without)
-    assert np.array_equal(first["recall"], second["recall"]) and not second["position_errors"].any()
-
-
-# ---------------------------------------------------------------- runs
 
 
 @pytest.fixture
@@ -202,6 +106,8 @@ def test_flags_of_every_row_are_known_to_the_programs(tmp_path, row, programs):
             of_method = module.TOY_RL.get(parsed.method, {}) if program == "train_online.py" else {}
             toy = getattr(module, "TOY", flags_of_both.TOY) | of_method
             parsed = fill(fill(parsed, toy), {"lora_alpha": 128.0})
+            if "--reward" in flags:
+                Path(parsed.reward).mkdir()  # as it will stand there by then
             module.check(parsed)
             reward = parsed.loss == "reward"
             assert (parsed.steps, parsed.eval_images) == ((500, 500) if reward else (4, 5)) and parsed.batch_size == 16
