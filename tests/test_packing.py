@@ -193,7 +193,7 @@ def test_tokens_come_with_their_sequence(seed):
 def test_rewards(seed):
     """A head on the last token of every branch, wherever its sequence stands."""
     model, rows, features = crowd(seed)
-    add_head(model)
+    add_head(model, "value")
     model.scalar_head.weight.normal_(generator=torch.Generator().manual_seed(seed))
     plain = build_tree(rows, IMAGE, 0)
     there, expected = plain.tip >= 0, branch_rewards(model, plain, features)

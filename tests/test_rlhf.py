@@ -5,6 +5,7 @@ import json
 import pytest
 from helpers import refused
 from online_runs import online, weights_of
+from safetensors import safe_open
 from script_runs import instruct_file
 
 import train_online
@@ -105,6 +106,8 @@ def test_kl_stop_ends_the_run_and_a_resumed_one(model, tmp_path, method, capsys)
     said = json.loads((tmp_path / "out/result.json").read_text())["stopped"]
     assert said.startswith(f"step {len(rows)}: a KL of ") and "above --kl-stop 0.5" in said
     assert f"ended early, {said}" in capsys.readouterr().out
+    with safe_open(tmp_path / "out/checkpoint/progress.safetensors", "pt") as file:  # saved there and then
+        assert json.loads(file.metadata()["progress"]) == {"step": len(rows)}
     weights = weights_of(tmp_path / "out")
     assert online(model, tmp_path / "out", resume=True, **flags) == rows and weights_of(tmp_path / "out") == weights
     assert not (tmp_path / "out/checkpoint/.progress.partial").exists()
