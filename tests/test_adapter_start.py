@@ -87,8 +87,8 @@ def test_training_from_an_adapter(model, pairs, tmp_path, oracle, reference):
 
 @pytest.mark.parametrize("flags", [["--adapter", "x"], ["--reference", "base"], ["--reference", "adapter"]])
 def test_the_reference_is_always_named(flags):
-    numbers = ("beta", "lr", "lora-alpha", "lora-rank", "epochs", "projector-lr", "workers")
-    given = ["--pairs=x", *(f"--{name}=1" for name in numbers)]
+    numbers = ("beta", "lr", "lora-alpha", "lora-rank", "epochs", "projector-lr", "workers", "batch-size")
+    given = ["--pairs=x", "--warmup=0", *(f"--{name}=1" for name in numbers)]
     refused(lambda: check(parse_config(Config, "", [*given, *flags])), "--adapter and --reference go together")
 
 

@@ -129,15 +129,18 @@ def test_threads_load_side_by_side_and_not_too_far_ahead(monkeypatch, workers):
 
 
 def test_what_nobody_waits_for_is_not_loaded():
-    """A run that ends early ends the threads, and what they had not begun is dropped."""
+    """A run that ends early waits for the loads that have begun, and drops those that wait for their turn."""
     started = []
-    ahead = load_ahead(range(1000), lambda item: started.append(item) or item, 1)
+
+    def load(item: int) -> int:
+        started.append(item)
+        time.sleep(0.2 * (item > 0))  # the second is still loading when the first is used
+        return item
+
+    ahead = load_ahead(range(1000), load, 1)
     assert next(ahead) == 0
     ahead.close()
-    count = len(started)
-    assert count <= 3
-    time.sleep(0.05)
-    assert len(started) == count and not [t for t in threading.enumerate() if t.name.startswith("load")]
+    assert started in ([0], [0, 1]) and not [t for t in threading.enumerate() if t.name.startswith("load")]
 
 
 @pytest.fixture

@@ -146,19 +146,17 @@ def test_every_step_draws_anew(model, tmp_path, monkeypatch, method):
 
 @pytest.mark.parametrize("sign", [1, -1])
 def test_it_learns_what_the_annotator_prefers(tmp_path, monkeypatch, sign):
-    """Short answers with one annotator, long ones with the other, within a few steps; the mean of three seeds."""
-    scripted = Scripted(lambda text: sign * len(text.split()))
+    """To begin a description in the north with one annotator, in the south with the other, within a few steps."""
+    scripted = Scripted(lambda text: sign * ("north" in " ".join(text.split()[:7])))
     monkeypatch.setattr(train_online, "load_annotator", lambda *_: scripted)
     talks = [[("human", "<image>\nDescribe the picture."), ("gpt", "A cup.")]] * 24
     data = instruct_file(tmp_path / "data.json", *talks)
-    flags = {"method": "online-dpo", "data": data, "epochs": 6, "batch_size": 12, "lr": 2e-3, "max_new_tokens": 60,
-             "temperature": 1.5, "lora_rank": 16, "lora_alpha": 32.0, "beta": 0.1}  # fmt: skip
-    for seed in range(3):
-        online("toy", tmp_path / str(seed), seed=seed, **flags)
-    words = [sum(len(text.split()) for text in comparison.responses) / 2 for comparison in scripted.seen]
-    runs = [words[first : first + 144] for first in range(0, 3 * 144, 144)]  # 24 records, 6 epochs
-    changes = [sum(run[-24:]) / 24 - sum(run[:24]) / 24 for run in runs]
-    assert len(words) == 3 * 144 and sign * sum(changes) / 3 > 1
+    flags = {"method": "online-dpo", "data": data, "epochs": 6, "batch_size": 12, "lr": 5e-3, "max_new_tokens": 60,
+             "lora_rank": 16, "lora_alpha": 32.0, "beta": 0.1}  # fmt: skip
+    online("toy", tmp_path / "out", **flags)
+    north = [sum("north" in " ".join(text.split()[:7]) for text in c.responses) / 2 for c in scripted.seen]
+    first, last = sum(north[:24]) / 24, sum(north[-48:]) / 48
+    assert len(north) == 6 * 24 and 0.3 < first < 0.7 and sign * (last - first) > 0.2
 
 
 def test_ties_teach_nothing(model, tmp_path, monkeypatch):

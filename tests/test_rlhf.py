@@ -31,7 +31,7 @@ def test_it_learns_what_is_paid(tmp_path, method, sign):
     reward = function_file(tmp_path / "pay.py", f"return {sign} * ('north' in ' '.join(response.split()[:7]))")
     talks = [[("human", "<image>\nDescribe the picture."), ("gpt", "A cup.")]] * 24
     data = instruct_file(tmp_path / "data.json", *talks)
-    flags = {"method": method, "data": data, "epochs": 6, "batch_size": 12, "lr": RATES[method], "max_new_tokens": 60,
+    flags = {"method": method, "data": data, "epochs": 4, "batch_size": 12, "lr": RATES[method], "max_new_tokens": 60,
              "lora_rank": 16, "lora_alpha": 32.0, "beta": 0.02, "reward": reward, "k": 4}  # fmt: skip
     rows = online("toy", tmp_path / "out", **flags)
     north = [sign * row["objective/scores"] for row in rows]  # shares of the responses
