@@ -2,7 +2,7 @@
 
     python train_online.py                              # online BDHS on the embedded world
     python train_online.py --method rloo --reward runs/reward/merged --kl-stop 20
-    python train_online.py --model DIR --data FILE --images DIR --method mixed-dpo --annotator DIR --out runs/mixed
+    python train_online.py --model DIR --data PAIRS --images DIR --method mixed-dpo --annotator DIR --out runs/mixed
 
 In every step the current policy answers first; then it learns from its own words (Sec. 2.3, 5.5, 5.6):
   online-dpo   two responses to a prompt, the annotator's choice is y+ and the other y- (Eq. 3)
@@ -13,7 +13,9 @@ In every step the current policy answers first; then it learns from its own word
 
 An image goes through the tower once per step, for sampling, annotator (if it is the policy's own base), policy and
 reference. Every draw follows from --seed, the step and the record's id, so that a resumed run goes on bit for bit.
-Where RLHF collapses (minialign/collapse.py), or passes --kl-stop, the run ends there and says what was seen.
+Where RLHF shows a sign of collapse (minialign/collapse.py), or passes --kl-stop, the run ends and says what was seen.
+Unless given, rloo has lr 3e-4, beta 0.4, 2 epochs of 256 prompts, --k 4 (toy: 5e-4, 0.05, 1 of 16), ppo lr 1.41e-5
+all along, 3 epochs of 32 (toy: 1e-4, beta 0.05, 1 of 16), and both leave the projector as it is (toy: 3e-5).
 Left in --out: what train_dpo.py leaves. Differs from the paper: see train_dpo.py, minialign/bdhs.py, ppo.py, rloo.py.
 """
 
@@ -48,7 +50,7 @@ from minialign.learn import Ppo, Preferences, Rloo
 from minialign.llava import Llava
 from minialign.loader import load_ahead
 from minialign.optimizer import make_optimizer, update
-from minialign.results import save_results, save_weights
+from minialign.results import save_results, save_weights, told
 from minialign.rollout import Answer, OwnRejected, RankedPairs, Sampler, Scored
 from minialign.schedule import batches_of_run, learning_rate
 from minialign.scoring import load_reward
@@ -61,7 +63,7 @@ PAPER_RL = {
     "rloo": {"beta": 0.4, "lr": 3e-4, "projector_lr": 0.0, "epochs": 2, "batch_size": 256, "k": 4},
     "ppo": {"lr": 1.41e-5, "projector_lr": 0.0, "batch_size": 32, "k": 1, "warmup": 0.0, "schedule": "constant"},
 }
-TOY_RL = {"rloo": {"k": 4}, "ppo": {"k": 1}}
+TOY_RL = {"rloo": {"beta": 0.05, "lr": 5e-4, "k": 4}, "ppo": {"beta": 0.05, "lr": 1e-4, "k": 1}}
 RL = ("rloo", "ppo")
 SHOWN = ("loss", "rewards/accuracies", "objective/scores", "objective/kl", "sampled/length")  # in the progress bar
 
@@ -236,13 +238,11 @@ def main(config: Config) -> None:
         with gathered(model):
             counts["after"] = benchmark.run(model, tokenizer, processor, "after")
     shown = [collate.report_pair(records.parse(number)) for number in records.numbers[:8]] if stored else []
-    unit = "responses" if config.method in RL else "pairs"
-    facts = {unit: sum(row[unit] for row in run.rows)} | ({"stopped": run.stopped} if run.stopped else {})
-    distributed.once(lambda: save_results(out, f"minialign: {config.method}", config, shown, run.rows, counts, facts))
-    none = "" if facts[unit] else " (nothing was learned: metrics.jsonl says why answers were dropped)"
-    ended = f"ended early, {run.stopped}\n" if run.stopped else ""
-    print(f"{ended}{len(run.rows)} steps, {facts[unit]} {unit}{none}; "
-          f"{out}/adapter (PEFT), {out}/merged (Hugging Face), {out}/report.html")  # fmt: skip
+    facts = {unit: sum(row[unit] for row in run.rows) for unit in ("pairs", "responses") if unit in run.rows[0]}
+    facts |= {"stopped": run.stopped} if run.stopped else {}
+    title = f"minialign: {config.method}" + (f", ended early: {run.stopped}" if run.stopped else "")
+    distributed.once(lambda: save_results(out, title, config, shown, run.rows, counts, facts))
+    print(f"{told(run, facts)}; {out}/adapter (PEFT), {out}/merged (Hugging Face), {out}/report.html")
 
 
 if __name__ == "__main__":

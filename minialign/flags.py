@@ -69,8 +69,9 @@ def check_training(config: TrainingFlags) -> None:
     require_at_least(config, lora_rank=1, epochs=1, steps=1, batch_size=1, accumulate=1, save_every=1, limit=1,
                      max_response_tokens=1, eval_images=0, workers=0, pack=1)  # fmt: skip
     for name in ("beta", "lr", "lora_alpha"):
-        value = getattr(config, name)
-        require(0 < value <= 1e30, f"--{name.replace('_', '-')} {value}: above 0, at most 1e30")
+        value, free = getattr(config, name), name == "beta" and getattr(config, "method", "") in ("rloo", "ppo")
+        said = "0 or more" if free else "above 0"  # rewards alone, without a pull to the reference
+        require(0 < value <= 1e30 or free and value == 0, f"--{name.replace('_', '-')} {value}: {said}, at most 1e30")
     require(0 <= config.projector_lr <= 1e30, f"--projector-lr {config.projector_lr}: 0 or more, at most 1e30")
     require(config.clip > 0, f"--clip {config.clip}: above 0")
     require(config.gamma is None or 0 <= config.gamma <= 1, f"--gamma {config.gamma}: between 0 and 1")  # each has it

@@ -3,8 +3,8 @@
     python -m minialign.ranked --out runs/ranked/pairs.jsonl    # the embedded world, ranked by its truth
     python -m minialign.ranked --model DIR --data FILE --images DIR --annotator DIR --out pairs.jsonl
 
-So VLFeedback and RLAIF-V are made, and what a step of online DPO draws from the policy is this. Of no use are answers
-that are the same, and those between which the annotator does not decide: they are left out and counted.
+So VLFeedback and RLAIF-V are made, and what a step of online DPO draws from the policy is this. Of no use are ties,
+the same answer twice or two between which the annotator does not decide: they are left out and counted.
 An example's answers depend on --seed and its id alone. The file, as sample_bdhs.py writes one, appears whole.
 """
 
@@ -118,8 +118,8 @@ def main() -> None:
     if not lines:
         raise UserError(f"--data {config.data}: not one pair was ranked; give another --annotator, or more records")
     write_whole(Path(config.out), "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines))
-    print(f"{config.out}: {len(lines)} pairs; of {counts['judged']} {counts['tie']} were left out as ties, "
-          f"{counts['unparsable']} for want of a clear verdict, {counts['empty']} with an empty answer")  # fmt: skip
+    print(f"{config.out}: {len(lines)} pairs of {counts['judged']} prompts; left out: {counts['tie']} ties, "
+          f"{counts['unparsable']} without a clear verdict, {counts['empty']} with an empty answer")  # fmt: skip
 
 
 if __name__ == "__main__":

@@ -33,11 +33,12 @@ POLICY = "default-src 'none'; img-src data:; style-src 'unsafe-inline'"
 # title, label of the vertical axis, keys of metrics.jsonl, values the vertical axis always spans
 CHARTS = [
     ("Loss", "loss", ["loss"], []),
-    ("Implicit rewards", "reward", ["rewards/chosen", "rewards/rejected", "rewards/margins"], [0.0]),
+    ("Rewards of the pairs", "reward", ["rewards/chosen", "rewards/rejected", "rewards/margins"], [0.0]),
     ("Log-probabilities of the responses", "log-probability", ["logps/chosen", "logps/rejected"], []),
     ("Reward accuracy", "share of pairs", ["rewards/accuracies"], [0.0, 1.0]),
     ("Rewards of the policy's answers", "reward", ["objective/scores", "objective/rlhf_reward"], []),
-    ("KL and entropy of the policy's answers", "nats", ["objective/kl", "objective/entropy"], [0.0]),
+    ("KL of the policy's answers", "nats per answer", ["objective/kl"], [0.0]),
+    ("Entropy of the policy's answers", "nats per answer", ["objective/entropy"], [0.0]),
 ]
 STYLE = """
 :root { color-scheme: light dark; --bg: #fdfdfb; --ink: #1d1f21; --soft: #5f6468; --rule: #d9dad6;
@@ -98,8 +99,7 @@ def write_report(
 ) -> None:
     """Write the page to `path`, whole or not at all.
 
-    `metrics` holds the rows of metrics.jsonl; keys may be missing and values may be NaN. `result` maps a
-    column ("before", "after", ...) to {name: {"value": v, "low": l, "high": h}} with 95 % intervals.
+    `metrics`: rows of metrics.jsonl; keys may be missing, values NaN. `result`: {column: {name: {value, low, high}}}.
     """
     settings = json.dumps(config, indent=2, ensure_ascii=False, default=str)
     body = f"""<h2>Results</h2>{results_table(result)}

@@ -12,6 +12,7 @@ from minialign.heads import HEAD
 from minialign.llava import Llava
 from minialign.metrics import Counts, print_table, with_intervals
 from minialign.report import ReportPair, write_report
+from minialign.resume import Run
 from minialign.reward_model import save_head
 from minialign.rewards import Whitening
 
@@ -37,6 +38,19 @@ def save_weights(
     once(write)
 
 
+def told(run: Run, facts: dict) -> str:
+    """The last word on an online run: how far it came, what was learned from, and where the rewards went."""
+    remedy = "--resume with another --kl-stop, or with --no-collapse-stop, goes on"
+    said = f"ended early, {run.stopped}; {remedy}\n" if run.stopped else ""
+    [(unit, count)] = [(unit, facts[unit]) for unit in ("pairs", "responses") if unit in facts]
+    said += f"{len(run.rows)} steps, {count} {unit}"
+    if not count:
+        return f"{said} (nothing was learned: metrics.jsonl says why answers were dropped)"
+    first, last = run.rows[0], run.rows[-1]
+    names = {"score": "objective/scores", "KL": "objective/kl"} if unit == "responses" else {}
+    return ", ".join([said, *(f"{name} {first[key]:.2f} -> {last[key]:.2f}" for name, key in names.items())])
+
+
 def save_results(
     out: Path,
     title: str,
@@ -52,6 +66,8 @@ def save_results(
         write_json(out / "counts.json", counts)
         print_table(result)
     write_json(out / "result.json", result | facts)
-    own = type(config).__annotations__  # the script's own flags come first: what the run was, at a glance
-    settings = dict(sorted(asdict(config).items(), key=lambda setting: setting[0] not in own))
+    # What the run was, at a glance: first what is not as it is when nothing is said, the script's own before the rest.
+    own, usual = type(config).__annotations__, asdict(type(config)())
+    order = sorted(asdict(config).items(), key=lambda item: (usual[item[0]] == item[1], item[0] not in own))
+    settings = {"model": config.model} | dict(order)
     write_report(out / "report.html", title, settings, pairs, rows, result)

@@ -27,7 +27,7 @@ def test_the_truth_ranks_the_toys_answers(tmp_path, monkeypatch, capsys):
         scene = toyworld.scene_of(pair["images"][0])
         assert OracleAnnotator.score(scene, pair["chosen"]) > OracleAnnotator.score(scene, pair["rejected"])
     said = capsys.readouterr().out
-    assert f"{len(pairs)} pairs; of 12 {12 - len(pairs)} were left out as ties" in said
+    assert f"{len(pairs)} pairs of 12 prompts; left out: {12 - len(pairs)} ties" in said
     assert run(monkeypatch, tmp_path / "b.jsonl", "--limit", 12, "--batch-size", 12) == pairs
     assert run(monkeypatch, tmp_path / "c.jsonl", "--limit", 12, "--seed", 1) != pairs
 

@@ -186,7 +186,7 @@ def test_missing_and_infinite_metrics_break_the_line_only(tmp_path):
     source, page = write(tmp_path, metrics=metrics)
     assert "Left out because not finite: 3." in page.text
     assert "No values to draw." not in page.text and page.text.count("Left out") == 1
-    assert "Implicit rewards" not in page.text  # what was not logged has no chart
+    assert "Rewards of the pairs" not in page.text  # what was not logged has no chart
     chart = re.search('<svg class="chart".*?</svg>', source).group()
     path = re.search('<path class="line s0" d="([^"]*)"', chart).group(1)
     assert path.count("M") == 3 and path.count("m-3 0h6") == 1  # 0.5-0.25, the lone 1.5, 0.75-0.5
@@ -201,7 +201,7 @@ def test_charts_of_rlhf(tmp_path):
     objective = {"objective/scores": 1.0, "objective/kl": 2.0, "objective/entropy": 3.0}
     metrics = [{"step": step, "loss": 1.0, **objective} for step in (1, 2)]
     _, page = write(tmp_path, metrics=metrics)
-    titles = ("Loss", "Rewards of the policy's answers", "KL and entropy of the policy's answers")
+    titles = ("Loss", *(f"{what} of the policy's answers" for what in ("Rewards", "KL", "Entropy")))
     assert [title for title in titles if title in page.text] == [*titles] and "Reward accuracy" not in page.text
 
 

@@ -64,7 +64,8 @@ def test_it_learns_to_rank(trained):
     assert rows[-2]["rewards/accuracies"] == 1 and rows[-1]["loss"] < 0.1
     assert {"rewards/chosen", "rewards/rejected", "rewards/margins"} < rows[0].keys() and "logps/chosen" not in rows[0]
     result = json.loads((trained / "result.json").read_text())
-    assert result.keys() == {"reward_mean", "reward_std"}  # no evaluation: nobody asks it for answers
+    # No evaluation: nobody asks it for answers.
+    assert result.keys() == {"reward_mean", "reward_std", "accuracy_of_last_steps"}
 
 
 def scores_by_hand(trained: Path, pairs: str) -> torch.Tensor:
