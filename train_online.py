@@ -44,6 +44,7 @@ from minialign.config import read_config
 from minialign.data import TOY_RECORDS, open_records, usable_pairs
 from minialign.distributed import added, gathered
 from minialign.files import write_json
+from minialign.flags import RL
 from minialign.generate import Sampling
 from minialign.images import ImageProcessor
 from minialign.learn import Ppo, Preferences, Rloo
@@ -64,7 +65,6 @@ PAPER_RL = {
     "ppo": {"lr": 1.41e-5, "projector_lr": 0.0, "batch_size": 32, "k": 1, "warmup": 0.0, "schedule": "constant"},
 }
 TOY_RL = {"rloo": {"beta": 0.05, "lr": 5e-4, "k": 4}, "ppo": {"beta": 0.05, "lr": 1e-4, "k": 1}}
-RL = ("rloo", "ppo")
 SHOWN = ("loss", "rewards/accuracies", "objective/scores", "objective/kl", "sampled/length")  # in the progress bar
 
 
@@ -108,7 +108,7 @@ def check(config: Config) -> None:
     said = f"--gamma with --method {config.method}: weighs the stored y- of online-bdhs; leave it out"
     require(config.gamma is None or config.method == "online-bdhs", said)
     require(config.data is not None or config.images == "toy", "--data is missing; name a file of records or pairs")
-    flags.check_rlhf(config, config.method in RL)
+    flags.check_rlhf(config)
 
 
 def make_respond(config: Config, model: Llava, tokenizer: Tokenizer, processor: ImageProcessor):

@@ -36,7 +36,7 @@ from minialign.images import ImageProcessor, open_image
 from minialign.llava import Llava
 from minialign.metrics import Counts, Figures, print_table, with_intervals
 from minialign.records import FormatName, Record, require_different
-from minialign.reward_model import HEAD, RewardModel, load_reward_model
+from minialign.reward_model import HEAD_FILE, RewardModel, load_reward_model
 from minialign.toydraw import COLOURS, OBJECTS
 
 INSTRUCTION = """Two responses to a question about this image are to be compared. The better one hallucinates less: \
@@ -204,7 +204,7 @@ def load_annotator(name: str, config) -> OracleAnnotator | ModelAnnotator | Rewa
         require(config.images == "toy", "--annotator oracle: knows the embedded world alone; name a LLaVA folder")
         return OracleAnnotator()
     folder = resolve_model(name, "--annotator")
-    if (folder / HEAD).exists():
+    if (folder / HEAD_FILE).exists():
         return RewardAnnotator(load_reward_model(folder, config.device, getattr(torch, config.dtype)))
     model = load_model(folder, config.device, getattr(torch, config.dtype))
     tokenizer, processor = Tokenizer.from_folder(folder, config.template), ImageProcessor.from_folder(folder)

@@ -78,6 +78,12 @@ def require_outside(out: Path, what: str, path: Path) -> None:
     require(not inside, f"--out {out}: holds {what} {path}, which would be overwritten; name another")
 
 
+def require_new_file(out: Path) -> None:
+    """Refuse an --out that is there: a pairs file is never written over."""
+    require(not out.is_dir(), f"--out {out}: is a folder; name the pairs file to write")
+    require(not out.exists(), f"--out {out}: is there already; name another file, or remove it")
+
+
 def require_images(images: str) -> None:
     """Refuse a folder of pictures that is not there, before a model is loaded for them."""
     message = f"--images {images}: no such folder; name that of the pictures, or `toy`"

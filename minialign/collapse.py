@@ -53,9 +53,10 @@ def collapse(rows: list[dict], limits: CollapseLimits) -> str | None:
         return None
     early, late = sampled[: limits.first], sampled[-window:]
     figures = {name: (mean(early, name), mean(late, name)) for name in (SCORE, REWARD, KL, ENTROPY, REPETITION)}
+    worse, risen = fallen(early, late), figures[SCORE][1] > figures[SCORE][0]
     signs = {
-        "the KL costs more than the reward has risen": fallen(early, late) and mean(late, SCORE) > mean(early, SCORE),
-        "the reward has fallen": fallen(early, late) and mean(late, SCORE) <= mean(early, SCORE),
+        "the KL costs more than the reward has risen": worse and risen,
+        "the reward has fallen": worse and not risen,
         "the entropy is all but gone": figures[ENTROPY][1] < limits.entropy * figures[ENTROPY][0],
         "the policy babbles": limits.entropy * figures[ENTROPY][1] > figures[ENTROPY][0],
         "the responses repeat themselves": figures[REPETITION][1] > limits.repetition,

@@ -22,6 +22,7 @@ from minialign.records import FormatName
 PAPER = {"beta": 0.1, "lr": 5e-7, "projector_lr": 2e-6, "lora_rank": 128, "epochs": 3, "batch_size": 16,
          "warmup": 0.1, "schedule": "cosine", "workers": 4}  # fmt: skip
 TOY = PAPER | {"lr": 2e-4, "projector_lr": 3e-5, "lora_rank": 64, "epochs": 1, "workers": 0}
+RL = ("rloo", "ppo")  # the methods of Eq. 2
 
 
 @dataclass(frozen=True)
@@ -69,7 +70,7 @@ def check_training(config: TrainingFlags) -> None:
     require_at_least(config, lora_rank=1, epochs=1, steps=1, batch_size=1, accumulate=1, save_every=1, limit=1,
                      max_response_tokens=1, eval_images=0, workers=0, pack=1)  # fmt: skip
     for name in ("beta", "lr", "lora_alpha"):
-        value, free = getattr(config, name), name == "beta" and getattr(config, "method", "") in ("rloo", "ppo")
+        value, free = getattr(config, name), name == "beta" and getattr(config, "method", "") in RL
         said = "0 or more" if free else "above 0"  # rewards alone, without a pull to the reference
         require(0 < value <= 1e30 or free and value == 0, f"--{name.replace('_', '-')} {value}: {said}, at most 1e30")
     require(0 <= config.projector_lr <= 1e30, f"--projector-lr {config.projector_lr}: 0 or more, at most 1e30")
@@ -88,8 +89,9 @@ def check_training(config: TrainingFlags) -> None:
     require_torchrun(config.shard)
 
 
-def check_rlhf(config, used: bool) -> None:
-    """The flags of rloo and ppo, of train_online.py's; `used` by the method that is asked for."""
+def check_rlhf(config) -> None:
+    """The flags of rloo and ppo; `config` has train_online.py's, and may name another method."""
+    used = config.method in RL
     said = f"with --method {config.method}: is for rloo and ppo; leave it out, or name one of these"
     for name, idle in (("reward", "oracle"), ("k", None), ("kl_stop", None)):
         require(used or getattr(config, name) == idle, f"--{name.replace('_', '-')} {said}")

@@ -6,7 +6,7 @@ in the step: pairs, responses by prompt, or tokens.
 """
 
 from collections import Counter
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -124,9 +124,7 @@ class Ppo:
         looks = [self.look_at(rollout, counts) for rollout in rollouts]
         mine = [advantage for look in looks if look.count for advantage in look.advantages.tolist()]
         whitening = Whitening.of(torch.tensor(sum(gather(mine), []) or [0.0], dtype=torch.float64))
-        return [
-            Look(look.rollout, look.logps, look.values, whitening(look.advantages), look.returns) for look in looks
-        ]
+        return [replace(look, advantages=whitening(look.advantages)) for look in looks]
 
     @torch.no_grad()
     def look_at(self, rollout: Rollout, counts: Counter) -> Look:

@@ -27,6 +27,7 @@ from minialign.cli import (
     require_at_least,
     require_device,
     require_images,
+    require_new_file,
     require_seed,
     require_temperature,
     run_main,
@@ -72,8 +73,7 @@ def check(config: Config) -> None:
     require_seed(config.seed)
     require_images(config.images)
     require_device(config.device)
-    require(not Path(config.out).is_dir(), f"--out {config.out}: is a folder; name the pairs file to write")
-    require(not Path(config.out).exists(), f"--out {config.out}: is there already; name another file, or remove it")
+    require_new_file(Path(config.out))
 
 
 def pair_lines(

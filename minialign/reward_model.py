@@ -28,7 +28,7 @@ from minialign.masks import Branch, Sequence, build_tree
 from minialign.records import Record
 from minialign.rewards import Whitening, score_whitening
 
-HEAD = "reward_head.safetensors"
+HEAD_FILE = "reward_head.safetensors"
 MEASURED = 1000  # pairs whose rewards are measured; so many tell the mean to 2 % of the standard deviation
 
 
@@ -78,14 +78,14 @@ def measure_rewards(model: Llava, load: StepLoader, batch_size: int) -> Whitenin
 def save_head(weight: Tensor, whitening: Whitening, folder: Path) -> None:
     """Write the head into a folder that is being made."""
     facts = {"mean": whitening.mean, "std": whitening.std}
-    save_file({"weight": weight.contiguous()}, folder / HEAD, {"whitening": json.dumps(facts)})
+    save_file({"weight": weight.contiguous()}, folder / HEAD_FILE, {"whitening": json.dumps(facts)})
 
 
 def load_reward_model(folder: Path, device: str, dtype: torch.dtype) -> RewardModel:
     """A folder that `train_dpo.py --loss reward` has left as `merged`, with the template that it was trained in."""
-    path = folder / HEAD
+    path = folder / HEAD_FILE
     if not path.is_file():
-        said = f"no reward model, as {HEAD} is missing; give the `merged` that train_dpo.py --loss reward leaves"
+        said = f"no reward model, as {HEAD_FILE} is missing; give the `merged` that train_dpo.py --loss reward leaves"
         raise UserError(f"{folder}: {said}")
     model = load_model(folder, device, dtype)
     weight, whitening = dict(read_tensors(path)).get("weight"), read_whitening(path)

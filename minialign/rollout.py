@@ -161,9 +161,11 @@ class Scored:
         scores = self.reward(records, pictures, texts)
         counts.update(scored=scores.numel(), score=scores.sum().item())
         counts["repetition"] += sum(repetition(completion.ids) for row in done for completion in row)
-        both = zip(rows, done, scores.tolist(), strict=True)
-        forked = [(i, [Branch(completion.ids) for completion in row], each) for i, row, each in both]
-        return [Answer(replace(part.sequences[i], branches=row), tuple(each)) for i, row, each in forked]
+        answers: Answers = []
+        for i, row, each in zip(rows, done, scores.tolist(), strict=True):
+            branches = [Branch(completion.ids) for completion in row]
+            answers.append(Answer(replace(part.sequences[i], branches=branches), tuple(each)))
+        return answers
 
 
 @dataclass(frozen=True)

@@ -78,17 +78,15 @@ def run_commands(commands: list[str], row: str, seed: int, config: Config) -> Pa
 def table_7(config: Config) -> list[dict]:
     """Accuracy of reward models on held-out pairs: what they learned from, what they are asked about, by seed."""
     run_commands([EXPORT, *HELD_OUT.values()], "held-out", 0, config)
-    pairs = {kind: f"{config.out}/held-out/{kind}.jsonl" for kind in HELD_OUT}
-    rows = []
+    held, rows = ",".join(f"{HELD}/{kind}.jsonl" for kind in HELD_OUT), []
     for learned, commands in REWARD_MODELS.items():
-        accuracies: dict[str, list[float]] = {kind: [] for kind in pairs}
+        accuracies: dict[str, list[float]] = {kind: [] for kind in HELD_OUT}
         for seed in range(config.seeds):
             model = f"{{study}}/reward-{learned}-{seed}"
-            ask = f"minialign.annotator --out {model}-accuracy.json --annotator {model}/merged --pairs {{pairs}}"
-            ask = ask.replace("{pairs}", ",".join(f"{HELD}/{kind}.jsonl" for kind in pairs))
+            ask = f"minialign.annotator --out {model}-accuracy.json --annotator {model}/merged --pairs {held}"
             found = read_json(run_commands([*commands, ask], learned, seed, config), "remove it and run again")
-            for kind, path in pairs.items():
-                accuracies[kind].append(found[path]["accuracy"]["value"])
+            for kind, values in accuracies.items():
+                values.append(found[f"{HELD}/{kind}.jsonl".format(study=config.out)]["accuracy"]["value"])
         rows += [{"learned_from": learned, "asked_about": kind, "accuracy": each} for kind, each in accuracies.items()]
     return rows
 

@@ -43,8 +43,8 @@ ROWS = {
     "slic": [SAMPLE_BDHS, f"{OFFLINE} {BDHS} --loss slic --beta 0.1"],
     "rloo": [f"{ONLINE} rloo --lr 5e-4 --beta 0.05"],
     "ppo": [f"{ONLINE} ppo --lr 1e-4 --beta 0.05"],
-    "rloo-reward": [CORRUPT, *REWARD_MODELS["corrupted"], f"{ONLINE} rloo --lr 5e-4 --beta 0.05 {PAID}"],
-    "ppo-reward": [CORRUPT, *REWARD_MODELS["corrupted"], f"{ONLINE} ppo --lr 1e-4 --beta 0.05 {PAID}"],
+    "rloo-reward": [*REWARD_MODELS["corrupted"], f"{ONLINE} rloo --lr 5e-4 --beta 0.05 {PAID}"],
+    "ppo-reward": [*REWARD_MODELS["corrupted"], f"{ONLINE} ppo --lr 1e-4 --beta 0.05 {PAID}"],
 }
 # Program -> its last file, as it follows what its first flag names: where that stands, the command is done.
 LAST = {

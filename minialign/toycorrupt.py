@@ -15,7 +15,7 @@ import re
 from dataclasses import dataclass
 from pathlib import Path
 
-from minialign.cli import parse_config, require, run_main
+from minialign.cli import parse_config, require, require_new_file, run_main
 from minialign.data import TOY_RECORDS, read_records
 from minialign.files import write_whole
 from minialign.records import Record, preference_fields
@@ -69,8 +69,7 @@ def main() -> None:
     """Write the pairs file."""
     config = parse_config(Config, __doc__)
     require(config.limit >= 1, f"--limit {config.limit}: at least 1")
-    require(not Path(config.out).is_dir(), f"--out {config.out}: is a folder; name the pairs file to write")
-    require(not Path(config.out).exists(), f"--out {config.out}: is there already; name another file, or remove it")
+    require_new_file(Path(config.out))
     records = read_records(config.data, None, config.limit, config.seed)
     write_whole(Path(config.out), "".join(json.dumps(pair_line(record, config.seed)) + "\n" for record in records))
     print(f"{config.out}: {len(records)} pairs")

@@ -18,7 +18,7 @@ from minialign.annotator import Comparison, RewardAnnotator
 from minialign.checkpoint import load_model
 from minialign.masks import Branch, Sequence, build_tree
 from minialign.records import Record
-from minialign.reward_model import HEAD, load_reward_model
+from minialign.reward_model import HEAD_FILE, load_reward_model
 
 TEXTS = ("The north cup is red.", "Yes, there is a boat.", "A lamp.", "")
 
@@ -109,7 +109,8 @@ def test_the_folder_is_a_model_like_any_other(trained, oracle, tmp_path):
     assert worst(theirs.lm_head.weight.detach(), load_model(trained / "merged").lm_head.weight.detach()) == 0
     keys = safe_open(trained / "adapter/adapter_model.safetensors", "pt").keys()
     assert not any("head" in key for key in keys) and sorted(p.name for p in (trained / "merged").iterdir()) == [
-        "config.json", "model.safetensors", "preprocessor_config.json", HEAD, "tokenizer.json", "tokenizer_config.json",
+        "config.json", "model.safetensors", "preprocessor_config.json", HEAD_FILE,
+        "tokenizer.json", "tokenizer_config.json",
     ]  # fmt: skip
 
 
@@ -141,12 +142,12 @@ def test_parts_of_a_batch_train_the_same(trained, model, pairs, tmp_path, accumu
 
 def spoil(folder: Path, weight=None, whitening: object = None) -> None:
     """The head with another weight or other facts."""
-    [tensor] = load_file(folder / HEAD).values()
-    with safe_open(folder / HEAD, "pt") as file:
+    [tensor] = load_file(folder / HEAD_FILE).values()
+    with safe_open(folder / HEAD_FILE, "pt") as file:
         metadata = file.metadata()
     if whitening is not None:
         metadata = {"whitening": whitening} if whitening else {}
-    save_file({"weight": tensor} if weight is None else weight, folder / HEAD, metadata)
+    save_file({"weight": tensor} if weight is None else weight, folder / HEAD_FILE, metadata)
 
 
 @pytest.mark.parametrize("change,said", [
@@ -163,17 +164,17 @@ def spoil(folder: Path, weight=None, whitening: object = None) -> None:
 def test_a_spoilt_head_is_refused_in_one_line(trained, tmp_path, change, said):
     folder = Path(shutil.copytree(trained / "merged", tmp_path / "merged"))
     spoil(folder, **change)
-    refused(lambda: load_reward_model(folder, "cpu", torch.float32), HEAD, said, "train it again")
+    refused(lambda: load_reward_model(folder, "cpu", torch.float32), HEAD_FILE, said, "train it again")
 
 
 def test_a_folder_without_a_head_is_refused(model):
-    refused(lambda: load_reward_model(Path(model), "cpu", torch.float32), model, HEAD, "--loss reward")
+    refused(lambda: load_reward_model(Path(model), "cpu", torch.float32), model, HEAD_FILE, "--loss reward")
 
 
 def test_a_damaged_head_is_refused(trained, tmp_path):
     folder = Path(shutil.copytree(trained / "merged", tmp_path / "merged"))
-    (folder / HEAD).write_bytes((folder / HEAD).read_bytes()[:40])
-    refused(lambda: load_reward_model(folder, "cpu", torch.float32), HEAD, "not a whole safetensors file")
+    (folder / HEAD_FILE).write_bytes((folder / HEAD_FILE).read_bytes()[:40])
+    refused(lambda: load_reward_model(folder, "cpu", torch.float32), HEAD_FILE, "not a whole safetensors file")
 
 
 def test_a_model_that_ranks_nothing_is_refused(model, pairs, tmp_path, monkeypatch):

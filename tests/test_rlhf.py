@@ -11,7 +11,7 @@ from script_runs import instruct_file
 import train_online
 from minialign.cli import parse_config
 from minialign.llava import Llava
-from minialign.reward_model import HEAD
+from minialign.reward_model import HEAD_FILE
 
 RL = ("rloo", "ppo")
 RATES = {"rloo": 4e-3, "ppo": 1e-3}  # ppo makes four updates where rloo makes one
@@ -93,7 +93,7 @@ def test_ppo_updates_several_times_per_rollout(model, tmp_path):
 
 def test_the_head_of_values_is_not_exported(model, tmp_path):
     online(model, tmp_path, method="ppo", **FEW)
-    assert not (tmp_path / "merged" / HEAD).exists() and b"scalar_head" not in weights_of(tmp_path)
+    assert not (tmp_path / "merged" / HEAD_FILE).exists() and b"scalar_head" not in weights_of(tmp_path)
     assert b"scalar_head" in (tmp_path / "checkpoint/progress.safetensors").read_bytes()
 
 
