@@ -22,13 +22,12 @@ from typing import Literal
 import torch
 from tqdm import tqdm
 
-from minialign import distributed
+from minialign import parallel
 from minialign.bdhs import Bdhs, BdhsConfig, Example, Sampled
 from minialign.chat import Tokenizer, announce
-from minialign.checkpoint import fingerprint, load_model, resolve_model
+from minialign.checkpoint import empty_model, fingerprint, load_weights, resolve_model
 from minialign.cli import (
     fill,
-    parse_config,
     require,
     require_at_least,
     require_device,
@@ -50,7 +49,7 @@ from minialign.similarity import load_similarity
 # What stands for a flag that is not given: the paper's value, or the toy model's, chosen on validation.
 PAPER = {"rho_th": 0.99, "workers": 4}
 TOY = {"rho_th": 0.7, "workers": 0}
-MAY_CHANGE = ("out", "limit", "batch_size", "skip_bad_records", "workers", "shard")  # when a run is continued
+MAY_CHANGE = ("out", "limit", "batch_size", "skip_bad_records", "workers", "shard", "device")  # when a run is continued
 
 
 @dataclass(frozen=True)
@@ -176,7 +175,7 @@ def main(config: Config) -> None:
     """Sample every record that the pairs file does not hold yet."""
     config = fill(config, TOY if config.model == "toy" else PAPER)
     check(config)
-    distributed.start(config.device)
+    parallel.start(config.device)
     folder = resolve_model(config.model)
     records = read_records(config.data, config.format, config.limit, config.seed, config.skip_bad_records)
     messages = any(len(record.turns) > 1 for record in records)
@@ -192,7 +191,15 @@ def main(config: Config) -> None:
     if known:
         print(f"{out}: {len(known)} pairs are there, {len(todo)} to go")
 
-    model = distributed.load(config, lambda device: load_model(folder, device, getattr(torch, config.dtype)))
+    model = empty_model(folder, getattr(torch, config.dtype))
+    if config.shard == "full":
+        from torch.distributed.fsdp import fully_shard  # here, as it takes a second
+
+        mesh = parallel.mesh(config.device)
+        for unit in (*model.language_model.layers, model.vision_tower, model):
+            fully_shard(unit, mesh=mesh)
+        parallel.after_sharding(model)
+    load_weights(model, folder, config.device)  # each process reads its rows
     tokenizer = Tokenizer.from_folder(folder, config.template)
     knobs = {f.name: getattr(config, f.name) for f in fields(BdhsConfig) if f.name != "sampling"}
     sampling = Sampling(config.max_new_tokens, config.temperature, config.top_p)
@@ -200,25 +207,25 @@ def main(config: Config) -> None:
     similarity = load_similarity(config.encoder, config.device)
     processor = ImageProcessor.from_folder(folder)
     bdhs = Bdhs(model, tokenizer, processor, similarity, BdhsConfig(**knobs, sampling=sampling))
-    distributed.once(lambda: write_json(beside(out, "config"), settings))
+    parallel.on_rank0(lambda: write_json(beside(out, "config"), settings))
     left_out, unreadable = 0, []  # an empty response is no pair; and what is wrong with pictures
     parts = [todo[first : first + config.batch_size] for first in range(0, len(todo), config.batch_size)]
-    mine = distributed.even(distributed.share(parts), [])
+    mine = parallel.even(parallel.shard_batch(parts), [])
     ahead = load_ahead(mine, lambda part: with_pictures(part, config, bdhs), config.workers)
-    with closing(ahead), tqdm(total=len(todo), desc="bdhs", unit="pair", disable=distributed.rank() > 0) as bar:
+    with closing(ahead), tqdm(total=len(todo), desc="bdhs", unit="pair", disable=parallel.rank() > 0) as bar:
         for batch, bad in ahead:
-            with distributed.gathered(model):
+            with parallel.unsharded(model):
                 sampled = bdhs.sample([example for _, example in batch]) if batch else []
             both = zip((record for record, _ in batch), sampled, strict=True)
             own = [pair_line(r, s, config, messages) for r, s in both if s.rejected]
-            for new, seen, others_bad in distributed.gather((own, len(batch) + len(bad), bad)):  # in the data's order
-                if distributed.rank() == 0:
+            for new, seen, others_bad in parallel.gather((own, len(batch) + len(bad), bad)):  # in the data's order
+                if parallel.rank() == 0:
                     size = append_lines(out, new, size)
                 pairs += new
                 unreadable += others_bad
                 left_out += seen - len(new)
                 bar.update(seen)
-    if unreadable and distributed.rank() == 0:
+    if unreadable and parallel.rank() == 0:
         tqdm.write(f"{len(unreadable)} pictures left out, the first: {unreadable[0]}")
 
     require(bool(pairs) or not unreadable, f"none of {len(todo)} pictures could be read: {''.join(unreadable[:1])}")
@@ -226,7 +233,7 @@ def main(config: Config) -> None:
     same = sum(pair["chosen"] == pair["rejected"] for pair in pairs)
     truncated = sum(pair["bdhs"]["truncated"] for pair in pairs)
     stats = {"pairs": len(pairs), "resolved": curve, "identical": same, "truncated": truncated, "left_out": left_out}
-    distributed.once(lambda: write_json(beside(out, "stats"), stats))
+    parallel.on_rank0(lambda: write_json(beside(out, "stats"), stats))
     shown = ", ".join(f"{share:.1%} after {i}" for i, share in enumerate(curve, start=1))
     print(f"{out}: {len(pairs)} pairs, {left_out} left out; different from y+ (Fig. 10): {shown}; identical: {same}; "
           f"truncated: {truncated}")  # fmt: skip
@@ -241,4 +248,4 @@ def sample_for(config, out: Path) -> Path:
 
 
 if __name__ == "__main__":
-    run_main(lambda: main(parse_config(Config, __doc__)))
+    run_main(main, Config, __doc__)

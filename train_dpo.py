@@ -21,28 +21,30 @@ Differs from the paper: AdamW without weight decay, warm-up and cosine decay by 
 import math
 from contextlib import closing, nullcontext
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Literal
 
 import torch
+from torch.utils.checkpoint import checkpoint
 from tqdm import tqdm
 
 import sample_bdhs
-from minialign import distributed, flags, lora, resume
+from minialign import flags, llama, lora, parallel, resume
 from minialign.chat import Tokenizer, announce
 from minialign.checkpoint import fingerprint, resolve_model
-from minialign.cli import fill, parse_config, require, require_outside, run_main
+from minialign.cli import fill, require, require_outside, run_main
 from minialign.collate import PairBatch, PairCollator, StepLoader
 from minialign.config import read_config
 from minialign.data import Records, open_pairs, usable_pairs
 from minialign.distortion import distorted_tree
-from minialign.distributed import added, gathered
 from minialign.heads import branch_rewards
 from minialign.images import ImageProcessor
 from minialign.llava import Llava
 from minialign.loader import load_ahead
 from minialign.losses import branch_logps, preference_loss, preference_metrics, reference_logps, reward_metrics
 from minialign.optimizer import make_optimizer, update
+from minialign.parallel import sum_across_ranks, unsharded
 from minialign.reference import ReferenceCache
 from minialign.results import save_results, save_weights
 from minialign.reward_model import measure_rewards
@@ -93,7 +95,7 @@ def pair_loss(
     features = model.encode_images(batch.pixels)  # once, for policy and reference
     tree = batch.tree
     if batch.noisy is not None:
-        tree = distorted_tree(model, batch.sequences, model.encode_images(batch.noisy), config.pack)
+        tree = distorted_tree(model, batch.sequences, model.encode_images(batch.noisy))
     weights = torch.tensor(list(rejected_weights(config).values()), device=model.device)
     tree = tree.to(model.device)
     if config.loss == "reward":
@@ -125,21 +127,21 @@ def train(model: Llava, load: StepLoader, config: Config, out: Path, cache: Refe
     optimizer = make_optimizer(model, config.lr, config.projector_lr)
     steps = batches_of_run(load.records.numbers, config.batch_size, config.seed, config.epochs, config.steps)
     run = resume.Run(out, model, optimizer, config.resume)
-    mine = [distributed.share(batch) for batch in steps[run.start :]]
+    mine = [parallel.shard_batch(batch) for batch in steps[run.start :]]
     idle, left_out = load.collate.idle(1 + len(load.collate.rejected)), []
     with run, closing(load_ahead(mine, load, config.workers)) as loads:
-        bar = tqdm(loads, initial=run.start, total=len(steps), desc=config.loss, disable=distributed.rank() > 0)
+        bar = tqdm(loads, initial=run.start, total=len(steps), desc=config.loss, disable=parallel.rank() > 0)
         for step, (parts, bad) in enumerate(bar, start=run.start):
-            counts = added({"pairs": sum(map(len, parts)), "tokens": sum(part.chosen_tokens for part in parts)})
+            counts = sum_across_ranks({"pairs": sum(map(len, parts)), "tokens": sum(part.chosen_tokens for part in parts)})
             pairs = counts["pairs"]  # of all processes; 0 where all are left out: nothing is learned
             metrics: dict[str, float] = {}
-            for part in distributed.even(parts, idle):
+            for part in parallel.even(parts, idle):
                 loss, part_metrics = pair_loss(model, part, config, counts["tokens"] / max(1, pairs), cache)
                 weight = len(part) / pairs
                 (loss * weight).backward()
                 for name, value in part_metrics.items():
                     metrics[name] = metrics.get(name, 0.0) + weight * value
-            metrics = added(metrics)
+            metrics = sum_across_ranks(metrics)
             share = learning_rate(step, len(steps), config.warmup, config.schedule)
             if pairs:
                 metrics["grad_norm"] = update(optimizer, share, config.clip, metrics["loss"], f"step {step + 1}")
@@ -148,7 +150,7 @@ def train(model: Llava, load: StepLoader, config: Config, out: Path, cache: Refe
             run.add({"step": step + 1, **metrics, **facts}, save)
             left_out += bad
             bar.set_postfix({name: f"{metrics[name]:.3f}" for name in SHOWN if name in metrics})
-    distributed.tell_left_out(left_out, "pairs")
+    parallel.tell_left_out(left_out, "pairs")
     return run.rows
 
 
@@ -160,7 +162,7 @@ def main(config: Config) -> None:
     config = fill(config, {"lora_alpha": 2.0 * config.lora_rank})
     check(config)
     require(config.pairs is not None or config.images == "toy", "--pairs is missing; make one with sample_bdhs.py")
-    distributed.start(config.device)
+    parallel.start(config.device)
     folder, out = resolve_model(config.model), Path(config.out)
     require_outside(out, "the model", folder)
     config = replace(config, **flags.adapter_shape(config))
@@ -173,16 +175,41 @@ def main(config: Config) -> None:
     kinds = list(rejected_weights(config))
     fields, noise = tuple(k for k in kinds if k != "distorted"), config.noise_steps if "distorted" in kinds else 0
     keyed = config.ref_cache is not None
-    means = {"keyed": keyed, "pack": config.pack, "device": config.device}
+    means = {"keyed": keyed, "device": config.device}
     collate = PairCollator(tokenizer, processor, config.images, *limits, fields, noise, **means)
     records = usable_pairs(records, collate.check, config.limit, config.seed, config.skip_bad_records)
     head = "reward" if config.loss == "reward" else None
-    model = distributed.load(config, lambda device: lora.load_policy(folder, config, device, head))
-    model.language_model.in_training(config.recompute, config.compile)
+    model = lora.empty_policy(folder, config, head)  # names, shapes and types: no memory yet
+
+    # torch.compile, one decoder layer at a time: all share the code. Attention is one kernel
+    # already, and left to itself.
+    if config.compile:
+        attend = torch.compiler.disable(llama.attend)
+        for layer in model.language_model.layers:
+            layer.self_attn.attend = attend
+            layer.forward = torch.compile(layer.forward, dynamic=True)
+
+    # Of a layer its input alone is kept for the backward pass, which runs the layer again.
+    if config.recompute:
+        for layer in model.language_model.layers:
+            layer.forward = partial(
+                checkpoint, layer.forward, use_reentrant=False, preserve_rng_state=False
+            )
+
+    # FSDP2: a process keeps its rows of every tensor, and a layer is gathered for its turn.
+    if config.shard == "full":
+        from torch.distributed.fsdp import fully_shard  # here, as it takes a second
+
+        mesh = parallel.mesh(config.device)
+        for unit in (*model.language_model.layers, model.vision_tower, model):
+            fully_shard(unit, mesh=mesh)
+        parallel.after_sharding(model)
+
+    lora.load_policy_weights(model, folder, config, head)  # each process reads its rows
     announce(folder, model, tokenizer)
     cache = None
     if keyed:
-        with gathered(model):
+        with unsharded(model):
             cache = ReferenceCache(Path(config.ref_cache), model)
     resume.begin(out, config, records, fingerprint(folder, config.adapter))
 
@@ -190,7 +217,7 @@ def main(config: Config) -> None:
     evaluate = config.images == "toy" and config.eval_images > 0 and config.loss != "reward"
     counts = {}
     if evaluate:
-        with gathered(model), nullcontext() if config.adapter else lora.adapters_off(model):  # fresh ones do nothing
+        with unsharded(model), nullcontext() if config.adapter else lora.adapters_off(model):  # fresh ones do nothing
             counts["before"] = benchmark.run(model, tokenizer, processor, "before")
     load = StepLoader(records, collate, config.accumulate, config.skip_bad_records)
     rows = train(model, load, config, out, cache)
@@ -198,9 +225,9 @@ def main(config: Config) -> None:
     whitening = measure_rewards(model, load, config.batch_size) if config.loss == "reward" else None
     save_weights(model, folder, config, out, whitening)
     if evaluate:
-        with gathered(model):
+        with unsharded(model):
             counts["after"] = benchmark.run(model, tokenizer, processor, "after")
-    distributed.once(lambda: leave(rows, records, collate, counts, whitening, config, out))
+    parallel.on_rank0(lambda: leave(rows, records, collate, counts, whitening, config, out))
 
 
 def leave(
@@ -226,4 +253,4 @@ def leave(
 
 
 if __name__ == "__main__":
-    run_main(lambda: main(parse_config(Config, __doc__)))
+    run_main(main, Config, __doc__)

@@ -29,20 +29,20 @@ from pathlib import Path
 from typing import Literal
 
 import torch
+from torch.utils.checkpoint import checkpoint
 from tqdm import tqdm
 
 import sample_bdhs
-from minialign import distributed, flags, lora, resume, rollout, toyworld
+from minialign import flags, llama, lora, parallel, resume, rollout, toyworld
 from minialign.annotator import ModelAnnotator, load_annotator
 from minialign.bdhs import Bdhs, BdhsConfig
 from minialign.chat import Tokenizer, announce
 from minialign.checkpoint import fingerprint, resolve_model
-from minialign.cli import fill, parse_config, require, require_outside, run_main
+from minialign.cli import fill, require, require_outside, run_main
 from minialign.collapse import CollapseLimits, collapse
 from minialign.collate import PairCollator, StepLoader
 from minialign.config import read_config
 from minialign.data import TOY_RECORDS, open_records, usable_pairs
-from minialign.distributed import added, gathered
 from minialign.files import write_json
 from minialign.flags import RL
 from minialign.generate import Sampling
@@ -51,6 +51,7 @@ from minialign.learn import Ppo, Preferences, Rloo
 from minialign.llava import Llava
 from minialign.loader import load_ahead
 from minialign.optimizer import make_optimizer, update
+from minialign.parallel import sum_across_ranks, unsharded
 from minialign.results import save_results, save_weights, told
 from minialign.rollout import Answer, OwnRejected, RankedPairs, Sampler, Scored
 from minialign.schedule import batches_of_run, learning_rate
@@ -149,15 +150,15 @@ def train(model: Llava, respond, learner, load: StepLoader, config: Config, out:
     limits = CollapseLimits(config.kl_stop, config.collapse_stop)
     watch = partial(collapse, limits=limits) if config.method in RL else None
     run = resume.Run(out, model, optimizer, config.resume, watch)
-    mine, left_out = [distributed.share(batch) for batch in steps[run.start :]], []
+    mine, left_out = [parallel.shard_batch(batch) for batch in steps[run.start :]], []
     idle = rollout.idle_rollout(model, load.collate, learner.branches)
     with run, closing(load_ahead(mine, load, config.workers)) as loads:
-        bar = tqdm(loads, initial=run.start, total=len(steps), desc=config.method, disable=distributed.rank() > 0)
+        bar = tqdm(loads, initial=run.start, total=len(steps), desc=config.method, disable=parallel.rank() > 0)
         for step, (parts, bad) in enumerate(bar, start=run.start):
             if run.stopped:
                 break
             begin, counts, rollouts = time.perf_counter(), Counter(), []
-            with gathered(model):  # 1. the policy answers, and is judged
+            with unsharded(model):  # 1. the policy answers, and is judged
                 for part in parts:
                     features = rollout.features_of(model.encode_images(part.pixels), part.sequences)  # once
                     draws = [random.Random(f"{config.seed} {step} {record.id}").random() for record in part.records]
@@ -168,8 +169,8 @@ def train(model: Llava, respond, learner, load: StepLoader, config: Config, out:
                     own = set() if config.method == "online-bdhs" else said.keys()  # all branches are the policy's
                     rollouts += rollout.rollout_of(model, load.collate, answers, features, own)
             between, share = time.perf_counter(), learning_rate(step, len(steps), config.warmup, config.schedule)
-            batches = learner.look(distributed.even(rollouts, idle), counts)  # 2. it learns from that
-            total = added({"rows": sum(each.count for each in rollouts), "count": sum(each.count for each in batches)})
+            batches = learner.look(parallel.even(rollouts, idle), counts)  # 2. it learns from that
+            total = sum_across_ranks({"rows": sum(each.count for each in rollouts), "count": sum(each.count for each in batches)})
             metrics: Counter = Counter()
             for _ in range(learner.updates if total["count"] else 0):
                 found: Counter = Counter()
@@ -178,16 +179,16 @@ def train(model: Llava, respond, learner, load: StepLoader, config: Config, out:
                     weight = batch.count / total["count"]
                     (loss * weight).backward()
                     found.update({name: weight * value for name, value in of_batch.items()})
-                found = added(found)
+                found = sum_across_ranks(found)
                 found["grad_norm"] = update(optimizer, share, config.clip, found["loss"], f"step {step + 1}")
                 metrics.update({name: value / learner.updates for name, value in found.items()})
             seconds = {"time/sampling": between - begin, "time/training": time.perf_counter() - between}
             facts = {"lr": share * config.lr, **learner.learned(total["rows"])} | seconds
-            row = {"step": step + 1} | metrics | rollout.shares(Counter(added(counts))) | facts
+            row = {"step": step + 1} | metrics | rollout.shares(Counter(sum_across_ranks(counts))) | facts
             run.add(row, (step + 1) % config.save_every == 0 or step + 1 == len(steps))
             left_out += bad
             bar.set_postfix({name: f"{row[name]:.3f}" for name in SHOWN if name in row})
-    distributed.tell_left_out(left_out, "records")
+    parallel.tell_left_out(left_out, "records")
     return run
 
 
@@ -196,7 +197,7 @@ def toy_data(config: Config, out: Path) -> Path:
     if config.method == "mixed-dpo" or config.gamma:
         return sample_bdhs.sample_for(config, out)
     records = toyworld.alignment_records(config.limit or TOY_RECORDS)
-    distributed.once(lambda: write_json(out / "data.json", records))
+    parallel.on_rank0(lambda: write_json(out / "data.json", records))
     return out / "data.json"
 
 
@@ -206,7 +207,7 @@ def main(config: Config) -> None:
     config = fill(config, base | of_method.get(config.method, {}))
     config = fill(config, {"lora_alpha": 2.0 * config.lora_rank})
     check(config)
-    distributed.start(config.device)
+    parallel.start(config.device)
     folder, out = resolve_model(config.model), Path(config.out)
     require_outside(out, "the model", folder)
     config = replace(config, **flags.adapter_shape(config))
@@ -216,12 +217,37 @@ def main(config: Config) -> None:
     stored = ("rejected",) if config.method == "mixed-dpo" or config.gamma else ()
     cut = config.truncate or config.method in ("online-dpo", *RL)  # there nobody reads the stored response
     limits = config.max_response_tokens, read_config(folder).text.max_position_embeddings, cut
-    carried = {"keep_pictures": True, "pack": config.pack, "device": config.device}
+    carried = {"keep_pictures": True, "device": config.device}
     collate = PairCollator(tokenizer, processor, config.images, *limits, stored, **carried)
     records = usable_pairs(records, collate.check, config.limit, config.seed, config.skip_bad_records)
     head = "value" if config.method == "ppo" else None
-    model = distributed.load(config, lambda device: lora.load_policy(folder, config, device, head))
-    model.language_model.in_training(config.recompute, config.compile)
+    model = lora.empty_policy(folder, config, head)  # names, shapes and types: no memory yet
+
+    # torch.compile, one decoder layer at a time: all share the code. Attention is one kernel
+    # already, and left to itself.
+    if config.compile:
+        attend = torch.compiler.disable(llama.attend)
+        for layer in model.language_model.layers:
+            layer.self_attn.attend = attend
+            layer.forward = torch.compile(layer.forward, dynamic=True)
+
+    # Of a layer its input alone is kept for the backward pass, which runs the layer again.
+    if config.recompute:
+        for layer in model.language_model.layers:
+            layer.forward = partial(
+                checkpoint, layer.forward, use_reentrant=False, preserve_rng_state=False
+            )
+
+    # FSDP2: a process keeps its rows of every tensor, and a layer is gathered for its turn.
+    if config.shard == "full":
+        from torch.distributed.fsdp import fully_shard  # here, as it takes a second
+
+        mesh = parallel.mesh(config.device)
+        for unit in (*model.language_model.layers, model.vision_tower, model):
+            fully_shard(unit, mesh=mesh)
+        parallel.after_sharding(model)
+
+    lora.load_policy_weights(model, folder, config, head)  # each process reads its rows
     announce(folder, model, tokenizer)
     respond = make_respond(config, model, tokenizer, processor)
     resume.begin(out, config, records, fingerprint(folder, config.adapter, config.reward))
@@ -229,21 +255,21 @@ def main(config: Config) -> None:
     evaluate = config.images == "toy" and config.eval_images > 0
     counts = {}
     if evaluate:
-        with gathered(model), nullcontext() if config.adapter else lora.adapters_off(model):  # fresh ones do nothing
+        with unsharded(model), nullcontext() if config.adapter else lora.adapters_off(model):  # fresh ones do nothing
             counts["before"] = benchmark.run(model, tokenizer, processor, "before")
     load = StepLoader(records, collate, config.accumulate, config.skip_bad_records)
     run = train(model, respond, make_learner(config, model), load, config, out)
     save_weights(model, folder, config, out)
     if evaluate:
-        with gathered(model):
+        with unsharded(model):
             counts["after"] = benchmark.run(model, tokenizer, processor, "after")
     shown = [collate.report_pair(records.parse(number)) for number in records.numbers[:8]] if stored else []
     facts = {unit: sum(row[unit] for row in run.rows) for unit in ("pairs", "responses") if unit in run.rows[0]}
     facts |= {"stopped": run.stopped} if run.stopped else {}
     title = f"minialign: {config.method}" + (f", ended early: {run.stopped}" if run.stopped else "")
-    distributed.once(lambda: save_results(out, title, config, shown, run.rows, counts, facts))
+    parallel.on_rank0(lambda: save_results(out, title, config, shown, run.rows, counts, facts))
     print(f"{told(run, facts)}; {out}/adapter (PEFT), {out}/merged (Hugging Face), {out}/report.html")
 
 
 if __name__ == "__main__":
-    run_main(lambda: main(parse_config(Config, __doc__)))
+    run_main(main, Config, __doc__)

@@ -27,7 +27,7 @@ from tqdm import tqdm
 from minialign import benchmarks, lora, toybench, toyworld
 from minialign.chat import Tokenizer, announce
 from minialign.checkpoint import load_model, resolve_model
-from minialign.cli import parse_config, require, require_device, require_images, require_seed, run_main
+from minialign.cli import require, require_device, require_images, require_seed, run_main
 from minialign.data import open_pairs, sift
 from minialign.errors import UserError
 from minialign.files import write_json
@@ -235,9 +235,8 @@ def judge(path: str, annotator, config: Config) -> tuple[list[Counts], list[str]
     return counts, left_out
 
 
-def main() -> None:
+def main(config: Config) -> None:
     """Accuracy on pairs whose better response is known, and the bias of position; a column per file."""
-    config = parse_config(Config, __doc__)
     require(config.pairs is not None, "--pairs is missing; name a file of preference pairs")
     require(config.batch_size >= 1, f"--batch-size {config.batch_size}: at least 1")
     require_seed(config.seed)
@@ -267,4 +266,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    run_main(main)
+    run_main(main, Config, __doc__)

@@ -20,7 +20,7 @@ from tokenizers import Tokenizer as FastTokenizer
 
 from minialign import toyworld
 from minialign.checkpoint import load_model, resolve_model
-from minialign.cli import parse_config, require, require_device, require_seed, require_temperature, run_main
+from minialign.cli import require, require_device, require_seed, require_temperature, run_main
 from minialign.errors import UserError
 from minialign.files import read_json
 from minialign.generate import Sampling, generate, stable_seed
@@ -234,9 +234,8 @@ def picture_for(config: Config):
     return read_picture(path, "give a picture, or test-000000.png of the embedded world")
 
 
-def main() -> None:
+def main(config: Config) -> None:
     """Answer, or score an answer."""
-    config = parse_config(Config, __doc__)
     require(0 <= config.rho_th <= 1, f"--rho-th {config.rho_th}: a probability between 0 and 1")
     require_temperature(config.temperature)
     require_seed(config.seed)
@@ -274,4 +273,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    run_main(main)
+    run_main(main, Config, __doc__)

@@ -14,8 +14,9 @@ from pathlib import Path
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
-from torch import Tensor
+from torch import Tensor, nn
 
+from minialign import parallel
 from minialign.config import read_config
 from minialign.errors import UserError
 from minialign.files import read_json, write_folder_whole, write_json
@@ -113,49 +114,100 @@ def opened(file: Path):
         raise UserError(f"{file}: not a whole safetensors file ({error}); download or save it again") from None
 
 
-def read_tensors(file: Path, device: str = "cpu"):
-    """Yield (key, tensor) one tensor at a time, moved to `device` on the way."""
+def read_tensors(file: Path):
+    """Yield (key, tensor) one tensor at a time."""
     with opened(file) as tensors:
         for key in tensors.keys():  # noqa: SIM118 (safe_open is no dict)
-            yield key, tensors.get_tensor(key).to(device)
+            yield key, tensors.get_tensor(key)
+
+
+def read_shapes(file: Path) -> dict[str, torch.Size]:
+    """The shapes of a file's tensors, read from its header."""
+    with opened(file) as tensors:
+        keys = [key for key in tensors.keys() if not IGNORED.search(key)]  # noqa: SIM118
+        return {key: torch.Size(tensors.get_slice(key).get_shape()) for key in keys}
 
 
 def load_model(folder: Path, device: str = "cpu", dtype: torch.dtype = torch.float32) -> Llava:
-    """Read a LLaVA folder onto `device` in `dtype`, in eval mode; the projector, which is trained, in float32 at least.
+    """Read a LLaVA folder onto `device` in `dtype`, frozen and in eval mode."""
+    model = empty_model(folder, dtype)
+    load_weights(model, folder, device)
+    return model
 
-    A missing, unexpected or wrongly shaped tensor is a `UserError` that names the keys.
+
+def empty_model(folder: Path, dtype: torch.dtype) -> Llava:
+    """The model of a folder on the meta device: names, shapes and types, and no memory yet.
+
+    It is frozen; the projector, which is trained, is in float32 at least.
     """
-    config = read_config(folder)
     with torch.device("meta"):
-        model = Llava(config)
-    wanted = model.state_dict()
-    state: dict[str, Tensor] = {}
+        model = Llava(read_config(folder)).to(dtype)
+    if dtype.itemsize < 4:
+        model.multi_modal_projector.float()
+    return model.requires_grad_(False).eval()
+
+
+def load_weights(model: Llava, folder: Path, device: str) -> None:
+    """Read the folder's tensors into a model of the meta device, one after another.
+
+    Of a model in shards a process keeps its rows of each and lets go of the rest. Adapters that
+    are there already are left as they are. A missing, unexpected or wrongly shaped tensor is a
+    `UserError` that names the keys.
+    """
+    # What is stored once may stand twice in the model: the projector, and the copy that is trained.
+    places: dict[str, list[str]] = {}
+    for name in parameter_names(model):
+        places.setdefault(stored_name(name), []).append(name)
+    shapes = {}
     for file in weight_files(folder):
-        for key, tensor in read_tensors(file, device):
-            name = rename(key, NAMES)
-            if not IGNORED.search(key):
-                precise = name.startswith("multi_modal_projector.") and dtype.itemsize < 4
-                state[name] = tensor.to(torch.float32 if precise else dtype)
-    embedding = state.get("language_model.embed_tokens.weight")
-    if config.text.tie_word_embeddings and embedding is not None:
-        state.setdefault("lm_head.weight", embedding)
-    check_tensors(folder, wanted, state)
-    model.load_state_dict(state, assign=True)
-    if state["lm_head.weight"] is embedding:  # assign made two parameters of it
-        model.lm_head.weight = model.language_model.embed_tokens.weight
-    return model.eval()
+        shapes |= {rename(key, NAMES): shape for key, shape in read_shapes(file).items()}
+    if model.config.text.tie_word_embeddings:
+        shapes.pop("lm_head.weight", None)
+    wanted = {name: model.get_parameter(names[0]).shape for name, names in places.items()}
+    check_tensors(folder, wanted, shapes)
+
+    if parallel.units(model):
+        model.to_empty(device=device)  # this process's rows
+    for file in weight_files(folder):
+        for key, tensor in read_tensors(file):
+            for name in places.get(rename(key, NAMES), []):
+                set_parameter(model, name, tensor, device)
+    model.tie_weights()
 
 
-def check_tensors(where: Path, wanted: dict[str, Tensor], found: dict[str, Tensor]) -> None:
-    """Refuse missing, unexpected and wrongly shaped tensors, by name."""
+def parameter_names(model: Llava) -> list[str]:
+    """Of the parameters that a model folder holds: all but adapters and a scalar head."""
+    return [name for name, _ in model.named_parameters() if not re.search("lora_|scalar_head", name)]
+
+
+def stored_name(name: str) -> str:
+    """Our name of a parameter in a model with adapters -> its name in one without."""
+    return name.replace(".base.", ".").replace(".copy.", ".")
+
+
+def set_parameter(model: nn.Module, name: str, value: Tensor, device: str) -> None:
+    """Give a parameter its value, in the parameter's own type: of a model in shards its rows, and
+    else the tensor itself takes the place of one on the meta device."""
+    parameter = model.get_parameter(name)
+    if parallel.in_shards(parameter):
+        parallel.fill_in(parameter, value)
+        return
+    value = value.to(device, parameter.dtype, copy=parameter.requires_grad)
+    module, _, leaf = name.rpartition(".")
+    value = nn.Parameter(value, requires_grad=parameter.requires_grad)
+    setattr(model.get_submodule(module), leaf, value)
+
+
+def check_tensors(where: Path, wanted: dict[str, torch.Size], found: dict[str, torch.Size]) -> None:
+    """Refuse missing, unexpected and wrongly shaped tensors, by name and shape."""
     problems = []
     for title, keys in (("missing", wanted.keys() - found.keys()), ("unexpected", found.keys() - wanted.keys())):
         if keys:
             shown = ", ".join(sorted(keys)[:5]) + (f" and {len(keys) - 5} more" if len(keys) > 5 else "")
             problems.append(f"{title} tensors: {shown}")
-    other = [key for key in sorted(wanted.keys() & found.keys()) if wanted[key].shape != found[key].shape]
+    other = [key for key in sorted(wanted.keys() & found.keys()) if wanted[key] != found[key]]
     if other:
-        shapes = f"{list(found[other[0]].shape)}, the model's config.json says {list(wanted[other[0]].shape)}"
+        shapes = f"{list(found[other[0]])}, the model's config.json says {list(wanted[other[0]])}"
         problems.append(f"{other[0]} has shape {shapes}" + (f", and {len(other) - 1} more" if len(other) > 1 else ""))
     if problems:
         raise UserError(f"{where}: {'; '.join(problems)}; these weights belong to another model")

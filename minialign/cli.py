@@ -126,22 +126,49 @@ DEATHS = {
 }
 
 
+# Flag -> how it makes do with less memory, in the order in which to try.
+REMEDIES = {
+    "accumulate": "--accumulate N (a step in N parts)",
+    "recompute": "--recompute",
+    "batch_size": "a smaller --batch-size",
+    "dtype": "--dtype bfloat16",
+    "shard": "--shard full under torchrun",
+}
+
+
+def is_out_of_memory(error: BaseException | None) -> bool:
+    """Whether memory has run out, on a CPU or on a GPU; torch's types say so in words alone."""
+    signs = ("out of memory", "allocate memory", "bad_alloc")
+    return isinstance(error, MemoryError) or any(sign in str(error) for sign in signs)
+
+
+def out_of_memory(config) -> str:
+    """What to do when memory has run out, of all that this program has flags for."""
+    flags = {field.name for field in dataclasses.fields(config)}
+    if "accumulate" in flags:
+        flags.discard("batch_size")  # there it is part of the algorithm
+    remedies = [remedy for flag, remedy in REMEDIES.items() if flag in flags]
+    goes_on = "; then --resume goes on" if "resume" in flags else ""
+    return f"out of memory; give {' or '.join(remedies)}{goes_on}"
+
+
 def terminated(*_) -> None:
     """SIGTERM: end in order, as schedulers want; files are whole at any moment."""
     print("terminated; what was written so far is whole", file=sys.stderr)
     sys.exit(0)
 
 
-def run_main(main: Callable[[], object]) -> None:
-    """Run a program; a `UserError` becomes one line on stderr and exit code 2, never a traceback.
+def run_main(main: Callable, kind: type, doc: str) -> None:
+    """Run a program: `main` with the command line as a `kind`, whose help begins with `doc`.
 
-    One of torchrun's processes ends without Python's own tidying up, in which torch's threads may abort it.
+    Bad input becomes one line on stderr and exit code 2, never a traceback. One of torchrun's processes ends without
+    Python's own tidying up, in which torch's threads may abort it.
     """
     if not under_torchrun():
-        return guarded(main)
+        return guarded(main, parse_config(kind, doc))
     code = 0
     try:
-        guarded(main)
+        guarded(main, parse_config(kind, doc))
     except SystemExit as ended:
         code = ended.code
     sys.stdout.flush()
@@ -149,23 +176,30 @@ def run_main(main: Callable[[], object]) -> None:
     os._exit(code)
 
 
-def guarded(main: Callable[[], object]) -> None:
+def guarded(main: Callable, config) -> None:
     """Run a program, and say in one line how it ended if it did not end well."""
     signal.signal(signal.SIGTERM, terminated)
     try:
-        main()
+        main(config)
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(2)
-    except (OSError, SafetensorError) as error:  # no room, no permission, a file where a folder should be
-        print(f"error: {UserError(str(error))}; make room for it, or name another place", file=sys.stderr)
-        sys.exit(2)
-    except RuntimeError as error:
-        said = next((said for sign, said in DEATHS.items() if sign in str(error)), None)
-        if said is None:
+    except (OSError, SafetensorError, MemoryError, RuntimeError) as error:
+        message = how_it_ended(error, config)
+        if message is None:
             raise
-        print(f"error: {said}", file=sys.stderr)
+        print(f"error: {message}", file=sys.stderr)
         sys.exit(2)
     except KeyboardInterrupt:
         print("interrupted; what was written so far is whole", file=sys.stderr)
         sys.exit(130)
+
+
+def how_it_ended(error: Exception, config) -> str | None:
+    """One line for what a program cannot help: no memory, no room on the disk, another process's
+    death; None for what is a fault of its own."""
+    if is_out_of_memory(error):
+        return out_of_memory(config)
+    if isinstance(error, (OSError, SafetensorError)):  # no permission, a file where a folder should be
+        return f"{UserError(str(error))}; make room for it, or name another place"
+    return next((said for sign, said in DEATHS.items() if sign in str(error)), None)

@@ -57,7 +57,6 @@ class PairCollator:
     noise_steps: int = 0  # of the noisy pictures; 0: none are wanted
     keep_pictures: bool = False  # beside their pixels, for the model to sample from
     keyed: bool = False  # each pair with its key in the reference's cache
-    pack: int | None = None  # tokens up to which short pairs share a row of the tree
     device: str = "cpu"  # that the pixels go to; a GPU fetches them from pinned memory while it computes
 
     def responses(self, record: Record, room: int | None = None) -> list[list[int]]:
@@ -125,7 +124,7 @@ class PairCollator:
 
     def tree(self, sequences: list[Sequence]) -> TokenTree:
         """Sequences as one batch of token trees."""
-        return build_tree(sequences, self.tokenizer.image_id, self.tokenizer.pad_id, pack=self.pack)
+        return build_tree(sequences, self.tokenizer.image_id, self.tokenizer.pad_id)
 
     def pinned(self, pixels: list[Tensor]) -> Tensor:
         """The pixels of some pairs as one tensor, in pinned memory if a GPU waits for them."""

@@ -15,18 +15,15 @@ from minialign.masks import Branch, Sequence, TokenTree, build_tree
 
 
 @torch.no_grad()
-def distorted_tree(model: Llava, sequences: list[Sequence], features: Tensor, pack: int | None = None) -> TokenTree:
+def distorted_tree(model: Llava, sequences: list[Sequence], features: Tensor) -> TokenTree:
     """The sequences' tree with one more branch each: y~-, from the tower's `features` of the noisy pictures.
 
     A sequence's first branch is y+; one forward pass over image, prompt and y+, of which no graph is kept.
-    pack: as in `build_tree`, for both trees.
     """
     image_id, pad_id = model.config.image_token_id, 0  # nobody looks at what padding is
     chosen = [replace(sequence, branches=sequence.branches[:1]) for sequence in sequences]
-    tree = build_tree(chosen, image_id, pad_id, pack=pack).to(model.device)
+    tree = build_tree(chosen, image_id, pad_id).to(model.device)
     row, column = (tree.branch == 1).nonzero(as_tuple=True)
-    order = tree.sequence[row, column].argsort(stable=True)  # that of the sequences, whichever rows they are in
-    row, column = row[order], column[order]
     logits = model.lm_head(model(tree, features)[row, tree.parent[row, column]])
     logits[:, image_id] = -torch.inf
     said, start, distorted = logits.argmax(-1).tolist(), 0, []
@@ -34,4 +31,4 @@ def distorted_tree(model: Llava, sequences: list[Sequence], features: Tensor, pa
         end = start + len(sequence.branches[0].ids)
         distorted.append(replace(sequence, branches=[*sequence.branches, Branch(said[start:end])]))
         start = end
-    return build_tree(distorted, image_id, pad_id, pack=pack)
+    return build_tree(distorted, image_id, pad_id)

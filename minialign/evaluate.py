@@ -28,7 +28,7 @@ from minialign.benchmarks import Asking, Benchmark
 from minialign.chair import read_chair
 from minialign.chat import Tokenizer, announce
 from minialign.checkpoint import fingerprint, load_model, resolve_model
-from minialign.cli import fill, parse_config, require, require_at_least, require_device, require_seed, run_main
+from minialign.cli import fill, require, require_at_least, require_device, require_seed, run_main
 from minialign.errors import UserError
 from minialign.files import write_json
 from minialign.images import ImageProcessor
@@ -179,9 +179,9 @@ def write_answers(config: Config, benchmark: Benchmark, found: dict[str, str]) -
     return path
 
 
-def main() -> None:
+def main(config: Config) -> None:
     """Evaluate one model."""
-    config = completed(parse_config(Config, __doc__))
+    config = completed(config)
     with redirect_stdout(sys.stderr):  # what is printed on the way is no result
         result = evaluate_toy(config) if config.benchmark == "toy" else evaluate_files(config)
     if config.json:
@@ -194,4 +194,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    run_main(main)
+    run_main(main, Config, __doc__)

@@ -44,7 +44,6 @@ class TrainingFlags:
     steps: int | None = None  # so many steps, instead of --epochs
     batch_size: int | None = None  # records per step (16)
     accumulate: int = 1  # split each batch into so many forward passes
-    pack: int | None = None  # short pairs share a row of up to so many tokens, where that makes for less padding
     warmup: float | None = None  # share of the steps in which the rate rises (0.1)
     schedule: Literal["cosine", "linear", "constant"] | None = None  # how it falls to zero, if at all (cosine)
     clip: float = 1.0  # gradient norm limit
@@ -68,7 +67,7 @@ class TrainingFlags:
 def check_training(config: TrainingFlags) -> None:
     """Refuse values that make no sense, before anything is loaded."""
     require_at_least(config, lora_rank=1, epochs=1, steps=1, batch_size=1, accumulate=1, save_every=1, limit=1,
-                     max_response_tokens=1, eval_images=0, workers=0, pack=1)  # fmt: skip
+                     max_response_tokens=1, eval_images=0, workers=0)  # fmt: skip
     for name in ("beta", "lr", "lora_alpha"):
         value, free = getattr(config, name), name == "beta" and getattr(config, "method", "") in RL
         said = "0 or more" if free else "above 0"  # rewards alone, without a pull to the reference

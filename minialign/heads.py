@@ -16,11 +16,12 @@ from minialign.masks import TokenTree
 HEAD = "scalar_head.weight"  # its one tensor, among those that are trained
 
 
-def add_head(model: Llava, kind: Literal["value", "reward"]) -> None:
-    """Give the model a head, (1, D): of zeros, or normal with the standard deviation (D + 1)^-1/2."""
+def new_head(model: Llava, kind: Literal["value", "reward"]) -> Tensor:
+    """The weight (1, D) that a head begins with, on the CPU: of zeros, or normal with the standard
+    deviation (D + 1)^-1/2."""
     size = model.config.text.hidden_size
-    model.scalar_head = nn.Linear(size, 1, bias=False, device=model.device)
-    nn.init.normal_(model.scalar_head.weight, std=(size + 1) ** -0.5 if kind == "reward" else 0.0)
+    weight = nn.Linear(size, 1, bias=False).weight.detach()
+    return nn.init.normal_(weight, std=(size + 1) ** -0.5 if kind == "reward" else 0.0)
 
 
 def scalars(model: Llava, hidden: Tensor) -> Tensor:
@@ -29,13 +30,13 @@ def scalars(model: Llava, hidden: Tensor) -> Tensor:
 
 
 def branch_rewards(model: Llava, tree: TokenTree, tower_features: Tensor | None) -> Tensor:
-    """r(x, y) of Eq. 1 for every branch: the head on its last token, which has seen all of it. (N, S), float32."""
+    """r(x, y) of Eq. 1 for every branch: the head on its last token, which has seen all of it. (B, S), float32."""
     hidden = model(tree, tower_features)
-    return scalars(model, hidden[tree.row[:, None], tree.tip.clamp(min=0)])
+    row = torch.arange(len(hidden), device=hidden.device)[:, None]
+    return scalars(model, hidden[row, tree.tip.clamp(min=0)])
 
 
-@torch.no_grad()
 def set_head(model: Llava, weight: Tensor) -> None:
-    """Give the model the head that was trained before."""
-    add_head(model, "value")
-    model.scalar_head.weight.copy_(weight)
+    """Give the model a head of this weight (1, D), where it is."""
+    model.scalar_head = nn.Linear(weight.shape[1], 1, bias=False, device="meta")
+    model.scalar_head.weight = nn.Parameter(weight)

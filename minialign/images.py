@@ -182,7 +182,7 @@ def read_picture(path: Path, remedy: str) -> Image.Image:
             return to_rgb(picture if turned is None else picture.transpose(turned))
     except FileNotFoundError:
         raise UserError(f"image {path}: no such file; {remedy}") from None
-    except UserError:
+    except (UserError, MemoryError):
         raise
     except Exception as error:  # Pillow's readers raise anything on damaged files
         raise UserError(f"image {path}: not a readable picture ({error}); replace it or drop its record") from None

@@ -12,7 +12,6 @@ import torch
 from torch import Tensor
 
 from minialign import ppo
-from minialign.distributed import gather
 from minialign.heads import scalars
 from minialign.llava import Llava
 from minialign.lora import adapters_off
@@ -26,6 +25,7 @@ from minialign.losses import (
     summed,
     token_logps,
 )
+from minialign.parallel import gather
 from minialign.rewards import Whitening, last_tokens, sequence_rewards, token_rewards
 from minialign.rloo import rloo_loss
 from minialign.rollout import Rollout

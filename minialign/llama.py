@@ -9,10 +9,6 @@ from dataclasses import dataclass
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.nn.attention.flex_attention import BlockMask, flex_attention
-from torch.utils.checkpoint import checkpoint
-
-from minialign.compiled import compiled
 
 
 @dataclass(frozen=True)
@@ -32,31 +28,42 @@ class LlamaConfig:
     tie_word_embeddings: bool = False
 
 
-class KVCache:
-    """Keys and values of all layers, (B, kv heads, capacity, head_dim) each, filled from the left.
+class LayerCache:
+    """Keys and values of one layer, (B, kv heads, capacity, head_dim) each."""
 
-    `length`, how much is filled, is a tensor: so a CUDA graph, too, writes at another place in every step.
-    """
+    def __init__(self, shape: tuple[int, ...], like: Tensor):
+        # Zeros: free columns are attended to with weight 0, and 0 times what lay there may be NaN.
+        self.keys, self.values = like.new_zeros(shape), like.new_zeros(shape)
+
+    def put(self, columns: Tensor, key: Tensor, value: Tensor) -> None:
+        """Store (B, kv heads, T, head_dim) keys and values in T columns."""
+        self.keys.index_copy_(2, columns, key)
+        self.values.index_copy_(2, columns, value)
+
+
+class KVCache:
+    """A `LayerCache` per layer, and how many columns are filled: a tensor, so that a CUDA graph,
+    too, writes at another place in every step."""
 
     def __init__(self, config: LlamaConfig, batch: int, capacity: int, like: Tensor):
-        shape = (config.num_hidden_layers, batch, config.num_key_value_heads, capacity, config.head_dim)
-        self.keys = torch.empty(shape, dtype=like.dtype, device=like.device)
-        self.values = torch.empty_like(self.keys)
-        self.length = torch.zeros((), dtype=torch.long, device=like.device)
+        shape = (batch, config.num_key_value_heads, capacity, config.head_dim)
+        self.layers = [LayerCache(shape, like) for _ in range(config.num_hidden_layers)]
+        self.filled = torch.zeros((), dtype=torch.long, device=like.device)
 
-    def append(self, layer: int, key: Tensor, value: Tensor, width: int) -> tuple[Tensor, Tensor]:
-        """Store one layer's new (B, kv, T, head_dim) keys and values; return the first `width` columns of all."""
-        columns = self.length + torch.arange(key.shape[2], device=key.device)
-        self.keys[layer].index_copy_(2, columns, key)
-        self.values[layer].index_copy_(2, columns, value)
-        return self.keys[layer, :, :, :width], self.values[layer, :, :, :width]
+    def next_columns(self, count: int) -> Tensor:
+        """The numbers of the next free columns, (count,), which are filled from now on."""
+        columns = self.filled + torch.arange(count, device=self.filled.device)
+        self.filled += count
+        return columns
 
     def keep(self, rows: Tensor) -> None:
-        """Let go of all but some rows, given in order. The rows move up, and only what is filled is copied."""
-        filled, count = int(self.length), len(rows)
-        for tensor in (self.keys, self.values):
-            tensor[:, :count, :, :filled] = tensor[:, rows, :, :filled]
-        self.keys, self.values = self.keys[:, :count], self.values[:, :count]
+        """Let go of all but some rows, given in order. The rows move up, and only what is filled
+        is copied."""
+        filled, count = int(self.filled), len(rows)
+        for layer in self.layers:
+            for tensor in (layer.keys, layer.values):
+                tensor[:count, :, :filled] = tensor[rows, :, :filled]
+            layer.keys, layer.values = layer.keys[:count], layer.values[:count]
 
 
 class RMSNorm(nn.Module):
@@ -68,23 +75,58 @@ class RMSNorm(nn.Module):
         self.eps = eps
 
     def forward(self, x: Tensor) -> Tensor:
-        wide = x.float()
-        wide = wide * torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + self.eps)
-        return self.weight * wide.to(x.dtype)
+        return F.rms_norm(x, self.weight.shape, self.weight, self.eps)
 
 
-def rotary_tables(positions: Tensor, head_dim: int, theta: float, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    """cos and sin of the rotary angles, (B, 1, T, head_dim), computed in float32."""
-    frequencies = theta ** (-torch.arange(0, head_dim, 2, device=positions.device).float() / head_dim)
-    angles = positions[:, None, :, None].float() * frequencies  # (B, 1, T, head_dim/2)
-    angles = torch.cat([angles, angles], dim=-1)
-    return angles.cos().to(dtype), angles.sin().to(dtype)
+def rotary_tables(
+    positions: Tensor, head_dim: int, theta: float, dtype: torch.dtype
+) -> tuple[Tensor, Tensor]:
+    """cos and sin of the rotary angles, (B, 1, T, head_dim), computed in float32.
+
+    sin has the sign of the rotation: minus in the first half.
+    """
+    exponents = torch.arange(0, head_dim, 2, device=positions.device).float() / head_dim
+    angles = positions[:, None, :, None].float() * theta**-exponents  # (B, 1, T, head_dim / 2)
+    cos, sin = angles.cos(), angles.sin()
+    return torch.cat([cos, cos], dim=-1).to(dtype), torch.cat([-sin, sin], dim=-1).to(dtype)
 
 
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     """Apply rotary positions to (B, heads, T, head_dim); halves are paired, as in transformers."""
-    first, second = x.chunk(2, dim=-1)
-    return x * cos + torch.cat([-second, first], dim=-1) * sin
+    return x * cos + x.roll(x.shape[-1] // 2, dims=-1) * sin  # rolled: the halves change places
+
+
+def attention_bias(mask: Tensor, group: int, dtype: torch.dtype) -> Tensor:
+    """A (B, 1, R, K) bool mask as what is added to the scores, once for all layers: 0 or -inf,
+    (B, 1, group, R, K), `group` being the query heads to a key-value head."""
+    bias = torch.zeros_like(mask, dtype=dtype).masked_fill(~mask, -torch.inf)
+    return bias[:, :, None].repeat(1, 1, group, 1, 1)
+
+
+def attend(q: Tensor, k: Tensor, v: Tensor, prefix: int, bias: Tensor | None) -> Tensor:
+    """Attention of T queries: (B, heads, T, head_dim). q (B, heads, T, head_dim); k, v (B, kv
+    heads, K, head_dim).
+
+    The first `prefix` queries are plain causal over as many keys; the others have a bias,
+    `attention_bias`'s. Without one all are plain causal.
+    """
+    group = q.shape[1] // k.shape[1]
+    if bias is None:
+        return F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=group > 1)
+
+    # A group's heads become rows of their key-value head, so that keys are read once, and no kernel
+    # has to know of groups: with a mask, CUDA's fast ones do not.
+    B, heads, T, head_dim = q.shape
+    rows = q[:, :, prefix:].reshape(B, -1, group * bias.shape[3], head_dim)
+    rest = F.scaled_dot_product_attention(rows, k, v, attn_mask=bias.flatten(2, 3))
+    rest = rest.reshape(B, heads, -1, head_dim)
+    if not prefix:
+        return rest
+
+    # The causal prefix needs no mask: the flash kernel, on a CPU and on a GPU.
+    first = [each[:, :, :prefix] for each in (q, k, v)]
+    causal = F.scaled_dot_product_attention(*first, is_causal=True, enable_gqa=group > 1)
+    return torch.cat([causal, rest], dim=2)
 
 
 class Attention(nn.Module):
@@ -93,33 +135,35 @@ class Attention(nn.Module):
     def __init__(self, config: LlamaConfig):
         super().__init__()
         self.head_dim = config.head_dim
-        self.grouped = config.num_attention_heads != config.num_key_value_heads
         q_size = config.num_attention_heads * config.head_dim
         kv_size = config.num_key_value_heads * config.head_dim
         self.q_proj = nn.Linear(config.hidden_size, q_size, bias=False)
         self.k_proj = nn.Linear(config.hidden_size, kv_size, bias=False)
         self.v_proj = nn.Linear(config.hidden_size, kv_size, bias=False)
         self.o_proj = nn.Linear(q_size, config.hidden_size, bias=False)
+        self.attend = attend
 
-    def forward(self, x, rotary, mask, cache: KVCache | None, layer: int) -> Tensor:
-        """(B, T, D) -> (B, T, D).
-
-        mask: (B, 1, T, keys) bool, keys being T, or the first columns of `cache`, where they go; a BlockMask of T by T;
-        or None, which is plain causal.
-        """
+    def forward(
+        self,
+        x: Tensor,
+        rotary: tuple[Tensor, Tensor],
+        prefix: int,
+        bias: Tensor | None,
+        cache: LayerCache | None = None,
+        columns: Tensor | None = None,
+    ) -> Tensor:
+        """(B, T, D) -> (B, T, D). The keys are the T tokens themselves, or with a cache, into whose
+        `columns` they go, as many of its first columns as the bias has."""
         B, T, _ = x.shape
-        q, k, v = (  # (B, heads, T, head_dim)
-            proj(x).view(B, T, -1, self.head_dim).transpose(1, 2) for proj in (self.q_proj, self.k_proj, self.v_proj)
-        )
+        q = self.q_proj(x).view(B, T, -1, self.head_dim).transpose(1, 2)  # (B, heads, T, head_dim)
+        k = self.k_proj(x).view(B, T, -1, self.head_dim).transpose(1, 2)
+        v = self.v_proj(x).view(B, T, -1, self.head_dim).transpose(1, 2)
         q, k = rotate(q, *rotary), rotate(k, *rotary)
         if cache is not None:
-            k, v = cache.append(layer, k, v, T if mask is None else mask.shape[-1])
-        if isinstance(mask, BlockMask):
-            flex = flex_attention if torch.compiler.is_compiling() else compiled(flex_attention)
-            out = flex(q, k, v, block_mask=mask, enable_gqa=self.grouped)
-        else:
-            out = F.scaled_dot_product_attention(q, k, v, mask, is_causal=mask is None, enable_gqa=self.grouped)
-        return self.o_proj(out.transpose(1, 2).reshape(B, T, -1))
+            cache.put(columns, k, v)
+            keys = T if bias is None else bias.shape[-1]
+            k, v = cache.keys[:, :, :keys], cache.values[:, :, :keys]
+        return self.o_proj(self.attend(q, k, v, prefix, bias).transpose(1, 2).reshape(B, T, -1))
 
 
 class MLP(nn.Module):
@@ -136,12 +180,7 @@ class MLP(nn.Module):
 
 
 class DecoderLayer(nn.Module):
-    """Pre-norm attention and MLP, each with a residual.
-
-    Two means of training, where there is no cache, which leave the numbers as they are:
-    recompute  nothing but the input is kept for the backward pass, which runs the layer again
-    compiled   the layer runs compiled; all layers share the code
-    """
+    """Pre-norm attention and MLP, each with a residual."""
 
     def __init__(self, config: LlamaConfig):
         super().__init__()
@@ -149,24 +188,23 @@ class DecoderLayer(nn.Module):
         self.mlp = MLP(config)
         self.input_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
         self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
-        self.recompute = self.compiled = False
 
-    def forward(self, x, rotary, mask, cache: KVCache | None, layer: int) -> Tensor:
-        if cache is not None:
-            return self.block(x, rotary, mask, cache, layer)
-        block = compiled(DecoderLayer.block) if self.compiled else DecoderLayer.block
-        if not self.recompute:
-            return block(self, x, rotary, mask)
-        return checkpoint(block, self, x, rotary, mask, use_reentrant=False, preserve_rng_state=False)
-
-    def block(self, x, rotary, mask, cache: KVCache | None = None, layer: int = 0) -> Tensor:
-        """What the layer computes; `layer` is its number in the cache."""
-        x = x + self.self_attn(self.input_layernorm(x), rotary, mask, cache, layer)
+    def forward(
+        self,
+        x: Tensor,
+        rotary: tuple[Tensor, Tensor],
+        prefix: int,
+        bias: Tensor | None,
+        cache: LayerCache | None = None,
+        columns: Tensor | None = None,
+    ) -> Tensor:
+        x = x + self.self_attn(self.input_layernorm(x), rotary, prefix, bias, cache, columns)
         return x + self.mlp(self.post_attention_layernorm(x))
 
 
 class Llama(nn.Module):
-    """Token embedding, the layers and the final norm. The LM head is applied by the caller, where it is needed."""
+    """Token embedding, the layers and the final norm. The LM head is applied by the caller, where
+    it is needed."""
 
     def __init__(self, config: LlamaConfig):
         super().__init__()
@@ -175,22 +213,32 @@ class Llama(nn.Module):
         self.layers = nn.ModuleList(DecoderLayer(config) for _ in range(config.num_hidden_layers))
         self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
 
-    def in_training(self, recompute: bool, compiled: bool) -> None:
-        """How every layer runs where there is no cache: see `DecoderLayer`."""
-        for layer in self.layers:
-            layer.recompute, layer.compiled = recompute, compiled
-
     def forward(
-        self, embeddings: Tensor, positions: Tensor, mask: Tensor | BlockMask | None, cache: KVCache | None = None
+        self,
+        embeddings: Tensor,
+        positions: Tensor,
+        mask: Tensor | None,
+        cache: KVCache | None = None,
     ) -> Tensor:
-        """(B, T, D) embeddings, (B, T) positions, a mask as `Attention` takes it -> (B, T, D) hidden states.
+        """(B, T, D) embeddings, (B, T) positions -> (B, T, D) hidden states.
 
-        With a cache, the keys are those already cached followed by the T new ones.
+        mask (B, 1, R, K) bool: which of K keys each of the last R tokens sees; the tokens before
+        them are plain causal, and all are where it is None. Without a cache K is T; with one the
+        keys are its first K columns, the T new ones being the last that are filled.
         """
-        x = embeddings
-        rotary = rotary_tables(positions, self.config.head_dim, self.config.rope_theta, x.dtype)
-        for number, layer in enumerate(self.layers):
-            x = layer(x, rotary, mask, cache, number)
-        if cache is not None:
-            cache.length += x.shape[1]
+        config, x = self.config, embeddings
+        rotary = rotary_tables(positions, config.head_dim, config.rope_theta, x.dtype)
+        prefix, bias = 0, None
+        if mask is not None:
+            prefix = x.shape[1] - mask.shape[2]
+            group = config.num_attention_heads // config.num_key_value_heads
+            bias = attention_bias(mask, group, x.dtype)
+        if cache is None:
+            for layer in self.layers:
+                x = layer(x, rotary, prefix, bias)
+            return self.norm(x)
+
+        columns = cache.next_columns(x.shape[1])
+        for layer, kept in zip(self.layers, cache.layers, strict=True):
+            x = layer(x, rotary, prefix, bias, kept, columns)
         return self.norm(x)

@@ -46,9 +46,13 @@ class Llava(nn.Module):
         self.language_model = Llama(config.text)
         self.image_newline = nn.Parameter(torch.zeros(config.text.hidden_size)) if config.pinpoints else None
         self.lm_head = nn.Linear(config.text.hidden_size, config.text.vocab_size, bias=False)
-        if config.text.tie_word_embeddings:
-            self.lm_head.weight = self.language_model.embed_tokens.weight
+        self.tie_weights()
         self.scalar_head: nn.Linear | None = None  # of a reward model, or of PPO's policy: see heads.py
+
+    def tie_weights(self) -> None:
+        """One tensor for the embedding and the LM head, if config.json says so."""
+        if self.config.text.tie_word_embeddings:
+            self.lm_head.weight = self.language_model.embed_tokens.weight
 
     @property
     def device(self) -> torch.device:
@@ -94,10 +98,9 @@ class Llava(nn.Module):
     ) -> Tensor:
         """Hidden states (B, T, D) of a token tree; apply `lm_head` where logits are needed.
 
-        With a cache, `keys` is the whole tree so far, whose last T columns are `tree`'s.
+        With a cache, which then takes up the tokens' keys and values, `keys` is the whole tree so
+        far, whose last T columns are `tree`'s; None: `tree` is all there is.
         """
-        if keys is None and (cache is None or tree.causal):
-            mask = tree.mask
-        else:  # sampling: few queries at a time, or a short prompt
-            mask = dense_mask(tree, tree if keys is None else keys)
-        return self.language_model(self.embed(tree, tower_features), tree.positions, mask, cache)
+        mask = tree.mask if keys is None else dense_mask(tree, keys)
+        embeddings = self.embed(tree, tower_features)
+        return self.language_model(embeddings, tree.positions, mask, cache)

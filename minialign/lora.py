@@ -16,10 +16,19 @@ import torch.nn.functional as F
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from minialign.checkpoint import NAMES, check_tensors, load_model, read_tensors, rename
+from minialign import parallel
+from minialign.checkpoint import (
+    NAMES,
+    check_tensors,
+    empty_model,
+    load_weights,
+    read_tensors,
+    rename,
+    set_parameter,
+)
 from minialign.errors import UserError
 from minialign.files import read_json, write_folder_whole, write_json
-from minialign.heads import HEAD, add_head
+from minialign.heads import HEAD, new_head, set_head
 from minialign.llava import Llava
 
 TARGETS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
@@ -32,23 +41,34 @@ class LoraLinear(nn.Module):
     def __init__(self, base: nn.Linear, rank: int, alpha: float):
         super().__init__()
         self.base, self.scaling, self.enabled = base, alpha / rank, True
-        where = {"device": base.weight.device, "dtype": torch.float32}
-        self.lora_A = nn.Parameter(torch.empty(rank, base.in_features, **where))
-        self.lora_B = nn.Parameter(torch.zeros(base.out_features, rank, **where))
-        nn.init.kaiming_uniform_(self.lora_A, a=math.sqrt(5))
+        A, B = new_update(rank, base.in_features, base.out_features)
+        self.lora_A = nn.Parameter(A.to(base.weight.device))
+        self.lora_B = nn.Parameter(B.to(base.weight.device))
         self.register_buffer("reference_A", None, persistent=False)  # buffers go where the model goes
         self.register_buffer("reference_B", None, persistent=False)
 
     def forward(self, x: Tensor) -> Tensor:
         out = self.base(x)
         A, B = (self.lora_A, self.lora_B) if self.enabled else (self.reference_A, self.reference_B)
-        if A is not None:  # float32, but multiplied in the type of what comes in, as under autocast
-            out = out + F.linear(F.linear(x, A.to(x.dtype)) * self.scaling, B.to(x.dtype))
-        return out
+        if A is None:
+            return out
+
+        # float32, but multiplied in the type of what comes in, as under autocast.
+        low = F.linear(x, A.to(x.dtype)).flatten(0, -2)  # (tokens, rank)
+        update = torch.addmm(out.flatten(0, -2), low, B.to(x.dtype).t(), alpha=self.scaling)
+        return update.view_as(out)
 
     def keep_reference(self) -> None:
         """From now on the reference has the update as it is."""
-        self.reference_A, self.reference_B = self.lora_A.detach().clone(), self.lora_B.detach().clone()
+        self.reference_A = parallel.full(self.lora_A.detach()).clone()
+        self.reference_B = parallel.full(self.lora_B.detach()).clone()
+
+
+def new_update(rank: int, in_features: int, out_features: int) -> tuple[Tensor, Tensor]:
+    """A (rank, in) as nn.Linear draws its weights, and B (out, rank) of zeros, float32, on the CPU."""
+    A = torch.empty(rank, in_features)
+    nn.init.kaiming_uniform_(A, a=math.sqrt(5))
+    return A, torch.zeros(out_features, rank)
 
 
 class TrainableCopy(nn.Module):
@@ -195,9 +215,17 @@ def read_adapter_config(folder: Path) -> dict:
 
 
 def load_adapter(model: Llava, folder: Path) -> None:
-    """Add the adapters of a PEFT folder, made here or elsewhere.
+    """Add the adapters of a PEFT folder, made here or elsewhere."""
+    raw = read_adapter_config(folder)
+    add_adapters(model, raw["r"], raw["lora_alpha"])
+    fill_adapter(model, folder)
 
-    Linears that the folder leaves out keep an update of zero, and a projector that it leaves out is the base's.
+
+def fill_adapter(model: Llava, folder: Path) -> None:
+    """Fill in the adapters of a PEFT folder; the model has some of its rank.
+
+    Linears that the folder leaves out keep their update, which is zero, and a projector that it
+    leaves out is the base's.
     """
     raw = read_adapter_config(folder)
     file = folder / "adapter_model.safetensors"
@@ -206,35 +234,50 @@ def load_adapter(model: Llava, folder: Path) -> None:
     found = {our_name(key): tensor for key, tensor in read_tensors(file)}
     if not found:
         raise UserError(f"{file}: holds no tensors; give another adapter")
-    add_adapters(model, raw["r"], raw["lora_alpha"])
     parts = {part_of(name) for name in found}
     if PROJECTOR in (raw.get("modules_to_save") or []):
         parts.add(PROJECTOR)
-    wanted = {name: tensor for name, tensor in adapter_state(model).items() if part_of(name) in parts}
-    check_tensors(folder, wanted, found)
-    with torch.no_grad():
-        for name, parameter in wanted.items():
-            parameter.copy_(found[name])
+    wanted = {name: p for name, p in adapter_state(model).items() if part_of(name) in parts}
+    shapes = [{name: t.shape for name, t in tensors.items()} for tensors in (wanted, found)]
+    check_tensors(folder, *shapes)
+    for name, parameter in wanted.items():
+        parallel.fill_in(parameter, found[name])
 
 
-def load_policy(folder: Path, config, device: str, head: Literal["value", "reward"] | None = None) -> Llava:
-    """The model of a training run with its adapters, on `device`: new ones, or those of `config.adapter`.
+def empty_policy(folder: Path, config, head: Literal["value", "reward"] | None = None) -> Llava:
+    """The model of a training run on the meta device, with adapters on top and perhaps a head.
 
-    `config` has a training script's flags; `head` adds one of that kind. Loaded adapters are the policy's start, and
-    with `--reference adapter` the reference too. What new ones, or those that a folder leaves out, begin with follows
-    from the seed.
+    `config` has a training script's flags. Switched off, the adapters leave the reference.
     """
-    model = load_model(folder, device, getattr(torch, config.dtype))
+    model = empty_model(folder, getattr(torch, config.dtype))
+    add_adapters(model, config.lora_rank, config.lora_alpha)
+    if head:
+        set_head(model, new_head(model, head).to("meta"))
+    return model
+
+
+def load_policy_weights(
+    model: Llava, folder: Path, config, head: Literal["value", "reward"] | None = None
+) -> None:
+    """Fill in what `empty_policy` has made: the base, then adapters, new ones or `config.adapter`'s.
+
+    Loaded adapters are the policy's start, and with `--reference adapter` the reference too. What
+    new ones, or those that a folder leaves out, begin with follows from the seed, whatever the
+    device and the number of processes.
+    """
+    load_weights(model, folder, config.device)
     torch.manual_seed(config.seed)
-    if config.adapter is None:
-        add_adapters(model, config.lora_rank, config.lora_alpha)
-    else:
-        load_adapter(model, Path(config.adapter))
+    for name, module in model.named_modules():
+        if isinstance(module, LoraLinear):
+            A, B = new_update(*module.lora_A.shape, len(module.lora_B))
+            set_parameter(model, f"{name}.lora_A", A, config.device)
+            set_parameter(model, f"{name}.lora_B", B, config.device)
+    if config.adapter is not None:
+        fill_adapter(model, Path(config.adapter))
     if config.reference == "adapter":
         keep_reference(model)
     if head:
-        add_head(model, head)
-    return model
+        set_parameter(model, HEAD, new_head(model, head), config.device)
 
 
 def keep_reference(model: Llava) -> None:

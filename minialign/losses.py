@@ -13,14 +13,14 @@ CHUNK = 512  # branch tokens whose logits (CHUNK, V) are held at a time
 
 
 def predicting(model: Llava, tree: TokenTree, tower_features: Tensor | None) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """All branch tokens and what predicts them: (sequence, branch - 1, ids, hidden states), (N,) each and (N, D).
+    """All branch tokens and what predicts them: (row, branch - 1, ids, hidden states), (N,) each and (N, D).
 
     Response after response, each from its first token, which is predicted by the trunk token before the fork.
     """
     hidden = model(tree, tower_features)
     row, column = (tree.branch > 0).nonzero(as_tuple=True)
-    sequence, branch = tree.sequence[row, column], tree.branch[row, column] - 1
-    return sequence, branch, tree.ids[row, column], hidden[row, tree.parent[row, column]]
+    branch, parent = tree.branch[row, column] - 1, tree.parent[row, column]
+    return row, branch, tree.ids[row, column], hidden[row, parent]
 
 
 def logps_of(lm_head: nn.Linear, ids: Tensor, hidden: Tensor) -> Tensor:
@@ -36,12 +36,12 @@ def logps_of(lm_head: nn.Linear, ids: Tensor, hidden: Tensor) -> Tensor:
 
 
 def token_logps(model: Llava, tree: TokenTree, tower_features: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
-    """Log-probability of every branch token: (sequence, branch - 1, log-prob), (N,) each, float32.
+    """Log-probability of every branch token: (row, branch - 1, log-prob), (N,) each, float32.
 
     The LM head runs on the tokens that predict a branch's, and nowhere else.
     """
-    sequence, branch, ids, hidden = predicting(model, tree, tower_features)
-    return sequence, branch, logps_of(model.lm_head, ids, hidden)
+    row, branch, ids, hidden = predicting(model, tree, tower_features)
+    return row, branch, logps_of(model.lm_head, ids, hidden)
 
 
 def predicted_logps(lm_head: nn.Linear, hidden: Tensor, ids: Tensor) -> Tensor:
@@ -50,13 +50,13 @@ def predicted_logps(lm_head: nn.Linear, hidden: Tensor, ids: Tensor) -> Tensor:
 
 
 def branch_logps(model: Llava, tree: TokenTree, tower_features: Tensor | None) -> Tensor:
-    """Log-probability of every branch, summed over its tokens: (sequences, S), float32."""
+    """Log-probability of every branch, summed over its tokens: (B, S), float32."""
     return summed(tree, *token_logps(model, tree, tower_features))
 
 
-def summed(tree: TokenTree, sequence: Tensor, branch: Tensor, values: Tensor) -> Tensor:
-    """A value of every branch token (N,), summed by branch: (sequences, S)."""
-    return values.new_zeros(tree.tip.shape).index_put((sequence, branch), values, accumulate=True)
+def summed(tree: TokenTree, row: Tensor, branch: Tensor, values: Tensor) -> Tensor:
+    """A value of every branch token (N,), summed by branch: (B, S)."""
+    return values.new_zeros(tree.tip.shape).index_put((row, branch), values, accumulate=True)
 
 
 def log_ratio_difference(policy_chosen, policy_rejected, ref_chosen, ref_rejected) -> Tensor:
@@ -83,13 +83,13 @@ LOSSES = {"dpo": dpo_loss, "ipo": ipo_loss, "slic": slic_loss}
 
 
 def reference_logps(model: Llava, tree: TokenTree, tower_features: Tensor | None) -> Tensor:
-    """Summed log-probs of every branch (sequences, S) by the reference: the same model, adapters off."""
+    """Summed log-probs of every branch (B, S) by the reference: the same model, adapters off."""
     with adapters_off(model):
         return branch_logps(model, tree, tower_features)
 
 
 def both_logps(model: Llava, tree: TokenTree, tower_features: Tensor | None) -> tuple[Tensor, Tensor]:
-    """Summed log-probs of every branch (sequences, S) by the policy, and by the reference."""
+    """Summed log-probs of every branch (B, S) by the policy, and by the reference."""
     ref_logps = reference_logps(model, tree, tower_features)
     return branch_logps(model, tree, tower_features), ref_logps
 

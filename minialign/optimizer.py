@@ -4,10 +4,10 @@ import math
 
 import torch
 
-from minialign.distributed import add_gradients, full
 from minialign.errors import UserError
 from minialign.llava import Llava
 from minialign.lora import trainable_groups
+from minialign.parallel import full, sum_gradients_across_ranks
 
 
 def make_optimizer(model: Llava, lr: float, projector_lr: float) -> torch.optim.AdamW:
@@ -27,7 +27,7 @@ def update(optimizer: torch.optim.Optimizer, share: float, clip: float, loss: fl
     for group in optimizer.param_groups:
         group["lr"] = share * group["peak"]
     trained = [parameter for group in optimizer.param_groups for parameter in group["params"]]
-    add_gradients(trained)
+    sum_gradients_across_ranks(trained)
     norm = full(torch.nn.utils.clip_grad_norm_(trained, clip)).item()
     if not (math.isfinite(loss) and math.isfinite(norm)):
         said = f"{where}: loss {loss}, gradient norm {norm}; what was saved before it stays"

@@ -17,12 +17,11 @@ from typing import Literal
 import torch
 from tqdm import tqdm
 
-from minialign import distributed
+from minialign import parallel
 from minialign.annotator import load_annotator
 from minialign.chat import Tokenizer, announce
 from minialign.checkpoint import load_model, resolve_model
 from minialign.cli import (
-    parse_config,
     require,
     require_at_least,
     require_device,
@@ -93,9 +92,8 @@ def pair_lines(
     return lines
 
 
-def main() -> None:
+def main(config: Config) -> None:
     """Write the pairs file."""
-    config = parse_config(Config, __doc__)
     check(config)
     records = read_records(config.data, config.format, config.limit, config.seed, config.skip_bad_records)
     folder = resolve_model(config.model)
@@ -114,7 +112,7 @@ def main() -> None:
         left_out += [f"{place}: {error}" for place, error in refused]
         if loaded:
             lines += pair_lines(collate.batch(loaded), model, ranked, collate, counts, messages)
-    distributed.tell_left_out(left_out, "records")
+    parallel.tell_left_out(left_out, "records")
     if not lines:
         raise UserError(f"--data {config.data}: not one pair was ranked; give another --annotator, or more records")
     write_whole(Path(config.out), "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines))
@@ -123,4 +121,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    run_main(main)
+    run_main(main, Config, __doc__)

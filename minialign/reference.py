@@ -3,8 +3,7 @@
 The reference is frozen, so that what it says of a pair never changes. A value is kept under two hashes: of the
 reference and of all that it sees of the pair. They cover whatever a value follows from, so that one that is found is
 right, and nothing need be compared or cleared away. Left out is what moves the last bits only: the other pairs of the
-batch that it was computed in, which say how wide the padding is and share its row with --pack, the device, and torch's
-version.
+batch that it was computed in, which say how wide the padding is, the device, and torch's version.
 
 Every process appends to a file of its own and reads those of all. A killed one may leave half a line at the end of
 its file, which nobody reads and which nothing is ever written behind.
@@ -21,13 +20,13 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from minialign.distributed import gather
 from minialign.errors import UserError
 from minialign.files import append_lines
 from minialign.llava import Llava
 from minialign.lora import reference_state
 from minialign.losses import reference_logps
 from minialign.masks import Sequence, TokenTree
+from minialign.parallel import gather
 
 SOURCES = sorted(Path(__file__).parent.glob("*.py"))
 

@@ -5,12 +5,12 @@ from pathlib import Path
 
 from minialign import lora
 from minialign.checkpoint import save_changed
-from minialign.distributed import once, whole
 from minialign.files import write_json
 from minialign.flags import TrainingFlags
 from minialign.heads import HEAD
 from minialign.llava import Llava
 from minialign.metrics import Counts, print_table, with_intervals
+from minialign.parallel import on_rank0, whole
 from minialign.report import ReportPair, write_report
 from minialign.resume import Run
 from minialign.reward_model import save_head
@@ -35,7 +35,7 @@ def save_weights(
         add = (lambda merged: save_head(head, whitening, merged)) if whitening else None
         save_changed(folder, change, model.config.raw | named, out / "merged", add)
 
-    once(write)
+    on_rank0(write)
 
 
 def told(run: Run, facts: dict) -> str:

@@ -16,12 +16,13 @@ import torch
 from safetensors.torch import save_file
 
 from minialign.checkpoint import check_tensors, opened, read_tensors
+from minialign.cli import is_out_of_memory
 from minialign.data import Records
-from minialign.distributed import fill_in, gather, once, rank, size, whole
 from minialign.errors import UserError
 from minialign.files import append_lines, read_json, read_lines, write_json, write_whole
 from minialign.llava import Llava
 from minialign.lora import adapter_state
+from minialign.parallel import fill_in, gather, on_rank0, rank, size, whole
 
 
 def require_same_settings(path: Path, settings: dict, may_change: tuple[str, ...], remedy: str) -> None:
@@ -33,10 +34,14 @@ def require_same_settings(path: Path, settings: dict, may_change: tuple[str, ...
 
 
 def require_same_flags(out: Path, config) -> None:
-    """A resumed training must have the flags that its config.json notes; `config` has a training script's flags."""
-    if config.resume:
-        may_change = ("resume", "out", "workers", "shard", "recompute", "compile", "pack", "skip_bad_records",
-                      "ref_cache", "kl_stop", "collapse_stop")  # fmt: skip
+    """A resumed training must have the flags that its config.json notes; where there is none, it begins.
+
+    `config` has a training script's flags.
+    """
+    if config.resume and (out / "config.json").exists():
+        # The gradient stays what it was, up to rounding; the others do not touch it at all.
+        may_change = ("accumulate", "recompute", "compile", "device", "shard", "workers", "resume", "out",
+                      "skip_bad_records", "ref_cache", "kl_stop", "collapse_stop")  # fmt: skip
         remedy = "give the old value, or leave --resume out and name another --out"
         require_same_settings(out / "config.json", asdict(config), may_change, remedy)
 
@@ -51,7 +56,7 @@ def begin(out: Path, config, records: Records, weights: str) -> None:
         write_json(out / "config.json", asdict(config) | {"resume": False})
         require_same_data(out / "checkpoint", records, weights, config.resume)
 
-    once(note)
+    on_rank0(note)
 
 
 def require_same_data(folder: Path, records: Records, weights: str, resume: bool) -> None:
@@ -81,7 +86,7 @@ class Run:
     """The log and the checkpoints of a training run: `rows` so far, one more by `add`.
 
     In its `with` block SIGTERM lets the step in progress end; then the progress is saved, and the program exits
-    with 0. A `UserError` there saves what was done before it; of several processes the others may not have met it,
+    with 0. A `UserError` there, or memory that has run out, saves what was done before it; of several processes the others may not have met it,
     and the last checkpoint stays. All of them hold the rows, the first one writes. `watch(rows)` may say why the run
     has to end, which is then `stopped`, and the progress is saved; a resumed run, too, ends at such rows. A step of
     which some updates were made and others not is never saved.
@@ -101,7 +106,7 @@ class Run:
         self.rows = gather(rows)[0]  # read by one process, as what a kill has cut off is taken away
         if len(self.rows) < self.start:
             raise UserError(f"{self.log}: {len(self.rows)} of the checkpoint's {self.start} steps; leave --resume out")
-        once(lambda: write_whole(self.log, "".join(json.dumps(row) + "\n" for row in self.rows)))
+        on_rank0(lambda: write_whole(self.log, "".join(json.dumps(row) + "\n" for row in self.rows)))
         self.terminated, self.watch = False, watch or (lambda rows: None)
         self.stopped, self.updates = self.watch(self.rows), self.count_updates()
         if self.start:
@@ -129,11 +134,12 @@ class Run:
         """SIGTERM has come."""
         self.terminated = True
 
-    def __exit__(self, kind: type | None, *_) -> None:
+    def __exit__(self, kind: type | None, error: BaseException | None, _) -> None:
         signal.signal(signal.SIGTERM, self.before)
         trained = [parameter for group in self.optimizer.param_groups for parameter in group["params"]]
         whole_steps = self.rows and self.updates == self.count_updates()
-        if kind is UserError and size() == 1 and whole_steps and all(p.isfinite().all() for p in trained):
+        expected = kind is UserError or is_out_of_memory(error)
+        if expected and size() == 1 and whole_steps and all(p.isfinite().all() for p in trained):
             save_progress(self.folder, self.model, self.optimizer, len(self.rows))
 
     def count_updates(self) -> int:
@@ -156,7 +162,7 @@ def save_progress(folder: Path, model: Llava, optimizer: torch.optim.Optimizer, 
         save_file(tensors, partial, {"progress": json.dumps({"step": step})})
         partial.replace(path)
 
-    once(write)
+    on_rank0(write)
 
 
 def progress_tensors(model: Llava, optimizer: torch.optim.Optimizer) -> dict[str, torch.Tensor]:
@@ -181,10 +187,10 @@ def load_progress(folder: Path, model: Llava, optimizer: torch.optim.Optimizer) 
         print(f"{path}: no checkpoint yet; beginning at the first step")
         return 0
     found, wanted = dict(read_tensors(path)), progress_tensors(model, optimizer)
-    check_tensors(path, wanted, found)
-    with torch.no_grad():
-        for name, tensor in wanted.items():
-            fill_in(tensor, found[name])
+    shapes = [{name: t.shape for name, t in tensors.items()} for tensors in (wanted, found)]
+    check_tensors(path, *shapes)
+    for name, tensor in wanted.items():
+        fill_in(tensor, found[name])
     with opened(path) as file:
         noted = (file.metadata() or {}).get("progress")
     if noted is None:

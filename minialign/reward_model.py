@@ -16,7 +16,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 from tqdm import tqdm
 
-from minialign import distributed
+from minialign import parallel
 from minialign.chat import Tokenizer, announce
 from minialign.checkpoint import load_model, opened, read_tensors
 from minialign.collate import StepLoader
@@ -66,13 +66,13 @@ def measure_rewards(model: Llava, load: StepLoader, batch_size: int) -> Whitenin
     """Mean and standard deviation of a newly trained model's rewards, of both responses of up to `MEASURED` pairs."""
     load, numbers = replace(load, accumulate=1), load.records.numbers[:MEASURED]
     batches = [numbers[i : i + batch_size] for i in range(0, len(numbers), batch_size)]
-    mine, found = distributed.even(distributed.share(batches), []), []
-    for batch in tqdm(mine, desc="rewards", leave=False, disable=distributed.rank() > 0):
+    mine, found = parallel.even(parallel.shard_batch(batches), []), []
+    for batch in tqdm(mine, desc="rewards", leave=False, disable=parallel.rank() > 0):
         for part in load(batch)[0] or [load.collate.idle(2)]:  # all go through shards together
             tree = load.collate.tree(part.sequences).to(model.device)
             rewards = branch_rewards(model, tree, model.encode_images(part.pixels))
             found += rewards[: len(part)].flatten().tolist()
-    return score_whitening(torch.tensor(sum(distributed.gather(found), [])))
+    return score_whitening(torch.tensor(sum(parallel.gather(found), [])))
 
 
 def save_head(weight: Tensor, whitening: Whitening, folder: Path) -> None:
@@ -93,7 +93,7 @@ def load_reward_model(folder: Path, device: str, dtype: torch.dtype) -> RewardMo
     fits = fits and weight.isfinite().all()
     if not (fits and whitening):
         raise UserError(f"{path}: no head of this model with a mean and a standard deviation; train it again")
-    set_head(model, weight)
+    set_head(model, weight.to(model.device))
     tokenizer, processor = Tokenizer.from_folder(folder), ImageProcessor.from_folder(folder)
     announce(folder, model, tokenizer)
     return RewardModel(model, tokenizer, processor, whitening)

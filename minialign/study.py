@@ -23,7 +23,7 @@ from typing import Literal
 from tqdm import tqdm
 
 from minialign.checkpoint import TOY, fingerprint
-from minialign.cli import parse_config, require, require_at_least, run_main
+from minialign.cli import require, require_at_least, run_main
 from minialign.data import TOY_RECORDS
 from minialign.errors import UserError
 from minialign.files import read_json, read_lines, write_json
@@ -110,9 +110,8 @@ def same_settings(config: Config) -> None:
     write_json(path, noted | kept | rows)
 
 
-def main() -> None:
+def main(config: Config) -> None:
     """Run what is missing, then print and write the table and the findings."""
-    config = parse_config(Config, __doc__)
     rows = config.rows.split(",")
     for row in rows:
         require(row in ROWS, f"--rows {row}: no such row; there are {', '.join(ROWS)}")
@@ -143,4 +142,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    run_main(main)
+    run_main(main, Config, __doc__)

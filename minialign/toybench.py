@@ -17,10 +17,10 @@ from tqdm import tqdm
 
 from minialign import benchmarks, toyworld
 from minialign.chat import Tokenizer
-from minialign.distributed import gather, rank, share
 from minialign.images import ImageProcessor
 from minialign.llava import Llava
 from minialign.metrics import SETTINGS_OF_POPE, Counts
+from minialign.parallel import gather, rank, shard_batch
 from minialign.pope import pope_verdict
 from minialign.toydraw import COLOURS, OBJECTS, SETTINGS
 
@@ -95,7 +95,7 @@ class ToyBenchmark:
     def run(self, model: Llava, tokenizer: Tokenizer, processor: ImageProcessor, title="evaluate") -> list[Counts]:
         """Greedy answers for every image, counted against its scene; `with_intervals` makes figures of them."""
         counts: dict[int, list[Counts]] = {}  # by the first image of a batch
-        firsts = share([*range(0, self.images, self.batch_size)])
+        firsts = shard_batch([*range(0, self.images, self.batch_size)])
         for first in tqdm(firsts, desc=title, leave=False, disable=rank() > 0):
             numbers = range(first, min(first + self.batch_size, self.images))
             scenes = [toyworld.make_scene(self.split, i) for i in numbers]

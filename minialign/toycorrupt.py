@@ -15,7 +15,7 @@ import re
 from dataclasses import dataclass
 from pathlib import Path
 
-from minialign.cli import parse_config, require, require_new_file, run_main
+from minialign.cli import require, require_new_file, run_main
 from minialign.data import TOY_RECORDS, read_records
 from minialign.files import write_whole
 from minialign.records import Record, preference_fields
@@ -65,9 +65,8 @@ class Config:
     seed: int = 0  # where the errors are and what they are follows from it
 
 
-def main() -> None:
+def main(config: Config) -> None:
     """Write the pairs file."""
-    config = parse_config(Config, __doc__)
     require(config.limit >= 1, f"--limit {config.limit}: at least 1")
     require_new_file(Path(config.out))
     records = read_records(config.data, None, config.limit, config.seed)
@@ -76,4 +75,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    run_main(main)
+    run_main(main, Config, __doc__)

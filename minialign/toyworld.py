@@ -20,7 +20,7 @@ from pathlib import Path
 
 from PIL import Image
 
-from minialign.cli import parse_config, require, run_main
+from minialign.cli import require, run_main
 from minialign.errors import UserError
 from minialign.files import write_whole
 from minialign.toydraw import COLOURS, COLUMNS, OBJECTS, ROWS, SETTINGS, draw_scene
@@ -232,9 +232,8 @@ class Config:
     first: int = 0  # number of the first one; training has those up to 1,999
 
 
-def main() -> None:
+def main(config: Config) -> None:
     """Make the checkpoint, or write files."""
-    config = parse_config(Config, __doc__)
     require(config.pretrain or config.export is not None, "nothing to do; give --pretrain or --export DIR")
     require(config.out is not None or not config.pretrain, "--out is missing; name the folder that --pretrain writes")
     require(config.limit >= 1, f"--limit {config.limit}: at least 1")
@@ -253,4 +252,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    run_main(main)
+    run_main(main, Config, __doc__)

@@ -9,6 +9,7 @@ from pathlib import Path
 from test_picture_files import photograph
 
 from minialign import evaluate, toyworld
+from minialign.cli import parse_config
 from minialign.toybench import pope_questions
 
 NAMES = ("astronaut.png", "coffee.png", "chelsea.png", "rocket.jpg")
@@ -22,7 +23,7 @@ def run(*argv: object) -> dict:
     sys.argv = ["evaluate", *map(str, argv), *on_files, "--json"]
     try:
         with redirect_stdout(shown):
-            evaluate.main()
+            evaluate.main(parse_config(evaluate.Config, ""))
     finally:
         sys.argv = before
     return json.loads(shown.getvalue())

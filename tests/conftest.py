@@ -14,9 +14,8 @@ from oracle import Oracle
 from PIL import Image
 from script_runs import train
 
-from minialign import llama, masks, toyworld
+from minialign import toyworld
 from minialign.checkpoint import TOY, save_model
-from minialign.compiled import compiled
 
 os.environ["HF_HUB_OFFLINE"] = "1"
 # The models are tiny: on a busy machine a second thread costs minutes, and in the processes that tests start, too.
@@ -31,22 +30,18 @@ def oracle() -> Oracle:
 
 
 @pytest.fixture
-def carriers(monkeypatch) -> list[str]:
-    """What carried the rule to the kernel in every call of a decoder's layer: `causal`, `dense` or `blocks`."""
-    sdpa, flex, calls = torch.nn.functional.scaled_dot_product_attention, llama.flex_attention, []
+def carriers(monkeypatch) -> list[tuple[str, int]]:
+    """What every call of a decoder's attention kernel was given: ("prefix" or "rest", queries)."""
+    sdpa, calls = torch.nn.functional.scaled_dot_product_attention, []
 
-    def noted_sdpa(*args, **kwargs):
-        if kwargs:  # the tower has no mask
-            assert kwargs["is_causal"] == (args[3] is None)
-            calls.append("causal" if args[3] is None else "dense")
-        return sdpa(*args, **kwargs)
+    def noted(q, k, v, **options):
+        if options.get("is_causal"):
+            calls.append(("prefix", q.shape[2]))
+        elif options:  # the tower has no mask
+            calls.append(("rest", q.shape[2]))
+        return sdpa(q, k, v, **options)
 
-    def noted_flex(*args, **kwargs):
-        calls.append("blocks")
-        return flex(*args, **kwargs)
-
-    monkeypatch.setattr(torch.nn.functional, "scaled_dot_product_attention", noted_sdpa)
-    monkeypatch.setattr(llama, "flex_attention", noted_flex)
+    monkeypatch.setattr(torch.nn.functional, "scaled_dot_product_attention", noted)
     return calls
 
 
@@ -55,19 +50,16 @@ def compilations(monkeypatch) -> list:
     """The graphs that are compiled from now on; they run as plain code, which is quick to make."""
     graphs, real = [], torch.compile
 
-    def backend(graph, inputs, mode=None):
+    def backend(graph, inputs):
         graphs.append(graph)
         return graph
 
-    def forget() -> None:
-        compiled.cache_clear()
-        torch._dynamo.reset()
-
-    forget()
-    monkeypatch.setattr(torch, "compile", lambda f, **how: real(f, **how, fullgraph=True, backend=backend))
-    monkeypatch.setattr(masks, "compiled", lambda function: function)
+    torch._dynamo.reset()
+    monkeypatch.setattr(
+        torch, "compile", lambda f, **how: real(f, **how, backend=backend)
+    )
     yield graphs
-    forget()
+    torch._dynamo.reset()
 
 
 # ---------------------------------------------------------------- the scripts

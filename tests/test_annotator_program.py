@@ -12,6 +12,7 @@ from input_files import array, instruct, lines, pair
 from judges import absent_objects, script, shown
 
 from minialign import annotator, toyworld
+from minialign.cli import parse_config
 
 TALK = {"prompt": "Is it there?"}
 
@@ -19,7 +20,7 @@ TALK = {"prompt": "Is it there?"}
 def run(monkeypatch, capsys, *argv: object) -> dict:
     """The object that --json prints, and nothing else on stdout."""
     monkeypatch.setattr(sys, "argv", ["annotator", *map(str, argv), "--json"])
-    annotator.main()
+    annotator.main(parse_config(annotator.Config, ""))
     out, err = capsys.readouterr()
     assert out.count("\n") == 1 and "read as" in err
     return json.loads(out)
@@ -28,7 +29,7 @@ def run(monkeypatch, capsys, *argv: object) -> dict:
 def refuse(monkeypatch, *argv: object, parts=()) -> None:
     """The flags end in one line that names these things."""
     monkeypatch.setattr(sys, "argv", ["annotator", *map(str, argv)])
-    refused(annotator.main, *parts)
+    refused(lambda: annotator.main(parse_config(annotator.Config, "")), *parts)
 
 
 def values(result: dict) -> dict:
@@ -110,7 +111,7 @@ def test_the_table(monkeypatch, capsys, tmp_path):
     """Without --json every figure is a line, under the annotator's name."""
     path = file_of(tmp_path / "pairs.jsonl", *(yes_no(i, i > 0) for i in range(4)))
     monkeypatch.setattr(sys, "argv", ["annotator", "--pairs", str(path)])
-    annotator.main()
+    annotator.main(parse_config(annotator.Config, ""))
     rows = capsys.readouterr().out.splitlines()
     assert rows[0].split() == ["oracle"] and [row.split()[0] for row in rows[1:]] == list(annotator.FIGURES)
     assert rows[1].split()[1] == "0.750" and "not measured" in rows[2]

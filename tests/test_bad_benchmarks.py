@@ -34,7 +34,7 @@ def ends(capsys, monkeypatch, tmp_path):
         monkeypatch.setattr("sys.argv", ["evaluate", *map(str, argv)])
         monkeypatch.chdir(tmp_path)
         with pytest.raises(SystemExit) as caught:
-            run_main(evaluate.main)
+            run_main(evaluate.main, evaluate.Config, "")
         shown = capsys.readouterr()
         assert caught.value.code == 2 and shown.out == ""
         said = [line for line in shown.err.splitlines() if line.startswith("error: ")]

@@ -5,6 +5,7 @@ from input_files import gives_remedy, left_in, lines, pair, sample, train
 
 import sample_bdhs
 from minialign import chat, evaluate, study, toyworld
+from minialign.cli import parse_config
 from minialign.errors import UserError
 
 
@@ -68,7 +69,7 @@ def test_wrong_values_of_flags(tmp_path, script, flag, value, model):
 def test_the_other_programs(program, argv, monkeypatch, tmp_path):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr("sys.argv", ["program", *argv])
-    gives_remedy(program.main, "--|none|image|x{99}")
+    gives_remedy(lambda: program.main(parse_config(program.Config, "")), "--|none|image|x{99}")
     assert left_in(tmp_path) == []
 
 

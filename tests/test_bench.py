@@ -23,6 +23,8 @@ pytest.importorskip("peft")
 pytest.importorskip("trl")
 from tests.bench import __main__ as bench  # noqa: E402
 from tests.bench import dpo, load, models, roofline, sampling, sizes, timing  # noqa: E402
+from tests.bench.row import WORK  # noqa: E402
+from tests.bench.rows import Facts, ending  # noqa: E402
 
 SMALL = sizes.Size(
     "small", "cpu", "float32", sizes.text_config(579, 48, 64, 2, 3), sizes.vision_config(24, 3, 2, 4),
@@ -137,25 +139,70 @@ def test_shares_of_a_known_gpu(monkeypatch, name, share):
 # The rows ------------------------------------------------------------------------------------------------------
 
 
+@pytest.fixture(scope="module")
+def half_folder(tmp_path_factory):
+    """The same model in bfloat16."""
+    size = replace(SMALL, dtype="bfloat16")
+    return models.make_folder(size, tmp_path_factory.mktemp("half"))
+
+
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-def test_the_whole_bench(tmp_path, monkeypatch, capsys, dtype):
-    """Each row's check holds at the smallest size, and bench.json has its form."""
-    monkeypatch.setitem(sizes.SIZES, "tiny", replace(SMALL, dtype=dtype))
-    bench.main(bench.Config(out=str(tmp_path / "bench.json")))
-    found, printed = json.loads((tmp_path / "bench.json").read_text()), capsys.readouterr().out
-    assert list(found["rows"]) == list(bench.ORDER) and all(name in printed for name in bench.ORDER)
-    assert found["machine"]["versions"]["torch"] == torch.__version__ and found["size"]["name"] == "small"
-    for name, row in found["rows"].items():
+def test_every_row(tmp_path, folder, half_folder, dtype):
+    """Each row's check holds at the smallest size, and its facts have their form."""
+    size, where = replace(SMALL, dtype=dtype), folder if dtype == "float32" else half_folder
+    facts, rows = Facts(tmp_path / "facts.json"), {}
+    for names in bench.PROCESSES:
+        WORK[names[0]](size, where, facts)
+        rows |= {name: ending(facts.rows[name], "ok", 0.0, "") for name in names}
+    written = json.loads((tmp_path / "facts.json").read_text())
+    for name, row in rows.items():
+        assert row["status"] == "ok" and row["checked"] and written[name]["checked"]
         own, other = ("online", "offline") if "overhead" in name else ("ours", "peer")
-        assert row["checked"] and all(side[key] > 0 for side in (row[own], row[other]) for key in ("seconds", "peak"))
+        assert all(side[key] > 0 for side in (row[own], row[other]) for key in ("seconds", "peak"))
         if name == "online-bdhs-overhead":
             assert row["overhead"] == row[own]["seconds"] / row[other]["seconds"] - 1
         else:
             assert row["time_ratio"] == row[other]["seconds"] / row[own]["seconds"]
             assert row["memory_ratio"] == row[other]["peak"] / row[own]["peak"]
-    step = found["rows"]["dpo-step"]
+    step = rows["dpo-step"]
     responses = 2 * sizes.SENTENCES * SMALL.sentence_tokens
     assert step["peer_tokens"] == 2 * step["tokens"] - responses  # the prompt twice
+    printed = bench.table({"rows": rows})
+    assert all(name in printed for name in rows)
+
+
+def test_the_whole_bench(tmp_path, monkeypatch, capsys):
+    """Rows by processes of their own, of the size that the folder holds; a row that nobody knows
+    fails alone, with its reason in the table. bench.json has its form."""
+    monkeypatch.setitem(sizes.SIZES, "tiny", SMALL)
+    monkeypatch.setattr(
+        bench, "PROCESSES", (("online-bdhs-overhead",), ("nonsense",), ("load",))
+    )
+    bench.main(bench.Config(out=str(tmp_path / "bench.json")))
+    found = json.loads((tmp_path / "bench.json").read_text())
+    assert found["machine"]["versions"]["torch"] == torch.__version__
+    assert found["size"]["name"] == "small"
+    statuses = {name: row["status"] for name, row in found["rows"].items()}
+    assert list(statuses.items()) == [
+        ("online-bdhs-overhead", "ok"), ("nonsense", "failed"), ("load", "ok")
+    ]  # fmt: skip
+    assert "--row nonsense" in found["rows"]["nonsense"]["error"]
+    assert found["rows"]["load"]["time_ratio"] > 0 and found["rows"]["load"]["bytes"] > 0
+    printed = capsys.readouterr().out
+    assert all(name in printed for name in statuses) and "--row nonsense" in printed
+
+
+def test_the_peer_is_late(tmp_path, folder, monkeypatch):
+    """Our own numbers are written down before there is a peer."""
+    monkeypatch.setattr(dpo, "Peer", lambda *_: 1 / 0)
+    monkeypatch.setattr(sampling, "load_peer", lambda *_: 1 / 0)
+    facts = Facts(tmp_path / "facts.json")
+    for name in ("dpo-step", "bdhs", "generate"):
+        with pytest.raises(ZeroDivisionError):
+            WORK[name](SMALL, folder, facts)
+    written = json.loads((tmp_path / "facts.json").read_text())
+    assert list(written) == ["dpo-step", "dpo-step-cached-ref", "bdhs", "generate"]
+    assert all(row["ours"]["seconds"] > 0 and "status" not in row for row in written.values())
 
 
 def test_texts_have_their_lengths(folder):
@@ -194,6 +241,15 @@ def test_no_gpu(monkeypatch, tmp_path):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     refused(lambda: bench.main(bench.Config("7b", str(tmp_path / "bench.json"))), "--size 7b", "GPU", "--size tiny")
     refused(lambda: bench.main(bench.Config("tiny", str(tmp_path / "none" / "bench.json"))), "--out")
+
+
+def test_frozen_weights_lie_in_memory_once(steps):
+    """The peer's are ours, but what is trained, and the reference's projector."""
+    ours, peer = steps
+    mine = {p.data_ptr() for p in ours.model.parameters()}
+    other = [n for n, p in peer.model.named_parameters() if p.data_ptr() not in mine]
+    assert other and all("lora_" in n or "multi_modal_projector" in n for n in other)
+    assert all("lora_" not in n for n, p in peer.model.named_parameters() if n not in other)
 
 
 # Work that is not the same ---------------------------------------------------------------------------------------
@@ -237,7 +293,8 @@ def test_other_tokens_are_noticed(folder, monkeypatch, change):
     size = replace(SMALL, sentence_tokens=12)
     sides = models.load_ours(size, folder), models.load_peer(size, folder)
     with pytest.raises(AssertionError, match="other tokens") if change != "nothing" else nullcontext():
-        sampling.bdhs_row(size, *sides)
+        ours, peer = sides
+        sampling.compare(size, sampling.bdhs_work(size, ours), ours, peer)
 
 
 def test_another_checkpoint_is_noticed(folder):

@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 from helpers import IMAGE, random_ids, random_model
+from test_layers_in_training import wrap_layers
 from torchruns import run
 
 from minialign import losses
@@ -62,23 +63,23 @@ def test_what_autograd_keeps(monkeypatch, seed, branches, dtype):
     model, tree, features = case(10 * seed + branches, dtype, branches)
     kept = memory.saved_bytes(model, lambda: branch_logps(model, tree, features))
     dense = 0 if branches == 1 else memory.dense_mask_bytes(model, tree)
-    assert tree.causal == (branches == 1) and kept == memory.activation_bytes(model, tree) + dense
+    assert (tree.mask is None) == (branches == 1) and kept == memory.activation_bytes(model, tree) + dense
 
 
 @pytest.mark.parametrize("dtype", TYPES)
 @pytest.mark.parametrize("seed", range(3))
 def test_what_autograd_keeps_with_recompute(seed, dtype):
-    """The layers' inputs, and the mask once as bits; the layer whose turn it is comes in the backward pass.
+    """The layers' inputs, and the mask once; the layer whose turn it is comes in the backward pass.
 
     The rotary tables are held without autograd's knowing.
     """
     model, tree, features = case(seed, dtype)
-    model.language_model.in_training(recompute=True, compiled=False)
+    wrap_layers(model, recompute=True, compile=False)
     kept = memory.saved_bytes(model, lambda: branch_logps(model, tree, features))
-    rows, width = tree.ids.shape
-    turn = memory.kept_of_layer(model, tree.ids.numel())
+    turn = memory.kept_of_layer(model, tree)
     rotary = 2 * tree.ids.numel() * model.config.text.head_dim * dtype.itemsize
-    assert kept == memory.activation_bytes(model, tree, recompute=True) - turn - rotary + rows * width**2
+    mask = memory.dense_mask_bytes(model, tree)
+    assert kept == memory.activation_bytes(model, tree, recompute=True) - turn - rotary + mask
 
 
 @pytest.mark.parametrize("dtype", TYPES)
@@ -87,7 +88,7 @@ def test_what_autograd_keeps_with_recompute(seed, dtype):
 def test_peak_of_forward_and_backward(seed, recompute, dtype):
     """Of torch's allocator, for one branch each, as a GPU has no dense mask: at most the formula, and near to it."""
     model, tree, features = case(seed, dtype, branches=1, low=150, high=200)
-    model.language_model.in_training(recompute, compiled=False)
+    wrap_layers(model, recompute, compile=False)
 
     def step() -> None:
         branch_logps(model, tree, features).sum().backward()
@@ -99,7 +100,7 @@ def test_peak_of_forward_and_backward(seed, recompute, dtype):
 
 @pytest.mark.parametrize("seed", range(3))
 def test_nothing_is_as_tall_as_the_sequence_and_as_wide_as_vocabulary_or_sequence(monkeypatch, seed):
-    """Forward and backward, the CPU's dense mask left out; what is kept grows by as much with every token."""
+    """Forward and backward, the mask left out; what is kept grows by as much with every token."""
     monkeypatch.setattr(losses, "CHUNK", 8)
     model, kept = trained_model(seed, torch.float32, vocab=1500), {}
     features = model.encode_images(torch.randn(1, 3, 12, 12))
@@ -109,9 +110,10 @@ def test_nothing_is_as_tall_as_the_sequence_and_as_wide_as_vocabulary_or_sequenc
         width, scored = tree.ids.shape[1], 2 * count
         work = memory.saved_bytes(model, lambda tree=tree: branch_logps(model, tree, features))
         kept[scored] = work - memory.dense_mask_bytes(model, tree)
-        with memory.LargestTensor(tree) as largest:
+        with memory.LargestTensor() as largest:
             branch_logps(model, tree, features).sum().backward()
-        assert largest.bytes < 4 * min(width**2, scored * 1500), largest.shape
+        mask = memory.dense_mask_bytes(model, tree)
+        assert largest.bytes < 4 * min(width**2, scored * 1500) or largest.bytes == mask, largest.shape
     (a, x), (b, y), (c, z) = kept.items()
     assert (y - x) * (c - b) == (z - y) * (b - a) > 0
 
@@ -145,18 +147,22 @@ def test_keys_and_values(seed):
     for dtype in TYPES:
         cache = KVCache(model.config.text, batch, capacity, torch.zeros(1, dtype=dtype))
         formula = memory.kv_cache_bytes(model.config.text, batch, capacity, dtype.itemsize)
-        assert formula == cache.keys.nbytes + cache.values.nbytes
+        tensors = [t for layer in cache.layers for t in (layer.keys, layer.values)]
+        assert formula == sum(tensor.nbytes for tensor in tensors)
 
 
 SHARDS = """
 import sys, torch
 sys.path[:0] = [{tests!r}, {root!r}]
-from minialign import distributed
+from torch.distributed.fsdp import fully_shard
+from minialign import parallel
 from test_bench_memory import trained_model
-distributed.start("cpu")
+parallel.start("cpu")
 for seed, dtype in ((0, torch.float32), (1, torch.bfloat16)):
     model = trained_model(seed, dtype, vocab=51)
-    distributed.shard(model, "cpu")
+    mesh = parallel.mesh("cpu")
+    for unit in (*model.language_model.layers, model.vision_tower, model):
+        fully_shard(unit, mesh=mesh)
     for trained in (False, True):
         print(sum(p.to_local().nbytes for p in model.parameters() if p.requires_grad == trained))
 """

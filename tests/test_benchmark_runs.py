@@ -22,6 +22,7 @@ from benchmark_files import (
 from helpers import plain_greedy, random_toy, toy_model, toy_processor, toy_tokenizer
 
 from minialign import benchmarks, evaluate, toyworld
+from minialign.cli import parse_config
 from minialign.images import open_image
 from minialign.metrics import with_intervals
 from minialign.toybench import ToyBenchmark
@@ -166,7 +167,7 @@ def test_the_table_says_how_many(model, tmp_path, images, capsys, monkeypatch):
             tmp_path / "out", "--workers", 0, "--max-new-tokens", 2, "--skip-bad-records"]  # fmt: skip
     (images / NAMES[1]).write_text("no picture")
     monkeypatch.setattr("sys.argv", [str(word) for word in argv])
-    evaluate.main()
+    evaluate.main(parse_config(evaluate.Config, ""))
     shown = capsys.readouterr()
     assert shown.out.splitlines()[0].split() == ["pope"] and "pope_precision" in shown.out
     assert shown.out.splitlines()[-1] == f"9 of 12 questions answered; the answers: {tmp_path / 'out'}/answers.jsonl"

@@ -20,7 +20,7 @@ ROOT = Path(__file__).resolve().parent.parent
 PROGRAMS = sorted(
     path.relative_to(ROOT).with_suffix("").as_posix().replace("/", ".")
     for path in [*ROOT.glob("*.py"), *(ROOT / "minialign").glob("*.py")]
-    if "parse_config(Config" in path.read_text(encoding="utf-8")
+    if "run_main(main, Config" in path.read_text(encoding="utf-8")
 )
 
 
@@ -196,35 +196,41 @@ def test_devices_that_are_not_there(device):
 
 
 def failing(error: BaseException):
-    def main():
+    def main(config):
         raise error
 
     return main
 
 
+@pytest.fixture(autouse=True)
+def no_flags(monkeypatch):
+    """Of pytest's own."""
+    monkeypatch.setattr(sys, "argv", ["program"])
+
+
 def test_run_main(capsys):
-    run_main(lambda: print("done"))
+    run_main(lambda config: print("done"), Config, "")
     assert capsys.readouterr() == ("done\n", "")
     with pytest.raises(SystemExit) as caught:
-        run_main(failing(UserError("--data x: no such file")))
+        run_main(failing(UserError("--data x: no such file")), Config, "")
     assert caught.value.code == 2
     assert capsys.readouterr() == ("", "error: --data x: no such file\n")
     with pytest.raises(SystemExit) as caught:
-        run_main(failing(KeyboardInterrupt()))
+        run_main(failing(KeyboardInterrupt()), Config, "")
     assert caught.value.code == 130
     assert capsys.readouterr().err.count("\n") == 1
     with pytest.raises(SystemExit) as caught:
-        run_main(failing(OSError(28, "No space left on device", "a\nb")))
+        run_main(failing(OSError(28, "No space left on device", "a\nb")), Config, "")
     assert caught.value.code == 2
     message = capsys.readouterr().err
     assert "No space left" in message and "make room" in message and message.count("\n") == 1
     with pytest.raises(ZeroDivisionError):  # a bug stays a traceback
-        run_main(failing(ZeroDivisionError()))
+        run_main(failing(ZeroDivisionError()), Config, "")
 
 
 def test_a_message_is_one_line_whatever_stands_in_it(capsys):
     with pytest.raises(SystemExit):
-        run_main(failing(UserError("file 'a\nb\r\x1b[31m\u2028\x00\ud800': no such file")))
+        run_main(failing(UserError("file 'a\nb\r\x1b[31m\u2028\x00\ud800': no such file")), Config, "")
     assert capsys.readouterr().err == "error: file 'a b  [31m   ': no such file\n"
 
 

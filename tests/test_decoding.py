@@ -8,9 +8,9 @@ import pytest
 import torch
 from helpers import IMAGE, random_ids, random_model, worst
 from test_generate import SEEDS, random_rows, seeds_of
+from test_layers_in_training import wrap_layers
 
-from minialign import decoding, generate
-from minialign.compiled import compiled
+from minialign import generate
 from minialign.generate import Completion, Sampling, pick
 from minialign.llama import KVCache
 from minialign.masks import PADDING, Branch, Sequence, TokenTree, dense_mask
@@ -22,13 +22,14 @@ SAMPLINGS = [Sampling(16, 0.0), Sampling(16, 0.6), Sampling(16, 1.3, 0.9)]
 @pytest.fixture
 def fed(monkeypatch) -> list:
     """What every decoding step is given: (its columns, the tree, the addresses of what it writes to)."""
-    seen, plain = [], decoding.next_logits
+    seen, plain = [], generate.next_logits
 
-    def noted(model, new, cache, tree):
-        seen.append((new, tree, [tensor.data_ptr() for tensor in (cache.keys, cache.values, cache.length, tree.ids)]))
-        return plain(model, new, cache, tree)
+    def noted(model, new, kept, tree):
+        written = [kept.filled, tree.ids, *(t for each in kept.layers for t in (each.keys, each.values))]
+        seen.append((new, tree, [tensor.data_ptr() for tensor in written]))
+        return plain(model, new, kept, tree)
 
-    monkeypatch.setattr(decoding, "next_logits", noted)
+    monkeypatch.setattr(generate, "next_logits", noted)
     return seen
 
 
@@ -41,7 +42,7 @@ def caches(monkeypatch) -> list[KVCache]:
         seen.append(KVCache(*args))
         return seen[-1]
 
-    monkeypatch.setattr(decoding, "KVCache", noted)
+    monkeypatch.setattr(generate, "KVCache", noted)
     return seen
 
 
@@ -97,15 +98,18 @@ def test_rows_that_are_kept_keep_their_keys():
     config = random_model(0).config.text
     cache, shape = KVCache(config, 5, 9, torch.zeros(())), (5, config.num_key_value_heads, 4, config.head_dim)
     given = [torch.randn(2, *shape, generator=generator) for _ in range(config.num_hidden_layers)]
-    for layer, (key, value) in enumerate(given):
-        cache.append(layer, key, value, 4)
-    cache.length += 4
+    first = cache.next_columns(4)
+    for layer, both in zip(cache.layers, given, strict=True):
+        layer.put(first, *both)
     rows = torch.tensor([1, 2, 4])
     cache.keep(rows)
     new = torch.randn(2, 3, *shape[1:2], 1, config.head_dim, generator=generator)
-    for layer, both in enumerate(given):
-        for found, whole, last in zip(cache.append(layer, *new, 5), both, new, strict=True):
-            assert torch.equal(found, torch.cat([whole[rows], last], dim=2))
+    then = cache.next_columns(1)
+    assert first.tolist() == [0, 1, 2, 3] and then.tolist() == [4] and cache.filled == 5
+    for layer, both in zip(cache.layers, given, strict=True):
+        layer.put(then, *new)
+        for found, whole, last in zip((layer.keys, layer.values), both, new, strict=True):
+            assert torch.equal(found[:, :, :5], torch.cat([whole[rows], last], dim=2))
 
 
 # Fixed shapes ------------------------------------------------------------------------------------------------
@@ -134,17 +138,37 @@ def test_both_forms_end_where_the_positions_do(seed):
 
 @pytest.mark.parametrize("seed", SEEDS)
 def test_free_columns_add_nothing_whatever_lay_in_memory(seed, monkeypatch):
+    """What is taken without being cleared holds NaN here."""
     grown, empty = drawn(seed, SAMPLINGS[1], fixed=False), torch.empty
     monkeypatch.setattr(torch, "empty", lambda *a, **k: empty(*a, **k).fill_(torch.nan))
     monkeypatch.setattr(torch, "empty_like", lambda like: torch.empty(like.shape, dtype=like.dtype))
+    monkeypatch.setattr(torch.Tensor, "new_empty", lambda t, *a: torch.empty(*a, dtype=t.dtype))
     assert_same(drawn(seed, SAMPLINGS[1], fixed=True), grown)
 
 
-def test_a_step_is_compiled_twice_at_most(compilations, monkeypatch):
-    """Whatever the lengths and the number of rows and branches, as one graph each (`fullgraph`). Sizes that are equal
-    at first, here rows, places and heads, are taken for one: hence a second. A size of 1 would be one more."""
-    model, plain = random_model(0), decoding.next_logits
-    monkeypatch.setattr(decoding, "next_logits", lambda *given: compiled(plain, "reduce-overhead")(*given))
+def test_the_host_learns_one_step_later_that_all_have_ended(fed):
+    """A fixed context is asked about the step in progress and answers of the one before."""
+    context = object.__new__(generate.FixedContext)
+    context.asked = None
+    going, ended = torch.ones(2, 3).bool(), torch.zeros(2, 3).bool()
+    assert [context.all_ended(each) for each in (going, going, ended, ended)] == [False, False, False, True]
+    sampling, seen = Sampling(40, 0.6), 0
+    for seed in range(4):
+        fed.clear()
+        longest = max(len(completion.ids) for row in drawn(seed, sampling, fixed=True) for completion in row)
+        if longest < sampling.max_new_tokens:
+            assert len(fed) == longest  # the last draws nothing that counts
+            seen += 1
+    assert seen
+
+
+def test_compiled_layers_sample_the_same_and_are_compiled_twice_at_most(compilations, monkeypatch):
+    """--compile: steps of a fixed context run compiled, whatever the lengths and the number of rows and branches;
+    prompts and growing contexts, each of another length, run as plain code. Sizes that are equal at first, here rows,
+    places and heads, are taken for one: hence a second time. A size of 1 would be one more.
+    """
+    model = copy.deepcopy(random_model(0))
+    wrap_layers(model, recompute=False, compile=True)
     for seed, limit in enumerate([5, 90, 8, 12, 40, 7, 60, 9]):
         rng = random.Random(seed)
         count, branches = (4, 4) if seed == 0 else (rng.randrange(2, 6), rng.randrange(2, 5))  # as many as heads, too
@@ -153,11 +177,47 @@ def test_a_step_is_compiled_twice_at_most(compilations, monkeypatch):
             for _ in range(count)
         ]
         given = rows, None, Sampling(limit, 1.0), STOPS, seeds_of(rows, seed)
-        done = generate.generate(model, *given, fixed=True)
-        with monkeypatch.context() as patched:
-            patched.setattr(decoding, "next_logits", plain)
-            assert_same(done, generate.generate(model, *given, fixed=False))
-    assert len(compilations) <= 2
+        expected = generate.generate(random_model(0), *given, fixed=False)
+        assert_same(generate.generate(model, *given, fixed=False), expected)
+        compiled = len(compilations)
+        assert_same(generate.generate(model, *given, fixed=True), expected)
+        assert compiled == 0 if seed == 0 else compiled > 0
+    parts = 4  # of a layer
+    assert len(compilations) <= 3 * parts
+
+
+class RefusedGraph:
+    """A GPU that captures nothing."""
+
+    def __init__(self, *_):
+        pass
+
+    def __enter__(self):
+        raise RuntimeError("operation not permitted when stream is capturing")
+
+    def __exit__(self, *_):
+        pass
+
+
+def test_where_no_graph_can_be_made_the_plain_step_serves(monkeypatch, capsys):
+    """It is said once, and nothing else changes."""
+    expected, tried = drawn(2, SAMPLINGS[1], fixed=True), []
+    add = generate.FixedContext.add
+
+    def add_and_capture(self, new):
+        if self.steps == 1:
+            tried.append(new)
+            self.capture(new)
+        add(self, new)
+
+    generate.tell_once.cache_clear()
+    monkeypatch.setattr(generate.FixedContext, "add", add_and_capture)
+    monkeypatch.setattr(torch.cuda, "CUDAGraph", RefusedGraph)
+    monkeypatch.setattr(torch.cuda, "graph", RefusedGraph)
+    assert [drawn(2, SAMPLINGS[1], fixed=True) for _ in range(2)] == [expected] * 2
+    assert len(tried) == 2
+    message = capsys.readouterr().err
+    assert message.count("without a CUDA graph") == 1 and "not permitted" in message
 
 
 # Keys --------------------------------------------------------------------------------------------------------
@@ -174,9 +234,11 @@ def test_keys_of_the_trunk_are_stored_once(seed, fixed, caches):
         generate.generate(model, rows, None, Sampling(limit, 0.0), set(), fixed=fixed)
     column = 2 * text.num_hidden_layers * text.num_key_value_heads * text.head_dim * 4  # bytes of a token
     for cache, count in zip(caches, (1, 8), strict=True):
-        assert cache.length == len(trunk) + count * (limit - 1)
-        room = cache.keys.nbytes + cache.values.nbytes - 2 * column * (len(trunk) + count * limit)
-        assert 0 <= room < 2 * column * decoding.ROUND and cache.keys.shape[3] % decoding.ROUND == 0
+        assert cache.filled == len(trunk) + count * (limit - 1)
+        taken = sum(tensor.nbytes for layer in cache.layers for tensor in (layer.keys, layer.values))
+        room = taken - 2 * column * (len(trunk) + count * limit)
+        assert 0 <= room < 2 * column * generate.ROUND
+        assert cache.layers[0].keys.shape[2] % generate.ROUND == 0
 
 
 # Sorting -----------------------------------------------------------------------------------------------------

@@ -2,8 +2,10 @@
 
 import importlib
 import json
+import math
 import os
 import re
+import shutil
 import signal
 from pathlib import Path
 
@@ -11,11 +13,12 @@ import pytest
 import torch
 from input_files import pairs_in
 from safetensors import safe_open
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from script_runs import read_lines
 from torchruns import children, command, finish, killed, launch, run, start, wait_for
 
-from minialign import distributed
+from minialign import parallel
+from minialign.checkpoint import TOY
 from minialign.cli import parse_config
 from minialign.reward_model import load_reward_model
 from minialign.schedule import batches_of_run
@@ -79,6 +82,43 @@ def test_shards_in_bfloat16_are_those_of_one_process(model, pairs, tmp_path):
         assert also["loss"] == pytest.approx(row["loss"], abs=1e-3)  # bfloat16 rounds by the batch
     types = {t.dtype for t in load_file(tmp_path / "two/adapter/adapter_model.safetensors").values()}
     assert types == {torch.float32}
+
+
+@pytest.mark.parametrize(("script", "flags"), [
+    ("sample_bdhs.py", ["--limit", 6, "--batch-size", 3, "--max-new-tokens", 12]),
+    ("train_dpo.py", ["--limit", 6, "--steps", 2, *SIZES, "--eval-images", 8]),
+    ("train_online.py", ["--method", "online-bdhs", "--limit", 6, "--steps", 2, *SIZES, "--eval-images", 0]),
+    ("train_online.py", ["--method", "ppo", "--limit", 6, "--steps", 2, *SIZES, "--eval-images", 0]),
+], ids=lambda value: value if isinstance(value, str) else value[1])  # fmt: skip
+def test_whatever_samples_does_so_in_bfloat16_shards(tmp_path, script, flags):
+    """What is only sampled from is frozen, too: then FSDP takes weights of two types."""
+    flags = ["--dtype", "bfloat16", *flags, "--out"]
+    run_alone(script, *flags, tmp_path / "one")
+    run(2, script, "--shard", "full", *flags, tmp_path / "two")
+    if script == "sample_bdhs.py":
+        assert (tmp_path / "one").read_bytes() == (tmp_path / "two").read_bytes()
+        return
+    one, two = rows_of(tmp_path / "one"), rows_of(tmp_path / "two")
+    assert len(one) == len(two) == 2 and all(map(math.isfinite, two[1].values()))
+    assert two[0] == pytest.approx(one[0], abs=3e-2, rel=3e-2)  # bfloat16 rounds by the batch
+    assert (tmp_path / "two/merged/model.safetensors").exists()
+
+
+def test_a_reference_of_its_own_and_tied_embeddings_in_shards(pairs, tmp_path):
+    """What the policy starts from stays the reference, whole in every process; a tied head is its embedding."""
+    folder = Path(shutil.copytree(TOY, tmp_path / "tied"))
+    raw = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(raw | {"tie_word_embeddings": True}))
+    tensors = load_file(folder / "model.safetensors")
+    head = next(key for key in tensors if key.endswith("lm_head.weight"))
+    save_file({key: tensor for key, tensor in tensors.items() if key != head}, folder / "model.safetensors")
+    flags = ["--model", folder, "--pairs", pairs, *SIZES, "--steps", 3, "--eval-images", 0, "--lr", "1e-3"]
+    run_alone("train_dpo.py", *flags, "--out", tmp_path / "start")
+    flags += ["--adapter", tmp_path / "start/adapter", "--reference", "adapter"]
+    run_alone("train_dpo.py", *flags, "--out", tmp_path / "one")
+    run(2, "train_dpo.py", *flags, "--out", tmp_path / "two", "--shard", "full")
+    assert rows_of(tmp_path / "one")[0]["rewards/margins"] == pytest.approx(0, abs=1e-5)
+    assert_same_training(tmp_path / "one", tmp_path / "two")
 
 
 def test_processes_share_a_reference_cache(model, pairs, tmp_path, capsys):
@@ -194,12 +234,12 @@ def test_sigterm_to_one_ends_all_after_the_same_step(model, pairs, tmp_path):
 
 @pytest.mark.parametrize("processes", [1, 2, 3, 5, 8])
 def test_every_record_is_dealt_out_once(monkeypatch, processes):
-    monkeypatch.setattr(distributed, "size", lambda: processes)
+    monkeypatch.setattr(parallel, "size", lambda: processes)
     for batch in batches_of_run(range(23), 5, seed=4, epochs=2):
         dealt = []
         for rank in range(processes):
-            monkeypatch.setattr(distributed, "rank", lambda rank=rank: rank)
-            dealt.append(distributed.share(batch))
+            monkeypatch.setattr(parallel, "rank", lambda rank=rank: rank)
+            dealt.append(parallel.shard_batch(batch))
         assert sorted(sum(dealt, [])) == sorted(batch)
         assert max(map(len, dealt)) - min(map(len, dealt)) <= 1
 

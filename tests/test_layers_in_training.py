@@ -2,7 +2,7 @@
 
 import random
 from collections import Counter
-from dataclasses import replace
+from functools import partial
 
 import pytest
 import torch
@@ -12,12 +12,14 @@ from input_files import train as train_by_flags
 from online_runs import online, weights_of
 from script_runs import train
 from test_lora import adapted
-from torch.nn.attention import flex_attention as flex
+from torch.utils.checkpoint import checkpoint
 
+import train_dpo
+import train_online
 from minialign import llama
 from minialign.generate import Sampling, generate
 from minialign.losses import both_logps, preference_loss
-from minialign.masks import Branch, Sequence, block_mask, build_tree
+from minialign.masks import Branch, Sequence, build_tree
 
 SEEDS = range(6)
 PLAIN, RECOMPUTE, COMPILED = (False, False), (True, False), (False, True)
@@ -37,9 +39,21 @@ def pairs_of(seed: int, rows: int, length: int):
     return tree, torch.randn(rows, patches, 16, generator=torch.Generator().manual_seed(seed))
 
 
+def wrap_layers(model, recompute: bool, compile: bool) -> None:
+    """What the scripts do with these flags, on a model that may have been wrapped before."""
+    attend = torch.compiler.disable(llama.attend) if compile else llama.attend
+    for layer in model.language_model.layers:
+        layer.self_attn.attend = attend
+        layer.forward = type(layer).forward.__get__(layer)
+        if compile:
+            layer.forward = torch.compile(layer.forward, dynamic=True)
+        if recompute:
+            layer.forward = partial(checkpoint, layer.forward, use_reentrant=False, preserve_rng_state=False)
+
+
 def step(model, tree, features, means: tuple[bool, bool]) -> list[torch.Tensor]:
     """The log-probs of policy and reference, the loss, and all gradients of one training step."""
-    model.language_model.in_training(*means)
+    wrap_layers(model, *means)
     logps, ref_logps = both_logps(model, tree, features)
     loss = preference_loss(logps, ref_logps, "ipo", 0.1, torch.ones(1))
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
@@ -65,20 +79,23 @@ def test_recomputing_changes_no_bit(seed):
 
 @pytest.mark.parametrize("seed", SEEDS)
 def test_a_layer_keeps_its_input_alone(seed):
-    """And the mask, of which there is one for all layers; the rest is kept without any layers, too."""
+    """The bias of the mask is one for all layers; the rest is kept without any layers, too."""
     model = adapted(random_model(seed), 4, 8.0, seed)
     tree, features = pairs_of(seed, 2, 30)
 
     def kept(means: tuple[bool, bool], layers) -> int:
         numbers: list[int] = []
         model.language_model.layers = layers
-        model.language_model.in_training(*means)
+        wrap_layers(model, *means)
         with torch.autograd.graph.saved_tensors_hooks(lambda t: numbers.append(t.numel()) or t, lambda t: t):
             model(tree, features)
         return sum(numbers)
 
     layers, none = model.language_model.layers, torch.nn.ModuleList()
-    inputs = len(layers) * (tree.ids.numel() * model.config.text.hidden_size + tree.mask.numel())
+    text = model.config.text
+    group = text.num_attention_heads // text.num_key_value_heads
+    bias = tree.mask.numel() * group
+    inputs = len(layers) * (tree.ids.numel() * text.hidden_size + bias)
     assert kept(RECOMPUTE, layers) == kept(PLAIN, none) + inputs < kept(PLAIN, layers) / 4
 
 
@@ -101,15 +118,18 @@ def test_who_runs_again():
 
 
 @pytest.mark.parametrize("recompute", [False, True])
-def test_twenty_lengths_compile_four_times(recompute, compilations):
-    """Policy and reference, one row and more: all layers, lengths and numbers of rows share the code."""
+def test_twenty_lengths_are_compiled_once(recompute, compilations):
+    """Policy and reference, one row and more: all layers, lengths and numbers of rows share the code, and after the
+    first of each kind nothing is compiled any more."""
     rng, model = random.Random(int(recompute)), adapted(random_model(1), 4, 8.0)
-    lengths = rng.sample(range(17, 90), 20)
-    for i, length in enumerate(lengths):
+    counts = []
+    for i, length in enumerate(rng.sample(range(17, 90), 20)):
         tree, features = pairs_of(i, [1, 2, 5, rng.randrange(1, 7)][i % 4], length)
         means = step(model, tree, features, (recompute, True)), step(model, tree, features, PLAIN)
         assert_close(*means)
-    assert len(compilations) == 4
+        counts.append(len(compilations))
+    parts = 4  # of a layer: up to its norm, up to attention, behind it, and the rest
+    assert 0 < counts[0] <= 2 * parts and counts[8] == counts[-1] <= 6 * parts
 
 
 def test_compiled_by_the_real_compiler():
@@ -119,32 +139,20 @@ def test_compiled_by_the_real_compiler():
         assert_close(step(model, tree, features, means), step(model, tree, features, PLAIN))
 
 
-def test_a_compiled_layer_takes_blocks(compilations, monkeypatch):
-    """As on a GPU, several to a row; torch's kernel for the CPU cannot do gradients, its plain code can."""
-    monkeypatch.setattr(flex, "_validate_device", lambda *_: None)
-    model = adapted(random_model(1), 4, 8.0)
-    for seed, length in enumerate([140, 300, 211]):
-        tree, features = pairs_of(seed, 5, length)
-        blocks = replace(tree)
-        blocks.__dict__["mask"] = block_mask(tree)
-        assert_close(step(model, blocks, features, COMPILED), step(model, tree, features, PLAIN))
-    assert len(compilations) == 2
-
-
 # Where they have no part -------------------------------------------------------------------------------------
 
 
-def test_sampling_does_neither(monkeypatch):
-    def never(*_, **__):
-        raise AssertionError
-
+def test_sampling_computes_nothing_again_and_compiles_nothing(compilations):
     model, batch, features = random_case(2)
     model = adapted(model, 4, 8.0)
-    expected = generate(model, batch, features, Sampling(5, temperature=0.0), stop_ids=set())
-    model.language_model.in_training(True, True)
-    for name in ("checkpoint", "compiled"):
-        monkeypatch.setattr(llama, name, never)
-    assert generate(model, batch, features, Sampling(5, temperature=0.0), stop_ids=set()) == expected
+    given = batch, features, Sampling(5, temperature=0.0), set()
+    expected = generate(model, *given)
+    runs = Counter()
+    for layer in model.language_model.layers:
+        layer.mlp.register_forward_pre_hook(lambda *_: runs.update(["mlp"]))
+    wrap_layers(model, True, True)
+    assert generate(model, *given) == expected
+    assert runs["mlp"] == len(model.language_model.layers) * 5 and not compilations
 
 
 # The flags ---------------------------------------------------------------------------------------------------
@@ -152,19 +160,21 @@ def test_sampling_does_neither(monkeypatch):
 
 @pytest.fixture
 def means(monkeypatch) -> Counter:
-    """How often a layer was checkpointed, and how often it ran "compiled": as plain code here."""
-    real, counts = llama.checkpoint, Counter()
+    """How often a layer was checkpointed, and how many were compiled: as plain code here."""
+    counts = Counter()
 
-    def checkpoint(*args, **kwargs):
-        counts.update(["recompute"])
-        return real(*args, **kwargs)
+    def noted_checkpoint(*args, **kwargs):
+        counts.update(["recompute"] if torch.is_grad_enabled() else [])
+        return checkpoint(*args, **kwargs)
 
-    def plain(function):
+    def noted_compile(function, dynamic):
+        assert dynamic and function.__name__ == "forward"
         counts.update(["compile"])
         return function
 
-    monkeypatch.setattr(llama, "checkpoint", checkpoint)
-    monkeypatch.setattr(llama, "compiled", plain)
+    for module in (train_dpo, train_online):
+        monkeypatch.setattr(module, "checkpoint", noted_checkpoint)
+    monkeypatch.setattr(torch, "compile", noted_compile)
     return counts
 
 
@@ -178,8 +188,8 @@ def test_both_scripts_have_the_flags(script, facts, model, pairs, tmp_path, mean
         means.clear()
     assert rows[0] == rows[1] == rows[2]
     assert len({weights_of(tmp_path / str(i)) for i in range(3)}) == 1
-    times = 2 * 3 * len(rows[0])  # policy and reference, layers, steps
-    assert used == [{}, {"recompute": times}, {"compile": times}]
+    layers = 3
+    assert used == [{}, {"recompute": layers * len(rows[0])}, {"compile": layers}]
 
 
 def test_compiling_needs_a_compiler(model, pairs, tmp_path, monkeypatch):

@@ -11,10 +11,10 @@ from helpers import IMAGE, plain_logits, random_ids, random_model, worst
 
 from minialign import heads, lora
 from minialign.collapse import repetition
-from minialign.distributed import gather
 from minialign.learn import Ppo, Rloo
 from minialign.losses import both_logps, token_logps
 from minialign.masks import Branch, Sequence, build_tree
+from minialign.parallel import gather
 from minialign.rewards import last_tokens
 from minialign.rollout import Rollout
 

@@ -1,4 +1,5 @@
-"""Weights are streamed: the memory that loading takes stays below the model's size plus one shard."""
+"""Weights are streamed: the memory that loading takes stays below the model's size plus one shard,
+and of several processes that share a model below each one's share plus one tensor."""
 
 import json
 import shutil
@@ -11,7 +12,9 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from minialign.checkpoint import HUB_NAMES, rename
+from torchruns import run
+
+from minialign.checkpoint import HUB_NAMES, load_model, rename
 from minialign.config import read_config
 from minialign.llava import Llava
 
@@ -33,6 +36,39 @@ load_model(TOY, dtype=torch.bfloat16)
 before = memory("VmRSS")
 model = load_model(Path(sys.argv[1]), dtype=getattr(torch, sys.argv[2]))
 print(memory("VmHWM") - before, sum(p.numel() * p.element_size() for p in model.parameters()))
+"""
+# The same of one of several processes, each of which prints what it took. Pages of the files that are
+# mapped belong to nobody: what a process has for itself is RssAnon, whose peak is watched for here.
+MEASURE_SHARDS = """
+import sys, threading, time, torch
+from pathlib import Path
+sys.path.insert(0, {root!r})
+from torch.distributed.fsdp import fully_shard
+from minialign import parallel
+from minialign.checkpoint import TOY, empty_model, load_model, load_weights
+def memory(name):
+    return next(int(line.split()[1]) * 1024 for line in open("/proc/self/status") if line.startswith(name))
+def watch():
+    while not done:
+        seen.append(memory("RssAnon"))
+        time.sleep(0.001)
+parallel.start("cpu")
+torch.set_num_threads(1)
+load_model(TOY, dtype=torch.bfloat16)
+done, before, seen = False, memory("RssAnon"), []
+watcher = threading.Thread(target=watch)
+watcher.start()
+model = empty_model(Path(sys.argv[1]), getattr(torch, sys.argv[2]))
+for unit in (*model.language_model.layers, model.vision_tower, model):
+    fully_shard(unit, mesh=parallel.mesh("cpu"))
+load_weights(model, Path(sys.argv[1]), "cpu")
+done = True
+watcher.join()
+mine = sum(p.to_local().nbytes for p in model.parameters())
+largest = max(p.numel() * p.element_size() for p in model.parameters())
+checksum = sum(p.full_tensor().double().abs().nan_to_num(0, 0, 0).sum().item() for p in model.parameters())
+found = parallel.gather((max(seen) - before, mine, largest))
+print(checksum, *(number for each in found for number in each))
 """
 
 
@@ -69,3 +105,18 @@ def test_memory_of_loading(gigabyte, dtype):
     print(f"{dtype}: model {model / 1e6:.0f} MB, largest shard {max(sizes) / 1e6:.0f} MB, peak {peak / 1e6:.0f} MB")
     assert sum(sizes) > 0.99e9 and model >= sum(sizes) * 0.99
     assert peak < model + max(sizes)
+
+
+@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="peak memory is read from /proc")
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_memory_of_loading_shards(gigabyte, tmp_path, dtype):
+    """Two processes: each reads a tensor, keeps its rows and lets the rest go."""
+    script = tmp_path / "measure.py"
+    script.write_text(MEASURE_SHARDS.format(root=str(Path(__file__).resolve().parent.parent)))
+    checksum, *numbers = map(float, run(2, str(script), gigabyte, dtype).stdout.split())
+    for peak, mine, largest in zip(*[iter(numbers)] * 3, strict=True):
+        print(f"{dtype}: share {mine / 1e6:.0f} MB, largest tensor {largest / 1e6:.0f} MB, peak {peak / 1e6:.0f} MB")
+        assert 0.95 * mine < peak < mine + largest
+    whole = load_model(gigabyte, dtype=getattr(torch, dtype))
+    expected = sum(p.double().abs().nan_to_num(0, 0, 0).sum().item() for p in whole.parameters())
+    assert checksum == pytest.approx(expected, rel=1e-6)

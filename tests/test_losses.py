@@ -184,7 +184,7 @@ def test_branch_logps_equal_the_plain_way(seed):
 @pytest.mark.parametrize("first", [0, 6])
 def test_pairs_of_the_embedded_world_equal_the_plain_way(first):
     """A collated batch of true answers, others' as rejected ones: log-probs, and IPO's gradients (never near 0)."""
-    model, tokenizer = toy_model(), toy_tokenizer()
+    model, tokenizer = copy.deepcopy(toy_model()).requires_grad_(True), toy_tokenizer()
     answers = [instruct_record(raw) for raw in toyworld.alignment_records(4, "validation", first)]
     records = [Record(a.id, a.image, a.turns, a.chosen, b.chosen) for a, b in zip(answers, answers[2:] + answers[:2],
                                                                                    strict=True)]  # fmt: skip

@@ -150,7 +150,7 @@ def test_appended_columns(seed):
     """A tree and the columns behind it keep the rule: the mask of the last columns is the whole mask's."""
     tree = build_tree(random_batch(seed), IMAGE, PAD)
     cut = random.Random(seed).randrange(tree.ids.shape[1])
-    names = ("ids", "positions", "branch", "fork", "visible", "parent", "feature", "sequence")
+    names = ("ids", "positions", "branch", "fork", "visible", "parent", "feature")
     left, right = (
         type(tree)(*(getattr(tree, name)[:, part] for name in names), tip, expected)
         for part, tip, expected in [

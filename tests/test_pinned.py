@@ -1,6 +1,7 @@
 """Pixels for a GPU: pinned where they are loaded, fetched without waiting. There is none here: the calls are noted."""
 
 import copy
+from dataclasses import replace
 
 import pytest
 import torch
@@ -9,7 +10,7 @@ from input_files import pair
 from script_runs import contents, train
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from minialign import distributed, flags
+from minialign import flags, lora
 from minialign.collate import PairCollator
 from minialign.records import pair_record
 
@@ -59,7 +60,10 @@ def test_the_script_says_where_they_go(model, pairs, tmp_path, pins, monkeypatch
     train(model, tmp_path / "cpu", pairs=pairs)
     assert not pins
     monkeypatch.setattr(flags, "require_device", lambda device: None)
-    monkeypatch.setattr(distributed, "load", lambda config, read: read("cpu"))  # and so the model is here
+    real = lora.load_policy_weights
+    monkeypatch.setattr(  # and so the model is here
+        lora, "load_policy_weights", lambda *given: real(*given[:2], replace(given[2], device="cpu"), *given[3:])
+    )
     train(model, tmp_path / "cuda", pairs=pairs, device="cuda", workers=2)
     assert sorted(shape[0] for shape in pins) == [1, 2, 4, 4, 4]
     left = [contents(tmp_path / device) for device in ("cpu", "cuda")]

@@ -10,11 +10,12 @@ from script_runs import instruct_file
 
 from minialign import ranked, toyworld
 from minialign.annotator import OracleAnnotator, Verdict
+from minialign.cli import parse_config
 
 
 def run(monkeypatch, out: Path, *flags: object) -> list[dict]:
     monkeypatch.setattr("sys.argv", ["ranked", "--out", str(out), *map(str, flags)])
-    ranked.main()
+    ranked.main(parse_config(ranked.Config, ""))
     return [json.loads(line) for line in out.read_text().splitlines()]
 
 

@@ -16,6 +16,7 @@ import train_dpo
 from minialign import annotator, heads, lora, toyworld
 from minialign.annotator import Comparison, RewardAnnotator
 from minialign.checkpoint import load_model
+from minialign.cli import parse_config
 from minialign.masks import Branch, Sequence, build_tree
 from minialign.records import Record
 from minialign.reward_model import HEAD_FILE, load_reward_model
@@ -179,7 +180,7 @@ def test_a_damaged_head_is_refused(trained, tmp_path):
 
 def test_a_model_that_ranks_nothing_is_refused(model, pairs, tmp_path, monkeypatch):
     """From a head of zeros, at a rate of next to nothing: all rewards are the same, and nobody could whiten them."""
-    monkeypatch.setattr(lora, "add_head", lambda model, kind: heads.add_head(model, "value"))
+    monkeypatch.setattr(lora, "new_head", lambda model, kind: heads.new_head(model, "value"))
     flags = {"pairs": pairs, "loss": "reward", "lr": 1e-30, "projector_lr": 0.0}
     refused(lambda: train(model, tmp_path, **flags), "gives all responses the same reward; train it longer")
     assert not (tmp_path / "merged").exists()
@@ -199,7 +200,7 @@ def test_accuracy_across_data_sets(trained, pairs, tmp_path, monkeypatch, capsys
     out = tmp_path / "table.json"
     argv = ["annotator", "--annotator", str(trained / "merged"), "--pairs", f"{pairs},{turned}", "--out", str(out)]
     monkeypatch.setattr("sys.argv", argv)
-    annotator.main()
+    annotator.main(parse_config(annotator.Config, ""))
     found = json.loads(out.read_text())
     right = (rewards[:, 0] > rewards[:, 1]).float().mean().item()
     assert found[pairs]["accuracy"]["value"] == pytest.approx(right, abs=1e-5)

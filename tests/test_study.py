@@ -43,7 +43,7 @@ def programs(monkeypatch):
 
 def run_study(monkeypatch, *argv: str) -> None:
     monkeypatch.setattr("sys.argv", ["study", *argv])
-    study.main()
+    study.main(parse_config(study.Config, ""))
 
 
 def test_study_leaves_rows_and_findings(tmp_path, monkeypatch, programs, capsys):

@@ -10,6 +10,7 @@ from input_files import gives_remedy
 from script_runs import read_lines, train
 
 from minialign import toycorrupt
+from minialign.cli import parse_config
 from minialign.data import TOY_RECORDS, read_records
 from minialign.records import pair_record
 from minialign.toycorrupt import WORDS, corrupted, pair_line
@@ -103,7 +104,7 @@ def test_no_alignment_answer_says_a_number():
 
 def run(monkeypatch, *argv: str) -> None:
     monkeypatch.setattr("sys.argv", ["toycorrupt", *argv])
-    toycorrupt.main()
+    toycorrupt.main(parse_config(toycorrupt.Config, ""))
 
 
 def test_program_writes_what_training_reads(model, tmp_path, monkeypatch, capsys):

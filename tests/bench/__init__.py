@@ -1,1 +1,2 @@
-"""minialign beside transformers and TRL: the same weights, the same inputs, one run. `python -m tests.bench`."""
+"""minialign beside transformers and TRL: the same weights, the same inputs, one run. `python -m
+tests.bench`."""

@@ -1,21 +1,28 @@
-"""dpo-step and dpo-step-cached-ref: one step of train_dpo.py beside one of TRL's DPOTrainer with PEFT.
+"""dpo-step and dpo-step-cached-ref: one step of train_dpo.py beside one of TRL's DPOTrainer with
+PEFT; dpo-step-liger: the same beside TRL with Liger's kernels.
 
-A step is the tower, policy and reference forward, backward, clipping and AdamW, from a batch that each side's own
-collator has made. Both have the same adapters on the same linears and train the projector in full; the adapters are
-not at zero, else every loss would be log 2. TRL runs as its users have it at its fastest: SDPA, no gradient
-checkpointing (we have none either), and in bf16 where the size says so. TRL refuses to precompute reference
-log-probs of pictures, so the second row has its whole step, too.
+A step is the tower, policy and reference forward, backward, clipping and AdamW, from a batch that
+each side's own collator has made. Both have the same adapters on the same linears and train the
+projector in full; the adapters are not at zero, else every loss would be log 2. TRL runs as its
+users have it at its fastest: SDPA, no gradient checkpointing (we have none either), and in bf16
+where the size says so. TRL refuses to precompute reference log-probs of pictures, so the second row
+has its whole step, too. What neither side trains lies in memory once, for both: a GPU of 80 GB has
+no room for two. Of `use_liger_kernel` TRL's `train` makes a call that does nothing for a
+LLaVA-1.6, for which Liger has no kernels; the third row gives its language model those of a Llama.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
+from importlib.util import find_spec
 from pathlib import Path
 
 import torch
 from safetensors.torch import load_file
-from torch import Tensor
+from torch import Tensor, nn
 
 import train_dpo
 from minialign.chat import Tokenizer
+from minialign.checkpoint import NAMES, rename
 from minialign.collate import PairBatch, PairCollator
 from minialign.images import ImageProcessor
 from minialign.llava import Llava
@@ -25,10 +32,12 @@ from minialign.optimizer import make_optimizer, update
 from minialign.records import Record
 from tests.bench import roofline
 from tests.bench.models import load_ours, load_peer, peer_processor
+from tests.bench.rows import Facts
 from tests.bench.sizes import Size, picture
-from tests.bench.timing import Side, compared, interleaved, model_bytes, peak_bytes
+from tests.bench.timing import alone, compared, measured
 
-CONFIG = train_dpo.Config(beta=0.1, lr=1e-9, projector_lr=1e-9, clip=1.0)  # every repeat is the first step again
+# Rates so low that every repeat is the first step again.
+CONFIG = train_dpo.Config(beta=0.1, lr=1e-9, projector_lr=1e-9, clip=1.0)
 TOLERANCE = {"float32": 1e-3, "bfloat16": 5e-2}  # of losses and gradient norms, relative
 
 
@@ -37,12 +46,17 @@ def record(size: Size, folder: Path, number: int) -> Record:
     name = f"{number}.png"
     picture(number).save(folder / name)
     turns = [("user", size.question(number))]
-    return Record(str(number), name, turns, size.answer(number, "chosen"), size.answer(number, "rejected"))
+    chosen, rejected = size.answer(number, "chosen"), size.answer(number, "rejected")
+    return Record(str(number), name, turns, chosen, rejected)
 
 
-def collator(tokenizer: Tokenizer, processor: ImageProcessor, folder: Path, keep: bool = False) -> PairCollator:
-    """The training scripts' collator, for pictures beside the model; `keep` them for the model to sample from."""
-    return PairCollator(tokenizer, processor, str(folder), CONFIG.max_response_tokens, keep_pictures=keep)
+def collator(
+    tokenizer: Tokenizer, processor: ImageProcessor, folder: Path, keep: bool = False
+) -> PairCollator:
+    """The training scripts' collator, for pictures beside the model; `keep` them for the model to
+    sample from."""
+    limit = CONFIG.max_response_tokens
+    return PairCollator(tokenizer, processor, str(folder), limit, keep_pictures=keep)
 
 
 def with_adapters(model: Llava, rank: int) -> Llava:
@@ -78,6 +92,7 @@ class Ours:
         return self.learn(preference_loss(logps, ref_logps, CONFIG.loss, CONFIG.beta, weights))
 
     def learn(self, loss: Tensor) -> tuple[float, float]:
+        """Backward pass, clipping and AdamW."""
         loss.backward()
         return loss.item(), update(self.optimizer, 1.0, CONFIG.clip, loss.item(), "bench")
 
@@ -87,35 +102,60 @@ class Ours:
         features = self.model.encode_images(self.batch.pixels)
         return both_logps(self.model, self.batch.tree.to(self.model.device), features)[1]
 
+    def flops(self, reference: bool = True) -> int:
+        """Of a step, by mathematics."""
+        return roofline.dpo_flops(
+            self.model, self.batch.tree, len(self.batch.pixels), reference=reference
+        )
+
 
 class Peer:
     """TRL's side of a step, on the adapter folder that ours has written."""
 
-    def __init__(self, size: Size, folder: Path, adapter: Path, pair: Record):
+    def __init__(self, size: Size, folder: Path, pair: Record, ours: Llava, liger: bool = False):
         import datasets
         import peft
         import trl
 
         row = {
-            "images": [picture(int(pair.id))], "prompt": f"<s>USER: <image>\n{pair.turns[0][1]} ASSISTANT:",
-            "chosen": f"{pair.chosen}</s>", "rejected": f"{pair.rejected}</s>",
-        }  # fmt: skip
+            "images": [picture(int(pair.id))],
+            "prompt": f"<s>USER: <image>\n{pair.turns[0][1]} ASSISTANT:",
+            "chosen": f"{pair.chosen}</s>",
+            "rejected": f"{pair.rejected}</s>",
+        }
         config = trl.DPOConfig(
-            output_dir=str(folder / "trl"), per_device_train_batch_size=1, gradient_checkpointing=False,
-            bf16=size.dtype == "bfloat16", use_cpu=size.device == "cpu", max_length=None, report_to="none",
-            learning_rate=CONFIG.lr, max_grad_norm=CONFIG.clip, beta=CONFIG.beta,
-        )  # fmt: skip
+            output_dir=str(folder / "trl"),
+            per_device_train_batch_size=1,
+            gradient_checkpointing=False,
+            bf16=size.dtype == "bfloat16",
+            use_cpu=size.device == "cpu",
+            max_length=None,
+            report_to="none",
+            learning_rate=CONFIG.lr,
+            max_grad_norm=CONFIG.clip,
+            beta=CONFIG.beta,
+            use_liger_kernel=liger,
+        )
+        adapter = folder / "adapter"
         lora = peft.LoraConfig.from_pretrained(adapter)
         lora.inference_mode = False
+        model = load_peer(size, folder)
+        share_weights(ours, model)
         self.trainer = trl.DPOTrainer(
-            load_peer(size, folder), args=config, train_dataset=datasets.Dataset.from_list([row]),
-            processing_class=peer_processor(size, folder), peft_config=lora,
-        )  # fmt: skip
+            model,
+            args=config,
+            train_dataset=datasets.Dataset.from_list([row]),
+            processing_class=peer_processor(size, folder),
+            peft_config=lora,
+        )
         self.model = self.trainer.model
-        unknown = peft.set_peft_model_state_dict(self.model, load_file(adapter / "adapter_model.safetensors"))
-        assert not unknown.unexpected_keys
+        state = load_file(adapter / "adapter_model.safetensors")
+        assert not peft.set_peft_model_state_dict(self.model, state).unexpected_keys
+        if liger:
+            with_liger_kernels(self.model, config)
         self.optimizer = self.trainer.create_optimizer()
-        self.trainer.current_gradient_accumulation_steps = 1  # which `train` sets before the first step
+        # What `train` sets before the first step.
+        self.trainer.current_gradient_accumulation_steps = 1
         self.batch = next(iter(self.trainer.get_train_dataloader()))
 
     def step(self) -> tuple[float, float]:
@@ -128,13 +168,46 @@ class Peer:
         return loss, norm
 
 
-def make_sides(size: Size, folder: Path) -> tuple[Ours, Peer]:
-    """Both sides before their first step, on the same pair and the same adapters."""
+def share_weights(ours: Llava, peer: nn.Module) -> None:
+    """Let the peer have its frozen weights where ours are; the projector is trained, by each its
+    own."""
+    frozen = {
+        name.replace(".base.weight", ".weight"): parameter
+        for name, parameter in ours.named_parameters()
+        if not parameter.requires_grad and "multi_modal_projector" not in name
+    }
+    for name, parameter in peer.named_parameters():
+        own = frozen.get(rename(name, NAMES))
+        if own is not None:
+            assert torch.equal(own, parameter), f"{name} differs"
+            parameter.data = own.data
+
+
+def with_liger_kernels(model, config) -> None:
+    """What `train` does for `use_liger_kernel`, and of Liger's kernels for a Llama all that leave
+    the logits as they are."""
+    from liger_kernel.transformers import apply_liger_kernel_to_llama
+    from transformers.integrations.liger import apply_liger_kernel
+
+    apply_liger_kernel(model, config.liger_kernel_config)
+    decoder = model.get_base_model().model.language_model
+    apply_liger_kernel_to_llama(fused_linear_cross_entropy=False, model=decoder)
+
+
+def make_ours(size: Size, folder: Path) -> tuple[Ours, Record]:
+    """Our side before its first step, its adapters written for the peer, and the pair."""
     model, tokenizer, processor = load_ours(size, folder)
     with_adapters(model, size.lora_rank)
-    adapter, pair = folder / "adapter", record(size, folder, 0)
-    save_adapter(adapter_state(model), size.lora_rank, 2.0 * size.lora_rank, str(folder), adapter)
-    ours, peer = Ours(model, collator(tokenizer, processor, folder)([pair])), Peer(size, folder, adapter, pair)
+    rank = size.lora_rank
+    save_adapter(adapter_state(model), rank, 2.0 * rank, str(folder), folder / "adapter")
+    pair = record(size, folder, 0)
+    return Ours(model, collator(tokenizer, processor, folder)([pair])), pair
+
+
+def make_sides(size: Size, folder: Path) -> tuple[Ours, Peer]:
+    """Both sides before their first step, on the same pair and the same adapters."""
+    ours, pair = make_ours(size, folder)
+    peer = Peer(size, folder, pair, ours.model)
     require_same_tokens(ours.batch, peer.batch)
     return ours, peer
 
@@ -145,40 +218,76 @@ def require_same_tokens(ours: PairBatch, peer: dict) -> None:
     for branch in (1, 2):
         ids = tree.ids[0][(tree.branch[0] == 0) | (tree.branch[0] == branch)]
         row = peer["input_ids"][branch - 1].cpu()
-        assert torch.equal(row[peer["attention_mask"][branch - 1].bool().cpu()], ids), "other tokens"
+        assert torch.equal(row[peer["attention_mask"][branch - 1].bool().cpu()], ids), (
+            "other tokens"
+        )
 
 
 def require_same_work(ours: tuple[float, float], peer: tuple[float, float], dtype: str) -> str:
     """The first steps' losses and gradient norms agree; in words."""
     for a, b in zip(ours, peer, strict=True):
-        assert abs(a - b) <= TOLERANCE[dtype] * abs(b), f"loss and gradient norm {ours}, the peer's {peer}"
-    return f"loss {ours[0]:.5f} and gradient norm {ours[1]:.4f}, the peer's {peer[0]:.5f} and {peer[1]:.4f}"
+        said = f"loss and gradient norm {ours}, the peer's {peer}"
+        assert abs(a - b) <= TOLERANCE[dtype] * abs(b), said
+    return (
+        f"loss {ours[0]:.5f} and gradient norm {ours[1]:.4f}, "
+        f"the peer's {peer[0]:.5f} and {peer[1]:.4f}"
+    )
 
 
-def rows(size: Size, folder: Path) -> dict[str, dict]:
-    """Both rows."""
-    ours, peer = make_sides(size, folder)
-    ref_logps = ours.ref_logps()  # before the first step: the projector's original and the base do not change
-    first, cached, theirs = ours.step(), ours.cached_step(ref_logps), peer.step()
-    checked = require_same_work(first, theirs, size.dtype)
+def measure(size: Size, folder: Path, facts: Facts) -> None:
+    """The rows dpo-step and dpo-step-cached-ref."""
+    ours, pair = make_ours(size, folder)
+    ref_logps = ours.ref_logps()  # before the first step; the base does not change
+    first, cached = ours.step(), ours.cached_step(ref_logps)
+    steps: dict[str, Callable] = {
+        "dpo-step": ours.step,
+        "dpo-step-cached-ref": lambda: ours.cached_step(ref_logps),
+    }
+    for row, step in steps.items():
+        facts.add(row, ours=alone(step, ours.model, size.device))
+
+    peer = Peer(size, folder, pair, ours.model)
+    require_same_tokens(ours.batch, peer.batch)
+    checked = require_same_work(first, peer.step(), size.dtype)
     require_same_work(cached, peer.step(), size.dtype)
-    steps = {"ours": ours.step, "cached": lambda: ours.cached_step(ref_logps), "peer": peer.step}
-    seconds = interleaved(steps, size.repeats, size.device)
-    peaks = {name: peak_bytes(step, size.device) for name, step in steps.items()}
-    models = {"ours": model_bytes(ours.model), "cached": model_bytes(ours.model), "peer": model_bytes(peer.model)}
-    side = {name: Side(seconds[name], peaks[name], models[name]) for name in steps}
-    return {
-        "dpo-step": compared("a DPO step with LoRA: TRL's DPOTrainer", checked, side["ours"], side["peer"],
-                             **facts(size, ours, peer, seconds["ours"], True)),
-        "dpo-step-cached-ref": compared("the same, the reference's log-probs given: TRL's whole step", checked,
-                                        side["cached"], side["peer"],
-                                        **facts(size, ours, peer, seconds["cached"], False)),
-    }  # fmt: skip
+
+    models = dict.fromkeys(steps, ours.model) | {"peer": peer.model}
+    side = measured(steps | {"peer": peer.step}, models, size.repeats, size.device)
+    works = {
+        "dpo-step": "a DPO step with LoRA: TRL's DPOTrainer",
+        "dpo-step-cached-ref": "the same, the reference's log-probs given: TRL's whole step",
+    }
+    for row, work in works.items():
+        more = shares(size, ours, peer, side[row].seconds, reference=row == "dpo-step")
+        facts.finish(row, **compared(work, checked, side[row], side["peer"], **more))
 
 
-def facts(size: Size, ours: Ours, peer: Peer, seconds: float, reference: bool) -> dict:
+def measure_liger(size: Size, folder: Path, facts: Facts) -> None:
+    """The row dpo-step-liger."""
+    if size.device != "cuda" or find_spec("liger_kernel") is None:
+        facts.skip("dpo-step-liger", "wants a CUDA GPU and the package liger_kernel")
+        return
+    ours, pair = make_ours(size, folder)
+    first = ours.step()
+    facts.add("dpo-step-liger", ours=alone(ours.step, ours.model, size.device))
+
+    peer = Peer(size, folder, pair, ours.model, liger=True)
+    checked = require_same_work(first, peer.step(), size.dtype)
+    steps = {"ours": ours.step, "peer": peer.step}
+    models = {"ours": ours.model, "peer": peer.model}
+    side = measured(steps, models, size.repeats, size.device)
+    work = "a DPO step with LoRA: TRL's DPOTrainer with Liger's kernels"
+    facts.finish("dpo-step-liger", **compared(work, checked, side["ours"], side["peer"]))
+
+
+def shares(size: Size, ours: Ours, peer: Peer, seconds: float, reference: bool) -> dict:
     """The tokens of both sides, our FLOPs, and on a GPU their share of what it can do."""
-    tree = ours.batch.tree
-    flops = roofline.dpo_flops(ours.model, tree, len(ours.batch.pixels), reference)
-    found = {"tokens": tree.ids.numel(), "peer_tokens": peer.batch["input_ids"].numel(), "flops": flops}
-    return found | ({"utilisation": roofline.utilisation(flops, seconds)} if size.device == "cuda" else {})
+    flops = ours.flops(reference)
+    found = {
+        "tokens": ours.batch.tree.ids.numel(),
+        "peer_tokens": peer.batch["input_ids"].numel(),
+        "flops": flops,
+    }
+    if size.device == "cuda":
+        found["utilisation"] = roofline.utilisation(flops, seconds)
+    return found

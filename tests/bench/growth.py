@@ -1,13 +1,15 @@
-"""How memory and time grow, measured here: DPO against the response, BDHS against sentences and image tokens.
+"""How memory and time grow, measured here: DPO against the response, BDHS against sentences and
+image tokens.
 
-On the bench's small LLaVA-1.6 (random weights), one thread: medians of repeats that take turns. The stop tokens are
-taken away from BDHS, so that every sentence is completed by as many tokens.
+On the bench's small LLaVA-1.6 (random weights), one thread: medians of repeats that take turns. The
+stop tokens are taken away from BDHS, so that every sentence is completed by as many tokens.
 """
 
 import os
 import tempfile
 from collections.abc import Iterable
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from unittest import mock
 
@@ -49,7 +51,9 @@ def batch_of(collate: PairCollator, folder: Path, size: Size, response: int) -> 
     pair = record(size, folder, 0)
     collate = replace(collate, max_response_tokens=response, truncate=True)
     words = replace(size, sentence_tokens=response)  # of five sentences: enough
-    return collate([replace(pair, chosen=words.answer(0, "chosen"), rejected=words.answer(0, "rejected"))])
+    return collate(
+        [replace(pair, chosen=words.answer(0, "chosen"), rejected=words.answer(0, "rejected"))]
+    )
 
 
 def dpo_steps(size: Size, folder: Path, lengths: Iterable[int]) -> dict[int, Ours]:
@@ -64,7 +68,8 @@ def dpo_steps(size: Size, folder: Path, lengths: Iterable[int]) -> dict[int, Our
 
 
 def memory_rows(size: Size, folder: Path, lengths: Iterable[int]) -> list[dict[str, int]]:
-    """What a DPO step keeps and its peak, as counted and by the formula, and its largest tensor, by length."""
+    """What a DPO step keeps and its peak, as counted and by the formula, and its largest tensor, by
+    length."""
     rows = []
     for ours in dpo_steps(size, folder, lengths).values():
         model, tree = ours.model, ours.batch.tree
@@ -72,12 +77,13 @@ def memory_rows(size: Size, folder: Path, lengths: Iterable[int]) -> list[dict[s
         ours.step()  # the moments are there from now on
         kept = memory.saved_bytes(model, lambda: branch_logps(model, tree, features))  # noqa: B023
         dense = memory.dense_mask_bytes(model, tree)
-        with memory.LargestTensor(tree) as largest:
+        with memory.LargestTensor() as largest:
             ours.step()
         formula = memory.activation_bytes(model, tree)
         rows.append({
             "tokens": tree.ids.shape[1], "kept": kept - dense, "formula": formula, "dense": dense,
-            "peak": peak_bytes(ours.step, "cpu") - dense, "peak formula": formula + memory.workspace_bytes(model, tree),
+            "peak": peak_bytes(ours.step, "cpu") - dense,
+            "peak formula": formula + memory.workspace_bytes(model, tree),
             "largest": largest.bytes, "shape": largest.shape,
         })  # fmt: skip
     return rows
@@ -86,13 +92,15 @@ def memory_rows(size: Size, folder: Path, lengths: Iterable[int]) -> list[dict[s
 # ---------------------------------------------------------------- time
 
 
-def dpo_times(size: Size, folder: Path, lengths: Iterable[int], repeats: int) -> dict[str, list[tuple[float, float]]]:
+def dpo_times(
+    size: Size, folder: Path, lengths: Iterable[int], repeats: int
+) -> dict[str, list[tuple[float, float]]]:
     """Seconds of a step by tokens of each response, the reference computed or cached."""
     steps, sides = dpo_steps(size, folder, lengths), {}
     for length, ours in steps.items():
         ref_logps = ours.ref_logps()
         sides["reference computed", length] = ours.step
-        sides["--ref-cache", length] = lambda ours=ours, ref_logps=ref_logps: ours.cached_step(ref_logps)
+        sides["--ref-cache", length] = partial(ours.cached_step, ref_logps)
     return by_line(interleaved(sides, repeats, "cpu"))
 
 
@@ -105,12 +113,17 @@ def by_line(seconds: dict[tuple[str, int], float]) -> dict[str, list[tuple[float
 
 
 def bdhs_work(size: Size, loads: tuple, sentences: int, rho_th: float):
-    """Algorithm 1 for one example of so many sentences: the tower, a prefill, and as many branches."""
+    """Algorithm 1 for one example of so many sentences: the tower, a prefill, and as many
+    branches."""
     model, tokenizer, processor = loads
     sampling = Sampling(size.sentence_tokens, temperature=0.0)
-    bdhs = Bdhs(model, tokenizer, processor, never_similar, BdhsConfig(rho_th, n_bdhs=1, sampling=sampling))
+    bdhs = Bdhs(
+        model, tokenizer, processor, never_similar, BdhsConfig(rho_th, n_bdhs=1, sampling=sampling)
+    )
     sentence = size.answer(0, "chosen").split(". ")[0] + "."
-    example = Example("0", picture(0), [("user", size.question(0))], " ".join([sentence] * sentences))
+    example = Example(
+        "0", picture(0), [("user", size.question(0))], " ".join([sentence] * sentences)
+    )
     pixels = processor(example.image)
 
     def work() -> None:
@@ -128,7 +141,8 @@ def sentence_times(size: Size, folder: Path, counts: Iterable[int], repeats: int
 
 
 def image_times(size: Size, folder: Path, sides: Iterable[int], repeats: int):
-    """Seconds per example by image tokens, of which few or all are seen; the decoder stays the same."""
+    """Seconds per example by image tokens, of which few or all are seen; the decoder stays the
+    same."""
     works = {}
     for side in sides:
         shape = replace(size, vision=vision_config(96, 3, 3, side))
@@ -140,7 +154,8 @@ def image_times(size: Size, folder: Path, sides: Iterable[int], repeats: int):
 
 
 def loading_seconds(folder: Path, repeats: int) -> float:
-    """Median seconds in which one process parses, decodes and tiles a pair's JPEG of 640 x 480 for a 7B's tower."""
+    """Median seconds in which one process parses, decodes and tiles a pair's JPEG of 640 x 480 for
+    a 7B's tower."""
     tokenizer = loaded(TINY, folder)[1]
     picture(0).save(folder / "0.jpg")
     pair = replace(record(TINY, folder, 0), image="0.jpg")
@@ -153,12 +168,15 @@ def memory_table(rows: list[dict]) -> str:
     """MB, and the largest tensor's shape."""
     shown = []
     for row in rows:
-        sizes = [f"{row[key] / 1e6:.1f}" for key in ("kept", "formula", "peak", "peak formula", "dense", "largest")]
+        sizes = [
+            f"{row[key] / 1e6:.1f}"
+            for key in ("kept", "formula", "peak", "peak formula", "dense", "largest")
+        ]
         per_token = f"{row['kept'] / row['tokens'] / 1e3:.2f}"
         shape = " x ".join(str(n) for n in row["shape"])
         shown.append([f"{row['tokens']:,}", *sizes[:2], per_token, *sizes[2:], shape])
     return markdown(
-        "tokens | MB kept | formula | kB per token | MB peak | formula | dense mask (CPU only) | largest tensor |"
+        "tokens | MB kept | formula | kB per token | MB peak | formula | mask | largest tensor |"
         " its shape", shown,
     )  # fmt: skip
 
@@ -171,9 +189,18 @@ def main(out: str) -> None:
         rows = memory_rows(MEMORY, folder / "memory", LENGTHS)
         print(f"## Memory against length\n\n{memory_table(rows)}")
         plots = {
-            "response": ("tokens of each response", dpo_times(TINY, folder / "response", LENGTHS, REPEATS)),
-            "sentences": ("sentences of y+", sentence_times(TINY, folder / "sentences", SENTENCES, BDHS_REPEATS)),
-            "image-tokens": ("image tokens", image_times(TINY, folder / "images", SIDES, BDHS_REPEATS)),
+            "response": (
+                "tokens of each response",
+                dpo_times(TINY, folder / "response", LENGTHS, REPEATS),
+            ),
+            "sentences": (
+                "sentences of y+",
+                sentence_times(TINY, folder / "sentences", SENTENCES, BDHS_REPEATS),
+            ),
+            "image-tokens": (
+                "image tokens",
+                image_times(TINY, folder / "images", SIDES, BDHS_REPEATS),
+            ),
         }
         loading = loading_seconds(folder / "loading", BDHS_REPEATS)
     for plot, (across, lines) in plots.items():
@@ -183,4 +210,7 @@ def main(out: str) -> None:
         columns = [f"{x:,}" for x, _ in next(iter(lines.values()))]
         figures = [[line, *(f"{y:,.0f}" for _, y in points)] for line, points in lines.items()]
         print(f"## {up}\n\n{markdown(' | '.join([across, *columns]), figures)}")
-    print(f"{loading * 1e3:.0f} ms to load a pair; load average {os.getloadavg()[0]:.1f}, torch {torch.__version__}")
+    print(
+        f"{loading * 1e3:.0f} ms to load a pair; "
+        f"load average {os.getloadavg()[0]:.1f}, torch {torch.__version__}"
+    )

@@ -1,7 +1,9 @@
-"""load: a checkpoint in shards into memory, minialign's `load_model` beside transformers' `from_pretrained`.
+"""load: a checkpoint in shards into memory, minialign's `load_model` beside transformers'
+`from_pretrained`.
 
-Both map the files, and a tensor that is used as it is stored may never be read before it is needed: so each loaded
-tensor is summed up once. The files are in the page cache from the second repeat on, for both.
+Both map the files, and a tensor that is used as it is stored may never be read before it is needed:
+so each loaded tensor is summed up once. The files are in the page cache from the second repeat on,
+for both.
 """
 
 from dataclasses import replace
@@ -13,8 +15,9 @@ from torch import nn
 from minialign.checkpoint import NAMES, load_model, rename
 from minialign.llava import Llava
 from tests.bench.models import load_peer, make_folder
+from tests.bench.rows import Facts
 from tests.bench.sizes import Size
-from tests.bench.timing import Side, compared, interleaved, peak_bytes
+from tests.bench.timing import compared, measured
 
 
 def touched(model: nn.Module) -> nn.Module:
@@ -25,7 +28,8 @@ def touched(model: nn.Module) -> nn.Module:
 
 
 def require_same_tensors(ours: Llava, peer: nn.Module) -> str:
-    """Both hold the same tensors, in words; ours has the projector, which is trained, in float32."""
+    """Both hold the same tensors, in words; ours has the projector, which is trained, in
+    float32."""
     theirs = {rename(key, NAMES): tensor for key, tensor in peer.state_dict().items()}
     state = ours.state_dict()
     assert state.keys() == theirs.keys(), sorted(state.keys() ^ theirs.keys())
@@ -34,23 +38,21 @@ def require_same_tensors(ours: Llava, peer: nn.Module) -> str:
     return f"{len(state)} tensors are the same"
 
 
-def rows(size: Size, folder: Path) -> dict[str, dict]:
+def measure(size: Size, folder: Path, facts: Facts) -> None:
     """The row; `folder` holds the size's model, which is loaded itself if it is large enough."""
     dtype = getattr(torch, size.dtype)
     if size.loaded != size.text:
         size = replace(size, text=size.loaded)
         folder = make_folder(size, folder / "loaded")
 
-    def our_work() -> nn.Module:
-        return touched(load_model(folder, size.device, dtype))
-
-    def peer_work() -> nn.Module:
-        return touched(load_peer(size, folder))
-
-    checked = require_same_tensors(our_work(), peer_work())
-    sides = {"ours": our_work, "peer": peer_work}
-    seconds = interleaved(sides, size.repeats, size.device)
-    side = {name: Side(seconds[name], peak_bytes(work, size.device), 0) for name, work in sides.items()}
+    works = {
+        "ours": lambda: touched(load_model(folder, size.device, dtype)),
+        "peer": lambda: touched(load_peer(size, folder)),
+    }
+    checked = require_same_tensors(works["ours"](), works["peer"]())
+    side = measured(works, dict.fromkeys(works), size.repeats, size.device)
     files = [file.stat().st_size for file in folder.glob("*.safetensors")]
-    work = f"{sum(files) / 1e6:,.0f} MB of {size.dtype} in {len(files)} shards: transformers' from_pretrained"
-    return {"load": compared(work, checked, side["ours"], side["peer"], bytes=sum(files))}
+    kind = f"{sum(files) / 1e6:,.0f} MB of {size.dtype} in {len(files)} shards"
+    work = f"{kind}: transformers' from_pretrained"
+    row = compared(work, checked, side["ours"], side["peer"], bytes=sum(files))
+    facts.finish("load", **row)

@@ -1,15 +1,21 @@
-"""What a DPO step holds in memory: by formula for models of any size, and counted for those that run here.
+"""What a DPO step holds in memory: by formula for models of any size, and counted for those that
+run here.
 
-Weights and optimizer are counted on a model of the meta device, which has shapes and no data. Activations are what
-autograd keeps for the backward pass, per token of one decoder layer, of D = hidden_size, Q = heads * head_dim,
-K = key-value heads * head_dim, I = intermediate_size, rank r, and w bytes per number of the frozen weights:
+Weights and optimizer are counted on a model of the meta device, which has shapes and no data.
+Activations are what autograd keeps for the backward pass, per token of one decoder layer, of D =
+hidden_size, Q = heads * head_dim, K = key-value heads * head_dim, I = intermediate_size, rank r,
+and w bytes per number of the frozen weights:
   2 (4 D + 4)          both norms: their float32 input and its scale
-  w (2 D + I)          the inputs of linears that have adapters: q, k, v share one, gate and up; down
+  w (2 D + I)          inputs of linears that have adapters: q, k, v share one, gate and up; down
   w 7 r                what each adapter's A gives
-  w (2 Q + 2 K) + 4 H  attention: q, k, v and its result, o's input, too, and a float32 per head for the softmax
+  w (2 Q + 2 K) + 4 H  attention: q, k, v and its result, o's input, too, and a float32 per head
+                       for the softmax
+  w Q                  o's input, if the result comes in two parts: the causal prefix and the rest
+  w Q                  of the rest alone: its queries once more, where heads that share keys are
+                       folded into rows
   w 3 I                SwiGLU: gate, its silu, up
-Frozen linears keep nothing, as a gradient of their weights is never asked for. Beside the tokens, a layer keeps its
-adapters in the type that they are multiplied in, if that is not float32.
+Frozen linears keep nothing, as a gradient of their weights is never asked for. Beside the tokens, a
+layer keeps its adapters in the type that they are multiplied in, if that is not float32.
 """
 
 from collections.abc import Callable
@@ -38,7 +44,8 @@ def meta_model(config: LlavaConfig, dtype: torch.dtype, rank: int) -> Llava:
 
 
 def local(tensor: Tensor, processes: int) -> int:
-    """Bytes of a tensor's largest shard: FSDP2 deals its rows out, so the first process has the most."""
+    """Bytes of a tensor's largest shard: FSDP2 deals its rows out, so the first process has the
+    most."""
     rows = -(-len(tensor) // processes)
     return rows * (tensor.numel() // len(tensor)) * tensor.element_size()
 
@@ -49,12 +56,14 @@ def frozen_bytes(model: torch.nn.Module, processes: int = 1) -> int:
 
 
 def trained_bytes(model: torch.nn.Module, processes: int = 1) -> int:
-    """Bytes of adapters and projector; their gradients take as many, and Adam's two moments twice as many."""
+    """Bytes of adapters and projector; their gradients take as many, and Adam's two moments twice
+    as many."""
     return sum(local(p, processes) for p in model.parameters() if p.requires_grad)
 
 
 def gathered_bytes(model: Llava) -> int:
-    """Beside the shards: what no layer holds, which stays gathered for the step, and two layers, one ahead of time."""
+    """Beside the shards: what no layer holds, which stays gathered for the step, and two layers,
+    one ahead of time."""
     inside = sum(whole_bytes(unit) for unit in (*model.language_model.layers, model.vision_tower))
     return whole_bytes(model) - inside + 2 * max(map(whole_bytes, model.language_model.layers))
 
@@ -67,55 +76,82 @@ def whole_bytes(module: torch.nn.Module) -> int:
 # ---------------------------------------------------------------- activations
 
 
-def layer_bytes(config: LlamaConfig, rank: int, itemsize: int) -> int:
-    """Per token, what one decoder layer keeps for the backward pass: the sum that stands at the head of this file."""
+def layer_bytes(config: LlamaConfig, rank: int, itemsize: int, parts: int = 1) -> int:
+    """Per token, what one decoder layer keeps for the backward pass: the sum that stands at the
+    head of this file.
+
+    parts: in how many attention is computed, the causal prefix and the rest.
+    """
     D, I, H = config.hidden_size, config.intermediate_size, config.num_attention_heads
     Q, K = H * config.head_dim, config.num_key_value_heads * config.head_dim
-    return 2 * (4 * D + 4) + itemsize * (2 * D + 4 * I + 7 * rank + 2 * Q + 2 * K) + 4 * H
+    return 2 * (4 * D + 4) + itemsize * (2 * D + 4 * I + 7 * rank + (1 + parts) * Q + 2 * K) + 4 * H
 
 
-def kept_of_layer(model: Llava, tokens: int) -> int:
-    """Bytes that one decoder layer of a model with adapters keeps of so many tokens."""
-    layer, itemsize = model.language_model.layers[0], model.lm_head.weight.element_size()
+def kept_of_layer(model: Llava, tree: TokenTree) -> int:
+    """Bytes that one decoder layer of a model with adapters keeps of a tree."""
+    config, itemsize = model.config.text, model.lm_head.weight.element_size()
+    layer = model.language_model.layers[0]
     adapters = sum(p.numel() for p in layer.parameters() if p.requires_grad)
     rank = len(layer.mlp.up_proj.lora_A)
-    return tokens * layer_bytes(model.config.text, rank, itemsize) + (adapters * itemsize if itemsize < 4 else 0)
+    rows, width = tree.ids.shape
+    rest = width - tree.prefix  # columns
+    parts = (tree.prefix > 0) + (rest > 0)
+    kept = rows * width * layer_bytes(config, rank, itemsize, parts)
+    if config.num_attention_heads > config.num_key_value_heads:
+        kept += rows * rest * config.num_attention_heads * config.head_dim * itemsize
+    return kept + (adapters * itemsize if itemsize < 4 else 0)
 
 
 def activation_bytes(model: Llava, tree: TokenTree, recompute: bool = False) -> int:
-    """What the policy's forward pass keeps, without the CPU's dense mask.
+    """What the policy's forward pass keeps, without the mask.
 
-    recompute: of each layer its input alone, and the layer whose turn it is in the backward pass in full.
+    recompute: of each layer its input alone, and the layer whose turn it is in the backward pass in
+    full.
     """
     config, itemsize = model.config.text, model.lm_head.weight.element_size()
-    tokens, scored, features = tree.ids.numel(), int((tree.branch > 0).sum()), int((tree.feature >= 0).sum())
-    layer, layers = kept_of_layer(model, tokens), config.num_hidden_layers
+    tokens, scored = tree.ids.numel(), int((tree.branch > 0).sum())
+    features = int((tree.feature >= 0).sum())
+    layer, layers = kept_of_layer(model, tree), config.num_hidden_layers
     kept = layers * tokens * config.hidden_size * itemsize + layer if recompute else layers * layer
-    shared = tokens * (2 * config.head_dim * itemsize + 4 * config.hidden_size + 4)  # rotary tables, the last norm
-    head = scored * (config.hidden_size * itemsize + 48)  # hidden states, and six int64 of where they lie
+
+    # Rotary tables and the last norm; hidden states and five int64 of where they lie.
+    shared = tokens * (2 * config.head_dim * itemsize + 4 * config.hidden_size + 4)
+    head = scored * (config.hidden_size * itemsize + 40)
     projector = features * 4 * (model.config.vision.hidden_size + 2 * config.hidden_size) + tokens
     return kept + shared + head + projector
 
 
 def dense_mask_bytes(model: Llava, tree: TokenTree) -> int:
-    """What the CPU's dense mask adds: SDPA keeps it in every layer, as numbers. A GPU has blocks in its place."""
+    """What the mask behind the causal prefix takes, as what is added to the scores: one for all
+    layers."""
     rows, width = tree.ids.shape
-    return rows * width**2 * model.lm_head.weight.element_size() * model.config.text.num_hidden_layers
+    group = model.config.text.num_attention_heads // model.config.text.num_key_value_heads
+    numbers = rows * group * (width - tree.prefix) * width
+    return numbers * model.lm_head.weight.element_size()
 
 
 def workspace_bytes(model: Llava, tree: TokenTree) -> int:
     """What comes and goes at the height of the backward pass, rounded up.
 
-    Three float32 forms of a chunk's logits (log-softmax and two gradients), or as much as a layer keeps.
+    Three float32 forms of a chunk's logits (log-softmax and two gradients), or as much as a layer
+    keeps.
     """
     config = model.config.text
     chunk = min(CHUNK, int((tree.branch > 0).sum()))
-    return max(12 * chunk * config.vocab_size, kept_of_layer(model, tree.ids.numel()))
+    return max(12 * chunk * config.vocab_size, kept_of_layer(model, tree))
 
 
 def kv_cache_bytes(config: LlamaConfig, batch: int, capacity: int, itemsize: int) -> int:
     """Keys and values of all layers."""
-    return 2 * config.num_hidden_layers * batch * config.num_key_value_heads * capacity * config.head_dim * itemsize
+    return (
+        2
+        * config.num_hidden_layers
+        * batch
+        * config.num_key_value_heads
+        * capacity
+        * config.head_dim
+        * itemsize
+    )
 
 
 def peak_parts(model: Llava, tree: TokenTree, processes: int, recompute: bool) -> dict[str, int]:
@@ -137,7 +173,8 @@ def peak_parts(model: Llava, tree: TokenTree, processes: int, recompute: bool) -
 
 
 def saved_bytes(model: Llava, work: Callable[[], Tensor]) -> int:
-    """Bytes of all storages that autograd keeps of `work()`, each once, the model's own left out."""
+    """Bytes of all storages that autograd keeps of `work()`, each once, the model's own left
+    out."""
     own = {p.untyped_storage().data_ptr() for p in model.parameters()}
     kept: dict[int, torch.UntypedStorage] = {}  # held, so that no address is given out twice
 
@@ -154,16 +191,15 @@ def saved_bytes(model: Llava, work: Callable[[], Tensor]) -> int:
 
 
 class LargestTensor(TorchDispatchMode):
-    """The largest tensor that any operation gives; those of (rows, 1, width, width) are the CPU's dense mask."""
+    """The largest tensor that any operation gives."""
 
-    def __init__(self, tree: TokenTree):
+    def __init__(self):
         super().__init__()
-        rows, width = tree.ids.shape
-        self.mask, self.bytes, self.shape = (rows, 1, width, width), 0, ()
+        self.bytes, self.shape = 0, ()
 
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):
         result = function(*args, **(kwargs or {}))
         for tensor in tree_leaves(result):
-            if isinstance(tensor, Tensor) and tensor.shape != self.mask and tensor.nbytes > self.bytes:
+            if isinstance(tensor, Tensor) and tensor.nbytes > self.bytes:
                 self.bytes, self.shape = tensor.nbytes, tuple(tensor.shape)
         return result

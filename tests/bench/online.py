@@ -1,8 +1,9 @@
-"""online-bdhs-overhead: a step of train_online.py with online BDHS over one of train_dpo.py, both ours.
+"""online-bdhs-overhead: a step of train_online.py with online BDHS over one of train_dpo.py, both
+ours.
 
-The online step encodes the pictures once, samples y- by Algorithm 1 (one guided, greedy iteration) and learns. It
-learns from the stored y- all the same: what random weights say may be of any length, and the overhead is to be that
-of sampling alone.
+The online step encodes the pictures once, samples y- by Algorithm 1 (one guided, greedy iteration)
+and learns. It learns from the stored y- all the same: what random weights say may be of any length,
+and the overhead is to be that of sampling alone.
 """
 
 from collections import Counter
@@ -14,14 +15,15 @@ import torch
 from minialign.losses import both_logps, preference_loss
 from minialign.masks import build_tree
 from minialign.rollout import OwnRejected, features_of
-from tests.bench.dpo import CONFIG, Ours, collator, record, with_adapters
+from tests.bench.dpo import CONFIG, Ours, collator, record, require_same_work, with_adapters
 from tests.bench.models import load_ours
+from tests.bench.rows import Facts
 from tests.bench.sampling import make_bdhs
 from tests.bench.sizes import Size
-from tests.bench.timing import Side, interleaved, model_bytes, peak_bytes
+from tests.bench.timing import measured
 
 
-def rows(size: Size, folder: Path) -> dict[str, dict]:
+def measure(size: Size, folder: Path, facts: Facts) -> None:
     """The row: time and memory beyond the offline step's, as shares of it."""
     model, tokenizer, processor = load_ours(size, folder)
     with_adapters(model, size.lora_rank)
@@ -39,15 +41,14 @@ def rows(size: Size, folder: Path) -> dict[str, dict]:
         return offline.learn(preference_loss(logps, ref_logps, CONFIG.loss, CONFIG.beta, weights))
 
     online, stored = online_step(), offline.step()
-    assert abs(online[0] - stored[0]) <= 1e-3 * abs(stored[0]), f"losses {online[0]} and {stored[0]}"
-    sides = {"online": online_step, "offline": offline.step}
-    seconds = interleaved(sides, size.repeats, size.device)
-    held = model_bytes(model)
-    side = {name: Side(seconds[name], peak_bytes(step, size.device), held) for name, step in sides.items()}
-    return {"online-bdhs-overhead": {
-        "work": "a step with one y- sampled by BDHS: our own step without",
-        "checked": f"losses {online[0]:.5f} and {stored[0]:.5f}",
-        "overhead": side["online"].seconds / side["offline"].seconds - 1,
-        "memory_overhead": side["online"].peak / side["offline"].peak - 1,
+    require_same_work(online, stored, size.dtype)
+    works = {"online": online_step, "offline": offline.step}
+    side = measured(works, dict.fromkeys(works, model), size.repeats, size.device)
+    facts.finish(
+        "online-bdhs-overhead",
+        work="a step with one y- sampled by BDHS: our own step without",
+        checked=f"losses {online[0]:.5f} and {stored[0]:.5f}",
+        overhead=side["online"].seconds / side["offline"].seconds - 1,
+        memory_overhead=side["online"].peak / side["offline"].peak - 1,
         **{name: asdict(one) for name, one in side.items()},
-    }}  # fmt: skip
+    )

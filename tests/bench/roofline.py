@@ -1,7 +1,9 @@
-"""How near to the GPU's limits: model FLOPs utilisation of a DPO step, share of the memory bandwidth in decoding.
+"""How near to the GPU's limits: model FLOPs utilisation of a DPO step, share of the memory
+bandwidth in decoding.
 
-Both count what the mathematics needs, not what an implementation happens to do: a score that the mask throws away,
-an activation that is computed twice, or a weight that is read twice count as waste.
+Both count what the mathematics needs, not what an implementation happens to do: a score that the
+mask throws away, an activation that is computed twice, or a weight that is read twice count as
+waste.
 """
 
 from dataclasses import dataclass
@@ -34,29 +36,37 @@ def this_gpu() -> Gpu | None:
 
 def weights_of(module: nn.Module) -> int:
     """Parameters of the linear layers' matrices, without adapters and biases."""
-    return sum(linear.weight.numel() for linear in module.modules() if isinstance(linear, nn.Linear))
+    return sum(
+        linear.weight.numel() for linear in module.modules() if isinstance(linear, nn.Linear)
+    )
 
 
 def dpo_flops(model: Llava, tree: TokenTree, tiles: int, reference: bool = True) -> int:
     """FLOPs of one DPO step on a frozen base with adapters and a trained projector.
 
-    A matrix of P parameters takes 2 P per token forward, 2 P backward for the gradient of what comes in, and 2 P for
-    the gradient of the matrix, which is needed of trained ones alone. A reference that is not cached adds a forward
-    pass of the base, and the tower's is for both. In sum, with policy + reference in brackets:
+    A matrix of P parameters takes 2 P per token forward, 2 P backward for the gradient of what
+    comes in, and 2 P for the gradient of the matrix, which is needed of trained ones alone. A
+    reference that is not cached adds a forward pass of the base, and the tower's is for both. In
+    sum, with policy + reference in brackets:
       (4 + 2) P  per token of the decoder's frozen matrices
       6 L        per token of the adapters, which the reference does not have
       (4 + 2) H  per scored token of the head
-      (4 + 2) J1 + (6 + 2) J2  per feature of the projector's matrices; the tower in front needs no gradient
-      (12 + 4) d  per layer and pair of a query with a key that it may see: d for the scores and d for the sum, each
-                 2 forward and 4 backward; d is heads times head_dim
-      2 V        per patch of the tower's matrices, class tokens included, and 4 d' per layer and pair within a tile
+      (4 + 2) J1 + (6 + 2) J2  per feature of the projector's matrices; the tower in front needs no
+                 gradient
+      (12 + 4) d  per layer and pair of a query with a key that it may see: d for the scores and
+                 d for the sum, each 2 forward and 4 backward; d is heads times head_dim
+      2 V        per patch of the tower's matrices, class tokens included, and 4 d' per layer and
+                 pair within a tile
     Padding, norms, the softmax, the patch embedding and the optimizer are left out.
     """
     config, decoder = model.config, model.language_model.layers
     real = tree.branch != PADDING
-    tokens, scored, features = int(real.sum()), int((tree.branch > 0).sum()), int((tree.feature >= 0).sum())
+    tokens, scored = int(real.sum()), int((tree.branch > 0).sum())
+    features = int((tree.feature >= 0).sum())
     pairs = int((dense_mask(tree, tree)[:, 0] & real[..., None]).sum())
-    adapters = sum(m.lora_A.numel() + m.lora_B.numel() for m in decoder.modules() if isinstance(m, LoraLinear))
+    adapters = sum(
+        m.lora_A.numel() + m.lora_B.numel() for m in decoder.modules() if isinstance(m, LoraLinear)
+    )
     width = config.text.num_attention_heads * config.text.head_dim
     once = 2 if reference else 0
 
@@ -69,36 +79,58 @@ def dpo_flops(model: Llava, tree: TokenTree, tiles: int, reference: bool = True)
     layer = config.vision_feature_layer
     used = blocks[: layer if layer >= 0 else len(blocks) + 1 + layer]
     patches = config.vision.patches + 1
-    return flops + tiles * patches * (2 * weights_of(used) + 4 * config.vision.hidden_size * len(used) * patches)
+    return flops + tiles * patches * (
+        2 * weights_of(used) + 4 * config.vision.hidden_size * len(used) * patches
+    )
 
 
 def projector_flops(model: Llava, features: int, reference: bool = True) -> int:
-    """The projector's part of `dpo_flops`: it is trained in float32, whatever the other weights are."""
+    """The projector's part of `dpo_flops`: it is trained in float32, whatever the other weights
+    are."""
     once, projector = 2 if reference else 0, model.multi_modal_projector.copy
-    return features * ((4 + once) * projector.linear_1.weight.numel() + (6 + once) * projector.linear_2.weight.numel())
+    return features * (
+        (4 + once) * projector.linear_1.weight.numel()
+        + (6 + once) * projector.linear_2.weight.numel()
+    )
 
 
 def utilisation(flops: int, seconds: float) -> float | None:
-    """Model FLOPs utilisation: those that are needed, over those that the GPU could have done meanwhile."""
+    """Model FLOPs utilisation: those that are needed, over those that the GPU could have done
+    meanwhile."""
     gpu = this_gpu()
     return None if gpu is None else flops / seconds / gpu.flops
 
 
-def decoding_bytes(weights: int, config: LlamaConfig, itemsize: int, rows: list[tuple[int, int]], steps: int) -> int:
-    """Bytes that decoding has to read: in each step all weights once, and the keys and values so far.
+def decoding_bytes(
+    weights: int, config: LlamaConfig, itemsize: int, rows: list[tuple[int, int]], steps: int
+) -> int:
+    """Bytes that decoding has to read: in each step all weights once, and the keys and values so
+    far.
 
-    rows: (trunk tokens, branches) of each row, whose trunk is read once for all its branches. In step t = 1..steps
-    each branch has t tokens of its own, whose keys and values the step reads, the new one's included.
+    rows: (trunk tokens, branches) of each row, whose trunk is read once for all its branches. In
+    step t = 1..steps each branch has t tokens of its own, whose keys and values the step reads, the
+    new one's included.
     """
-    per_token = 2 * config.num_hidden_layers * config.num_key_value_heads * config.head_dim * itemsize
+    per_token = (
+        2 * config.num_hidden_layers * config.num_key_value_heads * config.head_dim * itemsize
+    )
     trunks, branches = sum(trunk for trunk, _ in rows), sum(branches for _, branches in rows)
-    return steps * (weights * itemsize + per_token * trunks) + per_token * branches * steps * (steps + 1) // 2
+    return (
+        steps * (weights * itemsize + per_token * trunks)
+        + per_token * branches * steps * (steps + 1) // 2
+    )
 
 
-def bandwidth_share(model: Llava, sequences: list[Sequence], steps: int, seconds: float) -> float | None:
-    """Of the GPU's memory bandwidth, what `steps` steps of decoding in so many seconds have needed."""
+def bandwidth_share(
+    model: Llava, sequences: list[Sequence], steps: int, seconds: float
+) -> float | None:
+    """Of the GPU's memory bandwidth, what `steps` steps of decoding in so many seconds have
+    needed."""
     gpu, weight = this_gpu(), model.lm_head.weight
     weights = weights_of(model.language_model.layers) + weight.numel()
-    rows = [(len(sequence.trunk) - 1 + sequence.image_tokens, len(sequence.branches)) for sequence in sequences]
+    rows = [
+        (len(sequence.trunk) - 1 + sequence.image_tokens, len(sequence.branches))
+        for sequence in sequences
+    ]
     needed = decoding_bytes(weights, model.config.text, weight.element_size(), rows, steps)
     return None if gpu is None else needed / seconds / gpu.bandwidth

@@ -1,7 +1,8 @@
-"""The figures of docs/scaling.md: memory per GPU and time per 1,000 pairs, from sizes and a GPU's data sheet.
+"""The figures of docs/scaling.md: memory per GPU and time per 1,000 pairs, from sizes and a GPU's
+data sheet.
 
     python -m tests.bench.scaling             # the tables that follow from formulas
-    python -m tests.bench.scaling --measure   # what can be measured here, too: growth.py's tables and plots
+    python -m tests.bench.scaling --measure   # growth.py's tables and plots, measured here, too
 
 What is not known is assumed, and stands in `ASSUMED`: nothing here was measured on a GPU.
 """
@@ -13,7 +14,7 @@ from functools import cache, cached_property
 import torch
 
 from minialign.anyres import PINPOINTS, packing
-from minialign.cli import parse_config, run_main
+from minialign.cli import run_main
 from minialign.clip import ClipConfig
 from minialign.llama import LlamaConfig
 from minialign.llava import Llava, LlavaConfig
@@ -25,10 +26,11 @@ from tests.bench.sizes import PICTURE
 GB = 1e9
 RANK = 128
 H100 = roofline.GPUS["H100"]
-# Of the makers' data sheets: bytes of memory, float32 FLOP/s outside of the tensor cores, bytes/s of NVLink one way
-# between the 8 GPUs of a node, and of the node's 8 network ports of 400 Gbit/s.
+# Of the makers' data sheets: bytes of memory, float32 FLOP/s outside of the tensor cores, bytes/s
+# of NVLink one way between the 8 GPUs of a node, and of the node's 8 network ports of 400 Gbit/s.
 MEMORY, FLOAT32, NODE, NVLINK, NETWORK = 80e9, 67e12, 8, 450e9, 8 * 50e9
-ASSUMED = 0.5  # of the peak rate is reached; the rest of a step that is no product of matrices is in it
+# Of the peak rate is reached; the rest of a step that is no product of matrices is in it.
+ASSUMED = 0.5
 LARGE = MEMORY - 5e9  # bytes that a step may take: the rest is for the driver, NCCL and fragments
 MODELS = {
     "7B": LlamaConfig(32064, 4096, 11008, 32, 32, 32),
@@ -60,7 +62,8 @@ def batch(pairs: int = 1, response: int = 100, prompt: int = 60) -> tuple[TokenT
 
 @dataclass(frozen=True)
 class Seconds:
-    """Of one optimizer step on one GPU; `hidden` is the communication that takes place beside the computing."""
+    """Of one optimizer step on one GPU; `hidden` is the communication that takes place beside the
+    computing."""
 
     base: float  # products in bfloat16, attention's included
     projector: float  # products in float32
@@ -74,7 +77,8 @@ class Seconds:
 
     @property
     def total(self) -> float:
-        """The step: computing or the communication beside it, whichever takes longer, and what comes after."""
+        """The step: computing or the communication beside it, whichever takes longer, and what
+        comes after."""
         return max(self.computing, self.hidden) + self.summing
 
 
@@ -96,7 +100,8 @@ def flops(name: str, pairs: int, reference: bool) -> int:
 
 @dataclass(frozen=True)
 class Plan:
-    """A model on so many GPUs, each with so many pairs in a pass; --accumulate gives the passes of a step."""
+    """A model on so many GPUs, each with so many pairs in a pass; --accumulate gives the passes of
+    a step."""
 
     name: str
     gpus: int
@@ -136,8 +141,8 @@ class Plan:
     def gathered(self, cached: bool) -> int:
         """Bytes that --shard full gathers in one forward and backward pass.
 
-        Each layer three times: for the reference (unless it is cached), the policy and the backward pass; all else
-        once. What is trained is moved once more, as gradients.
+        Each layer three times: for the reference (unless it is cached), the policy and the backward
+        pass; all else once. What is trained is moved once more, as gradients.
         """
         layers = sum(map(memory.whole_bytes, self.model.language_model.layers))
         once = memory.whole_bytes(self.model) + memory.trained_bytes(self.model)
@@ -146,23 +151,34 @@ class Plan:
     def step(self, cached: bool = False) -> Seconds:
         """One optimizer step, on each GPU.
 
-        FLOPs are roofline.dpo_flops', of which the projector's are float32. --recompute adds another forward pass of
-        the policy: what a reference costs, and 2 L per token of L adapter parameters. With whole models the gradients
-        of what is trained are summed once a step, which moves them twice.
+        FLOPs are roofline.dpo_flops', of which the projector's are float32. --recompute adds
+        another forward pass of the policy: what a reference costs, and 2 L per token of L adapter
+        parameters. With whole models the gradients of what is trained are summed once a step, which
+        moves them twice.
         """
         passes, tree = self.batch_size // (self.gpus * self.pairs), batch(self.pairs)[0]
         tokens, features = tree.ids.numel(), int((tree.feature >= 0).sum())
         both, alone = (
-            flops(self.name, self.pairs, reference) - roofline.projector_flops(self.model, features, reference)
+            flops(self.name, self.pairs, reference)
+            - roofline.projector_flops(self.model, features, reference)
             for reference in (True, False)
         )
         linears = [m for m in self.model.modules() if isinstance(m, LoraLinear)]
-        again = both - alone + 2 * tokens * sum(m.lora_A.numel() + m.lora_B.numel() for m in linears)
+        again = (
+            both - alone + 2 * tokens * sum(m.lora_A.numel() + m.lora_B.numel() for m in linears)
+        )
         base = (alone if cached else both) + self.recompute * again
         wide = roofline.projector_flops(self.model, features, not cached)
         hidden = passes * moved(self.gpus, self.gathered(cached)) if self.shard == "full" else 0.0
-        summing = 2 * moved(self.gpus, memory.trained_bytes(self.model)) if self.shard == "none" else 0.0
-        return Seconds(passes * base / (ASSUMED * H100.flops), passes * wide / (ASSUMED * FLOAT32), hidden, summing)
+        summing = (
+            2 * moved(self.gpus, memory.trained_bytes(self.model)) if self.shard == "none" else 0.0
+        )
+        return Seconds(
+            passes * base / (ASSUMED * H100.flops),
+            passes * wide / (ASSUMED * FLOAT32),
+            hidden,
+            summing,
+        )
 
     def bound(self) -> str:
         """What the time goes to, or why there is none."""
@@ -170,7 +186,9 @@ class Plan:
             return "memory: does not fit"
         step = self.step()
         said = "computing" if step.computing >= step.hidden else "gathering"
-        return said + (f"; gathering is {step.hidden / step.computing:.0%} of it" if step.hidden else "")
+        return said + (
+            f"; gathering is {step.hidden / step.computing:.0%} of it" if step.hidden else ""
+        )
 
 
 # ---------------------------------------------------------------- tables
@@ -178,7 +196,13 @@ class Plan:
 
 def plans() -> list[Plan]:
     """All that the page tells of; one GPU has nobody to share with."""
-    return [Plan(n, g, s) for n in MODELS for g in GPUS for s in ("none", "full") if (g, s) != (1, "full")]
+    return [
+        Plan(n, g, s)
+        for n in MODELS
+        for g in GPUS
+        for s in ("none", "full")
+        if (g, s) != (1, "full")
+    ]
 
 
 def markdown(head: str, rows: list[list[str]]) -> str:
@@ -192,19 +216,31 @@ def main_table() -> str:
     rows = []
     for plan in plans():
         parts = plan.parts
-        row = [plan.name, str(plan.gpus), plan.shard, str(plan.batch_size), "yes" if plan.recompute else "no"]
+        row = [
+            plan.name,
+            str(plan.gpus),
+            plan.shard,
+            str(plan.batch_size),
+            "yes" if plan.recompute else "no",
+        ]
         row += [f"{value / GB:.1f}" for value in (*parts.values(), sum(parts.values()))]
         per_1000 = 1000 / plan.batch_size
-        row += [f"{per_1000 * plan.step(cached).total:,.1f}" if plan.fits else "-" for cached in (False, True)]
+        row += [
+            f"{per_1000 * plan.step(cached).total:,.1f}" if plan.fits else "-"
+            for cached in (False, True)
+        ]
         rows.append([*row, plan.bound()])
     return markdown(
-        "model | GPUs | --shard | --batch-size | --recompute | weights | gradients, moments | gathered | activations |"
-        " workspace | GB in all | s per 1,000 pairs | with --ref-cache | bound by", rows,
-    )  # fmt: skip
+        "model | GPUs | --shard | --batch-size | --recompute | weights | gradients, moments | "
+        "gathered | activations | workspace | GB in all | s per 1,000 pairs | with --ref-cache | "
+        "bound by",
+        rows,
+    )
 
 
 def whole_table() -> str:
-    """What `gathered` holds: while it samples, is evaluated or hashed, every GPU has the whole model."""
+    """What `gathered` holds: while it samples, is evaluated or hashed, every GPU has the whole
+    model."""
     rows = []
     for name in MODELS:
         model = policy(name)
@@ -214,7 +250,9 @@ def whole_table() -> str:
             row.append(f"{(whole + local) / GB:.1f}")
         rows.append([*row, f"{NODE * whole / GB:,.0f}"])
     return markdown(
-        "model | GB per GPU, of 8 | of 32 | of 256 | GB of a node's own memory, to load in 8 processes", rows
+        "model | GB per GPU, of 8 | of 32 | of 256 | "
+        "GB of a node's own memory, to load in 8 processes",
+        rows,
     )
 
 
@@ -225,25 +263,30 @@ def network_table() -> str:
         step = Plan(name, 32, "full").step()
         slow = step.hidden * NETWORK / 50e9 / step.computing
         needed = NETWORK * step.hidden / step.computing
-        rows.append([name, f"{step.computing * 1e3:,.0f}", f"{step.hidden * 1e3:,.0f}", f"{needed / GB:,.0f}",
-                     str(math.ceil(slow))])  # fmt: skip
+        times = [f"{seconds * 1e3:,.0f}" for seconds in (step.computing, step.hidden)]
+        rows.append([name, *times, f"{needed / GB:,.0f}", str(math.ceil(slow))])
     return markdown(
-        "model on 32 GPUs | ms of computing, a pair | ms of gathering at 400 GB/s | GB/s per node that hide it |"
-        " pairs in a pass that hide it at 50 GB/s", rows,
-    )  # fmt: skip
+        "model on 32 GPUs | ms of computing, a pair | ms of gathering at 400 GB/s | "
+        "GB/s per node that hide it | pairs in a pass that hide it at 50 GB/s",
+        rows,
+    )
 
 
 def length_table() -> str:
     """Activations of one pair and keys and values of one sequence, per 1,000 tokens."""
     rows = []
     for name, config in MODELS.items():
-        layer = memory.layer_bytes(config, RANK, 2)
+        layer = memory.layer_bytes(config, RANK, 2, parts=2)
         cache = memory.kv_cache_bytes(config, 1, 1000, 2)
         kept = 1000 * config.num_hidden_layers * layer
         inputs = 1000 * (config.num_hidden_layers * 2 * config.hidden_size + layer)
-        rows.append([name, f"{layer:,}", f"{kept / GB:.2f}", f"{inputs / GB:.2f}", f"{cache / GB:.2f}"])
+        rows.append(
+            [name, f"{layer:,}", f"{kept / GB:.2f}", f"{inputs / GB:.2f}", f"{cache / GB:.2f}"]
+        )
     return markdown(
-        "model | bytes per token and layer | GB per 1,000 tokens | with --recompute | keys and values", rows
+        "model | bytes per token and layer | GB per 1,000 tokens | with --recompute | "
+        "keys and values",
+        rows,
     )
 
 
@@ -261,7 +304,7 @@ def tables() -> dict[str, str]:
 class Config:
     """Flags."""
 
-    measure: bool = False  # measure growth and loading here (three minutes on one core), and write the plots
+    measure: bool = False  # measure growth and loading here (three minutes), write the plots
     out: str = "docs"  # folder of the plots
 
 
@@ -276,4 +319,4 @@ def main(config: Config) -> None:
 
 
 if __name__ == "__main__":
-    run_main(lambda: main(parse_config(Config, __doc__)))
+    run_main(main, Config, __doc__)
