@@ -10,6 +10,7 @@ import pytest
 from helpers import refused
 
 from tests.bench.rows import Facts, Job, Runner, descendants, reason
+from tests.bench.sizes import TINY
 
 ROW = """
 import subprocess, sys, time
@@ -172,7 +173,7 @@ def test_an_interrupted_run_leaves_nothing_behind():
 
 pytest.importorskip("transformers")
 from tests.gpu import __main__ as gpu  # noqa: E402
-from tests.gpu import kernels  # noqa: E402
+from tests.gpu import kernels, roads  # noqa: E402
 from tests.gpu.kernels import Kernel  # noqa: E402
 
 
@@ -221,6 +222,16 @@ def test_kernels_of_a_step():
     lines = kernels.table(found, top=1)
     assert len(lines) == 2 and lines[0].split() == ["4.000", "ms", "100", "%", "3", "calls", "all"]
     assert lines[1].split() == ["3.000", "ms", "75%", "1", "calls", "b"]
+
+
+def test_a_road_that_ends_badly(tmp_path, monkeypatch, capsys):
+    """What its script said last is there, and what is known of it."""
+    monkeypatch.setitem(roads.ROADS, "bad", roads.Road("train_dpo.py", ("--beta", "-1")))
+    facts = Facts(tmp_path / "facts.json")
+    with pytest.raises(SystemExit):
+        roads.measure("bad", "road-bad", TINY, tmp_path, facts)
+    assert reason(capsys.readouterr().out).startswith("error: --beta -1")
+    assert list(facts.rows["road-bad"]) == ["road_seconds"]
 
 
 def test_no_gpu(monkeypatch, tmp_path):

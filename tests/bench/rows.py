@@ -25,8 +25,10 @@ from pathlib import Path
 from minialign.files import write_json
 
 ROOT = Path(__file__).resolve().parent.parent.parent
-LINES, LETTERS = 12, 2000  # at most so much is kept of what a process said last, where it failed
-EXCEPTION = re.compile(r"[\w.]*(Error|Exception|Interrupt|error)\b.*:")  # ours begin with "error:"
+LINES, LETTERS = 60, 6000  # at most so much is kept of what a process said last, where it failed
+EXCEPTION = re.compile(
+    r"(\[rank\d+\]: )?[\w.]*(Error|Exception|Interrupt|error)\b.*:"
+)  # ours begin with "error:"
 
 # ---------------------------------------------------------------- in the row's process
 
@@ -115,7 +117,9 @@ class Runner:
         if job.needs and self.rows.get(job.needs, {}).get("status") != "ok":
             found = skipped(job, f"needs the row {job.needs}")
         elif left < job.least:
-            found = skipped(job, f"no time: {max(0, left):.0f} s are left, and it wants {job.least:.0f}")
+            found = skipped(
+                job, f"no time: {max(0, left):.0f} s are left, and it wants {job.least:.0f}"
+            )
         else:
             found = self.measure(folder, job, min(job.limit, left))
 
@@ -165,9 +169,12 @@ def ending(facts: dict, ended: str, seconds: float, said: str) -> dict:
 
 
 def reason(error: str) -> str:
-    """The line of an error that says most: an exception's, if there is one, else the last."""
+    """The line of an error that says most: an exception's, if there is one, else the last.
+
+    torchrun tells of its processes' ends after these have told of their exceptions.
+    """
     lines = error.splitlines()
-    named = [line for line in lines if EXCEPTION.match(line)]
+    named = [line for line in lines if EXCEPTION.match(line) and "ChildFailedError" not in line]
     return (named or lines)[-1]
 
 

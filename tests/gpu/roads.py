@@ -79,31 +79,32 @@ def command(road: Road, size: Size, folder: Path) -> tuple[list[str], Path]:
 
 def measure(name: str, row: str, size: Size, folder: Path, facts: Facts) -> None:
     """Walk a road: how long it took, how long from the announcement of the model to the first pair,
-    and the script's last words."""
+    and the script's last words. What it says is passed on, to be there if it hangs."""
     out = folder / "roads" / name
     out.mkdir(parents=True)
     words, pairs = command(ROADS[name], size, out)
-    log = out / "log.txt"
-    began = announced = None
-    with open(log, "wb") as output:
+    log, said, announced = out / "log.txt", "", None
+    begin = time.monotonic()
+    with open(log, "wb") as output, open(log, errors="replace") as reader:
         process = subprocess.Popen(words, stdout=output, stderr=subprocess.STDOUT)
-        began = time.monotonic()
         while process.poll() is None:
-            now = time.monotonic()
-            if announced is None and ANNOUNCED in log.read_text(errors="replace"):
+            now, new = time.monotonic(), reader.read()
+            said += new
+            print(new, end="")
+            if announced is None and ANNOUNCED in said:
                 announced = now
-                facts.add(row, announced=round(now - began, 1))
+                facts.add(row, announced=round(now - begin, 1))
             if announced and "first_pair_seconds" not in facts.rows[row] and has_line(pairs):
                 facts.add(row, first_pair_seconds=round(now - announced, 2))
             time.sleep(EVERY)
-    facts.add(row, road_seconds=round(time.monotonic() - began, 1))
+        print(reader.read(), end="")
+    facts.add(row, road_seconds=round(time.monotonic() - begin, 1))
     if process.returncode:
-        print(last_words(log))
         sys.exit(1)
 
     last = last_words(log).splitlines()[-1]
-    said = ", ".join([*told(facts.rows[row]), *hallucinated(out / "result.json"), last[:60]])
-    facts.finish(row, said=said)
+    parts = [*told(facts.rows[row]), *hallucinated(out / "result.json"), last[:60]]
+    facts.finish(row, said=", ".join(parts))
 
 
 def has_line(file: Path) -> bool:

@@ -1,5 +1,6 @@
-"""One row of tests.gpu in a process of its own: `python -m tests.gpu.row --row NAME --folder DIR
---out FILE`.
+"""One row of tests.gpu in a process of its own.
+
+    python -m tests.gpu.row --row NAME --folder DIR --out FILE
 
 The folder holds the size (size.json), and the model for rows that want it.
 """
