@@ -30,7 +30,7 @@ from torch.utils.checkpoint import checkpoint
 from tqdm import tqdm
 
 import sample_bdhs
-from minialign import flags, llama, lora, parallel, resume
+from minialign import flags, lora, parallel, resume
 from minialign.chat import Tokenizer, announce
 from minialign.checkpoint import fingerprint, resolve_model
 from minialign.cli import fill, require, require_outside, run_main
@@ -132,7 +132,8 @@ def train(model: Llava, load: StepLoader, config: Config, out: Path, cache: Refe
     with run, closing(load_ahead(mine, load, config.workers)) as loads:
         bar = tqdm(loads, initial=run.start, total=len(steps), desc=config.loss, disable=parallel.rank() > 0)
         for step, (parts, bad) in enumerate(bar, start=run.start):
-            counts = sum_across_ranks({"pairs": sum(map(len, parts)), "tokens": sum(part.chosen_tokens for part in parts)})
+            tokens = sum(part.chosen_tokens for part in parts)
+            counts = sum_across_ranks({"pairs": sum(map(len, parts)), "tokens": tokens})
             pairs = counts["pairs"]  # of all processes; 0 where all are left out: nothing is learned
             metrics: dict[str, float] = {}
             for part in parallel.even(parts, idle):
@@ -181,12 +182,9 @@ def main(config: Config) -> None:
     head = "reward" if config.loss == "reward" else None
     model = lora.empty_policy(folder, config, head)  # names, shapes and types: no memory yet
 
-    # torch.compile, one decoder layer at a time: all share the code. Attention is one kernel
-    # already, and left to itself.
+    # torch.compile, one decoder layer at a time: all share the code.
     if config.compile:
-        attend = torch.compiler.disable(llama.attend)
         for layer in model.language_model.layers:
-            layer.self_attn.attend = attend
             layer.forward = torch.compile(layer.forward, dynamic=True)
 
     # Of a layer its input alone is kept for the backward pass, which runs the layer again.

@@ -33,7 +33,7 @@ from torch.utils.checkpoint import checkpoint
 from tqdm import tqdm
 
 import sample_bdhs
-from minialign import flags, llama, lora, parallel, resume, rollout, toyworld
+from minialign import flags, lora, parallel, resume, rollout, toyworld
 from minialign.annotator import ModelAnnotator, load_annotator
 from minialign.bdhs import Bdhs, BdhsConfig
 from minialign.chat import Tokenizer, announce
@@ -170,7 +170,8 @@ def train(model: Llava, respond, learner, load: StepLoader, config: Config, out:
                     rollouts += rollout.rollout_of(model, load.collate, answers, features, own)
             between, share = time.perf_counter(), learning_rate(step, len(steps), config.warmup, config.schedule)
             batches = learner.look(parallel.even(rollouts, idle), counts)  # 2. it learns from that
-            total = sum_across_ranks({"rows": sum(each.count for each in rollouts), "count": sum(each.count for each in batches)})
+            rows, count = sum(each.count for each in rollouts), sum(each.count for each in batches)
+            total = sum_across_ranks({"rows": rows, "count": count})
             metrics: Counter = Counter()
             for _ in range(learner.updates if total["count"] else 0):
                 found: Counter = Counter()
@@ -223,12 +224,9 @@ def main(config: Config) -> None:
     head = "value" if config.method == "ppo" else None
     model = lora.empty_policy(folder, config, head)  # names, shapes and types: no memory yet
 
-    # torch.compile, one decoder layer at a time: all share the code. Attention is one kernel
-    # already, and left to itself.
+    # torch.compile, one decoder layer at a time: all share the code.
     if config.compile:
-        attend = torch.compiler.disable(llama.attend)
         for layer in model.language_model.layers:
-            layer.self_attn.attend = attend
             layer.forward = torch.compile(layer.forward, dynamic=True)
 
     # Of a layer its input alone is kept for the backward pass, which runs the layer again.

@@ -349,10 +349,11 @@ def completions(
     A branch has stopped by itself if its last token is one of those that stop.
     """
     drawn = [[([], []) for _ in sequence.branches] for sequence in sequences]
-    for row, branch, ids, logps in steps:
-        real = branch != PADDING
-        values = [part[real].tolist() for part in (row, branch, ids, logps)]
-        for r, b, token, logp in zip(*values, strict=True):
-            drawn[r][b - 1][0].append(token)
-            drawn[r][b - 1][1].append(logp)
+    # Step after step, and all of them fetched from a GPU at once.
+    parts = zip(*steps, strict=True)
+    values = [torch.cat([each.flatten() for each in part]).tolist() for part in parts]
+    for row, branch, token, logp in zip(*values, strict=True):
+        if branch != PADDING:
+            drawn[row][branch - 1][0].append(token)
+            drawn[row][branch - 1][1].append(logp)
     return [[Completion(ids, logps, ids[-1] in stop_ids) for ids, logps in row] for row in drawn]

@@ -104,29 +104,38 @@ def attention_bias(mask: Tensor, group: int, dtype: torch.dtype) -> Tensor:
 
 
 def attend(q: Tensor, k: Tensor, v: Tensor, prefix: int, bias: Tensor | None) -> Tensor:
-    """Attention of T queries: (B, heads, T, head_dim). q (B, heads, T, head_dim); k, v (B, kv
+    """Attention of T queries: (B, T, heads, head_dim). q (B, heads, T, head_dim); k, v (B, kv
     heads, K, head_dim).
 
     The first `prefix` queries are plain causal over as many keys; the others have a bias,
     `attention_bias`'s. Without one all are plain causal.
     """
-    group = q.shape[1] // k.shape[1]
+    B, heads, _, head_dim = q.shape
+    kv_heads = k.shape[1]
+    group = heads // kv_heads
     if bias is None:
-        return F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=group > 1)
+        out = F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=group > 1)
+        return out.transpose(1, 2)
+
+    first, last = q[:, :, :prefix], q[:, :, prefix:]
+    if torch.compiler.is_compiling():
+        # torch 2.13 takes the strides of slices that the backward pass needs for constants.
+        first, last = first.contiguous(), last.contiguous()
 
     # A group's heads become rows of their key-value head, so that keys are read once, and no kernel
     # has to know of groups: with a mask, CUDA's fast ones do not.
-    B, heads, T, head_dim = q.shape
-    rows = q[:, :, prefix:].reshape(B, -1, group * bias.shape[3], head_dim)
+    R = bias.shape[3]
+    rows = last.reshape(B, kv_heads, group * R, head_dim)
     rest = F.scaled_dot_product_attention(rows, k, v, attn_mask=bias.flatten(2, 3))
-    rest = rest.reshape(B, heads, -1, head_dim)
+    rest = rest.reshape(B, heads, R, head_dim).transpose(1, 2)
     if not prefix:
         return rest
 
     # The causal prefix needs no mask: the flash kernel, on a CPU and on a GPU.
-    first = [each[:, :, :prefix] for each in (q, k, v)]
-    causal = F.scaled_dot_product_attention(*first, is_causal=True, enable_gqa=group > 1)
-    return torch.cat([causal, rest], dim=2)
+    causal = F.scaled_dot_product_attention(
+        first, k[:, :, :prefix], v[:, :, :prefix], is_causal=True, enable_gqa=group > 1
+    )
+    return torch.cat([causal.transpose(1, 2), rest], dim=1)
 
 
 class Attention(nn.Module):
@@ -141,7 +150,6 @@ class Attention(nn.Module):
         self.k_proj = nn.Linear(config.hidden_size, kv_size, bias=False)
         self.v_proj = nn.Linear(config.hidden_size, kv_size, bias=False)
         self.o_proj = nn.Linear(q_size, config.hidden_size, bias=False)
-        self.attend = attend
 
     def forward(
         self,
@@ -163,7 +171,7 @@ class Attention(nn.Module):
             cache.put(columns, k, v)
             keys = T if bias is None else bias.shape[-1]
             k, v = cache.keys[:, :, :keys], cache.values[:, :, :keys]
-        return self.o_proj(self.attend(q, k, v, prefix, bias).transpose(1, 2).reshape(B, T, -1))
+        return self.o_proj(attend(q, k, v, prefix, bias).reshape(B, T, -1))
 
 
 class MLP(nn.Module):

@@ -86,10 +86,10 @@ class Run:
     """The log and the checkpoints of a training run: `rows` so far, one more by `add`.
 
     In its `with` block SIGTERM lets the step in progress end; then the progress is saved, and the program exits
-    with 0. A `UserError` there, or memory that has run out, saves what was done before it; of several processes the others may not have met it,
-    and the last checkpoint stays. All of them hold the rows, the first one writes. `watch(rows)` may say why the run
-    has to end, which is then `stopped`, and the progress is saved; a resumed run, too, ends at such rows. A step of
-    which some updates were made and others not is never saved.
+    with 0. A `UserError` there, or memory that has run out, saves what was done before it; of several processes the
+    others may not have met it, and the last checkpoint stays. All of them hold the rows, the first one writes.
+    `watch(rows)` may say why the run has to end, which is then `stopped`, and the progress is saved; a resumed run,
+    too, ends at such rows. A step of which some updates were made and others not is never saved.
     """
 
     def __init__(

@@ -56,7 +56,7 @@ def compilations(monkeypatch) -> list:
 
     torch._dynamo.reset()
     monkeypatch.setattr(
-        torch, "compile", lambda f, **how: real(f, **how, backend=backend)
+        torch, "compile", lambda f, **how: real(f, **how, fullgraph=True, backend=backend)
     )
     yield graphs
     torch._dynamo.reset()

@@ -162,10 +162,10 @@ def test_the_host_learns_one_step_later_that_all_have_ended(fed):
     assert seen
 
 
-def test_compiled_layers_sample_the_same_and_are_compiled_twice_at_most(compilations, monkeypatch):
+def test_compiled_layers_sample_the_same_and_compile_few_times(compilations, monkeypatch):
     """--compile: steps of a fixed context run compiled, whatever the lengths and the number of rows and branches;
     prompts and growing contexts, each of another length, run as plain code. Sizes that are equal at first, here rows,
-    places and heads, are taken for one: hence a second time. A size of 1 would be one more.
+    places and heads, are taken for one: hence more than one. A size of 1 would be one more.
     """
     model = copy.deepcopy(random_model(0))
     wrap_layers(model, recompute=False, compile=True)
@@ -182,8 +182,7 @@ def test_compiled_layers_sample_the_same_and_are_compiled_twice_at_most(compilat
         compiled = len(compilations)
         assert_same(generate.generate(model, *given, fixed=True), expected)
         assert compiled == 0 if seed == 0 else compiled > 0
-    parts = 4  # of a layer
-    assert len(compilations) <= 3 * parts
+    assert len(compilations) <= 3
 
 
 class RefusedGraph:

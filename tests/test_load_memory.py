@@ -11,7 +11,6 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import save_file
-
 from torchruns import run
 
 from minialign.checkpoint import HUB_NAMES, load_model, rename

@@ -248,12 +248,8 @@ def whole_table() -> str:
         for gpus in GPUS[1:]:
             local = memory.frozen_bytes(model, gpus) + 3 * memory.trained_bytes(model, gpus)
             row.append(f"{(whole + local) / GB:.1f}")
-        rows.append([*row, f"{NODE * whole / GB:,.0f}"])
-    return markdown(
-        "model | GB per GPU, of 8 | of 32 | of 256 | "
-        "GB of a node's own memory, to load in 8 processes",
-        rows,
-    )
+        rows.append(row)
+    return markdown("model | GB per GPU, of 8 | of 32 | of 256", rows)
 
 
 def network_table() -> str:

@@ -11,7 +11,6 @@ from unittest import mock
 import torch
 from torch.utils.checkpoint import checkpoint
 
-from minialign import llama
 from minialign.generate import FixedContext
 from minialign.llava import Llava
 from tests.bench import roofline
@@ -30,9 +29,7 @@ PROFILED = 8  # steps of decoding
 
 def compile_layers(model: Llava) -> None:
     """--compile."""
-    attend = torch.compiler.disable(llama.attend)
     for layer in model.language_model.layers:
-        layer.self_attn.attend = attend
         layer.forward = torch.compile(layer.forward, dynamic=True)
 
 
