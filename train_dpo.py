@@ -215,7 +215,8 @@ def main(config: Config) -> None:
     evaluate = config.images == "toy" and config.eval_images > 0 and config.loss != "reward"
     counts = {}
     if evaluate:
-        with unsharded(model), nullcontext() if config.adapter else lora.adapters_off(model):  # fresh ones do nothing
+        # Fresh adapters do nothing: switched off, they cost nothing.
+        with unsharded(model), nullcontext() if config.adapter else lora.adapters_off(model):
             counts["before"] = benchmark.run(model, tokenizer, processor, "before")
     load = StepLoader(records, collate, config.accumulate, config.skip_bad_records)
     rows = train(model, load, config, out, cache)

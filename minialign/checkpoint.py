@@ -150,8 +150,8 @@ def empty_model(folder: Path, dtype: torch.dtype) -> Llava:
 def load_weights(model: Llava, folder: Path, device: str) -> None:
     """Read the folder's tensors into a model of the meta device, one after another.
 
-    Of a model in shards a process keeps its rows of each and lets go of the rest. Adapters that
-    are there already are left as they are. A missing, unexpected or wrongly shaped tensor is a
+    Of a model in shards a process keeps its rows of each and lets go of the rest. Adapters and a
+    head are not read: the caller fills them in. A missing, unexpected or wrongly shaped tensor is a
     `UserError` that names the keys.
     """
     # What is stored once may stand twice in the model: the projector, and the copy that is trained.
@@ -192,6 +192,7 @@ def set_parameter(model: nn.Module, name: str, value: Tensor, device: str) -> No
     if parallel.in_shards(parameter):
         parallel.fill_in(parameter, value)
         return
+    # What is trained needs memory of its own, not its frozen twin's or the mapped file's.
     value = value.to(device, parameter.dtype, copy=parameter.requires_grad)
     module, _, leaf = name.rpartition(".")
     value = nn.Parameter(value, requires_grad=parameter.requires_grad)

@@ -126,30 +126,30 @@ DEATHS = {
 }
 
 
-# Flag -> how it makes do with less memory, in the order in which to try.
-REMEDIES = {
-    "accumulate": "--accumulate N (a step in N parts)",
-    "recompute": "--recompute",
-    "batch_size": "a smaller --batch-size",
-    "dtype": "--dtype bfloat16",
-    "shard": "--shard full under torchrun",
-}
-
-
 def is_out_of_memory(error: BaseException | None) -> bool:
-    """Whether memory has run out, on a CPU or on a GPU; torch's types say so in words alone."""
-    signs = ("out of memory", "allocate memory", "bad_alloc")
+    """Whether memory has run out, on a CPU or on a GPU; a CPU's comes as any RuntimeError, so that
+    the words decide."""
+    signs = ("out of memory", "allocate memory", "bad_alloc", "ALLOC_FAILED")
     return isinstance(error, MemoryError) or any(sign in str(error) for sign in signs)
 
 
 def out_of_memory(config) -> str:
-    """What to do when memory has run out, of all that this program has flags for."""
+    """What to do when memory has run out: what this program has flags for and was not told yet."""
     flags = {field.name for field in dataclasses.fields(config)}
-    if "accumulate" in flags:
-        flags.discard("batch_size")  # there it is part of the algorithm
-    remedies = [remedy for flag, remedy in REMEDIES.items() if flag in flags]
-    goes_on = "; then --resume goes on" if "resume" in flags else ""
-    return f"out of memory; give {' or '.join(remedies)}{goes_on}"
+    half = ""
+    if "dtype" in flags and config.dtype != "bfloat16":
+        half = ", or --dtype bfloat16"
+
+    if "accumulate" not in flags:
+        smaller = [name for name in ("batch_size", "max_new_tokens") if name in flags]
+        given = " or ".join(f"a smaller --{name.replace('_', '-')}" for name in smaller)
+        return f"out of memory; give {given}{half}"
+
+    remedies = [f"--accumulate {2 * config.accumulate} or more (a step in so many parts)"]
+    remedies += [] if config.recompute else ["--recompute"]
+    remedies += [] if config.shard == "full" else ["--shard full (torchrun)"]
+    anew = f"{half} in another --out" if half else ""
+    return f"out of memory; go on by --resume with {' or '.join(remedies)}{anew}"
 
 
 def terminated(*_) -> None:

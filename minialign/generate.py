@@ -1,11 +1,11 @@
 """Cached, batched sampling of branches: one prefill per batch, then one token per branch and step.
 
 The branches of a row are decoded together with the trunk, whose keys are stored once. What
-decoding attends to is a `Context`, the tree so far with its keys and values, in one of two forms.
-It grows by a step's columns, and rows that have ended are let go: the least work, which is what
-counts on a CPU. Or it has its final width from the start, the columns that are still free being
-padding: so all steps have the same shapes, and a GPU, which else waits for a thousand small
-launches, replays one CUDA graph.
+decoding attends to is the tree so far with its keys and values, in one of two forms. In a
+`GrowingContext` a step attends to what is there, and rows that have ended are let go: the least
+work, which is what counts on a CPU. A `FixedContext` has its final width from the start, the
+columns that are still free being padding: so all steps have the same shapes, and a GPU, which
+would wait for the CPU to launch a thousand small kernels, replays one CUDA graph.
 
 Randomness comes as one uniform number per branch and step from that branch's own seed, so that
 what is drawn for an example does not depend on the batch that it is in.
@@ -71,17 +71,20 @@ def invert(probs: Tensor, uniform: Tensor, top_p: float, count: int) -> Tensor:
     Sorting a vocabulary takes long, and what is drawn is nearly always among the `count`
     likeliest; only for rows in which it may not be are more of them sorted.
     """
-    count = min(count, probs.shape[-1])
+    vocabulary = probs.shape[-1]
+    count = min(count, vocabulary)
     if probs.is_cuda:
-        count = probs.shape[-1]  # there sorting is quick, and to ask whether all are sure is not
-    likely = probs.topk(count).indices.sort().values  # by id: topk gives equals in any order
+        count = vocabulary  # there sorting is quick, and to ask whether all are sure is not
+    likely = torch.arange(vocabulary, device=probs.device).expand_as(probs)
+    if count < vocabulary:
+        likely = probs.topk(count).indices.sort().values  # by id: topk gives equals in any order
     values, order = probs.gather(-1, likely).sort(dim=-1, descending=True, stable=True)
     cumulative = values.cumsum(-1)
     kept = cumulative - values < top_p
     total = cumulative.masked_fill(~kept, 0).amax(-1) if top_p < 1 else 1.0
     place = (cumulative <= (uniform * total)[:, None]).sum(-1, keepdim=True).clamp(max=count - 1)
     ids = likely.gather(-1, order.gather(-1, place))[:, 0]
-    if count < probs.shape[-1]:
+    if count < vocabulary:
         # Equals of the last one may be missing, and some that top_p keeps.
         unsure = values.gather(-1, place)[:, 0] == values[:, -1]
         if top_p < 1:
@@ -94,7 +97,7 @@ def invert(probs: Tensor, uniform: Tensor, top_p: float, count: int) -> Tensor:
 # ---------------------------------------------------------------- what decoding attends to
 
 
-def columns(
+def token_columns(
     ids: Tensor, position: Tensor, number: Tensor, fork: Tensor, active: Tensor, first: int
 ) -> TokenTree:
     """(B, W) columns of a tree, from its column `first` on: a token of an active branch each, or
@@ -120,7 +123,7 @@ def last_tokens(tree: TokenTree) -> TokenTree:
     number = torch.arange(1, tip.shape[1] + 1, device=tip.device).expand_as(tip)
     at_fork = tree.branch.gather(1, tip) == TRUNK  # nothing of the branch is there yet
     fork = torch.where(at_fork, position + 1, tree.fork.gather(1, tip))
-    return columns(tree.ids.gather(1, tip), position, number, fork, tree.tip >= 0, 0)
+    return token_columns(tree.ids.gather(1, tip), position, number, fork, tree.tip >= 0, 0)
 
 
 def prefill(
@@ -145,7 +148,7 @@ def next_logits(model: Llava, new: TokenTree, kept: KVCache, tree: TokenTree) ->
 
 def plain_layers():
     """Inside, layers that --compile has compiled run as plain code: where each call has another
-    length, there would be something to compile in each."""
+    length, there would be something to compile in each. Steps of a `FixedContext` run compiled."""
     if "torch._dynamo" not in sys.modules:
         return nullcontext()  # nothing was compiled; to load the compiler takes seconds
     return torch.compiler.set_stance("force_eager")
@@ -193,15 +196,16 @@ class FixedContext:
         self.kept, self.logits = prefill(model, prompts, tower_features, room)
         width = self.kept.layers[0].keys.shape[2]
         free = prompts.ids.new_zeros(len(prompts.ids), width - self.filled)
-        self.tree = prompts.append(columns(free, free, free, free, free.bool(), self.filled))
+        self.tree = prompts.append(token_columns(free, free, free, free, free.bool(), self.filled))
         self.steps, self.graph = 0, None
         self.asked: tuple[Tensor, torch.cuda.Event | None] | None = None
 
     def all_ended(self, active: Tensor) -> bool:
-        """Whether none of the (B, W) branches went on when this was asked last: so the host never
-        waits for the step in progress, and gives the GPU the next one in time."""
+        """Whether none of the (B, W) branches of the call before this one went on: so the CPU never
+        waits for the step in progress, and gives the GPU the next one in time. At the end one step
+        more is taken, of padding alone."""
         before = self.asked
-        answer = active.any().to("cpu", non_blocking=True)
+        answer = active.any().to("cpu", non_blocking=True)  # torch copies into pinned memory
         self.asked = answer, torch.cuda.current_stream().record_event() if active.is_cuda else None
         if before is None:
             return False
@@ -231,11 +235,13 @@ class FixedContext:
         """Record a step without taking it; where that is refused, steps go on plainly."""
         # The graph's own columns, into which each step's are copied.
         static = TokenTree(*[getattr(new, name).clone() for name in COLUMNS], new.tip)
-        graph = torch.cuda.CUDAGraph()
+        graph, stream = torch.cuda.CUDAGraph(), torch.cuda.current_stream()
         try:
-            with torch.cuda.graph(graph):
+            # Of this thread alone: others load pictures into pinned memory meanwhile.
+            with torch.cuda.graph(graph, capture_error_mode="thread_local"):
                 logits = next_logits(self.model, static, self.kept, self.tree)
         except RuntimeError as error:
+            torch.cuda.set_stream(stream)
             tell_once(f"sampling without a CUDA graph, which is slower: {error}")
             return
         self.graph, self.new, self.logits = graph, static, logits
@@ -263,8 +269,8 @@ def still_running(active: Tensor) -> tuple[Tensor, Tensor]:
     """Of (B, W) branches: the rows to go on with, and for each the places (B', W') of its branches
     that have not ended.
 
-    Rows go when half of them have ended: their keys are copied, and so all copies together are no
-    more than one of all.
+    Rows go when half of them have ended: the others' keys are copied, and so all these copies
+    together move at most one whole cache.
     """
     rows = torch.arange(len(active), device=active.device)
     live = active.any(1)
@@ -292,7 +298,7 @@ def generate(
     natural, of the untempered distribution, as training computes them. The image token is never
     sampled.
     seeds[row][branch] is needed unless temperature is 0. fixed: the context has its final width
-    from the start; None: on a GPU, but for a model in shards, whose hooks no graph takes.
+    from the start; None: on a GPU, but for a model in shards, whose FSDP hooks no graph can hold.
     """
     device, limit = model.device, sampling.max_new_tokens
     positions = model.config.text.max_position_embeddings
@@ -336,7 +342,7 @@ def generate(
             row, *going = [values[keep].gather(1, places) for values in (row, *going)]
             if len(keep) < len(ids):
                 context.keep(keep)
-        last = columns(*going, context.filled)
+        last = token_columns(*going, context.filled)
         context.add(last)
     return completions(sequences, steps, stop_ids)
 
@@ -349,7 +355,7 @@ def completions(
     A branch has stopped by itself if its last token is one of those that stop.
     """
     drawn = [[([], []) for _ in sequence.branches] for sequence in sequences]
-    # Step after step, and all of them fetched from a GPU at once.
+    # In the order of the steps, and fetched from a GPU at once.
     parts = zip(*steps, strict=True)
     values = [torch.cat([each.flatten() for each in part]).tolist() for part in parts]
     for row, branch, token, logp in zip(*values, strict=True):

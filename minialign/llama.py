@@ -57,8 +57,8 @@ class KVCache:
         return columns
 
     def keep(self, rows: Tensor) -> None:
-        """Let go of all but some rows, given in order. The rows move up, and only what is filled
-        is copied."""
+        """Attend to some rows alone from now on, given in order. They move up, and only what is
+        filled is copied; the memory of the others stays taken."""
         filled, count = int(self.filled), len(rows)
         for layer in self.layers:
             for tensor in (layer.keys, layer.values):
@@ -131,7 +131,7 @@ def attend(q: Tensor, k: Tensor, v: Tensor, prefix: int, bias: Tensor | None) ->
     if not prefix:
         return rest
 
-    # The causal prefix needs no mask: the flash kernel, on a CPU and on a GPU.
+    # The causal prefix needs no mask: the flash kernel, on a CPU and, in bfloat16, on a GPU.
     causal = F.scaled_dot_product_attention(
         first, k[:, :, :prefix], v[:, :, :prefix], is_causal=True, enable_gqa=group > 1
     )
@@ -231,8 +231,8 @@ class Llama(nn.Module):
         """(B, T, D) embeddings, (B, T) positions -> (B, T, D) hidden states.
 
         mask (B, 1, R, K) bool: which of K keys each of the last R tokens sees; the tokens before
-        them are plain causal, and all are where it is None. Without a cache K is T; with one the
-        keys are its first K columns, the T new ones being the last that are filled.
+        them are plain causal, and all are where it is None. Without a cache, or with one that is
+        empty, K is T; else the keys are its first K columns, the T new ones being the last filled.
         """
         config, x = self.config, embeddings
         rotary = rotary_tables(positions, config.head_dim, config.rope_theta, x.dtype)

@@ -53,7 +53,7 @@ class LoraLinear(nn.Module):
         if A is None:
             return out
 
-        # float32, but multiplied in the type of what comes in, as under autocast.
+        # A and B are float32, and multiplied in the type of what comes in, as under autocast.
         low = F.linear(x, A.to(x.dtype)).flatten(0, -2)  # (tokens, rank)
         update = torch.addmm(out.flatten(0, -2), low, B.to(x.dtype).t(), alpha=self.scaling)
         return update.view_as(out)
@@ -105,7 +105,7 @@ def adapter_modules(model: Llava) -> list[LoraLinear | TrainableCopy]:
 
 @contextmanager
 def adapters_off(model: Llava) -> Iterator[None]:
-    """Inside, the model is the reference policy: base weights only, no gradients."""
+    """Inside, the model is the reference: the base, or what `keep_reference` has kept; no gradients."""
     adapters = adapter_modules(model)
     for module in adapters:
         module.enabled = False

@@ -30,14 +30,14 @@ class TokenTree:
     positions  RoPE position; a branch continues from its fork, a hidden token leaves a gap
     branch     0 = trunk, 1..S = a branch, -1 = padding
     fork       for a branch token: the trunk position at which its branch forks; 0 elsewhere
-    visible    False: no query may attend to this key (Eq. 6)
+    visible    False: no query may attend to this key (Eq. 6), nor to padding
     parent     column of the token that predicts this one, -1 for the first of a sequence
     feature    row of the batch's image features that fills this slot, NEWLINE for image_newline,
                -1 for text
     tip        (B, S) column of each branch's last token (its fork's, if it has none), -1 where
                there is no branch
-    prefix     leading columns in which every row is plain causal: each token follows the one in
-               the column before it, and none is hidden
+    prefix     leading columns in which every row is plain causal: padding aside, each token
+               follows the one in the column before it, and none is hidden
     """
 
     ids: Tensor
@@ -70,7 +70,7 @@ class TokenTree:
         return TokenTree(*tensors, self.features_expected, self.prefix)
 
     def rows(self, keep: Tensor) -> "TokenTree":
-        """Some of the rows."""
+        """Some of the rows, as keys: `features_expected` stays that of all."""
         tensors = [getattr(self, name)[keep] for name in (*COLUMNS, "tip")]
         return TokenTree(*tensors, self.features_expected, self.prefix)
 

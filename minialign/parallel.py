@@ -112,8 +112,8 @@ def sum_gradients_across_ranks(trained: list[Tensor]) -> None:
 
 # ---------------------------------------------------------------- weights in shards
 #
-# The scripts call `fully_shard` themselves, on a model of the meta device; what is read into it
-# afterwards (checkpoint.py) goes to each process in parts.
+# The scripts call `fully_shard` themselves, on a model of the meta device; afterwards each process
+# reads the weights and keeps its own rows of them (checkpoint.py).
 
 
 def mesh(device: str):
@@ -127,7 +127,8 @@ def after_sharding(model: nn.Module) -> None:
     """Gradients are summed, not averaged, as the loops have divided the losses; and
     `encode_images` gathers what it needs, as `forward` does.
 
-    Frozen weights keep their type, and what is trained is float32: so are its gradients.
+    No policy of mixed precision is set: frozen weights keep their type, and what is trained is
+    float32, and so are its gradients.
     """
     from torch.distributed.fsdp import register_fsdp_forward_method
 
@@ -144,8 +145,8 @@ def units(model: nn.Module) -> list[nn.Module]:
 
 @contextmanager
 def unsharded(model: nn.Module) -> Iterator[None]:
-    """Inside, every process holds the whole model, gathered once: to sample from, each at its own
-    pace."""
+    """Inside, every process holds the whole model: to sample from, each at its own pace. All
+    processes enter together."""
     for unit in units(model):
         unit.unshard()
         unit.set_reshard_after_forward(False, recurse=False)
@@ -156,7 +157,7 @@ def unsharded(model: nn.Module) -> Iterator[None]:
 
 
 def in_shards(tensor: Tensor) -> bool:
-    """Whether this process holds some rows of the tensor alone."""
+    """Whether this process holds its own rows of the tensor alone, perhaps none."""
     return hasattr(tensor, "full_tensor")
 
 

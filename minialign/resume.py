@@ -39,7 +39,7 @@ def require_same_flags(out: Path, config) -> None:
     `config` has a training script's flags.
     """
     if config.resume and (out / "config.json").exists():
-        # The gradient stays what it was, up to rounding; the others do not touch it at all.
+        # The first five change the rounding of gradients alone; the rest do not touch them.
         may_change = ("accumulate", "recompute", "compile", "device", "shard", "workers", "resume", "out",
                       "skip_bad_records", "ref_cache", "kl_stop", "collapse_stop")  # fmt: skip
         remedy = "give the old value, or leave --resume out and name another --out"

@@ -188,7 +188,7 @@ def test_compiled_layers_sample_the_same_and_compile_few_times(compilations, mon
 class RefusedGraph:
     """A GPU that captures nothing."""
 
-    def __init__(self, *_):
+    def __init__(self, *_, **__):
         pass
 
     def __enter__(self):
@@ -213,8 +213,11 @@ def test_where_no_graph_can_be_made_the_plain_step_serves(monkeypatch, capsys):
     monkeypatch.setattr(generate.FixedContext, "add", add_and_capture)
     monkeypatch.setattr(torch.cuda, "CUDAGraph", RefusedGraph)
     monkeypatch.setattr(torch.cuda, "graph", RefusedGraph)
+    streams = []
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda: "the usual one")
+    monkeypatch.setattr(torch.cuda, "set_stream", streams.append)
     assert [drawn(2, SAMPLINGS[1], fixed=True) for _ in range(2)] == [expected] * 2
-    assert len(tried) == 2
+    assert len(tried) == 2 and streams == ["the usual one"] * 2
     message = capsys.readouterr().err
     assert message.count("without a CUDA graph") == 1 and "not permitted" in message
 
