@@ -38,6 +38,7 @@ from minialign.collate import PairBatch, PairCollator, StepLoader
 from minialign.config import read_config
 from minialign.data import Records, open_pairs, usable_pairs
 from minialign.distortion import distorted_tree
+from minialign.flags import COMPILE_OPTIONS
 from minialign.heads import branch_rewards
 from minialign.images import ImageProcessor
 from minialign.llava import Llava
@@ -185,7 +186,7 @@ def main(config: Config) -> None:
     # torch.compile, one decoder layer at a time: all share the code.
     if config.compile:
         for layer in model.language_model.layers:
-            layer.forward = torch.compile(layer.forward, dynamic=True)
+            layer.forward = torch.compile(layer.forward, dynamic=True, options=COMPILE_OPTIONS)
 
     # Of a layer its input alone is kept for the backward pass, which runs the layer again.
     if config.recompute:

@@ -44,7 +44,7 @@ from minialign.collate import PairCollator, StepLoader
 from minialign.config import read_config
 from minialign.data import TOY_RECORDS, open_records, usable_pairs
 from minialign.files import write_json
-from minialign.flags import RL
+from minialign.flags import COMPILE_OPTIONS, RL
 from minialign.generate import Sampling
 from minialign.images import ImageProcessor
 from minialign.learn import Ppo, Preferences, Rloo
@@ -227,7 +227,7 @@ def main(config: Config) -> None:
     # torch.compile, one decoder layer at a time: all share the code.
     if config.compile:
         for layer in model.language_model.layers:
-            layer.forward = torch.compile(layer.forward, dynamic=True)
+            layer.forward = torch.compile(layer.forward, dynamic=True, options=COMPILE_OPTIONS)
 
     # Of a layer its input alone is kept for the backward pass, which runs the layer again.
     if config.recompute:

@@ -23,6 +23,8 @@ PAPER = {"beta": 0.1, "lr": 5e-7, "projector_lr": 2e-6, "lora_rank": 128, "epoch
          "warmup": 0.1, "schedule": "cosine", "workers": 4}  # fmt: skip
 TOY = PAPER | {"lr": 2e-4, "projector_lr": 3e-5, "lora_rank": 64, "epochs": 1, "workers": 0}
 RL = ("rloo", "ppo")  # the methods of Eq. 2
+# On a GPU, torch 2.11's analysis of tilings fails on lengths that are not constant, where it has no use either.
+COMPILE_OPTIONS = {"triton.coalesce_tiling_analysis": False}
 
 
 @dataclass(frozen=True)
@@ -59,7 +61,7 @@ class TrainingFlags:
     dtype: Literal["float32", "bfloat16"] = "float32"  # of the frozen weights; adapters and losses are float32
     shard: Literal["none", "full"] = "none"  # under torchrun: a whole model per process, or FSDP2's shards of one
     recompute: bool = False  # keep no activations of the decoder's layers: the backward pass computes them again
-    compile: bool = False  # run the decoder's layers compiled in training; the first steps wait a minute for it
+    compile: bool = False  # compile the decoder's layers: the first step takes 30 s on a GPU, minutes on a CPU
     workers: int | None = None  # threads that read and decode pictures ahead (4; toy: 0)
     skip_bad_records: bool = False  # skip and count malformed records instead of stopping
 

@@ -56,7 +56,9 @@ def compilations(monkeypatch) -> list:
 
     torch._dynamo.reset()
     monkeypatch.setattr(
-        torch, "compile", lambda f, **how: real(f, **how, fullgraph=True, backend=backend)
+        torch,
+        "compile",
+        lambda f, dynamic, options: real(f, dynamic=dynamic, fullgraph=True, backend=backend),
     )
     yield graphs
     torch._dynamo.reset()

@@ -16,6 +16,7 @@ from torch.utils.checkpoint import checkpoint
 
 import train_dpo
 import train_online
+from minialign.flags import COMPILE_OPTIONS
 from minialign.generate import Sampling, generate
 from minialign.losses import both_logps, branch_logps, preference_loss
 from minialign.masks import Branch, Sequence, build_tree
@@ -43,7 +44,7 @@ def wrap_layers(model, recompute: bool, compile: bool) -> None:
     for layer in model.language_model.layers:
         layer.forward = type(layer).forward.__get__(layer)
         if compile:
-            layer.forward = torch.compile(layer.forward, dynamic=True)
+            layer.forward = torch.compile(layer.forward, dynamic=True, options=COMPILE_OPTIONS)
         if recompute:
             layer.forward = partial(checkpoint, layer.forward, use_reentrant=False, preserve_rng_state=False)
 
@@ -169,7 +170,7 @@ def means(monkeypatch) -> Counter:
         counts.update(["recompute"] if torch.is_grad_enabled() else [])
         return checkpoint(*args, **kwargs)
 
-    def noted_compile(function, dynamic):
+    def noted_compile(function, dynamic, options):
         assert dynamic and function.__name__ == "forward"
         counts.update(["compile"])
         return function

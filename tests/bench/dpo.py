@@ -38,7 +38,9 @@ from tests.bench.timing import alone, compared, measured
 
 # Rates so low that every repeat is the first step again.
 CONFIG = train_dpo.Config(beta=0.1, lr=1e-9, projector_lr=1e-9, clip=1.0)
-TOLERANCE = {"float32": 1e-3, "bfloat16": 5e-2}  # of losses and gradient norms, relative
+# Of losses and gradient norms, relative. In bfloat16 the log-prob of a response of 100 tokens is
+# right to some tenths, on either side.
+TOLERANCE = {"float32": 1e-3, "bfloat16": 1e-1}
 
 
 def record(size: Size, folder: Path, number: int) -> Record:

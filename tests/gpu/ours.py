@@ -11,6 +11,7 @@ from unittest import mock
 import torch
 from torch.utils.checkpoint import checkpoint
 
+from minialign.flags import COMPILE_OPTIONS
 from minialign.generate import FixedContext
 from minialign.llava import Llava
 from tests.bench import roofline
@@ -30,7 +31,7 @@ PROFILED = 8  # steps of decoding
 def compile_layers(model: Llava) -> None:
     """--compile."""
     for layer in model.language_model.layers:
-        layer.forward = torch.compile(layer.forward, dynamic=True)
+        layer.forward = torch.compile(layer.forward, dynamic=True, options=COMPILE_OPTIONS)
 
 
 def recompute_layers(model: Llava) -> None:
