@@ -13,7 +13,7 @@ In every step the current policy answers first; then it learns from its own word
 
 An image goes through the tower once per step, for sampling, annotator (if it is the policy's own base), policy and
 reference. Every draw follows from --seed, the step and the record's id, so that a resumed run goes on bit for bit.
-Where RLHF shows a sign of collapse (minialign/collapse.py), or passes --kl-stop, the run ends and says what was seen.
+Where RLHF moves further from the reference than --kl-stop, the run ends and says so.
 Unless given, rloo has lr 3e-4, beta 0.4, 2 epochs of 256 prompts, --k 4 (toy: 5e-4, 0.05, 1 of 16), ppo lr 1.41e-5
 all along, 3 epochs of 32 (toy: 1e-4, beta 0.05, 1 of 16), and both leave the projector as it is (toy: 3e-5).
 Left in --out: what train_dpo.py leaves. Differs from the paper: see train_dpo.py, minialign/bdhs.py, ppo.py, rloo.py.
@@ -39,7 +39,6 @@ from minialign.bdhs import Bdhs, BdhsConfig
 from minialign.chat import Tokenizer, announce
 from minialign.checkpoint import fingerprint, resolve_model
 from minialign.cli import fill, require, require_outside, run_main
-from minialign.collapse import CollapseLimits, collapse
 from minialign.collate import PairCollator, StepLoader
 from minialign.config import read_config
 from minialign.data import TOY_RECORDS, open_records, usable_pairs
@@ -84,7 +83,6 @@ class Config(flags.TrainingFlags):
     reward: str = "oracle"  # rloo, ppo: `oracle`, a reward model's folder, or FILE.py:FUNCTION(image, prompt, response)
     k: int | None = None  # rloo, ppo: responses to a prompt (rloo: 4, ppo: 1)
     kl_stop: float | None = None  # rloo, ppo: end where the KL to the reference passes so many nats per response
-    collapse_stop: bool = True  # rloo, ppo: end where the policy collapses (minialign/collapse.py)
     updates: int = 4  # ppo: updates per rollout
     gae_lambda: float = 0.95  # ppo: 1 is the return less the value, 0 one step ahead
     ratio_clip: float = 0.2  # ppo: range of the ratio to the policy that has answered
@@ -141,14 +139,23 @@ def make_learner(config: Config, model: Llava):
     return Preferences(model, config.loss, config.beta, weights)
 
 
+def passed_kl_stop(rows: list[dict], kl_stop: float | None) -> str | None:
+    """Why RLHF has to end, read from metrics.jsonl's rows so that a resumed run ends there, too: the KL of the latest
+    step that sampled, in nats per response, is above --kl-stop. Else None."""
+    kls = [(row["step"], row["objective/kl"]) for row in rows if "objective/kl" in row]
+    if kl_stop is None or not kls or kls[-1][1] <= kl_stop:
+        return None
+    step, kl = kls[-1]
+    return f"step {step}: a KL of {kl:.2f} nats per response, above --kl-stop {kl_stop}"
+
+
 def train(model: Llava, respond, learner, load: StepLoader, config: Config, out: Path) -> resume.Run:
     """The loop: from the first step, or from the last checkpoint with --resume; its `rows` are metrics.jsonl's."""
     optimizer = make_optimizer(model, config.lr, config.projector_lr)
     steps = batches_of_run(load.records.numbers, config.batch_size, config.seed, config.epochs, config.steps)
     # Of how many records the stored pair is taken as it is.
     p = {"mixed-dpo": config.p, "online-bdhs": float(config.gamma == 1)}.get(config.method, 0.0)
-    limits = CollapseLimits(config.kl_stop, config.collapse_stop)
-    watch = partial(collapse, limits=limits) if config.method in RL else None
+    watch = partial(passed_kl_stop, kl_stop=config.kl_stop)
     run = resume.Run(out, model, optimizer, config.resume, watch)
     mine, left_out = [parallel.shard_batch(batch) for batch in steps[run.start :]], []
     idle = rollout.idle_rollout(model, load.collate, learner.branches)

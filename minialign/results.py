@@ -40,7 +40,7 @@ def save_weights(
 
 def told(run: Run, facts: dict) -> str:
     """The last word on an online run: how far it came, what was learned from, and where the rewards went."""
-    remedy = "--resume with another --kl-stop, or with --no-collapse-stop, goes on"
+    remedy = "--resume with another --kl-stop goes on"
     said = f"ended early, {run.stopped}; {remedy}\n" if run.stopped else ""
     [(unit, count)] = [(unit, facts[unit]) for unit in ("pairs", "responses") if unit in facts]
     said += f"{len(run.rows)} steps, {count} {unit}"

@@ -41,7 +41,7 @@ def require_same_flags(out: Path, config) -> None:
     if config.resume and (out / "config.json").exists():
         # The first five change the rounding of gradients alone; the rest do not touch them.
         may_change = ("accumulate", "recompute", "compile", "device", "shard", "workers", "resume", "out",
-                      "skip_bad_records", "ref_cache", "kl_stop", "collapse_stop")  # fmt: skip
+                      "skip_bad_records", "ref_cache", "kl_stop")  # fmt: skip
         remedy = "give the old value, or leave --resume out and name another --out"
         require_same_settings(out / "config.json", asdict(config), may_change, remedy)
 

@@ -14,7 +14,6 @@ from torch import Tensor
 from minialign.annotator import Comparison, ModelAnnotator, OracleAnnotator, Verdict
 from minialign.bdhs import Bdhs, Example
 from minialign.chat import Tokenizer
-from minialign.collapse import repetition
 from minialign.collate import PairBatch, PairCollator
 from minialign.generate import Completion, Sampling, generate, stable_seed
 from minialign.llava import Llava
@@ -30,7 +29,6 @@ LOGGED = {
     "annotator/ties": ("tie", "judged"),
     "annotator/unparsable": ("unparsable", "judged"),
     "annotator/first": ("first", "judged"),
-    "sampled/repetition": ("repetition", "scored"),
     "objective/scores": ("score", "scored"),
     "objective/rlhf_reward": ("rlhf", "scored"),
     "objective/kl": ("kl", "answers"),
@@ -160,7 +158,6 @@ class Scored:
         records, pictures = [part.records[i] for i in rows], [part.pictures[i] for i in rows]
         scores = self.reward(records, pictures, texts)
         counts.update(scored=scores.numel(), score=scores.sum().item())
-        counts["repetition"] += sum(repetition(completion.ids) for row in done for completion in row)
         answers: Answers = []
         for i, row, each in zip(rows, done, scores.tolist(), strict=True):
             branches = [Branch(completion.ids) for completion in row]

@@ -6,7 +6,7 @@
 A row is a list of commands, run in order; what of them --out already holds is not run again. So rows that begin with
 the same command share its pairs; where several studies run side by side in one --out, such rows belong to the same one,
 and a last one, of all rows, makes the table. All rows draw on the same records and make the same number of steps, in
-batches of the same size (ppo with four updates in each), unless a run of rloo or ppo ends early (collapse.py).
+batches of the same size (ppo with four updates in each), unless a run of rloo or ppo passes its --kl-stop.
 Intervals are bootstrapped over images and seeds; differences between rows are paired by image.
 Leaves study.html and study.json: {"rows": [...], "findings": [{"id", "status", "evidence"}], "rewards": [...]}, the
 last being Table 7 where a row has a reward model.

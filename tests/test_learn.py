@@ -10,7 +10,6 @@ import torch
 from helpers import IMAGE, plain_logits, random_ids, random_model, worst
 
 from minialign import heads, lora
-from minialign.collapse import repetition
 from minialign.learn import Ppo, Rloo
 from minialign.losses import both_logps, token_logps
 from minialign.masks import Branch, Sequence, build_tree
@@ -203,4 +202,4 @@ def test_last_tokens_are_the_tips():
     assert ends.sum() == 9 and [(int(r), int(b)) for r, b in zip(row[ends], branch[ends], strict=True)] == [
         (i, n) for i in range(3) for n in range(3)
     ]
-    assert gather([1]) == [[1]] and repetition([1, 2, 3, 4, 1, 2, 3, 4]) == pytest.approx(1 / 5)
+    assert gather([1]) == [[1]]

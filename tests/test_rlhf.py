@@ -1,6 +1,7 @@
-"""train_online.py --method rloo and ppo: what they learn, resume, collapse, parts of a step, and refusals."""
+"""train_online.py --method rloo and ppo: what they learn, resume, --kl-stop, parts of a step, and refusals."""
 
 import json
+import random
 
 import pytest
 from helpers import refused
@@ -12,6 +13,7 @@ import train_online
 from minialign.cli import parse_config
 from minialign.llava import Llava
 from minialign.reward_model import HEAD_FILE
+from train_online import passed_kl_stop
 
 RL = ("rloo", "ppo")
 RATES = {"rloo": 4e-3, "ppo": 1e-3}  # ppo makes four updates where rloo makes one
@@ -113,11 +115,16 @@ def test_kl_stop_ends_the_run_and_a_resumed_one(model, tmp_path, method, capsys)
     assert not (tmp_path / "out/checkpoint/.progress.partial").exists()
 
 
-def test_a_collapse_ends_the_run(model, tmp_path, monkeypatch):
-    """Whatever `collapse` says of the rows so far."""
-    monkeypatch.setattr(train_online, "collapse", lambda rows, limits: "step 2: seen" if len(rows) >= 2 else None)
-    assert len(online(model, tmp_path, method="rloo", **FEW)) == 2
-    assert json.loads((tmp_path / "result.json").read_text()) == {"responses": 16, "stopped": "step 2: seen"}
+@pytest.mark.parametrize("seed", range(5))
+def test_kl_stop_is_hard(seed):
+    """The first step whose KL is above it; steps that sampled nothing do not count."""
+    rng = random.Random(seed)
+    rows = [{"step": n, "objective/kl": 0.1 * n + rng.gauss(0, 0.05)} for n in range(1, 30)]
+    rows = [row for each in rows for row in (each, {"step": each["step"], "loss": 0.1})]
+    above = {row["step"] for row in rows if row.get("objective/kl", 0) > 1.5}
+    stops = [rows[n]["step"] for n in range(len(rows)) if passed_kl_stop(rows[: n + 1], 1.5)]
+    assert set(stops) == above and passed_kl_stop(rows, None) is passed_kl_stop([], 1.5) is None
+    assert passed_kl_stop(rows, 1.5).startswith("step 29: a KL of ")
 
 
 def test_the_reference_of_an_adapter(model, tmp_path):
