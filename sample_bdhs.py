@@ -28,6 +28,7 @@ from minialign.chat import Tokenizer, announce
 from minialign.checkpoint import empty_model, fingerprint, load_weights, resolve_model
 from minialign.cli import (
     fill,
+    is_out_of_memory,
     require,
     require_at_least,
     require_device,
@@ -243,7 +244,13 @@ def sample_for(config, out: Path) -> Path:
     """BDHS pairs of the embedded world in `out`, from the model that is about to be trained with a script's flags."""
     pairs = out / "pairs.jsonl"
     shared = ("model", "template", "seed", "device", "dtype", "limit", "shard")
-    main(Config(**{name: getattr(config, name) for name in shared}, out=str(pairs)))
+    try:
+        main(Config(**{name: getattr(config, name) for name in shared}, out=str(pairs)))
+    except (MemoryError, RuntimeError) as error:
+        if not is_out_of_memory(error):
+            raise
+        said = f"run `sample_bdhs.py --batch-size 8 --out {pairs}` first, then this with --pairs {pairs}"
+        raise UserError(f"out of memory while pairs were sampled; {said}") from error
     return pairs
 
 

@@ -145,9 +145,11 @@ def out_of_memory(config) -> str:
         given = " or ".join(f"a smaller --{name.replace('_', '-')}" for name in smaller)
         return f"out of memory; give {given}{half}"
 
-    remedies = [f"--accumulate {2 * config.accumulate} or more (a step in so many parts)"]
+    remedies = []
+    if config.batch_size is None or config.accumulate < config.batch_size:
+        remedies.append(f"--accumulate {2 * config.accumulate} or more (a step in so many parts)")
     remedies += [] if config.recompute else ["--recompute"]
-    remedies += [] if config.shard == "full" else ["--shard full (torchrun)"]
+    remedies += [] if config.shard == "full" and remedies else ["--shard full (torchrun)"]
     anew = f"{half} in another --out" if half else ""
     return f"out of memory; go on by --resume with {' or '.join(remedies)}{anew}"
 

@@ -19,6 +19,7 @@ import train_dpo
 import train_online
 from minialign import chat, toyworld
 from minialign.cli import is_out_of_memory, out_of_memory, run_main
+from minialign.errors import UserError
 
 INSIDE = """
 import atexit, resource, runpy, sys
@@ -117,9 +118,21 @@ def test_remedies_are_flags_that_were_not_given():
     assert out_of_memory(given) == (
         "out of memory; go on by --resume with --accumulate 2 or more (a step in so many parts)"
     )
+    assert "--accumulate" not in out_of_memory(train_dpo.Config(batch_size=4, accumulate=4))
     said = out_of_memory(sample_bdhs.Config())
     assert "--batch-size" in said and "--shard" not in said and "--resume" not in said
     assert out_of_memory(chat.Config(dtype="bfloat16")) == "out of memory; give a smaller --max-new-tokens"
+
+
+def test_while_it_samples_its_own_pairs(model, tmp_path, monkeypatch):
+    """Parts of a step would not help there."""
+
+    def failing(config):
+        raise torch.OutOfMemoryError(GPU)
+
+    monkeypatch.setattr(sample_bdhs, "main", failing)
+    with pytest.raises(UserError, match="while pairs were sampled; run `sample_bdhs.py --batch-size 8 --out .*--pairs"):
+        train(model, tmp_path)
 
 
 @pytest.mark.parametrize("error", [torch.OutOfMemoryError(GPU), RuntimeError(CPU)])
