@@ -148,8 +148,12 @@ def out_of_memory(config) -> str:
     remedies = []
     if config.batch_size is None or config.accumulate < config.batch_size:
         remedies.append(f"--accumulate {2 * config.accumulate} or more (a step in so many parts)")
-    remedies += [] if config.recompute else ["--recompute"]
-    remedies += [] if config.shard == "full" and remedies else ["--shard full (torchrun)"]
+    if not config.recompute:
+        remedies.append("--recompute")
+    if config.shard == "none":
+        remedies.append("--shard full (torchrun)")
+    if not remedies:
+        remedies.append("more processes (torchrun)")
     anew = f"{half} in another --out" if half else ""
     return f"out of memory; go on by --resume with {' or '.join(remedies)}{anew}"
 

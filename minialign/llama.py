@@ -206,6 +206,7 @@ class DecoderLayer(nn.Module):
         cache: LayerCache | None = None,
         columns: Tensor | None = None,
     ) -> Tensor:
+        """(B, T, D) -> (B, T, D); the rest is `Attention`'s."""
         x = x + self.self_attn(self.input_layernorm(x), rotary, prefix, bias, cache, columns)
         return x + self.mlp(self.post_attention_layernorm(x))
 

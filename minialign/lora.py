@@ -48,6 +48,8 @@ class LoraLinear(nn.Module):
         self.register_buffer("reference_B", None, persistent=False)
 
     def forward(self, x: Tensor) -> Tensor:
+        """W x + (alpha / rank) B A x, (..., in) -> (..., out); switched off, with the reference's
+        own update, or none."""
         out = self.base(x)
         A, B = (self.lora_A, self.lora_B) if self.enabled else (self.reference_A, self.reference_B)
         if A is None:
