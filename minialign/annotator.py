@@ -1,14 +1,15 @@
-"""The annotator of online DPO: which of two responses is better? And how good an annotator is (Tables 7 and 10).
+"""The annotator of online DPO: which of two responses is better? And how good an annotator is
+(Tables 7 and 10).
 
     python -m minialign.annotator --annotator DIR --pairs pairs.jsonl --images DIR    # any LLaVA folder as the judge
     python -m minialign.annotator --annotator oracle --pairs pairs.jsonl              # the embedded world's truth
     python -m minialign.annotator --annotator runs/reward/merged --pairs a.jsonl,b.jsonl    # a reward model (Table 7)
 
-A model is shown image, question and both responses, and asked in our own words for what Table 14 asks. Its verdict
-must begin with `Response 1` or `Response 2`; what does not is dropped and counted. The paper found no bias of
-position; the order is random all the same, or both orders are asked, and a pair on which they differ is a tie.
-A reward model (reward_model.py) is not asked: the response with the higher reward is the better one.
-"""
+A model is shown image, question and both responses, and asked in our own words for what Table 14
+asks. Its verdict must begin with `Response 1` or `Response 2`; what does not is dropped and
+counted. The paper found no bias of position; the order is random all the same, or both orders are
+asked, and a pair on which they differ is a tie. A reward model (reward_model.py) is not asked: the
+response with the higher reward is the better one."""
 
 import json
 import random
@@ -47,14 +48,17 @@ Question: {question}
 Response 1: {first}
 Response 2: {second}
 Which one is better? Begin with "Response 1" or "Response 2", then give the reason."""
-VERDICT = re.compile(r"\W*Response ([12])\b(?![*_\s]*(?:(?:and|or)\b|[&/]))")  # `Response 1 & Response 2` is none
+VERDICT = re.compile(
+    r"\W*Response ([12])\b(?![*_\s]*(?:(?:and|or)\b|[&/]))"
+)  # `Response 1 & Response 2` is none
 # `there is no cup`, `no red cup`: mentions none.
 DENIED = re.compile(rf"\bno (?:(?:{'|'.join(COLOURS)}) )?(?:{'|'.join(OBJECTS)})\b", re.IGNORECASE)
 
 
 @dataclass(frozen=True)
 class Comparison:
-    """Two responses to the prompt of a record; `picture` is what a model looks at that has not seen it yet."""
+    """Two responses to the prompt of a record; `picture` is what a model looks at that has not seen
+    it yet."""
 
     record: Record
     responses: tuple[str, str]
@@ -63,7 +67,8 @@ class Comparison:
 
 @dataclass(frozen=True)
 class Verdict:
-    """Which response is better, 0 or 1, or None with the reason; `first`: the one that stood first was chosen."""
+    """Which response is better, 0 or 1, or None with the reason; `first`: the one that stood first
+    was chosen."""
 
     better: int | None
     reason: Literal["", "tie", "unparsable"] = ""
@@ -71,11 +76,14 @@ class Verdict:
 
 
 class OracleAnnotator:
-    """The embedded world's exact truth: fewer hallucinated objects, then fewer wrong attributes, then more recall."""
+    """The embedded world's exact truth: fewer hallucinated objects, then fewer wrong attributes,
+    then more recall."""
 
     both_orders = policy_off = False  # a model's ways, of which the truth has none
 
-    def choose(self, comparisons: list[Comparison], features: Tensor | None = None) -> list[Verdict]:
+    def choose(
+        self, comparisons: list[Comparison], features: Tensor | None = None
+    ) -> list[Verdict]:
         """A verdict on each; responses that are equally true are a tie."""
         verdicts = []
         for comparison in comparisons:
@@ -88,12 +96,17 @@ class OracleAnnotator:
     def score(scene: toyworld.Scene, text: str) -> tuple[float, float, float]:
         """The higher the better, compared from left to right."""
         counts = toybench.count_description(scene, DENIED.sub("", text))
-        return -counts["hallucinated"], -counts["wrong_colour"] - counts["wrong_place"], counts["found"]
+        return (
+            -counts["hallucinated"],
+            -counts["wrong_colour"] - counts["wrong_place"],
+            counts["found"],
+        )
 
 
 @dataclass(frozen=True)
 class ModelAnnotator:
-    """A LLaVA as the judge; with `policy_off` it is the policy's own base, its adapters switched off."""
+    """A LLaVA as the judge; with `policy_off` it is the policy's own base, its adapters switched
+    off."""
 
     model: Llava
     tokenizer: Tokenizer
@@ -103,22 +116,40 @@ class ModelAnnotator:
     policy_off: bool = False
     max_new_tokens: int = 16  # the verdict comes first
 
-    def choose(self, comparisons: list[Comparison], features: Tensor | None = None) -> list[Verdict]:
-        """A verdict on each. features (tiles, patches, D): of the pictures, where this model's tower has seen them."""
+    def choose(
+        self, comparisons: list[Comparison], features: Tensor | None = None
+    ) -> list[Verdict]:
+        """A verdict on each. features (tiles, patches, D): of the pictures, where this model's
+        tower has seen them."""
         if not comparisons:
             return []
         pictures = [comparison.picture for comparison in comparisons]
         if features is None:
-            features = self.model.encode_images(torch.cat([self.processor(picture) for picture in pictures]))
+            features = self.model.encode_images(
+                torch.cat([self.processor(picture) for picture in pictures])
+            )
         layouts = [self.processor.layout(picture) for picture in pictures]
         orders = [self.orders(comparison) for comparison in comparisons]
-        asked = [[self.question(c, order) for order in each] for c, each in zip(comparisons, orders, strict=True)]
-        over = [self.too_long(texts, len(packing)) for texts, (_, packing) in zip(asked, layouts, strict=True)]
-        asked = [[""] * len(texts) if long else texts for texts, long in zip(asked, over, strict=True)]
+        asked = [
+            [self.question(c, order) for order in each]
+            for c, each in zip(comparisons, orders, strict=True)
+        ]
+        over = [
+            self.too_long(texts, len(packing))
+            for texts, (_, packing) in zip(asked, layouts, strict=True)
+        ]
+        asked = [
+            [""] * len(texts) if long else texts for texts, long in zip(asked, over, strict=True)
+        ]
         with lora.adapters_off(self.model) if self.policy_off else nullcontext():
-            said = benchmarks.answers(self.model, self.tokenizer, features, layouts, asked, self.max_new_tokens)
+            said = benchmarks.answers(
+                self.model, self.tokenizer, features, layouts, asked, self.max_new_tokens
+            )
         verdicts = [self.verdict(answers, each) for answers, each in zip(said, orders, strict=True)]
-        return [Verdict(None, "unparsable") if long else v for v, long in zip(verdicts, over, strict=True)]
+        return [
+            Verdict(None, "unparsable") if long else v
+            for v, long in zip(verdicts, over, strict=True)
+        ]
 
     def too_long(self, texts: list[str], image_tokens: int) -> bool:
         """Whether the decoder has no position left for a verdict on what it is asked."""
@@ -127,11 +158,17 @@ class ModelAnnotator:
 
     def orders(self, comparison: Comparison) -> list[tuple[int, int]]:
         """The orders in which the two responses are shown: both, or one at random."""
-        flipped = random.Random(stable_seed(self.seed, comparison.record.id, *comparison.responses)).random() < 0.5
+        flipped = (
+            random.Random(
+                stable_seed(self.seed, comparison.record.id, *comparison.responses)
+            ).random()
+            < 0.5
+        )
         return [(0, 1), (1, 0)] if self.both_orders else [(1, 0) if flipped else (0, 1)]
 
     def question(self, comparison: Comparison, order: tuple[int, int]) -> str:
-        """What the model is asked; of several turns, all that was said before stands in the question."""
+        """What the model is asked; of several turns, all that was said before stands in the
+        question."""
         first, second = (comparison.responses[i] for i in order)
         return INSTRUCTION.format(question=comparison.record.asked, first=first, second=second)
 
@@ -142,24 +179,37 @@ class ModelAnnotator:
             return Verdict(None, "unparsable")
         places = [int(match[1]) - 1 for match in found]
         better = {order[place] for order, place in zip(orders, places, strict=True)}
-        return Verdict(better.pop(), first=places[0] == 0) if len(better) == 1 else Verdict(None, "tie", places[0] == 0)
+        return (
+            Verdict(better.pop(), first=places[0] == 0)
+            if len(better) == 1
+            else Verdict(None, "tie", places[0] == 0)
+        )
 
 
 @dataclass(frozen=True)
 class RewardAnnotator:
-    """The response with the higher reward is the better one; the same text twice is a tie, whatever rounding says."""
+    """The response with the higher reward is the better one; the same text twice is a tie, whatever
+    rounding says."""
 
     model: RewardModel
     both_orders = policy_off = False  # of a model that is asked in words
 
-    def choose(self, comparisons: list[Comparison], features: Tensor | None = None) -> list[Verdict]:
+    def choose(
+        self, comparisons: list[Comparison], features: Tensor | None = None
+    ) -> list[Verdict]:
         """A verdict on each; the reward model's own tower looks at the pictures."""
         if not comparisons:
             return []
         texts = [each.responses for each in comparisons]
-        records, pictures = [each.record for each in comparisons], [each.picture for each in comparisons]
+        records, pictures = (
+            [each.record for each in comparisons],
+            [each.picture for each in comparisons],
+        )
         both = zip(texts, self.model(records, pictures, texts).tolist(), strict=True)
-        return [Verdict(None, "tie") if x == y or a == b else Verdict(int(b > a)) for (x, y), (a, b) in both]
+        return [
+            Verdict(None, "tie") if x == y or a == b else Verdict(int(b > a))
+            for (x, y), (a, b) in both
+        ]
 
 
 # ---------------------------------------------------------------- how good is it?
@@ -183,13 +233,15 @@ def count_verdict(verdict: Verdict, chosen: int) -> Counts:
 class Config:
     """Flags of `python -m minialign.annotator`."""
 
-    annotator: str = "oracle"  # `oracle` for the embedded world, or the folder of a LLaVA or of a reward model
+    # `oracle` for the embedded world, or the folder of a LLaVA or of a reward model
+    annotator: str = "oracle"
     pairs: str | None = None  # held-out preference pairs, one file or several with commas between
     out: str | None = None  # JSON file to write as well
     format: FormatName | None = None  # of the pairs file; else that of its first record
     images: str = "toy"  # folder of the pictures, or `toy`
     template: str | None = None  # vicuna, llava_v1, mistral, chatml or short; else the model's own
-    orders: Literal["random", "both"] = "random"  # show the responses in a random order, or ask in both
+    # show the responses in a random order, or ask in both
+    orders: Literal["random", "both"] = "random"
     batch_size: int = 8  # pairs that are judged together
     seed: int = 0  # random orders follow from it
     device: str = "cpu"  # torch device
@@ -199,15 +251,24 @@ class Config:
 
 
 def load_annotator(name: str, config) -> OracleAnnotator | ModelAnnotator | RewardAnnotator:
-    """`oracle`, or a folder's model; `config` has the flags template, orders, seed, device and dtype."""
+    """`oracle`, or a folder's model; `config` has the flags template, orders, seed, device and
+    dtype."""
     if name == "oracle":
-        require(config.images == "toy", "--annotator oracle: knows the embedded world alone; name a LLaVA folder")
+        require(
+            config.images == "toy",
+            "--annotator oracle: knows the embedded world alone; name a LLaVA folder",
+        )
         return OracleAnnotator()
     folder = resolve_model(name, "--annotator")
     if (folder / HEAD_FILE).exists():
-        return RewardAnnotator(load_reward_model(folder, config.device, getattr(torch, config.dtype)))
+        return RewardAnnotator(
+            load_reward_model(folder, config.device, getattr(torch, config.dtype))
+        )
     model = load_model(folder, config.device, getattr(torch, config.dtype))
-    tokenizer, processor = Tokenizer.from_folder(folder, config.template), ImageProcessor.from_folder(folder)
+    tokenizer, processor = (
+        Tokenizer.from_folder(folder, config.template),
+        ImageProcessor.from_folder(folder),
+    )
     announce(folder, model, tokenizer)
     return ModelAnnotator(model, tokenizer, processor, config.orders == "both", config.seed)
 
@@ -226,33 +287,47 @@ def judge(path: str, annotator, config: Config) -> tuple[list[Counts], list[str]
     counts, left_out, numbers = [], [], list(records.numbers)
     for start in tqdm(range(0, len(numbers), config.batch_size), desc="judge"):
         numbered = ((records.file.place(n), n) for n in numbers[start : start + config.batch_size])
-        batch, refused = sift(numbered, lambda n: comparison(records.parse(n), config), config.skip_bad_records)
+        batch, refused = sift(
+            numbered, lambda n: comparison(records.parse(n), config), config.skip_bad_records
+        )
         left_out += [f"{place}: {error}" for place, error in refused]
         verdicts = annotator.choose([each for each, _ in batch])
-        counts += [count_verdict(verdict, chosen) for verdict, (_, chosen) in zip(verdicts, batch, strict=True)]
+        counts += [
+            count_verdict(verdict, chosen)
+            for verdict, (_, chosen) in zip(verdicts, batch, strict=True)
+        ]
     if not counts:
         raise UserError(f"--pairs {path}: no usable pair, {left_out[0]}; give pairs")
     return counts, left_out
 
 
 def main(config: Config) -> None:
-    """Accuracy on pairs whose better response is known, and the bias of position; a column per file."""
+    """Accuracy on pairs whose better response is known, and the bias of position; a column per
+    file."""
     require(config.pairs is not None, "--pairs is missing; name a file of preference pairs")
     require(config.batch_size >= 1, f"--batch-size {config.batch_size}: at least 1")
     require_seed(config.seed)
     require_images(config.images)
     require_device(config.device)
     paths = [config.pairs] if Path(config.pairs).exists() else config.pairs.split(",")
-    require(len(set(paths)) == len(paths), f"--pairs {config.pairs}: a file stands twice; name each once")
+    require(
+        len(set(paths)) == len(paths),
+        f"--pairs {config.pairs}: a file stands twice; name each once",
+    )
     for path in paths if len(paths) > 1 else ():
-        require(Path(path).is_file(), f"--pairs {path}: no such file; name files of preference pairs")
+        require(
+            Path(path).is_file(), f"--pairs {path}: no such file; name files of preference pairs"
+        )
     results = {}
     with redirect_stdout(sys.stderr):  # what is printed on the way is no result
         annotator = load_annotator(config.annotator, config)
         for path in paths:
             counts, left_out = judge(path, annotator, config)
             if left_out:
-                tqdm.write(f"{path}: {len(left_out)} pairs left out, the first: {left_out[0]}", file=sys.stderr)
+                tqdm.write(
+                    f"{path}: {len(left_out)} pairs left out, the first: {left_out[0]}",
+                    file=sys.stderr,
+                )
             facts = {"pairs": len(counts), "left_out": len(left_out)}
             results[path] = facts | with_intervals([counts], FIGURES)
     one = len(results) == 1
@@ -262,7 +337,11 @@ def main(config: Config) -> None:
     if config.json:
         return print(json.dumps(found))
     figures = {path: {name: result[name] for name in FIGURES} for path, result in results.items()}
-    print_table({config.annotator: figures[paths[0]]} if one else {Path(path).name: figures[path] for path in paths})
+    print_table(
+        {config.annotator: figures[paths[0]]}
+        if one
+        else {Path(path).name: figures[path] for path in paths}
+    )
 
 
 if __name__ == "__main__":

@@ -1,14 +1,14 @@
 """Bias-Driven Hallucination Sampling: Algorithm 1 of the paper.
 
-The policy completes the chosen response y+ while most of the image is hidden from it (Eq. 6) or drowned in
-noise (Eq. 9). What it then says is what its language prior says: a plausible hallucination, and a rejected
-response that nobody had to write.
+The policy completes the chosen response y+ while most of the image is hidden from it (Eq. 6) or
+drowned in noise (Eq. 9). What it then says is what its language prior says: a plausible
+hallucination, and a rejected response that nobody had to write.
 
-Differs from the paper: the yes/no pattern ends with its word, so that `Nobody`, `No-one` and `Yesterday` stay whole.
-Silent in the paper, chosen here: a cut falls on a word boundary and may keep nothing, but never takes a swapped
-word away; a response that is empty or runs into the length limit is sampled again like one that is too similar;
-hidden tokens leave gaps in the RoPE positions rather than shifting the text; every draw is seeded per example.
-"""
+Differs from the paper: the yes/no pattern ends with its word, so that `Nobody`, `No-one` and
+`Yesterday` stay whole. Silent in the paper, chosen here: a cut falls on a word boundary and may
+keep nothing, but never takes a swapped word away; a response that is empty or runs into the length
+limit is sampled again like one that is too similar; hidden tokens leave gaps in the RoPE positions
+rather than shifting the text; every draw is seeded per example."""
 
 import random
 import re
@@ -32,7 +32,8 @@ SWAP = {"Yes": "No", "yes": "no", "No": "Yes", "no": "yes"}
 
 @dataclass(frozen=True)
 class BdhsConfig:
-    """The paper's knobs. BDHS_attn: rho_th > 0, noise_steps = 0. BDHS_noise: noise_steps > 0, rho_th = 0."""
+    """The paper's knobs. BDHS_attn: rho_th > 0, noise_steps = 0. BDHS_noise: noise_steps > 0,
+    rho_th = 0."""
 
     rho_th: float = 0.99
     n_bdhs: int = 5
@@ -55,7 +56,8 @@ class Example:
 
 @dataclass(frozen=True)
 class Sampled:
-    """A rejected response y- and how it came about; `truncated`: the length limit ended a completion."""
+    """A rejected response y- and how it came about; `truncated`: the length limit ended a
+    completion."""
 
     rejected: str
     iterations: int
@@ -67,7 +69,8 @@ class Sampled:
 
 @dataclass(frozen=True)
 class Cut:
-    """One sentence of y+ cut in two: the text before the sentence, what is kept of it, and where it forks."""
+    """One sentence of y+ cut in two: the text before the sentence, what is kept of it, and where it
+    forks."""
 
     separator: str
     kept: str
@@ -76,12 +79,19 @@ class Cut:
 
 
 def split_sentences(text: str) -> list[tuple[int, int]]:
-    """Character spans of the sentences: each ends behind `.`, `!` or `?` that a space or the end follows."""
-    return [match.span() for match in re.finditer(r"\S.*?(?:[.!?]+(?=\s|$)|$)", text.rstrip(), re.DOTALL)]
+    """Character spans of the sentences: each ends behind `.`, `!` or `?` that a space or the end
+    follows."""
+    return [
+        match.span()
+        for match in re.finditer(r"\S.*?(?:[.!?]+(?=\s|$)|$)", text.rstrip(), re.DOTALL)
+    ]
 
 
-def cut_sentence(text: str, span: tuple[int, int], ids: list[int], tokenizer: Tokenizer, rng: random.Random) -> Cut:
-    """Alg. 1 l. 11-14 for one sentence of y+ (`ids` are y+'s): perhaps swap Yes and No, then cut at a random word."""
+def cut_sentence(
+    text: str, span: tuple[int, int], ids: list[int], tokenizer: Tokenizer, rng: random.Random
+) -> Cut:
+    """Alg. 1 l. 11-14 for one sentence of y+ (`ids` are y+'s): perhaps swap Yes and No, then cut at
+    a random word."""
     start, end = span
     sentence = text[start:end]
     match = YES_NO.match(sentence)
@@ -92,7 +102,8 @@ def cut_sentence(text: str, span: tuple[int, int], ids: list[int], tokenizer: To
     if said:
         places = places[1:] or [len(said)]
     kept = sentence[: rng.choice(places)].rstrip()
-    # The swapped word belongs to its own sentence: the text before it is always the true one (Eq. 7).
+    # The swapped word belongs to its own sentence: the text before it is always the true one (Eq.
+    # 7).
     before = text[:start] if kept else text[:start].rstrip()
     kept_ids = tokenizer.answer(before + kept)
     shared = 0
@@ -122,7 +133,8 @@ def full_stop_ids(tokenizer: Tokenizer) -> set[int]:
 
 @dataclass(frozen=True)
 class Bdhs:
-    """What every iteration needs: the policy, its tokenizer and preprocessing, the similarity and the knobs."""
+    """What every iteration needs: the policy, its tokenizer and preprocessing, the similarity and
+    the knobs."""
 
     model: Llava
     tokenizer: Tokenizer
@@ -145,16 +157,21 @@ class Bdhs:
             raise UserError(f"{said}; drop the record")
 
     def sample(
-        self, examples: list[Example], features: list[torch.Tensor] | None = None, step: int | None = None
+        self,
+        examples: list[Example],
+        features: list[torch.Tensor] | None = None,
+        step: int | None = None,
     ) -> list[Sampled]:
-        """Algorithm 1 for a batch; only responses that are still too similar to y+ are sampled again.
+        """Algorithm 1 for a batch; only responses that are still too similar to y+ are sampled
+        again.
 
-        features (tiles, patches, D) each, where the tower has seen the pictures already; noise needs its own. In
-        training `step` makes other draws of the same record.
-        """
+        features (tiles, patches, D) each, where the tower has seen the pictures already; noise
+        needs its own. In training `step` makes other draws of the same record."""
         if features is None and not self.config.noise_steps:
             pixels = [self.processor(example.image) for example in examples]
-            features = self.model.encode_images(torch.cat(pixels)).split([len(tiles) for tiles in pixels])
+            features = self.model.encode_images(torch.cat(pixels)).split(
+                [len(tiles) for tiles in pixels]
+            )
         results: list[Sampled | None] = [None] * len(examples)
         pending = list(range(len(examples)))
         for iteration in range(1, self.config.n_bdhs + 1):
@@ -176,17 +193,27 @@ class Bdhs:
         return results
 
     def mask_seed(self, example: Example, iteration: int, step: int | None = None) -> int:
-        """The seed of this iteration's mask, stored with the pair so that the mask can be drawn again."""
-        return stable_seed(self.config.seed, example.id, iteration, *([] if step is None else [step])) % 2**31
+        """The seed of this iteration's mask, stored with the pair so that the mask can be drawn
+        again."""
+        return (
+            stable_seed(self.config.seed, example.id, iteration, *([] if step is None else [step]))
+            % 2**31
+        )
 
     def mask(self, seed: int, image_tokens: int) -> torch.Tensor:
         """Eq. 6 for one picture."""
         return mask_of_seed(image_tokens, self.config.rho_th, seed)
 
     def iterate(
-        self, examples: list[Example], iteration: int, guided: bool, features: torch.Tensor | None, step: int | None
+        self,
+        examples: list[Example],
+        iteration: int,
+        guided: bool,
+        features: torch.Tensor | None,
+        step: int | None,
     ) -> tuple[list[str], list[bool]]:
-        """One iteration of Alg. 1 for a batch: one prefill, then all sentences of all examples at once.
+        """One iteration of Alg. 1 for a batch: one prefill, then all sentences of all examples at
+        once.
 
         Returns the responses, and which of them the length limit cut off.
         """
@@ -195,7 +222,9 @@ class Bdhs:
         for example in examples:
             seed = self.mask_seed(example, iteration, step)
             if features is None:
-                pixels.append(self.processor(noise_of_seed(example.image, config.noise_steps, seed)))
+                pixels.append(
+                    self.processor(noise_of_seed(example.image, config.noise_steps, seed))
+                )
             prompt = tokenizer.prompt(example.turns)
             if guided:
                 ids, rng = tokenizer.answer(example.chosen), random.Random(seed)
@@ -203,10 +232,14 @@ class Bdhs:
                 parts = [cut_sentence(example.chosen, span, ids, tokenizer, rng) for span in spans]
             else:
                 ids, parts = [], [Cut("", "", [], 0)]
-            branches = [Branch(cut.kept_ids[cut.shared :], len(prompt) + cut.shared) for cut in parts]
+            branches = [
+                Branch(cut.kept_ids[cut.shared :], len(prompt) + cut.shared) for cut in parts
+            ]
             patches, packing = self.processor.layout(example.image)
             visible = self.mask(seed, len(packing))
-            ids = ids[: max(cut.shared for cut in parts)]  # no branch sees what is behind the last fork
+            ids = ids[
+                : max(cut.shared for cut in parts)
+            ]  # no branch sees what is behind the last fork
             sequences.append(Sequence(prompt + ids, branches, patches, visible, packing))
             seeds.append([stable_seed(seed, k) for k in range(len(parts))])
             cuts.append(parts)

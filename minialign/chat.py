@@ -1,9 +1,9 @@
-"""`python -m minialign.chat` answers a question about a picture, or scores an answer that is given to it.
+"""`python -m minialign.chat` answers a question about a picture, or scores an answer that is given
+to it.
 
-This file is also the one place that turns conversations into token ids: templates and tokenisation. Control tokens
-come from the template alone. Text is data: a user who types `</s>` or `<image>` gets the ordinary pieces of those
-characters.
-"""
+This file is also the one place that turns conversations into token ids: templates and tokenisation.
+Control tokens come from the template alone. Text is data: a user who types `</s>` or `<image>` gets
+the ordinary pieces of those characters."""
 
 import json
 import math
@@ -35,7 +35,8 @@ Turn = tuple[str, str]  # ("user" | "assistant", text)
 
 @dataclass(frozen=True)
 class Template:
-    """How a conversation becomes text: `{}` stands for what is said, control tokens for themselves."""
+    """How a conversation becomes text: `{}` stands for what is said, control tokens for
+    themselves."""
 
     system: str
     user: str
@@ -52,8 +53,12 @@ def curious(who: str) -> str:
 
 TEMPLATES = {
     "short": Template("", "USER: {} ASSISTANT:", " {}</s>"),  # the embedded world's
-    "vicuna": Template(curious("human"), "USER: {} ASSISTANT:", " {}</s>"),  # LLaVA-1.5, and 1.6 on Vicuna
-    "llava_v1": Template(curious("user"), "USER: {} ASSISTANT:", " {}</s>"),  # what these were trained with
+    "vicuna": Template(
+        curious("human"), "USER: {} ASSISTANT:", " {}</s>"
+    ),  # LLaVA-1.5, and 1.6 on Vicuna
+    "llava_v1": Template(
+        curious("user"), "USER: {} ASSISTANT:", " {}</s>"
+    ),  # what these were trained with
     "mistral": Template("", "[INST] {} [/INST]", " {}</s>"),  # LLaVA-1.6 on Mistral
     "chatml": Template(  # LLaVA-1.6 34B
         "<|im_start|>system\nAnswer the questions.<|im_end|>",
@@ -65,14 +70,23 @@ CONTROL = re.compile(r"</s>|<\|im_start\|>|<\|im_end\|>")  # in a template
 
 
 def template_name(folder: Path, config: dict, fast: FastTokenizer, asked: str | None) -> str:
-    """The template that was asked for, else the one in config.json, else the one of the model's family."""
+    """The template that was asked for, else the one in config.json, else the one of the model's
+    family."""
     name = config.get("minialign_template") if asked is None else asked
     if name is None:
         text = config.get("text_config") or {}
         mistral = isinstance(text, dict) and text.get("model_type") == "mistral"
-        return "mistral" if mistral else "vicuna" if fast.token_to_id("<|im_start|>") is None else "chatml"
+        return (
+            "mistral"
+            if mistral
+            else "vicuna"
+            if fast.token_to_id("<|im_start|>") is None
+            else "chatml"
+        )
     if not isinstance(name, str) or name not in TEMPLATES:
-        where = "--template" if asked is not None else f"{folder / 'config.json'}: minialign_template"
+        where = (
+            "--template" if asked is not None else f"{folder / 'config.json'}: minialign_template"
+        )
         raise UserError(f"{where} {name!r} is none of {', '.join(TEMPLATES)}; name one")
     return name
 
@@ -81,10 +95,10 @@ def template_name(folder: Path, config: dict, fast: FastTokenizer, asked: str | 
 class Tokenizer:
     """tokenizer.json under a template.
 
-    A whole conversation is encoded as one text, as transformers does, since tokenizers treat what follows a control
-    token differently from what begins a text. Where a control token belongs, that text holds a mark: an added token
-    with a random name, which nobody can type. `ids` says which control token each mark stands for.
-    """
+    A whole conversation is encoded as one text, as transformers does, since tokenizers treat what
+    follows a control token differently from what begins a text. Where a control token belongs, that
+    text holds a mark: an added token with a random name, which nobody can type. `ids` says which
+    control token each mark stands for."""
 
     fast: FastTokenizer
     template: Template
@@ -99,7 +113,10 @@ class Tokenizer:
     @staticmethod
     def from_folder(folder: Path, template: str | None = None) -> "Tokenizer":
         """Read tokenizer.json and the ids in config.json; `template` overrides the model's own."""
-        fast, config = read_tokenizer(folder), read_json(folder / "config.json", "a model folder needs config.json")
+        fast, config = (
+            read_tokenizer(folder),
+            read_json(folder / "config.json", "a model folder needs config.json"),
+        )
         name = template_name(folder, config, fast, template)
         chosen = TEMPLATES[name]
         image_id, pad_id = special_ids(folder, config, fast)
@@ -108,15 +125,24 @@ class Tokenizer:
         if None in control.values():
             missing = next(token for token, i in control.items() if i is None)
             file = folder / "tokenizer.json"
-            raise UserError(f"{file}: no {missing}, which the template needs; name another template")
+            raise UserError(
+                f"{file}: no {missing}, which the template needs; name another template"
+            )
         marks = {token: f"\ue000{secrets.token_hex(8)}\ue001" for token in (*tokens, "image")}
-        fast.add_tokens([AddedToken(mark, special=False, normalized=False) for mark in marks.values()])
-        ids = {fast.token_to_id(marks[token]): i for token, i in (control | {"image": image_id}).items()}
+        fast.add_tokens(
+            [AddedToken(mark, special=False, normalized=False) for mark in marks.values()]
+        )
+        ids = {
+            fast.token_to_id(marks[token]): i
+            for token, i in (control | {"image": image_id}).items()
+        }
         marked = [CONTROL.sub(lambda found: marks[found[0]], text) for text in astuple(chosen)]
         end = control[CONTROL.findall(chosen.answer)[-1]]
         # What the tokenizer itself puts before a text; the embedded world's has no rule for it.
         bos = fast.encode("").ids or [i for i in [fast.token_to_id("<s>")] if i is not None]
-        return Tokenizer(fast, Template(*marked), marks["image"], ids, bos, end, pad_id, image_id, name)
+        return Tokenizer(
+            fast, Template(*marked), marks["image"], ids, bos, end, pad_id, image_id, name
+        )
 
     def encode(self, text: str) -> list[int]:
         """Text to ids; no control token but for a mark."""
@@ -124,7 +150,9 @@ class Tokenizer:
 
     def decode(self, ids: list[int]) -> str:
         """Ids to text, control tokens left out."""
-        shown = [i for i in ids if i != self.image_id and i not in self.ids]  # a model may have more ids than these
+        shown = [
+            i for i in ids if i != self.image_id and i not in self.ids
+        ]  # a model may have more ids than these
         return self.fast.decode(shown, skip_special_tokens=True)
 
     def prompt(self, turns: list[Turn], image: bool = True) -> list[int]:
@@ -142,13 +170,14 @@ class Tokenizer:
     def lead(self) -> tuple[str, list[int]]:
         """What precedes an answer in the same piece of text, such as `ASSISTANT:`, and its ids.
 
-        It may change how the answer begins; the image's mark keeps it from being the beginning of a text.
-        """
+        It may change how the answer begins; the image's mark keeps it from being the beginning of a
+        text."""
         before = self.image + re.split("\ue001|{}", self.template.user)[-1]
         return before, self.encode(before)
 
     def answer(self, text: str) -> list[int]:
-        """The ids of an answer, or of its beginning, as they follow a prompt: without the end token."""
+        """The ids of an answer, or of its beginning, as they follow a prompt: without the end
+        token."""
         if not text:
             return []
         (before, head), said = self.lead, self.template.answer.format(text)
@@ -179,7 +208,9 @@ def special_ids(folder: Path, config: dict, fast: FastTokenizer) -> tuple[int, i
     image, pad = 32000 if image is None else image, 0 if pad is None else pad
     for name, value in (("image_token_index", image), ("pad_token_id", pad)):
         if type(value) is not int or not 0 <= value < size:
-            raise UserError(f"{folder / 'config.json'}: {name} is {value!r}, no id below vocab_size {size}; mend it")
+            raise UserError(
+                f"{folder / 'config.json'}: {name} is {value!r}, no id below vocab_size {size}; mend it"
+            )
     highest = max(fast.get_vocab().values(), default=0)
     if highest >= size:
         said = f"has ids up to {highest}, config.json a vocab_size of {size}; they must belong together"
@@ -193,7 +224,9 @@ def read_tokenizer(folder: Path) -> FastTokenizer:
     raw = read_json(path, "a model folder needs tokenizer.json")
     added = raw.get("added_tokens") or []
     if not isinstance(added, list) or not all(isinstance(token, dict) for token in added):
-        raise UserError(f"{path}: added_tokens must be a list of objects; download the folder again")
+        raise UserError(
+            f"{path}: added_tokens must be a list of objects; download the folder again"
+        )
     for token in added:
         token["special"] = True  # else typed text could become a control token
     try:
@@ -210,7 +243,8 @@ def read_tokenizer(folder: Path) -> FastTokenizer:
 class Config:
     """Flags of `python -m minialign.chat`."""
 
-    image: str | None = None  # picture; or the name of one in the embedded world, such as test-000000.png
+    # picture; or the name of one in the embedded world, such as test-000000.png
+    image: str | None = None
     prompt: str = "Describe the picture."  # the question
     response: str | None = None  # score this answer instead of sampling one
     model: str = "toy"  # Hugging Face LLaVA folder, or `toy`
@@ -227,7 +261,10 @@ class Config:
 
 def picture_for(config: Config):
     """The picture of --image: a file, or a scene of the embedded world."""
-    require(config.image is not None, "--image is missing; give a picture, or test-000000.png of the embedded world")
+    require(
+        config.image is not None,
+        "--image is missing; give a picture, or test-000000.png of the embedded world",
+    )
     path = Path(config.image)
     if toyworld.NAME.fullmatch(config.image) and not path.exists():
         return open_image("toy", config.image)
@@ -241,7 +278,10 @@ def main(config: Config) -> None:
     require_seed(config.seed)
     require_device(config.device)
     require(config.max_new_tokens >= 1, f"--max-new-tokens {config.max_new_tokens}: at least 1")
-    require(config.response is None or config.response.strip() != "", "--response is empty; give the answer to score")
+    require(
+        config.response is None or config.response.strip() != "",
+        "--response is empty; give the answer to score",
+    )
     folder = resolve_model(config.model)
     processor, picture = ImageProcessor.from_folder(folder), picture_for(config)
     model = load_model(folder, config.device, getattr(torch, config.dtype))
@@ -254,8 +294,13 @@ def main(config: Config) -> None:
     features = model.encode_images(processor(picture))
     if config.response is None:
         sequence = Sequence(prompt_ids, [Branch([])], patches, mask, packing)
-        sampling, seeds = Sampling(config.max_new_tokens, config.temperature), [[stable_seed(config.seed)]]
-        done = generate(model, [sequence], features, sampling, {tokenizer.eos_id}, seeds, tokenizer.pad_id)[0][0]
+        sampling, seeds = (
+            Sampling(config.max_new_tokens, config.temperature),
+            [[stable_seed(config.seed)]],
+        )
+        done = generate(
+            model, [sequence], features, sampling, {tokenizer.eos_id}, seeds, tokenizer.pad_id
+        )[0][0]
         text, response_ids, logps = tokenizer.decode(done.ids), done.ids, done.logps
     else:
         text, response_ids = config.response, tokenizer.response(config.response)
@@ -264,12 +309,22 @@ def main(config: Config) -> None:
         with torch.no_grad():
             logps = token_logps(model, tree, features)[2].tolist()
     if config.json:
-        print(json.dumps({
-            "text": text, "prompt_ids": prompt_ids, "response_ids": response_ids, "image_tokens": len(packing),
-            "logps": logps, "sum_logps": sum(logps),
-        }))  # fmt: skip
+        print(
+            json.dumps(
+                {
+                    "text": text,
+                    "prompt_ids": prompt_ids,
+                    "response_ids": response_ids,
+                    "image_tokens": len(packing),
+                    "logps": logps,
+                    "sum_logps": sum(logps),
+                }
+            )
+        )
     else:
-        print(text if config.response is None else f"{sum(logps):.4f} nats over {len(logps)} tokens")
+        print(
+            text if config.response is None else f"{sum(logps):.4f} nats over {len(logps)} tokens"
+        )
 
 
 if __name__ == "__main__":

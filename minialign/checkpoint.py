@@ -42,10 +42,17 @@ HUB_NAMES = [
 ]
 IGNORED = re.compile(r"(position_ids|\.inv_freq)$")
 COMPANIONS = (
-    "tokenizer.json", "tokenizer_config.json", "tokenizer.model", "special_tokens_map.json", "added_tokens.json",
-    "preprocessor_config.json", "processor_config.json", "generation_config.json", "chat_template.json",
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "tokenizer.model",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "preprocessor_config.json",
+    "processor_config.json",
+    "generation_config.json",
+    "chat_template.json",
     "chat_template.jinja",
-)  # fmt: skip
+)
 
 
 def rename(key: str, table: list[tuple[str, str]]) -> str:
@@ -67,7 +74,8 @@ def resolve_model(model: str, flag: str = "--model") -> Path:
 
 
 def fingerprint(folder: Path, adapter: str | None = None, reward: str = "") -> str:
-    """A short name of the folder's weights, of an adapter's, and of a reward model's where `reward` is a folder.
+    """A short name of the folder's weights, of an adapter's, and of a reward model's where `reward`
+    is a folder.
 
     From sizes, first and last MiB of the files, as 14 GB take long to read.
     """
@@ -100,7 +108,9 @@ def weight_files(folder: Path) -> list[Path]:
             raise UserError(
                 f"{folder}: only pickle weights (.bin, .pt), which are never loaded; convert them to safetensors"
             )
-        raise UserError(f"{file}: no such file; a model folder needs model.safetensors or its shards with an index")
+        raise UserError(
+            f"{file}: no such file; a model folder needs model.safetensors or its shards with an index"
+        )
     return files
 
 
@@ -111,7 +121,9 @@ def opened(file: Path):
         with safe_open(file, framework="pt") as tensors:
             yield tensors
     except SafetensorError as error:
-        raise UserError(f"{file}: not a whole safetensors file ({error}); download or save it again") from None
+        raise UserError(
+            f"{file}: not a whole safetensors file ({error}); download or save it again"
+        ) from None
 
 
 def read_tensors(file: Path):
@@ -177,7 +189,9 @@ def load_weights(model: Llava, folder: Path, device: str) -> None:
 
 def parameter_names(model: Llava) -> list[str]:
     """Of the parameters that a model folder holds: all but adapters and a scalar head."""
-    return [name for name, _ in model.named_parameters() if not re.search("lora_|scalar_head", name)]
+    return [
+        name for name, _ in model.named_parameters() if not re.search("lora_|scalar_head", name)
+    ]
 
 
 def stored_name(name: str) -> str:
@@ -202,14 +216,22 @@ def set_parameter(model: nn.Module, name: str, value: Tensor, device: str) -> No
 def check_tensors(where: Path, wanted: dict[str, torch.Size], found: dict[str, torch.Size]) -> None:
     """Refuse missing, unexpected and wrongly shaped tensors, by name and shape."""
     problems = []
-    for title, keys in (("missing", wanted.keys() - found.keys()), ("unexpected", found.keys() - wanted.keys())):
+    for title, keys in (
+        ("missing", wanted.keys() - found.keys()),
+        ("unexpected", found.keys() - wanted.keys()),
+    ):
         if keys:
-            shown = ", ".join(sorted(keys)[:5]) + (f" and {len(keys) - 5} more" if len(keys) > 5 else "")
+            shown = ", ".join(sorted(keys)[:5]) + (
+                f" and {len(keys) - 5} more" if len(keys) > 5 else ""
+            )
             problems.append(f"{title} tensors: {shown}")
     other = [key for key in sorted(wanted.keys() & found.keys()) if wanted[key] != found[key]]
     if other:
         shapes = f"{list(found[other[0]])}, the model's config.json says {list(wanted[other[0]])}"
-        problems.append(f"{other[0]} has shape {shapes}" + (f", and {len(other) - 1} more" if len(other) > 1 else ""))
+        problems.append(
+            f"{other[0]} has shape {shapes}"
+            + (f", and {len(other) - 1} more" if len(other) > 1 else "")
+        )
     if problems:
         raise UserError(f"{where}: {'; '.join(problems)}; these weights belong to another model")
 
@@ -222,14 +244,22 @@ def copy_companions(source: Path, folder: Path, raw_config: dict) -> None:
             shutil.copyfile(source / name, folder / name)
 
 
-def save_model(state: dict[str, Tensor], raw_config: dict, source: Path, folder: Path, dtype: torch.dtype) -> None:
-    """Write a new model as a Hugging Face folder, whole: `state` by our names, companions from `source`."""
+def save_model(
+    state: dict[str, Tensor], raw_config: dict, source: Path, folder: Path, dtype: torch.dtype
+) -> None:
+    """Write a new model as a Hugging Face folder, whole: `state` by our names, companions from
+    `source`."""
 
     def write(partial: Path) -> None:
         """Tensors, config and companions into the folder that takes its place when it is whole."""
-        tied = state["lm_head.weight"].data_ptr() == state["language_model.embed_tokens.weight"].data_ptr()
+        tied = (
+            state["lm_head.weight"].data_ptr()
+            == state["language_model.embed_tokens.weight"].data_ptr()
+        )
         kept = {k: v for k, v in state.items() if not (tied and k == "lm_head.weight")}
-        tensors = {rename(k, HUB_NAMES): v.detach().to("cpu", dtype).contiguous() for k, v in kept.items()}
+        tensors = {
+            rename(k, HUB_NAMES): v.detach().to("cpu", dtype).contiguous() for k, v in kept.items()
+        }
         save_file(tensors, partial / "model.safetensors", metadata={"format": "pt"})
         copy_companions(source, partial, raw_config | {"dtype": str(dtype).removeprefix("torch.")})
 
@@ -247,9 +277,8 @@ def save_changed(
 
     `add(folder)` puts files of its own beside.
 
-    File by file, as they were read: the layout of the keys, the shards and the types stay, so that whatever reads
-    `source` reads the result, and what did not change has the same bytes.
-    """
+    File by file, as they were read: the layout of the keys, the shards and the types stay, so that
+    whatever reads `source` reads the result, and what did not change has the same bytes."""
 
     def write(partial: Path) -> None:
         """The files into the folder that takes its place when it is whole."""
@@ -258,7 +287,9 @@ def save_changed(
                 metadata = tensors.metadata()
             changed = {}
             for key, tensor in read_tensors(file):
-                changed[key] = change(rename(key, NAMES), tensor).detach().to("cpu", tensor.dtype).contiguous()
+                changed[key] = (
+                    change(rename(key, NAMES), tensor).detach().to("cpu", tensor.dtype).contiguous()
+                )
             save_file(changed, partial / file.name, metadata=metadata)
         index = source / "model.safetensors.index.json"
         if index.exists():

@@ -1,4 +1,5 @@
-"""Command lines from one frozen dataclass per script: a field is a flag, its comment is its help."""
+"""Command lines from one frozen dataclass per script: a field is a flag, its comment is its
+help."""
 
 import argparse
 import dataclasses
@@ -20,43 +21,63 @@ from minialign.errors import UserError
 def parse_config(kind: type, doc: str, argv: list[str] | None = None):
     """Read `argv` (default: the command line) into a `kind`.
 
-    A `Literal` gives the choices, `bool` a --flag / --no-flag pair; a typo ends with exit code 2. The help lists the
-    flags that `kind` inherits behind its own.
-    """
+    A `Literal` gives the choices, `bool` a --flag / --no-flag pair; a typo ends with exit code 2.
+    The help lists the flags that `kind` inherits behind its own."""
     parser = argparse.ArgumentParser(
         description=doc, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
     )
     hints, helps = typing.get_type_hints(kind), field_comments(kind)
-    for field in sorted(dataclasses.fields(kind), key=lambda field: field.name not in kind.__annotations__):
+    for field in sorted(
+        dataclasses.fields(kind), key=lambda field: field.name not in kind.__annotations__
+    ):
         flag, hint = "--" + field.name.replace("_", "-"), hints[field.name]
         default = "" if field.default is None else f" [{field.default}]"
         text = f"{helps.get(field.name, '')}{default}".replace("%", "%%")
         if typing.get_origin(hint) in (types.UnionType, typing.Union):  # `str | None`
             hint = next(t for t in typing.get_args(hint) if t is not type(None))
         if hint is bool:
-            parser.add_argument(flag, action=argparse.BooleanOptionalAction, default=field.default, help=text)
+            parser.add_argument(
+                flag, action=argparse.BooleanOptionalAction, default=field.default, help=text
+            )
         elif typing.get_origin(hint) is typing.Literal:
-            parser.add_argument(flag, choices=typing.get_args(hint), default=field.default, help=text)
+            parser.add_argument(
+                flag, choices=typing.get_args(hint), default=field.default, help=text
+            )
         else:
-            parser.add_argument(flag, type=hint, default=field.default, help=text, metavar=hint.__name__.upper())
+            parser.add_argument(
+                flag, type=hint, default=field.default, help=text, metavar=hint.__name__.upper()
+            )
     values = vars(parser.parse_args(argv))
     for name, value in values.items():
         text = value if isinstance(value, str) else ""
-        require(text == text.encode("utf-8", "ignore").decode(), f"--{name.replace('_', '-')}: not UTF-8; type it anew")
+        require(
+            text == text.encode("utf-8", "ignore").decode(),
+            f"--{name.replace('_', '-')}: not UTF-8; type it anew",
+        )
     return kind(**values)
 
 
 def field_comments(kind: type) -> dict[str, str]:
-    """The end-of-line comment of every field in the source of a dataclass, or of those that it inherits from."""
+    """The comment of every field in the source of a dataclass, or of those that it inherits from:
+    at the end of its line, or on the lines above it."""
     kinds = [each for each in reversed(kind.__mro__) if dataclasses.is_dataclass(each)]
-    lines = [line for each in kinds for line in inspect.getsource(each).splitlines()]
-    found = (re.match(r"\s+(\w+)\s*:[^#]*#\s*(.+)", line) for line in lines)
-    return {match[1]: match[2] for match in found if match}
+    comments, above = {}, []
+    for line in (line for each in kinds for line in inspect.getsource(each).splitlines()):
+        if line.strip().startswith("# "):
+            above.append(line.strip()[2:])
+            continue
+        field = re.match(r"\s+(\w+)\s*:[^#]*(?:#\s*(.+))?", line)
+        if field:
+            comments[field[1]] = field[2] or " ".join(above)
+        above = []
+    return comments
 
 
 def fill(config, defaults: dict):
     """The config with every flag that was not given (None) at its value in `defaults`."""
-    return dataclasses.replace(config, **{k: v for k, v in defaults.items() if getattr(config, k) is None})
+    return dataclasses.replace(
+        config, **{k: v for k, v in defaults.items() if getattr(config, k) is None}
+    )
 
 
 def require(condition: bool, message: str) -> None:
@@ -69,13 +90,17 @@ def require_at_least(config, **least: int) -> None:
     """Refuse flags below their least value; one that is None is not given."""
     for name, bound in least.items():
         value = getattr(config, name)
-        require(value is None or value >= bound, f"--{name.replace('_', '-')} {value}: at least {bound}")
+        require(
+            value is None or value >= bound, f"--{name.replace('_', '-')} {value}: at least {bound}"
+        )
 
 
 def require_outside(out: Path, what: str, path: Path) -> None:
     """Refuse an --out that holds what is read: it would be overwritten."""
     inside = path.resolve().is_relative_to(out.resolve())
-    require(not inside, f"--out {out}: holds {what} {path}, which would be overwritten; name another")
+    require(
+        not inside, f"--out {out}: holds {what} {path}, which would be overwritten; name another"
+    )
 
 
 def require_new_file(out: Path) -> None:
@@ -110,11 +135,14 @@ def require_device(device: str) -> None:
         torch.zeros(1, device=own if device == "cuda" else device).item()
     except (RuntimeError, AssertionError) as error:
         first = str(error).splitlines()[0]
-        raise UserError(f"--device {device}: not to be had here ({first}); `cpu` always is") from None
+        raise UserError(
+            f"--device {device}: not to be had here ({first}); `cpu` always is"
+        ) from None
 
 
 def under_torchrun() -> bool:
-    """Whether this is one of the processes that torchrun has started; known before torch is loaded."""
+    """Whether this is one of the processes that torchrun has started; known before torch is
+    loaded."""
     return "TORCHELASTIC_RUN_ID" in os.environ
 
 
@@ -167,9 +195,8 @@ def terminated(*_) -> None:
 def run_main(main: Callable, kind: type, doc: str) -> None:
     """Run a program: `main` with the command line as a `kind`, whose help begins with `doc`.
 
-    Bad input becomes one line on stderr and exit code 2, never a traceback. One of torchrun's processes ends without
-    Python's own tidying up, in which torch's threads may abort it.
-    """
+    Bad input becomes one line on stderr and exit code 2, never a traceback. One of torchrun's
+    processes ends without Python's own tidying up, in which torch's threads may abort it."""
     if not under_torchrun():
         return guarded(main, parse_config(kind, doc))
     code = 0
@@ -206,6 +233,8 @@ def how_it_ended(error: Exception, config) -> str | None:
     death; None for what is a fault of its own."""
     if is_out_of_memory(error):
         return out_of_memory(config)
-    if isinstance(error, (OSError, SafetensorError)):  # no permission, a file where a folder should be
+    if isinstance(
+        error, (OSError, SafetensorError)
+    ):  # no permission, a file where a folder should be
         return f"{UserError(str(error))}; make room for it, or name another place"
     return next((said for sign, said in DEATHS.items() if sign in str(error)), None)

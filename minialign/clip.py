@@ -1,4 +1,5 @@
-"""The CLIP vision tower: pixels in, patch features out. The numerics follow transformers' CLIPVisionModel."""
+"""The CLIP vision tower: pixels in, patch features out. The numerics follow transformers'
+CLIPVisionModel."""
 
 from dataclasses import dataclass
 
@@ -9,7 +10,8 @@ from torch import Tensor, nn
 
 @dataclass(frozen=True)
 class ClipConfig:
-    """Tower sizes, by transformers' names; the defaults are those of CLIP ViT-L/14 at 336 pixels."""
+    """Tower sizes, by transformers' names; the defaults are those of CLIP ViT-L/14 at 336
+    pixels."""
 
     hidden_size: int = 1024
     intermediate_size: int = 4096
@@ -26,19 +28,26 @@ class ClipConfig:
 
 
 class Embeddings(nn.Module):
-    """[class; patches] + position table. Other image sizes than the table's are an error, not interpolated."""
+    """[class; patches] + position table. Other image sizes than the table's are an error, not
+    interpolated."""
 
     def __init__(self, config: ClipConfig):
         super().__init__()
         self.image_size = config.image_size
         self.class_embedding = nn.Parameter(torch.randn(config.hidden_size) * 0.02)
-        self.patch_embedding = nn.Conv2d(3, config.hidden_size, config.patch_size, config.patch_size, bias=False)
+        self.patch_embedding = nn.Conv2d(
+            3, config.hidden_size, config.patch_size, config.patch_size, bias=False
+        )
         self.position_embedding = nn.Embedding(config.patches + 1, config.hidden_size)
 
     def forward(self, pixels: Tensor) -> Tensor:
         if pixels.shape[-2:] != (self.image_size, self.image_size):
-            raise ValueError(f"the tower takes {self.image_size}x{self.image_size} pixels, not {tuple(pixels.shape)}")
-        patches = self.patch_embedding(pixels).flatten(2).transpose(1, 2)  # (N, patches, D), row-major
+            raise ValueError(
+                f"the tower takes {self.image_size}x{self.image_size} pixels, not {tuple(pixels.shape)}"
+            )
+        patches = (
+            self.patch_embedding(pixels).flatten(2).transpose(1, 2)
+        )  # (N, patches, D), row-major
         first = self.class_embedding.expand(len(pixels), 1, -1)
         return torch.cat([first, patches], dim=1) + self.position_embedding.weight
 
@@ -56,9 +65,12 @@ class Attention(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         N, T, D = x.shape
         q, k, v = (
-            proj(x).view(N, T, self.heads, -1).transpose(1, 2) for proj in (self.q_proj, self.k_proj, self.v_proj)
+            proj(x).view(N, T, self.heads, -1).transpose(1, 2)
+            for proj in (self.q_proj, self.k_proj, self.v_proj)
         )
-        return self.out_proj(F.scaled_dot_product_attention(q, k, v).transpose(1, 2).reshape(N, T, D))
+        return self.out_proj(
+            F.scaled_dot_product_attention(q, k, v).transpose(1, 2).reshape(N, T, D)
+        )
 
 
 class MLP(nn.Module):
@@ -98,21 +110,26 @@ class Encoder(nn.Module):
 
 
 class Clip(nn.Module):
-    """The tower. The modules that LLaVA never runs (last block, post_layernorm) are kept for the checkpoint."""
+    """The tower. The modules that LLaVA never runs (last block, post_layernorm) are kept for the
+    checkpoint."""
 
     def __init__(self, config: ClipConfig):
         super().__init__()
         self.embeddings = Embeddings(config)
-        self.pre_layrnorm = nn.LayerNorm(config.hidden_size, config.layer_norm_eps)  # sic, the key's name
+        self.pre_layrnorm = nn.LayerNorm(
+            config.hidden_size, config.layer_norm_eps
+        )  # sic, the key's name
         self.encoder = Encoder(config)
         self.post_layernorm = nn.LayerNorm(config.hidden_size, config.layer_norm_eps)
 
     def forward(self, pixels: Tensor, feature_layer: int = -2) -> Tensor:
         """(N, 3, H, W) -> (N, patches, D): `hidden_states[feature_layer]`, the class token dropped.
 
-        hidden_states[0] is after pre_layrnorm, [-1] after the last block: at -2 the last block need not run.
-        """
-        blocks = feature_layer if feature_layer >= 0 else len(self.encoder.layers) + 1 + feature_layer
+        hidden_states[0] is after pre_layrnorm, [-1] after the last block: at -2 the last block need
+        not run."""
+        blocks = (
+            feature_layer if feature_layer >= 0 else len(self.encoder.layers) + 1 + feature_layer
+        )
         x = self.pre_layrnorm(self.embeddings(pixels))
         for layer in self.encoder.layers[:blocks]:
             x = layer(x)

@@ -21,7 +21,8 @@ from minialign.report import ReportPair
 
 @dataclass(frozen=True)
 class PairBatch:
-    """Pairs as token trees, one each, with their pixels (tiles, 3, H, W), and the noisy ones if they are wanted.
+    """Pairs as token trees, one each, with their pixels (tiles, 3, H, W), and the noisy ones if
+    they are wanted.
 
     An idle batch has a sequence and no record.
     """
@@ -40,12 +41,16 @@ class PairBatch:
     @property
     def chosen_tokens(self) -> int:
         """Tokens of all chosen responses."""
-        return sum(len(sequence.branches[0].ids) for _, sequence in zip(self.records, self.sequences, strict=False))
+        return sum(
+            len(sequence.branches[0].ids)
+            for _, sequence in zip(self.records, self.sequences, strict=False)
+        )
 
 
 @dataclass(frozen=True)
 class PairCollator:
-    """Records to a `PairBatch`. A response is cut at its end if `truncate`, else refused; an image never is."""
+    """Records to a `PairBatch`. A response is cut at its end if `truncate`, else refused; an image
+    never is."""
 
     tokenizer: Tokenizer
     processor: ImageProcessor
@@ -57,12 +62,15 @@ class PairCollator:
     noise_steps: int = 0  # of the noisy pictures; 0: none are wanted
     keep_pictures: bool = False  # beside their pixels, for the model to sample from
     keyed: bool = False  # each pair with its key in the reference's cache
-    device: str = "cpu"  # that the pixels go to; a GPU fetches them from pinned memory while it computes
+    # that the pixels go to; a GPU fetches them from pinned memory while it computes
+    device: str = "cpu"
 
     def responses(self, record: Record, room: int | None = None) -> list[list[int]]:
         """Chosen and rejected ids, at most --max-response-tokens each, and `room`."""
         limit = self.max_response_tokens if room is None else min(self.max_response_tokens, room)
-        ids = [self.tokenizer.response(getattr(record, name)) for name in ("chosen", *self.rejected)]
+        ids = [
+            self.tokenizer.response(getattr(record, name)) for name in ("chosen", *self.rejected)
+        ]
         longest = max(map(len, ids))
         if limit < 1:
             said = f"image and prompt take {self.positions - room} of the decoder's {self.positions} positions"
@@ -70,7 +78,9 @@ class PairCollator:
         if longest > limit and not self.truncate:
             said = f"a response of {longest} tokens is longer than"
             if limit == self.max_response_tokens:
-                raise UserError(f"{said} --max-response-tokens {limit}; raise it, or pass --truncate")
+                raise UserError(
+                    f"{said} --max-response-tokens {limit}; raise it, or pass --truncate"
+                )
             left = f"{limit} positions that image and prompt leave of {self.positions}"
             raise UserError(f"{said} the {left}; pass --truncate")
         return [each[:limit] for each in ids]
@@ -81,7 +91,8 @@ class PairCollator:
             require_different(record, name)
 
     def check(self, record: Record) -> None:
-        """Refuse a record whose picture cannot be read or whose responses do not fit, leave out one of no use."""
+        """Refuse a record whose picture cannot be read or whose responses do not fit, leave out one
+        of no use."""
         self.require_different(record)
         if self.images == "toy":
             toyworld.scene_of(record.image)  # drawing it would take longer
@@ -103,7 +114,9 @@ class PairCollator:
         self.require_different(record)
         picture, noisy = open_image(self.images, record.image), None
         if self.noise_steps:
-            noisy = self.processor(noise_of_seed(picture, self.noise_steps, stable_seed(record.id) % 2**31))
+            noisy = self.processor(
+                noise_of_seed(picture, self.noise_steps, stable_seed(record.id) % 2**31)
+            )
         kept = picture if self.keep_pictures else None
         return Loaded(record, self.sequence(record, picture), self.processor(picture), noisy, kept)
 
@@ -132,7 +145,8 @@ class PairCollator:
         return together.pin_memory() if torch.device(self.device).type == "cuda" else together
 
     def idle(self, branches: int) -> PairBatch:
-        """A batch of no pair: one row that counts for nothing, for a process that must go with the others."""
+        """A batch of no pair: one row that counts for nothing, for a process that must go with the
+        others."""
         answers = [Branch([self.tokenizer.eos_id])] * branches
         sequence = Sequence([self.tokenizer.image_id], answers, self.processor.patches)
         pixels = torch.zeros(1, 3, self.processor.size, self.processor.size)
@@ -140,7 +154,8 @@ class PairCollator:
         return replace(self.batch([pair]), records=[])
 
     def report_pair(self, record: Record) -> ReportPair:
-        """What the report shows of a pair: the whole picture as the tower saw it, its visible patches, the texts."""
+        """What the report shows of a pair: the whole picture as the tower saw it, its visible
+        patches, the texts."""
         mask, picture = None, open_image(self.images, record.image)
         if record.bdhs.get("rho_th") and record.bdhs.get("mask_seed") is not None:
             tokens = len(self.processor.layout(picture)[1])
@@ -151,12 +166,15 @@ class PairCollator:
             picture = noise_of_seed(picture, record.bdhs["noise_steps"], record.bdhs["mask_seed"])
         picture = self.processor.crop(picture)
         facts = (record.bdhs.get(name) for name in ("iterations", "similarity", "guided"))
-        return ReportPair(record.id, picture, mask, question, record.chosen, record.rejected, *facts)
+        return ReportPair(
+            record.id, picture, mask, question, record.chosen, record.rejected, *facts
+        )
 
 
 @dataclass(frozen=True)
 class Loaded:
-    """One pair: its record, its sequence and the pixels (tiles, 3, H, W) of its picture, and of the noisy one."""
+    """One pair: its record, its sequence and the pixels (tiles, 3, H, W) of its picture, and of the
+    noisy one."""
 
     record: Record
     sequence: Sequence
@@ -169,9 +187,9 @@ class Loaded:
 class StepLoader:
     """The pairs of one optimizer step as `accumulate` batches, one forward pass each.
 
-    Pairs are bucketed by length within the step: those of like length pass together, so that little is padding,
-    and the gradient is the same. Buckets across steps would make each step's pairs alike, and the gradient another.
-    """
+    Pairs are bucketed by length within the step: those of like length pass together, so that little
+    is padding, and the gradient is the same. Buckets across steps would make each step's pairs
+    alike, and the gradient another."""
 
     records: Records
     collate: PairCollator
@@ -181,7 +199,9 @@ class StepLoader:
     def __call__(self, numbers: list[int]) -> tuple[list[PairBatch], list[str]]:
         """The batches, and what is wrong with the pairs that were left out."""
         numbered = ((self.records.file.place(number), number) for number in numbers)
-        pairs, left_out = sift(numbered, lambda n: self.collate.loaded(self.records.parse(n)), self.skip_bad)
+        pairs, left_out = sift(
+            numbered, lambda n: self.collate.loaded(self.records.parse(n)), self.skip_bad
+        )
         if self.accumulate > 1:
             pairs.sort(key=lambda pair: pair.sequence.length)
         size = math.ceil(len(pairs) / self.accumulate) or 1

@@ -1,8 +1,7 @@
 """Data files: opened in a moment whatever their size, records parsed when they are asked for.
 
-JSON Lines are indexed, a JSON array is read whole. A bad record ends the run with its place in the file, or is
-skipped and counted; `--limit` draws a random subset that follows from the seed.
-"""
+JSON Lines are indexed, a JSON array is read whole. A bad record ends the run with its place in the
+file, or is skipped and counted; `--limit` draws a random subset that follows from the seed."""
 
 import hashlib
 import json
@@ -47,7 +46,9 @@ class RecordFile(Sequence):
 
     def line(self, number: int) -> bytes:
         """The bytes of a line."""
-        with open(self.path, "rb") as file:  # anew, as worker processes would share one that is open
+        with open(
+            self.path, "rb"
+        ) as file:  # anew, as worker processes would share one that is open
             file.seek(self.starts[number])
             return file.read(self.starts[number + 1] - self.starts[number])
 
@@ -56,7 +57,8 @@ class RecordFile(Sequence):
         return f"{self.path}, {'line' if self.array is None else 'record'} {number + 1}"
 
     def hash(self) -> str:
-        """A short name of the number of records and the first `CHECKED`; those behind may be mended during a run."""
+        """A short name of the number of records and the first `CHECKED`; those behind may be mended
+        during a run."""
         if self.array is not None:
             data = json.dumps(self.array[:CHECKED]).encode()
         else:
@@ -66,7 +68,8 @@ class RecordFile(Sequence):
 
 
 def open_file(path: str, flag: str, remedy: str) -> RecordFile:
-    """A file of records, an array where it begins with `[`; `remedy` is what to do where there is none."""
+    """A file of records, an array where it begins with `[`; `remedy` is what to do where there is
+    none."""
     try:
         if Path(path).exists() and not Path(path).is_file():
             what = "a folder" if Path(path).is_dir() else "no ordinary file"
@@ -74,13 +77,21 @@ def open_file(path: str, flag: str, remedy: str) -> RecordFile:
         with open(path, "rb") as file:
             begins = file.read(2**16).removeprefix(b"\xef\xbb\xbf").lstrip()
             if begins.startswith(b"PAR1"):
-                raise UserError(f"{flag} {path}: is a parquet file; make JSON Lines of it as the README shows")
+                raise UserError(
+                    f"{flag} {path}: is a parquet file; make JSON Lines of it as the README shows"
+                )
             if begins.startswith(b"["):
-                return RecordFile(path, read_json(Path(path), f"give {flag} JSON, or JSON Lines", list), np.zeros(0))
+                return RecordFile(
+                    path,
+                    read_json(Path(path), f"give {flag} JSON, or JSON Lines", list),
+                    np.zeros(0),
+                )
             file.seek(0)
             starts, offset = [np.zeros(1, np.int64)], 0
             while chunk := file.read(CHUNK):
-                starts.append(np.flatnonzero(np.frombuffer(chunk, np.uint8) == ord("\n")) + offset + 1)
+                starts.append(
+                    np.flatnonzero(np.frombuffer(chunk, np.uint8) == ord("\n")) + offset + 1
+                )
                 offset += len(chunk)
     except FileNotFoundError:
         raise UserError(f"{flag} {path}: no such file; {remedy}") from None
@@ -111,7 +122,8 @@ class Records:
 
 
 def open_records(path: str, flag: str, form: str | None, remedy: str) -> Records:
-    """All records of a file; the format, where it is not given, is that of the first record that has a known one."""
+    """All records of a file; the format, where it is not given, is that of the first record that
+    has a known one."""
     file = open_file(path, flag, remedy)
     if not file:
         raise UserError(f"{flag} {path}: no usable record; {remedy}")
@@ -135,16 +147,27 @@ def detect(file: RecordFile) -> str:
     except UserError as error:
         raise UserError(f"{file.place(0)}: {error}; give JSON Lines, or one JSON array") from None
     if not isinstance(raw, dict):
-        raise UserError(f"{file.place(0)}: expected a JSON object; give JSON Lines, or one JSON array of objects")
-    known = "; ".join(f"{form}: {', '.join(sorted(fields))}" for form, (fields, _) in FORMATS.items())
-    raise UserError(f"{file.place(0)}: fields {', '.join(sorted(raw))[:80]} are of no known format ({known}); give one "
-                    "of these")  # fmt: skip
+        raise UserError(
+            f"{file.place(0)}: expected a JSON object; give JSON Lines, or one JSON array of objects"
+        )
+    known = "; ".join(
+        f"{form}: {', '.join(sorted(fields))}" for form, (fields, _) in FORMATS.items()
+    )
+    raise UserError(
+        f"{file.place(0)}: fields {', '.join(sorted(raw))[:80]} are of no known format ({known}); give one "
+        "of these"
+    )
 
 
-def collect(raws: Iterable[tuple[str, object]], parse: Callable, limit: int | None, skip_bad: bool) -> list:
-    """Parse (place, raw record) one by one; a bad one ends the run with its place, or is skipped and counted."""
+def collect(
+    raws: Iterable[tuple[str, object]], parse: Callable, limit: int | None, skip_bad: bool
+) -> list:
+    """Parse (place, raw record) one by one; a bad one ends the run with its place, or is skipped
+    and counted."""
     records, refused = sift(raws, parse, skip_bad, limit)
-    for reason, count in Counter(str(error) for _, error in refused if isinstance(error, LeftOut)).items():
+    for reason, count in Counter(
+        str(error) for _, error in refused if isinstance(error, LeftOut)
+    ).items():
         tqdm.write(f"{count} records left out: {reason}")
     bad = [f"{place}: {error}" for place, error in refused if not isinstance(error, LeftOut)]
     if bad:
@@ -155,10 +178,11 @@ def collect(raws: Iterable[tuple[str, object]], parse: Callable, limit: int | No
 def sift(
     raws: Iterable[tuple[str, object]], parse: Callable, skip_bad: bool, limit: int | None = None
 ) -> tuple[list, list[tuple[str, UserError]]]:
-    """What `parse` makes of (place, raw record), at most `limit` of them, and (place, error) of those refused.
+    """What `parse` makes of (place, raw record), at most `limit` of them, and (place, error) of
+    those refused.
 
-    Those of no use are left out; a bad one ends the run with its place, unless bad ones are to be skipped.
-    """
+    Those of no use are left out; a bad one ends the run with its place, unless bad ones are to be
+    skipped."""
     records, refused = [], []
     for place, raw in raws:
         if limit is not None and len(records) >= limit:
@@ -178,14 +202,18 @@ def or_skipped(message: str) -> str:
 
 
 def order_of(count: int, seed: int) -> list[int]:
-    """Record numbers in a random order that follows from the seed; its first N are the subset of N."""
+    """Record numbers in a random order that follows from the seed; its first N are the subset of
+    N."""
     order = list(range(count))
     random.Random(f"subset-{seed}").shuffle(order)
     return order
 
 
-def read_records(data: str, form: str | None, limit: int | None, seed: int, skip_bad: bool = False) -> list[Record]:
-    """Records to sample for, parsed: a file's, in its order, or the embedded world's alignment split (`toy`)."""
+def read_records(
+    data: str, form: str | None, limit: int | None, seed: int, skip_bad: bool = False
+) -> list[Record]:
+    """Records to sample for, parsed: a file's, in its order, or the embedded world's alignment
+    split (`toy`)."""
     if data == "toy":
         raws = toyworld.alignment_records(TOY_RECORDS if limit is None else limit)
         return [instruct_record(raw) for raw in raws]
@@ -197,12 +225,17 @@ def read_records(data: str, form: str | None, limit: int | None, seed: int, skip
     found = collect(numbered, lambda number: (number, records.parse(number)), limit, skip_bad)
     if not found:
         raise UserError(f"--data {data}: no usable record; {remedy}")
-    named = zip((number for number, _ in found), number_repeats([record for _, record in found]), strict=True)
+    named = zip(
+        (number for number, _ in found),
+        number_repeats([record for _, record in found]),
+        strict=True,
+    )
     return [record for _, record in sorted(named, key=lambda pair: pair[0])]
 
 
 def number_repeats(records: list[Record]) -> list[Record]:
-    """Ids made unique (`7`, `7#2`, ...): LLaVA-Instruct names the picture, but a pair's seed follows from its id."""
+    """Ids made unique (`7`, `7#2`, ...): LLaVA-Instruct names the picture, but a pair's seed
+    follows from its id."""
     taken: set[str] = set()
     times: Counter[str] = Counter()
     unique = []
@@ -220,17 +253,20 @@ def open_pairs(pairs: str, form: str | None) -> Records:
     """Preference pairs to train on, in a format that has rejected responses."""
     records = open_records(pairs, "--pairs", form, "make one with sample_bdhs.py")
     if records.format == "instruct":
-        raise UserError(f"--pairs {pairs}: holds no rejected responses; sample them: sample_bdhs.py --data {pairs}")
+        raise UserError(
+            f"--pairs {pairs}: holds no rejected responses; sample them: sample_bdhs.py --data {pairs}"
+        )
     return records
 
 
 def usable_pairs(
     pairs: Records, check: Callable[[Record], None], limit: int | None, seed: int, skip_bad: bool
 ) -> Records:
-    """The first `CHECKED` pairs without those that `check` refuses, and the rest; with a limit a random subset.
+    """The first `CHECKED` pairs without those that `check` refuses, and the rest; with a limit a
+    random subset.
 
-    A bad pair is met here and not after hours. Those behind the first `CHECKED` are met in their turn.
-    """
+    A bad pair is met here and not after hours. Those behind the first `CHECKED` are met in their
+    turn."""
     total = len(pairs.numbers)
     order = range(min(total, CHECKED)) if limit is None else order_of(total, seed)
 
@@ -239,8 +275,12 @@ def usable_pairs(
         return number
 
     shown = tqdm(order, desc="check", unit="pair", delay=3)
-    numbers = collect(((pairs.file.place(number), number) for number in shown), checked, limit, skip_bad)
+    numbers = collect(
+        ((pairs.file.place(number), number) for number in shown), checked, limit, skip_bad
+    )
     if not numbers:
-        raise UserError(f"{pairs.file.path}: no usable record: see above; give others, or pairs of sample_bdhs.py")
+        raise UserError(
+            f"{pairs.file.path}: no usable record: see above; give others, or pairs of sample_bdhs.py"
+        )
     rest = range(CHECKED, total) if limit is None else ()
     return replace(pairs, numbers=sorted(numbers) + list(rest))

@@ -5,5 +5,6 @@ class UserError(Exception):
     """Bad input: one line that says what is wrong, where (file, line, field), and the remedy."""
 
     def __init__(self, message: str):
-        # What a file holds may stand in the message: no line breaks and no terminal codes of its making.
+        # What a file holds may stand in the message: no line breaks and no terminal codes of its
+        # making.
         super().__init__("".join(c if c.isprintable() else " " for c in message))

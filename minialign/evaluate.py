@@ -1,4 +1,5 @@
-"""Benchmarks: the embedded world's, POPE, CHAIR on COCO, and answers for the judges of LLaVA-Bench and MMHal-Bench.
+"""Benchmarks: the embedded world's, POPE, CHAIR on COCO, and answers for the judges of LLaVA-Bench
+and MMHal-Bench.
 
     python -m minialign.evaluate                                  # the embedded world: hallucinations, POPE
     python -m minialign.evaluate --model DIR --benchmark pope --data DIR_OR_FILE --images DIR
@@ -7,11 +8,11 @@
     python -m minialign.evaluate --model DIR --benchmark llava-bench --data questions.jsonl --images DIR
     python -m minialign.evaluate --model DIR --benchmark mmhal --data response_template.json --images DIR
 
-CHAIR_i: share of mentioned objects that are not there; CHAIR_s: share of descriptions with at least one;
-recall: share of the objects that are mentioned; POPE: yes/no questions about objects that are there and
-objects that are not (random, popular, adversarial). Every figure has a bootstrap 95 % interval over images.
-Decoding is greedy. A run on files leaves config.json, answers.jsonl and result.json in --out, and what a judge's
-script reads; when it was killed, the same command goes on.
+CHAIR_i: share of mentioned objects that are not there; CHAIR_s: share of descriptions with at least
+one; recall: share of the objects that are mentioned; POPE: yes/no questions about objects that are
+there and objects that are not (random, popular, adversarial). Every figure has a bootstrap 95 %
+interval over images. Decoding is greedy. A run on files leaves config.json, answers.jsonl and
+result.json in --out, and what a judge's script reads; when it was killed, the same command goes on.
 """
 
 import json
@@ -37,20 +38,36 @@ from minialign.metrics import print_table, with_intervals
 from minialign.pope import read_pope
 from minialign.toybench import ToyBenchmark
 
-# The flags that a benchmark takes beside those that all take, and what stands for those that are not given.
+# The flags that a benchmark takes beside those that all take, and what stands for those that are
+# not given.
 ALL = ("model", "adapter", "template", "benchmark", "batch_size", "device", "dtype", "json")
-NEEDED = {"toy": (), "pope": ("data", "images"), "chair": ("data", "images", "captions", "synonyms"),
-          "llava-bench": ("data", "images"), "mmhal": ("data", "images")}  # fmt: skip
-ON_FILES = {"batch_size": 8, "limit": None, "workers": 4, "max_new_tokens": 512,
-            "skip_bad_records": False}  # fmt: skip
+NEEDED = {
+    "toy": (),
+    "pope": ("data", "images"),
+    "chair": ("data", "images", "captions", "synonyms"),
+    "llava-bench": ("data", "images"),
+    "mmhal": ("data", "images"),
+}
+ON_FILES = {
+    "batch_size": 8,
+    "limit": None,
+    "workers": 4,
+    "max_new_tokens": 512,
+    "skip_bad_records": False,
+}
 DEFAULTS = {
     "toy": {"images": "500", "split": "test", "batch_size": 50},
     "pope": ON_FILES | {"max_new_tokens": 16, "out": "runs/eval-pope"},
-    "chair": ON_FILES | {"limit": 500, "seed": 0, "question": "Please describe this image in detail.",
-                         "out": "runs/eval-chair"},
+    "chair": ON_FILES
+    | {
+        "limit": 500,
+        "seed": 0,
+        "question": "Please describe this image in detail.",
+        "out": "runs/eval-chair",
+    },
     "llava-bench": ON_FILES | {"out": "runs/eval-llava-bench"},
     "mmhal": ON_FILES | {"out": "runs/eval-mmhal"},
-}  # fmt: skip
+}
 
 
 @dataclass(frozen=True)
@@ -61,7 +78,8 @@ class Config:
     adapter: str | None = None  # adapter folder that train_dpo.py wrote
     template: str | None = None  # vicuna, llava_v1, mistral, chatml or short; else the model's own
     benchmark: Literal["toy", "pope", "chair", "llava-bench", "mmhal"] = "toy"  # what to run
-    data: str | None = None  # pope: its file, or a folder of its three; chair: instances_*.json; else the questions
+    # pope: its file, or a folder of its three; chair: instances_*.json; else the questions
+    data: str | None = None
     images: str | None = None  # folder of the pictures; toy: how many images (500)
     captions: str | None = None  # chair: COCO's captions_*.json
     synonyms: str | None = None  # chair: lines of comma-separated names, the object's own first
@@ -69,37 +87,54 @@ class Config:
     out: str | None = None  # folder to write, or to continue (runs/eval-BENCHMARK); toy writes none
     limit: int | None = None  # the first so many pictures only; chair: so many random ones (500)
     seed: int | None = None  # chair: which random pictures (0)
-    split: Literal["test", "validation"] | None = None  # toy (test): choices are made on validation, test comes last
+    # toy (test): choices are made on validation, test comes last
+    split: Literal["test", "validation"] | None = None
     max_new_tokens: int | None = None  # limit of an answer (pope: 16, else 512)
-    batch_size: int | None = None  # pictures whose questions are answered together (toy: 50, else 8)
+    # pictures whose questions are answered together (toy: 50, else 8)
+    batch_size: int | None = None
     workers: int | None = None  # threads that decode pictures ahead (4; model toy: 0)
-    skip_bad_records: bool = False  # leave out and count bad records and pictures instead of stopping
+    # leave out and count bad records and pictures instead of stopping
+    skip_bad_records: bool = False
     device: str = "cpu"  # torch device
     dtype: Literal["float32", "bfloat16"] = "float32"  # of the weights
     json: bool = False  # print one JSON object instead of the table
 
 
 def completed(config: Config) -> Config:
-    """The config with its defaults; flags that do not go together, or have no sense, are refused."""
+    """The config with its defaults; flags that do not go together, or have no sense, are
+    refused."""
     kind, defaults = config.benchmark, DEFAULTS[config.benchmark]
     taken = {*ALL, *NEEDED[kind], *defaults}
     for field in fields(config):
         flag = f"--{field.name.replace('_', '-')}"
         if getattr(config, field.name) != field.default:
             others = [name for name in NEEDED if field.name in (*NEEDED[name], *DEFAULTS[name])]
-            require(field.name in taken, f"{flag}: not for --benchmark {kind}, only for {', '.join(others)}; name one")
+            require(
+                field.name in taken,
+                f"{flag}: not for --benchmark {kind}, only for {', '.join(others)}; name one",
+            )
         elif field.name in NEEDED[kind]:
-            raise UserError(f"{flag} is missing; --benchmark {kind} needs --{' --'.join(NEEDED[kind])}")
-    config = fill(config, defaults | ({"workers": 0} if config.model == "toy" and kind != "toy" else {}))
+            raise UserError(
+                f"{flag} is missing; --benchmark {kind} needs --{' --'.join(NEEDED[kind])}"
+            )
+    config = fill(
+        config, defaults | ({"workers": 0} if config.model == "toy" and kind != "toy" else {})
+    )
     require_at_least(config, batch_size=1, limit=1, max_new_tokens=1, workers=0)
     require_seed(config.seed or 0)
-    require(config.question is None or config.question.strip() != "", "--question is empty; give what is to be asked")
+    require(
+        config.question is None or config.question.strip() != "",
+        "--question is empty; give what is to be asked",
+    )
     require_device(config.device)
     if kind == "toy":
         right = config.images.isdecimal() and 0 < int(config.images) < 10**9
         require(right, f"--images {config.images}: how many images; at least 1")
     else:
-        require(Path(config.images).is_dir(), f"--images {config.images}: no such folder; name that of the pictures")
+        require(
+            Path(config.images).is_dir(),
+            f"--images {config.images}: no such folder; name that of the pictures",
+        )
         require(not Path(config.out).is_file(), f"--out {config.out}: is a file; name a folder")
     return config
 
@@ -138,7 +173,8 @@ def evaluate_toy(config: Config) -> dict:
 
 
 def evaluate_files(config: Config) -> dict:
-    """The figures of a benchmark on files, how many of its questions were answered, and what was written."""
+    """The figures of a benchmark on files, how many of its questions were answered, and what was
+    written."""
     out, folder = Path(config.out), resolve_model(config.model)
     if config.adapter is not None:
         read_adapter_config(Path(config.adapter))
@@ -155,19 +191,30 @@ def evaluate_files(config: Config) -> dict:
         asking = Asking(*loaded(config, folder), config.max_new_tokens)
         write_json(out / "config.json", settings)
         skip = config.skip_bad_records
-        found |= benchmarks.ask(asking, todo, out, config.images, config.batch_size, config.workers, skip)
+        found |= benchmarks.ask(
+            asking, todo, out, config.images, config.batch_size, config.workers, skip
+        )
     counts = benchmarks.counts_per_image(benchmark, groups, found)
     if not counts:
-        raise UserError(f"--images {config.images}: no picture could be read; is it the right folder?")
-    result = {"questions": len(questions), "answered": sum(question.id in found for question in questions)}
-    result |= with_intervals([counts], benchmark.figures) | {"file": write_answers(config, benchmark, found).name}
+        raise UserError(
+            f"--images {config.images}: no picture could be read; is it the right folder?"
+        )
+    result = {
+        "questions": len(questions),
+        "answered": sum(question.id in found for question in questions),
+    }
+    result |= with_intervals([counts], benchmark.figures) | {
+        "file": write_answers(config, benchmark, found).name
+    }
     write_json(out / "result.json", result)
     return result
 
 
 def write_answers(config: Config, benchmark: Benchmark, found: dict[str, str]) -> Path:
     """The file of answers that a judge's script reads, where the benchmark has one; its path."""
-    model_id = Path(config.model).name + ("" if config.adapter is None else f"+{Path(config.adapter).name}")
+    model_id = Path(config.model).name + (
+        "" if config.adapter is None else f"+{Path(config.adapter).name}"
+    )
     if config.benchmark == "llava-bench":
         path = Path(config.out) / "llava-bench.jsonl"
         judged.write_llava_bench(path, benchmark.questions, found, model_id)
@@ -187,10 +234,14 @@ def main(config: Config) -> None:
     if config.json:
         print(json.dumps(result))
         return
-    print_table({config.split or config.benchmark: {k: v for k, v in result.items() if isinstance(v, dict)}})
+    print_table(
+        {config.split or config.benchmark: {k: v for k, v in result.items() if isinstance(v, dict)}}
+    )
     if config.benchmark != "toy":
         file = Path(config.out) / result["file"]
-        print(f"{result['answered']} of {result['questions']} questions answered; the answers: {file}")
+        print(
+            f"{result['answered']} of {result['questions']} questions answered; the answers: {file}"
+        )
 
 
 if __name__ == "__main__":

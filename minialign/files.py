@@ -9,14 +9,17 @@ from minialign.errors import UserError
 
 
 def write_whole(path: Path, text: str) -> None:
-    """Write `text` beside `path`, then rename: a reader sees the old file or the new one, never a part."""
+    """Write `text` beside `path`, then rename: a reader sees the old file or the new one, never a
+    part."""
     partial = path.with_name(f".{path.name}.partial")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         partial.write_bytes(text.encode("utf-8"))
         os.replace(partial, path)
     except OSError as error:
-        raise UserError(f"{path}: cannot be written ({error}); make room for it, or write elsewhere") from None
+        raise UserError(
+            f"{path}: cannot be written ({error}); make room for it, or write elsewhere"
+        ) from None
     finally:
         if partial.is_file():
             partial.unlink()
@@ -45,7 +48,8 @@ def write_json(path: Path, value: object) -> None:
 
 
 def read_json(path: Path, remedy: str, kind: type = dict) -> dict | list:
-    """Read one JSON object (or array); a missing or malformed file is a `UserError` that ends in `remedy`."""
+    """Read one JSON object (or array); a missing or malformed file is a `UserError` that ends in
+    `remedy`."""
     try:
         value = json.loads(Path(path).read_text(encoding="utf-8-sig"))
     except FileNotFoundError:
@@ -53,7 +57,9 @@ def read_json(path: Path, remedy: str, kind: type = dict) -> dict | list:
     except (OSError, ValueError, RecursionError) as error:
         raise UserError(f"{path}: not readable as JSON ({error}); {remedy}") from None
     if not isinstance(value, kind):
-        raise UserError(f"{path}: expected a JSON {'object' if kind is dict else 'array'}; {remedy}")
+        raise UserError(
+            f"{path}: expected a JSON {'object' if kind is dict else 'array'}; {remedy}"
+        )
     return value
 
 
@@ -65,24 +71,29 @@ def size_of(path: Path) -> int:
 def append_lines(path: Path, values: list[dict], behind: int | None = None) -> int:
     """Append JSON lines in one write, and see them onto the disk; returns the file's bytes.
 
-    A file that does not end `behind` so many bytes is being written by somebody else: a `UserError`.
-    """
+    A file that does not end `behind` so many bytes is being written by somebody else: a
+    `UserError`."""
     text = "".join(json.dumps(value, ensure_ascii=False) + "\n" for value in values)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         with open(path, "ab") as file:
             if behind not in (None, file.tell()):
-                raise UserError(f"{path}: another program writes it, too; wait for that one, then run again")
+                raise UserError(
+                    f"{path}: another program writes it, too; wait for that one, then run again"
+                )
             file.write(text.encode("utf-8"))
             file.flush()
             os.fsync(file.fileno())
             return file.tell()
     except OSError as error:
-        raise UserError(f"{path}: cannot be written ({error}); make room for it, or write elsewhere") from None
+        raise UserError(
+            f"{path}: cannot be written ({error}); make room for it, or write elsewhere"
+        ) from None
 
 
 def whole_lines(path: Path) -> list[str]:
-    """The whole lines of a file that a killed run may have left; half a line at its end is cut off."""
+    """The whole lines of a file that a killed run may have left; half a line at its end is cut
+    off."""
     if not path.exists():
         return []
     data = path.read_bytes()
@@ -93,7 +104,8 @@ def whole_lines(path: Path) -> list[str]:
 
 
 def read_lines(path: Path, remedy: str) -> list[dict]:
-    """The objects that `append_lines` wrote; a line that is none is a `UserError` that ends in `remedy`."""
+    """The objects that `append_lines` wrote; a line that is none is a `UserError` that ends in
+    `remedy`."""
     try:
         values = [json.loads(line) for line in whole_lines(path)]
     except (OSError, ValueError, RecursionError) as error:

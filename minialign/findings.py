@@ -1,10 +1,11 @@
-"""The findings: what the paper says of two rows of the comparison, and what our paired intervals say to it.
+"""The findings: what the paper says of two rows of the comparison, and what our paired intervals
+say to it.
 
-A finding is a range in which the difference of two rows should lie, counted so that more is better: above zero where
-the one beats the other; within a margin of zero where both are on par; above its lower end where the one matches the
-other or beats it, below its upper end where it does not beat it. It is reproduced if the whole 95 % interval lies in
-the range, not reproduced if all of it lies outside, else undecided. The margins were fixed before the rows were run.
-"""
+A finding is a range in which the difference of two rows should lie, counted so that more is better:
+above zero where the one beats the other; within a margin of zero where both are on par; above its
+lower end where the one matches the other or beats it, below its upper end where it does not beat
+it. It is reproduced if the whole 95 % interval lies in the range, not reproduced if all of it lies
+outside, else undecided. The margins were fixed before the rows were run."""
 
 from math import inf
 
@@ -49,7 +50,8 @@ FINDINGS = {
 
 
 def judge(metrics: dict[str, dict[str, np.ndarray]]) -> list[dict]:
-    """Every finding whose rows were run: {"id", "status", "evidence"}; `metrics` holds every row's bootstrap."""
+    """Every finding whose rows were run: {"id", "status", "evidence"}; `metrics` holds every row's
+    bootstrap."""
     findings = []
     for name, (figure, row, other, bounds) in FINDINGS.items():
         if row not in metrics or other not in metrics:
@@ -66,5 +68,7 @@ def judge(metrics: dict[str, dict[str, np.ndarray]]) -> list[dict]:
             shown = "{value:+.3f} [{low:+.3f}, {high:+.3f}]".format(**difference)
         if bounds != BEATS:
             shown += f", margin {margin}"
-        findings.append({"id": name, "status": status, "evidence": f"{metric} {row} - {other}: {shown}"})
+        findings.append(
+            {"id": name, "status": status, "evidence": f"{metric} {row} - {other}: {shown}"}
+        )
     return findings

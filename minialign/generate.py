@@ -157,9 +157,7 @@ def plain_layers():
 class GrowingContext:
     """The tree so far, a step's columns wider after each step; rows can be let go."""
 
-    def __init__(
-        self, model: Llava, prompts: TokenTree, tower_features: Tensor | None, room: int
-    ):
+    def __init__(self, model: Llava, prompts: TokenTree, tower_features: Tensor | None, room: int):
         self.model, self.tree = model, prompts
         self.kept, self.logits = prefill(model, prompts, tower_features, room)
 
@@ -189,9 +187,7 @@ class FixedContext:
     memory: on a GPU the first step runs plainly, the second is captured as a CUDA graph, and from
     then on it is replayed."""
 
-    def __init__(
-        self, model: Llava, prompts: TokenTree, tower_features: Tensor | None, room: int
-    ):
+    def __init__(self, model: Llava, prompts: TokenTree, tower_features: Tensor | None, room: int):
         self.model, self.filled = model, prompts.ids.shape[1]
         self.kept, self.logits = prefill(model, prompts, tower_features, room)
         width = self.kept.layers[0].keys.shape[2]

@@ -1,9 +1,9 @@
-"""A head that makes one number of a hidden state: a response's reward (Eq. 1), or PPO's value of a token.
+"""A head that makes one number of a hidden state: a response's reward (Eq. 1), or PPO's value of a
+token.
 
-It stands on the policy's own body and is trained at the adapters' rate, in float32. One for values starts at zero: then
-the first advantages are the returns. One for rewards starts at random, as TRL's does: from zero, on the embedded world,
-hundreds of steps taught it nothing.
-"""
+It stands on the policy's own body and is trained at the adapters' rate, in float32. One for values
+starts at zero: then the first advantages are the returns. One for rewards starts at random, as
+TRL's does: from zero, on the embedded world, hundreds of steps taught it nothing."""
 
 from typing import Literal
 
@@ -30,7 +30,8 @@ def scalars(model: Llava, hidden: Tensor) -> Tensor:
 
 
 def branch_rewards(model: Llava, tree: TokenTree, tower_features: Tensor | None) -> Tensor:
-    """r(x, y) of Eq. 1 for every branch: the head on its last token, which has seen all of it. (B, S), float32."""
+    """r(x, y) of Eq. 1 for every branch: the head on its last token, which has seen all of it. (B,
+    S), float32."""
     hidden = model(tree, tower_features)
     row = torch.arange(len(hidden), device=hidden.device)[:, None]
     return scalars(model, hidden[row, tree.tip.clamp(min=0)])

@@ -16,11 +16,24 @@ from minialign.errors import UserError
 from minialign.files import read_json
 
 TURN = Image.Transpose
-TURNS = {2: TURN.FLIP_LEFT_RIGHT, 3: TURN.ROTATE_180, 4: TURN.FLIP_TOP_BOTTOM, 5: TURN.TRANSPOSE, 6: TURN.ROTATE_270,
-         7: TURN.TRANSVERSE, 8: TURN.ROTATE_90}  # EXIF's orientation -> what puts the picture upright  # fmt: skip
+TURNS = {
+    2: TURN.FLIP_LEFT_RIGHT,
+    3: TURN.ROTATE_180,
+    4: TURN.FLIP_TOP_BOTTOM,
+    5: TURN.TRANSPOSE,
+    6: TURN.ROTATE_270,
+    7: TURN.TRANSVERSE,
+    8: TURN.ROTATE_90,
+}  # EXIF's orientation -> what puts the picture upright
 LONGEST = 2000  # times the short edge: a longer picture would fill the memory on being resized
 # What preprocessor_config.json may not say otherwise, as it would be another preprocessing.
-SUPPORTED = {"do_resize": True, "do_center_crop": True, "do_rescale": True, "do_normalize": True, "resample": 3}
+SUPPORTED = {
+    "do_resize": True,
+    "do_center_crop": True,
+    "do_rescale": True,
+    "do_normalize": True,
+    "resample": 3,
+}
 
 
 def to_rgb(image: Image.Image) -> Image.Image:
@@ -33,11 +46,12 @@ def to_rgb(image: Image.Image) -> Image.Image:
 
 @dataclass(frozen=True)
 class ImageProcessor:
-    """CLIP's preprocessing: short edge to `size`, centre crop, rescale, normalise. Follows CLIPImageProcessor.
+    """CLIP's preprocessing: short edge to `size`, centre crop, rescale, normalise. Follows
+    CLIPImageProcessor.
 
-    With `pad` the picture is padded to a square first, as LlavaImageProcessor does; with `pinpoints` it is cut into
-    tiles (anyres.py). Resizing is Pillow's bicubic: torch's differs by up to 21 grey levels.
-    """
+    With `pad` the picture is padded to a square first, as LlavaImageProcessor does; with
+    `pinpoints` it is cut into tiles (anyres.py). Resizing is Pillow's bicubic: torch's differs by
+    up to 21 grey levels."""
 
     size: int = 336
     patch: int = 14
@@ -52,32 +66,54 @@ class ImageProcessor:
         path = folder / "preprocessor_config.json"
         raw = read_json(path, "a model folder needs Hugging Face's preprocessor_config.json")
         crop, edge = raw.get("crop_size", 336), raw.get("size", 336)
-        crop = crop.get("height") if isinstance(crop, dict) and crop.get("height") == crop.get("width") else crop
+        crop = (
+            crop.get("height")
+            if isinstance(crop, dict) and crop.get("height") == crop.get("width")
+            else crop
+        )
         edge = edge.get("shortest_edge") if isinstance(edge, dict) else edge
         if edge != crop or not isinstance(crop, int) or crop <= 0:
-            raise UserError(f"{path}: size {edge} and crop_size {crop}: CLIP's are one number of pixels; mend the file")
+            raise UserError(
+                f"{path}: size {edge} and crop_size {crop}: CLIP's are one number of pixels; mend the file"
+            )
         config = read_config(folder)
         if crop != config.vision.image_size:
             tower = config.vision.image_size
-            raise UserError(f"{path}: crop_size {crop}, but the tower of config.json takes {tower}; mend the file")
+            raise UserError(
+                f"{path}: crop_size {crop}, but the tower of config.json takes {tower}; mend the file"
+            )
         given = raw.get("image_grid_pinpoints")
-        if given is not None and config.pinpoints and given != [list(pinpoint) for pinpoint in config.pinpoints]:
-            raise UserError(f"{path}: image_grid_pinpoints are not those of config.json; mend the file")
+        if (
+            given is not None
+            and config.pinpoints
+            and given != [list(pinpoint) for pinpoint in config.pinpoints]
+        ):
+            raise UserError(
+                f"{path}: image_grid_pinpoints are not those of config.json; mend the file"
+            )
         for name, value in SUPPORTED.items():
             if raw.get(name, value) not in (value, None):
                 raise UserError(f"{path}: {name} is {raw[name]!r}; only {value!r} is supported")
         if abs((raw.get("rescale_factor") or 1 / 255) * 255 - 1) > 1e-6:
-            raise UserError(f"{path}: rescale_factor is {raw['rescale_factor']!r}; only 1/255 is supported")
+            raise UserError(
+                f"{path}: rescale_factor is {raw['rescale_factor']!r}; only 1/255 is supported"
+            )
         default = ImageProcessor()
         values = [raw.get("image_mean") or default.mean, raw.get("image_std") or default.std]
         for numbers in values:
             right = isinstance(numbers, list | tuple) and len(numbers) == 3
-            if not right or not all(isinstance(n, float | int) and math.isfinite(n) for n in numbers):
-                raise UserError(f"{path}: image_mean and image_std are three numbers each, not {numbers!r}")
+            if not right or not all(
+                isinstance(n, float | int) and math.isfinite(n) for n in numbers
+            ):
+                raise UserError(
+                    f"{path}: image_mean and image_std are three numbers each, not {numbers!r}"
+                )
         if min(values[1]) <= 0:
             raise UserError(f"{path}: image_std {values[1]!r} is not above 0")
         pad = raw.get("do_pad") is True and not config.pinpoints
-        return ImageProcessor(crop, config.vision.patch_size, *map(tuple, values), pad, config.pinpoints)
+        return ImageProcessor(
+            crop, config.vision.patch_size, *map(tuple, values), pad, config.pinpoints
+        )
 
     @property
     def patches(self) -> int:
@@ -110,16 +146,22 @@ class ImageProcessor:
         return torch.stack([self.normalise(tile) for tile in tiles])
 
     def layout(self, image: Image.Image) -> tuple[int, Tensor]:
-        """How many features the tower gives for a picture, and which of them its image tokens are: a packing."""
+        """How many features the tower gives for a picture, and which of them its image tokens are:
+        a packing."""
         if not self.pinpoints:
             return self.patches, torch.arange(self.patches)
-        return anyres.packing((image.height, image.width), self.size, self.size // self.patch, self.pinpoints)
+        return anyres.packing(
+            (image.height, image.width), self.size, self.size // self.patch, self.pinpoints
+        )
 
     def normalise(self, image: Image.Image) -> Tensor:
         """RGB picture of the right size -> (3, size, size) float32."""
-        # float64 until the end, as transformers' numpy path: the result is then equal to the last bit.
+        # float64 until the end, as transformers' numpy path: the result is then equal to the last
+        # bit.
         pixels = np.asarray(image) * (1 / 255)
-        pixels = (pixels.astype(np.float32) - np.array(self.mean, np.float32)) / np.array(self.std, np.float32)
+        pixels = (pixels.astype(np.float32) - np.array(self.mean, np.float32)) / np.array(
+            self.std, np.float32
+        )
         return torch.from_numpy(np.ascontiguousarray(pixels.transpose(2, 0, 1)))
 
 
@@ -132,7 +174,8 @@ def pad_to_square(image: Image.Image, colour: tuple[int, ...]) -> Image.Image:
 
 
 def noise_level(steps: int) -> float:
-    """abar_N of Eq. 8-9: the product of 1 - beta_k for k = 1..N, with the sigmoid schedule of App. E.1."""
+    """abar_N of Eq. 8-9: the product of 1 - beta_k for k = 1..N, with the sigmoid schedule of App.
+    E.1."""
     k = torch.arange(1, steps + 1, dtype=torch.float64)
     beta = torch.sigmoid(-6 + 12 * k / 1000) * (0.5e-2 - 1e-5) + 1e-5
     return float(torch.prod(1 - beta))
@@ -158,26 +201,32 @@ def noise_of_seed(image: Image.Image, steps: int, seed: int) -> Image.Image:
 
 
 def open_image(images: str, name: str) -> Image.Image:
-    """A record's picture as RGB: a file below the folder `images`, or a scene of the world that `toy` names."""
+    """A record's picture as RGB: a file below the folder `images`, or a scene of the world that
+    `toy` names."""
     if images == "toy":
         return toyworld.picture(toyworld.scene_of(name))
     root = os.path.abspath(images)
     path = os.path.normpath(os.path.join(root, name))  # links are the user's own, and followed
     if not Path(path).is_relative_to(root):
-        raise UserError(f"image {name!r} leaves the folder --images {images}; paths must stay inside it")
+        raise UserError(
+            f"image {name!r} leaves the folder --images {images}; paths must stay inside it"
+        )
     return read_picture(Path(path), f"names of pictures are below --images {images}")
 
 
 def read_picture(path: Path, remedy: str) -> Image.Image:
     """A picture file as RGB, turned as its EXIF says; `remedy` is what to do where there is none.
 
-    Of an animation the first picture. More than 8 bits per value would come out white, and are refused.
-    """
+    Of an animation the first picture. More than 8 bits per value would come out white, and are
+    refused."""
     try:
         with Image.open(path) as picture:
             if picture.mode in ("I", "F") or picture.mode.startswith("I;"):
-                raise UserError(f"image {path}: more than 8 bits per value (mode {picture.mode}); convert it to 8 bits")
-            # Not ImageOps.exif_transpose, which writes all of the EXIF anew and fails on any odd tag in it.
+                raise UserError(
+                    f"image {path}: more than 8 bits per value (mode {picture.mode}); convert it to 8 bits"
+                )
+            # Not ImageOps.exif_transpose, which writes all of the EXIF anew and fails on any odd
+            # tag in it.
             turned = TURNS.get(picture.getexif().get(0x0112))
             return to_rgb(picture if turned is None else picture.transpose(turned))
     except FileNotFoundError:
@@ -185,4 +234,6 @@ def read_picture(path: Path, remedy: str) -> Image.Image:
     except (UserError, MemoryError):
         raise
     except Exception as error:  # Pillow's readers raise anything on damaged files
-        raise UserError(f"image {path}: not a readable picture ({error}); replace it or drop its record") from None
+        raise UserError(
+            f"image {path}: not a readable picture ({error}); replace it or drop its record"
+        ) from None

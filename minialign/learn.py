@@ -1,9 +1,9 @@
-"""What the policy learns from its answers, one class per kind of method: pairs (Eq. 3-5), RLOO and PPO (Eq. 2).
+"""What the policy learns from its answers, one class per kind of method: pairs (Eq. 3-5), RLOO and
+PPO (Eq. 2).
 
-A step's rollouts are looked back at once, `look`, by the policy that has answered; then each of the step's `updates`
-goes through what that gives and adds up gradients of `loss`, the mean over a batch. `count` of a batch is its weight
-in the step: pairs, responses by prompt, or tokens.
-"""
+A step's rollouts are looked back at once, `look`, by the policy that has answered; then each of the
+step's `updates` goes through what that gives and adds up gradients of `loss`, the mean over a
+batch. `count` of a batch is its weight in the step: pairs, responses by prompt, or tokens."""
 
 from collections import Counter
 from dataclasses import dataclass, replace
@@ -33,7 +33,8 @@ from minialign.rollout import Rollout
 
 @dataclass(frozen=True)
 class Preferences:
-    """DPO, IPO or SLiC on pairs, or on y+ with two kinds of y- (Eq. 5); `weights` (K,) are those of each y-."""
+    """DPO, IPO or SLiC on pairs, or on y+ with two kinds of y- (Eq. 5); `weights` (K,) are those of
+    each y-."""
 
     model: Llava
     kind: str
@@ -59,7 +60,9 @@ class Preferences:
         logps, ref_logps = both_logps(self.model, batch.tree, batch.features)
         loss = preference_loss(logps, ref_logps, self.kind, self.beta, self.weights)
         counts.update(count_objective(logps[batch.own], ref_logps[batch.own]))
-        return loss, {"loss": loss.item()} | preference_metrics(logps, ref_logps, self.beta, self.weights)
+        return loss, {"loss": loss.item()} | preference_metrics(
+            logps, ref_logps, self.beta, self.weights
+        )
 
 
 @dataclass(frozen=True)
@@ -76,7 +79,8 @@ class Rloo:
         return {"responses": rows * self.branches}
 
     def look(self, rollouts: list[Rollout], counts: Counter) -> list[Rollout]:
-        """Nothing: the one update is that of the policy that has answered, and the ratio to it is 1."""
+        """Nothing: the one update is that of the policy that has answered, and the ratio to it is
+        1."""
         return rollouts
 
     def loss(self, batch: Rollout, counts: Counter) -> tuple[Tensor, dict[str, float]]:
@@ -84,14 +88,17 @@ class Rloo:
         logps, ref_logps = both_logps(self.model, batch.tree, batch.features)
         if batch.count:
             counts.update(count_objective(logps, ref_logps))
-            counts["rlhf"] += sequence_rewards(batch.scores, logps, ref_logps, self.beta).sum().item()
+            counts["rlhf"] += (
+                sequence_rewards(batch.scores, logps, ref_logps, self.beta).sum().item()
+            )
         loss = rloo_loss(logps, ref_logps, batch.scores, self.beta)
         return loss, {"loss": loss.item()}
 
 
 @dataclass(frozen=True)
 class Look:
-    """A rollout as the policy that has answered sees it: flat, (branch tokens,) each, in `token_logps`' order."""
+    """A rollout as the policy that has answered sees it: flat, (branch tokens,) each, in
+    `token_logps`' order."""
 
     rollout: Rollout
     logps: Tensor
@@ -107,7 +114,8 @@ class Look:
 
 @dataclass(frozen=True)
 class Ppo:
-    """Clipped losses per token, some updates per rollout, a value head on the policy's own body (ppo.py)."""
+    """Clipped losses per token, some updates per rollout, a value head on the policy's own body
+    (ppo.py)."""
 
     model: Llava
     beta: float
@@ -120,7 +128,8 @@ class Ppo:
     learned = Rloo.learned
 
     def look(self, rollouts: list[Rollout], counts: Counter) -> list[Look]:
-        """Log-probs, values and advantages, before anything is learned; advantages are whitened over all processes."""
+        """Log-probs, values and advantages, before anything is learned; advantages are whitened
+        over all processes."""
         looks = [self.look_at(rollout, counts) for rollout in rollouts]
         mine = [advantage for look in looks if look.count for advantage in look.advantages.tolist()]
         whitening = Whitening.of(torch.tensor(sum(gather(mine), []) or [0.0], dtype=torch.float64))
@@ -141,7 +150,8 @@ class Ppo:
         return Look(rollout, logps, values, advantages, advantages + values)
 
     def ask(self, rollout: Rollout) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """Row, branch, log-prob of every branch token, and the value of the state that it was drawn in."""
+        """Row, branch, log-prob of every branch token, and the value of the state that it was drawn
+        in."""
         row, branch, ids, hidden = predicting(self.model, rollout.tree, rollout.features)
         return row, branch, logps_of(self.model.lm_head, ids, hidden), scalars(self.model, hidden)
 
@@ -151,5 +161,9 @@ class Ppo:
         policy = ppo.policy_loss(logps, look.logps, look.advantages, self.clip)
         value = ppo.value_loss(values, look.values, look.returns, self.value_clip)
         loss = policy + self.value_coef * value
-        parts = {"loss": loss.item(), "loss/policy_avg": policy.item(), "loss/value_avg": value.item()}
+        parts = {
+            "loss": loss.item(),
+            "loss/policy_avg": policy.item(),
+            "loss/value_avg": value.item(),
+        }
         return loss, parts | ppo.ppo_metrics(logps.detach(), look.logps, self.clip)

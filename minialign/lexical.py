@@ -14,9 +14,8 @@ def word_trigrams(text: str) -> Counter:
 def lexical_cosine(a: str, b: str) -> float:
     """Cosine of the two bags of lower-cased word trigrams, in [0, 1]; needs no encoder.
 
-    Not single words: one wrong word among fifty gives 0.94, below eps_s = 0.97, where words alone would give 0.99.
-    Two texts without words give 1, one without gives 0.
-    """
+    Not single words: one wrong word among fifty gives 0.94, below eps_s = 0.97, where words alone
+    would give 0.99. Two texts without words give 1, one without gives 0."""
     first, second = (word_trigrams(text) for text in (a, b))
     if not first or not second:
         return float(not first and not second)

@@ -19,8 +19,12 @@ class LlavaConfig:
     vision: ClipConfig
     image_token_id: int = 32000
     vision_feature_layer: int = -2
-    pinpoints: tuple[tuple[int, int], ...] = ()  # AnyRes (LLaVA-1.6): the resolutions that pictures are fitted into
-    raw: dict = field(default_factory=dict, compare=False)  # config.json as it was read, to write it back
+    pinpoints: tuple[
+        tuple[int, int], ...
+    ] = ()  # AnyRes (LLaVA-1.6): the resolutions that pictures are fitted into
+    raw: dict = field(
+        default_factory=dict, compare=False
+    )  # config.json as it was read, to write it back
 
 
 class Projector(nn.Module):
@@ -44,10 +48,13 @@ class Llava(nn.Module):
         self.vision_tower = Clip(config.vision)
         self.multi_modal_projector = Projector(config.vision.hidden_size, config.text.hidden_size)
         self.language_model = Llama(config.text)
-        self.image_newline = nn.Parameter(torch.zeros(config.text.hidden_size)) if config.pinpoints else None
+        self.image_newline = (
+            nn.Parameter(torch.zeros(config.text.hidden_size)) if config.pinpoints else None
+        )
         self.lm_head = nn.Linear(config.text.hidden_size, config.text.vocab_size, bias=False)
         self.tie_weights()
-        self.scalar_head: nn.Linear | None = None  # of a reward model, or of PPO's policy: see heads.py
+        # of a reward model, or of PPO's policy: see heads.py
+        self.scalar_head: nn.Linear | None = None
 
     def tie_weights(self) -> None:
         """One tensor for the embedding and the LM head, if config.json says so."""
@@ -61,7 +68,8 @@ class Llava(nn.Module):
 
     @torch.no_grad()
     def encode_images(self, pixels: Tensor) -> Tensor:
-        """(tiles, 3, H, W) -> (tiles, patches, D_vision). The tower is frozen: encode once, use for every policy."""
+        """(tiles, 3, H, W) -> (tiles, patches, D_vision). The tower is frozen: encode once, use for
+        every policy."""
         # There first: torch would change their type on the host, in memory that is not pinned.
         pixels = pixels.to(self.device, non_blocking=True).to(self.lm_head.weight.dtype)
         return self.vision_tower(pixels, self.config.vision_feature_layer)
@@ -69,19 +77,24 @@ class Llava(nn.Module):
     def embed(self, tree: TokenTree, tower_features: Tensor | None) -> Tensor:
         """Token embeddings with projected image features in the image slots, (B, T, D).
 
-        tower_features (tiles, patches, D_vision) are the batch's images in row order. Only the features that the
-        tree refers to are projected: neither hidden ones nor what AnyRes leaves out. Raises ValueError where slots
-        and features disagree, with both numbers.
-        """
+        tower_features (tiles, patches, D_vision) are the batch's images in row order. Only the
+        features that the tree refers to are projected: neither hidden ones nor what AnyRes leaves
+        out. Raises ValueError where slots and features disagree, with both numbers."""
         embeddings = self.language_model.embed_tokens(tree.ids)
-        available = 0 if tower_features is None else tower_features.shape[0] * tower_features.shape[1]
+        available = (
+            0 if tower_features is None else tower_features.shape[0] * tower_features.shape[1]
+        )
         if available != tree.features_expected:
-            raise ValueError(f"{tree.features_expected} image slots in the batch, but {available} image features")
+            raise ValueError(
+                f"{tree.features_expected} image slots in the batch, but {available} image features"
+            )
         if not available:
             return embeddings
         if self.image_newline is not None:
             newlines = tree.feature == NEWLINE
-            embeddings = torch.where(newlines[..., None], self.image_newline.to(embeddings.dtype), embeddings)
+            embeddings = torch.where(
+                newlines[..., None], self.image_newline.to(embeddings.dtype), embeddings
+            )
         slots = tree.feature >= 0
         if not slots.any():
             return embeddings

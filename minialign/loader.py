@@ -1,9 +1,8 @@
 """Loading ahead: threads parse, tokenise and decode what comes next while the model computes.
 
-Threads and not processes: what takes long, decoding and scaling pictures and the tokenizer, lets go of Python's lock.
-And a process that is forked beside the threads of torch.distributed may inherit a lock that nobody will ever open:
-one start in some hundred hung for good.
-"""
+Threads and not processes: what takes long, decoding and scaling pictures and the tokenizer, lets go
+of Python's lock. And a process that is forked beside the threads of torch.distributed may inherit a
+lock that nobody will ever open: one start in some hundred hung for good."""
 
 import os
 from collections import deque
@@ -12,7 +11,8 @@ from concurrent.futures import ThreadPoolExecutor
 
 
 def load_ahead(items: Sequence, load: Callable, workers: int) -> Iterator:
-    """`load(item)` of every item, in order, by `workers` threads (0: by this one), up to two items ahead each.
+    """`load(item)` of every item, in order, by `workers` threads (0: by this one), up to two items
+    ahead each.
 
     There is at most one thread per core. What an item's load raises is raised at its turn.
     """

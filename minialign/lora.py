@@ -1,8 +1,8 @@
 """LoRA adapters by hand; switched off, the model is the reference policy.
 
-The numerics and the exported folder follow PEFT: W x + (alpha / rank) B A x, with B zero at the start, and the
-projector trained as a full copy beside its original (PEFT calls that `modules_to_save`).
-"""
+The numerics and the exported folder follow PEFT: W x + (alpha / rank) B A x, with B zero at the
+start, and the projector trained as a full copy beside its original (PEFT calls that
+`modules_to_save`)."""
 
 import copy
 import math
@@ -36,7 +36,8 @@ PROJECTOR = "multi_modal_projector"
 
 
 class LoraLinear(nn.Module):
-    """A frozen linear layer with a trainable low-rank update, and perhaps another that belongs to the reference."""
+    """A frozen linear layer with a trainable low-rank update, and perhaps another that belongs to
+    the reference."""
 
     def __init__(self, base: nn.Linear, rank: int, alpha: float):
         super().__init__()
@@ -44,7 +45,9 @@ class LoraLinear(nn.Module):
         A, B = new_update(rank, base.in_features, base.out_features)
         self.lora_A = nn.Parameter(A.to(base.weight.device))
         self.lora_B = nn.Parameter(B.to(base.weight.device))
-        self.register_buffer("reference_A", None, persistent=False)  # buffers go where the model goes
+        self.register_buffer(
+            "reference_A", None, persistent=False
+        )  # buffers go where the model goes
         self.register_buffer("reference_B", None, persistent=False)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -67,7 +70,8 @@ class LoraLinear(nn.Module):
 
 
 def new_update(rank: int, in_features: int, out_features: int) -> tuple[Tensor, Tensor]:
-    """A (rank, in) as nn.Linear draws its weights, and B (out, rank) of zeros, float32, on the CPU."""
+    """A (rank, in) as nn.Linear draws its weights, and B (out, rank) of zeros, float32, on the
+    CPU."""
     A = torch.empty(rank, in_features)
     nn.init.kaiming_uniform_(A, a=math.sqrt(5))
     return A, torch.zeros(out_features, rank)
@@ -89,7 +93,8 @@ class TrainableCopy(nn.Module):
 
 
 def add_adapters(model: Llava, rank: int, alpha: float) -> None:
-    """Freeze the model; give every decoder linear a LoRA update and the projector a trainable copy."""
+    """Freeze the model; give every decoder linear a LoRA update and the projector a trainable
+    copy."""
     model.requires_grad_(False)
     for layer in model.language_model.layers:
         for block in (layer.self_attn, layer.mlp):
@@ -107,7 +112,8 @@ def adapter_modules(model: Llava) -> list[LoraLinear | TrainableCopy]:
 
 @contextmanager
 def adapters_off(model: Llava) -> Iterator[None]:
-    """Inside, the model is the reference: the base, or what `keep_reference` has kept; no gradients."""
+    """Inside, the model is the reference: the base, or what `keep_reference` has kept; no
+    gradients."""
     adapters = adapter_modules(model)
     for module in adapters:
         module.enabled = False
@@ -120,7 +126,8 @@ def adapters_off(model: Llava) -> Iterator[None]:
 
 
 def trainable_groups(model: Llava, lr: float, projector_lr: float) -> list[dict]:
-    """Optimizer groups: the adapters, and a head if there is one, at `lr`, the projector at its own rate (App. A)."""
+    """Optimizer groups: the adapters, and a head if there is one, at `lr`, the projector at its own
+    rate (App. A)."""
     projector = list(model.multi_modal_projector.copy.parameters())
     lora = [p for m in model.modules() if isinstance(m, LoraLinear) for p in (m.lora_A, m.lora_B)]
     lora += [] if model.scalar_head is None else [model.scalar_head.weight]
@@ -134,12 +141,19 @@ def adapter_state(model: Llava) -> dict[str, Tensor]:
 
 
 def reference_state(model: Llava) -> dict[str, Tensor]:
-    """The tensors that the reference is made of: all that are not trained, and its own updates, scaled."""
+    """The tensors that the reference is made of: all that are not trained, and its own updates,
+    scaled."""
     trained = adapter_state(model).keys()
     state = {name: tensor for name, tensor in model.named_parameters() if name not in trained}
     for name, module in model.named_modules():
-        if isinstance(module, LoraLinear) and module.reference_B is not None and module.reference_B.any():
-            state[f"{name}.reference_A"] = module.reference_A  # where B is zero A is drawn, and does nothing
+        if (
+            isinstance(module, LoraLinear)
+            and module.reference_B is not None
+            and module.reference_B.any()
+        ):
+            state[f"{name}.reference_A"] = (
+                module.reference_A
+            )  # where B is zero A is drawn, and does nothing
             state[f"{name}.reference_B"] = module.reference_B * module.scaling
     return state
 
@@ -153,7 +167,9 @@ def merged(trained: dict[str, Tensor], scaling: float) -> Callable[[str, Tensor]
     def change(name: str, stored: Tensor) -> Tensor:
         linear = name.removesuffix(".weight")
         if f"{linear}.lora_A" in trained:
-            return stored.float() + trained[f"{linear}.lora_B"] @ trained[f"{linear}.lora_A"] * scaling
+            return (
+                stored.float() + trained[f"{linear}.lora_B"] @ trained[f"{linear}.lora_A"] * scaling
+            )
         return trained.get(name.replace(f"{PROJECTOR}.", f"{PROJECTOR}.copy."), stored)
 
     return change
@@ -166,53 +182,95 @@ def peft_name(name: str) -> str:
     return f"base_model.model.model.{name}"
 
 
-def save_adapter(trained: dict[str, Tensor], rank: int, alpha: float, base: str, folder: Path) -> None:
+def save_adapter(
+    trained: dict[str, Tensor], rank: int, alpha: float, base: str, folder: Path
+) -> None:
     """Write a folder that `PeftModel.from_pretrained` reads, whole."""
-    tensors = {peft_name(name): tensor.detach().cpu().contiguous() for name, tensor in trained.items()}
+    tensors = {
+        peft_name(name): tensor.detach().cpu().contiguous() for name, tensor in trained.items()
+    }
 
     def write(partial: Path) -> None:
         """Tensors and config into the folder that takes its place when it is whole."""
         save_file(tensors, partial / "adapter_model.safetensors", metadata={"format": "pt"})
-        write_json(partial / "adapter_config.json", {
-            "peft_type": "LORA", "task_type": None, "base_model_name_or_path": base, "r": rank,
-            "lora_alpha": alpha, "lora_dropout": 0.0, "bias": "none", "inference_mode": True,
-            "target_modules": rf".*language_model\.layers\..*\.({'|'.join(TARGETS)})", "modules_to_save": [PROJECTOR],
-        })  # fmt: skip
+        write_json(
+            partial / "adapter_config.json",
+            {
+                "peft_type": "LORA",
+                "task_type": None,
+                "base_model_name_or_path": base,
+                "r": rank,
+                "lora_alpha": alpha,
+                "lora_dropout": 0.0,
+                "bias": "none",
+                "inference_mode": True,
+                "target_modules": rf".*language_model\.layers\..*\.({'|'.join(TARGETS)})",
+                "modules_to_save": [PROJECTOR],
+            },
+        )
 
     write_folder_whole(folder, write)
 
 
 def our_name(key: str) -> str:
-    """A key of PEFT's adapter_model.safetensors, under any layout of the model's keys -> our name."""
+    """A key of PEFT's adapter_model.safetensors, under any layout of the model's keys -> our
+    name."""
     name = rename(key.removeprefix("base_model.model."), NAMES)
     name = name.replace(".lora_A.weight", ".lora_A").replace(".lora_B.weight", ".lora_B")
     return name.replace(f"{PROJECTOR}.", f"{PROJECTOR}.copy.")
 
 
 def part_of(name: str) -> str:
-    """The linear that a trained tensor belongs to, or the projector: a part comes whole or not at all."""
+    """The linear that a trained tensor belongs to, or the projector: a part comes whole or not at
+    all."""
     return name.rpartition(".lora_")[0] or PROJECTOR
 
 
-# What would change the meaning of the same tensors; of the initialisations these leave the base weights as they are.
-FOREIGN = ("use_rslora", "use_dora", "use_qalora", "rank_pattern", "alpha_pattern", "layer_replication",
-           "megatron_config", "alora_invocation_tokens", "trainable_token_indices", "use_bdlora")  # fmt: skip
+# What would change the meaning of the same tensors; of the initialisations these leave the base
+# weights as they are.
+FOREIGN = (
+    "use_rslora",
+    "use_dora",
+    "use_qalora",
+    "rank_pattern",
+    "alpha_pattern",
+    "layer_replication",
+    "megatron_config",
+    "alora_invocation_tokens",
+    "trainable_token_indices",
+    "use_bdlora",
+)
 PLAIN_INITIALISATIONS = (None, True, False, "gaussian", "eva", "orthogonal")
 
 
 def read_adapter_config(folder: Path) -> dict:
     """adapter_config.json of a PEFT folder, if this is a plain LoRA adapter."""
-    raw = read_json(folder / "adapter_config.json", "an adapter folder needs PEFT's adapter_config.json")
+    raw = read_json(
+        folder / "adapter_config.json", "an adapter folder needs PEFT's adapter_config.json"
+    )
     if raw.get("peft_type") != "LORA" or not {"r", "lora_alpha"} <= raw.keys():
-        raise UserError(f"{folder}: no LoRA adapter (peft_type {raw.get('peft_type')!r}); give one of train_dpo.py's")
+        raise UserError(
+            f"{folder}: no LoRA adapter (peft_type {raw.get('peft_type')!r}); give one of train_dpo.py's"
+        )
     rank, alpha = raw["r"], raw["lora_alpha"]
-    if not (type(rank) is int and 1 <= rank <= 2**16 and type(alpha) in (int, float) and 0 < alpha < math.inf):
-        raise UserError(f"{folder}: r {rank!r} or lora_alpha {alpha!r} is no number above 0; give another adapter")
+    if not (
+        type(rank) is int
+        and 1 <= rank <= 2**16
+        and type(alpha) in (int, float)
+        and 0 < alpha < math.inf
+    ):
+        raise UserError(
+            f"{folder}: r {rank!r} or lora_alpha {alpha!r} is no number above 0; give another adapter"
+        )
     foreign = [k for k in FOREIGN if raw.get(k)]
-    if raw.get("init_lora_weights") not in PLAIN_INITIALISATIONS:  # pissa, olora, ...: the base was changed, too
+    if (
+        raw.get("init_lora_weights") not in PLAIN_INITIALISATIONS
+    ):  # pissa, olora, ...: the base was changed, too
         foreign.append("init_lora_weights")
     if foreign:
-        raise UserError(f"{folder}: {', '.join(foreign)} is set, and not supported; give one of train_dpo.py's")
+        raise UserError(
+            f"{folder}: {', '.join(foreign)} is set, and not supported; give one of train_dpo.py's"
+        )
     return raw
 
 
@@ -232,7 +290,9 @@ def fill_adapter(model: Llava, folder: Path) -> None:
     raw = read_adapter_config(folder)
     file = folder / "adapter_model.safetensors"
     if not file.exists():
-        raise UserError(f"{file}: no such file; adapters are read from safetensors only, never from pickle")
+        raise UserError(
+            f"{file}: no such file; adapters are read from safetensors only, never from pickle"
+        )
     found = {our_name(key): tensor for key, tensor in read_tensors(file)}
     if not found:
         raise UserError(f"{file}: holds no tensors; give another adapter")
@@ -261,7 +321,8 @@ def empty_policy(folder: Path, config, head: Literal["value", "reward"] | None =
 def load_policy_weights(
     model: Llava, folder: Path, config, head: Literal["value", "reward"] | None = None
 ) -> None:
-    """Fill in what `empty_policy` has made: the base, then adapters, new ones or `config.adapter`'s.
+    """Fill in what `empty_policy` has made: the base, then adapters, new ones or
+    `config.adapter`'s.
 
     Loaded adapters are the policy's start, and with `--reference adapter` the reference too. What
     new ones, or those that a folder leaves out, begin with follows from the seed, whatever the

@@ -1,4 +1,5 @@
-"""The paper's losses: pure functions of summed log-probs, and the one place that computes log-probs."""
+"""The paper's losses: pure functions of summed log-probs, and the one place that computes
+log-probs."""
 
 import torch
 import torch.nn.functional as F
@@ -12,11 +13,14 @@ from minialign.masks import TokenTree
 CHUNK = 512  # branch tokens whose logits (CHUNK, V) are held at a time
 
 
-def predicting(model: Llava, tree: TokenTree, tower_features: Tensor | None) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """All branch tokens and what predicts them: (row, branch - 1, ids, hidden states), (N,) each and (N, D).
+def predicting(
+    model: Llava, tree: TokenTree, tower_features: Tensor | None
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """All branch tokens and what predicts them: (row, branch - 1, ids, hidden states), (N,) each
+    and (N, D).
 
-    Response after response, each from its first token, which is predicted by the trunk token before the fork.
-    """
+    Response after response, each from its first token, which is predicted by the trunk token before
+    the fork."""
     hidden = model(tree, tower_features)
     row, column = (tree.branch > 0).nonzero(as_tuple=True)
     branch, parent = tree.branch[row, column] - 1, tree.parent[row, column]
@@ -24,18 +28,25 @@ def predicting(model: Llava, tree: TokenTree, tower_features: Tensor | None) -> 
 
 
 def logps_of(lm_head: nn.Linear, ids: Tensor, hidden: Tensor) -> Tensor:
-    """Log-probability of each token (N,) by the hidden state (N, D) that predicts it: (N,), float32.
+    """Log-probability of each token (N,) by the hidden state (N, D) that predicts it: (N,),
+    float32.
 
-    A chunk at a time. Where gradients are wanted, no chunk's logits are kept: the backward pass computes them again
-    from the hidden states.
-    """
+    A chunk at a time. Where gradients are wanted, no chunk's logits are kept: the backward pass
+    computes them again from the hidden states."""
     chunks = zip(hidden.split(CHUNK), ids.split(CHUNK), strict=True)
-    return torch.cat([
-        checkpoint(predicted_logps, lm_head, *chunk, use_reentrant=False, preserve_rng_state=False) for chunk in chunks
-    ])  # fmt: skip
+    return torch.cat(
+        [
+            checkpoint(
+                predicted_logps, lm_head, *chunk, use_reentrant=False, preserve_rng_state=False
+            )
+            for chunk in chunks
+        ]
+    )
 
 
-def token_logps(model: Llava, tree: TokenTree, tower_features: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
+def token_logps(
+    model: Llava, tree: TokenTree, tower_features: Tensor | None
+) -> tuple[Tensor, Tensor, Tensor]:
     """Log-probability of every branch token: (row, branch - 1, log-prob), (N,) each, float32.
 
     The LM head runs on the tokens that predict a branch's, and nowhere else.
@@ -88,29 +99,40 @@ def reference_logps(model: Llava, tree: TokenTree, tower_features: Tensor | None
         return branch_logps(model, tree, tower_features)
 
 
-def both_logps(model: Llava, tree: TokenTree, tower_features: Tensor | None) -> tuple[Tensor, Tensor]:
+def both_logps(
+    model: Llava, tree: TokenTree, tower_features: Tensor | None
+) -> tuple[Tensor, Tensor]:
     """Summed log-probs of every branch (B, S) by the policy, and by the reference."""
     ref_logps = reference_logps(model, tree, tower_features)
     return branch_logps(model, tree, tower_features), ref_logps
 
 
-def preference_loss(logps: Tensor, ref_logps: Tensor, loss: str, beta: float, weights: Tensor) -> Tensor:
+def preference_loss(
+    logps: Tensor, ref_logps: Tensor, loss: str, beta: float, weights: Tensor
+) -> Tensor:
     """Eq. 5: the loss of y+ against every y-, weighted; the mean over the batch.
 
     logps, ref_logps (B, 1 + K): y+ first. weights (K,): of each y-; one y- of weight 1 is Eq. 3.
     """
-    h = log_ratio_difference(logps[:, :1], logps[:, 1:], ref_logps[:, :1], ref_logps[:, 1:])  # (B, K)
+    h = log_ratio_difference(
+        logps[:, :1], logps[:, 1:], ref_logps[:, :1], ref_logps[:, 1:]
+    )  # (B, K)
     return (LOSSES[loss](h, beta) * weights).sum(1).mean()
 
 
-def preference_metrics(logps: Tensor, ref_logps: Tensor, beta: float, weights: Tensor) -> dict[str, float]:
-    """What is plotted of a batch, by TRL's names; several y- count by their weights. Shapes as above."""
+def preference_metrics(
+    logps: Tensor, ref_logps: Tensor, beta: float, weights: Tensor
+) -> dict[str, float]:
+    """What is plotted of a batch, by TRL's names; several y- count by their weights. Shapes as
+    above."""
     chosen, rejected = logps[:, 0], (logps[:, 1:] * weights).sum(1)
     ref_chosen, ref_rejected = ref_logps[:, 0], (ref_logps[:, 1:] * weights).sum(1)
     metrics = {
         "logps/chosen": chosen,
         "logps/rejected": rejected,
-        "logps/ref_accuracies": (ref_chosen > ref_rejected).float(),  # does the reference rank the pair already?
+        "logps/ref_accuracies": (
+            ref_chosen > ref_rejected
+        ).float(),  # does the reference rank the pair already?
     }
     rewards = reward_metrics(beta * (logps - ref_logps), weights)
     return rewards | {name: value.mean().item() for name, value in metrics.items()}
@@ -129,8 +151,13 @@ def reward_metrics(rewards: Tensor, weights: Tensor) -> dict[str, float]:
 
 
 def count_objective(logps: Tensor, ref_logps: Tensor) -> dict[str, float]:
-    """Of responses that the policy has sampled: sums of log(pi / ref) and of -log pi, and how many they are.
+    """Of responses that the policy has sampled: sums of log(pi / ref) and of -log pi, and how many
+    they are.
 
-    Their ratios are TRL's objective/kl and objective/entropy: estimates per response, summed over its tokens.
-    """
-    return {"kl": (logps - ref_logps).sum().item(), "entropy": -logps.sum().item(), "answers": logps.numel()}
+    Their ratios are TRL's objective/kl and objective/entropy: estimates per response, summed over
+    its tokens."""
+    return {
+        "kl": (logps - ref_logps).sum().item(),
+        "entropy": -logps.sum().item(),
+        "answers": logps.numel(),
+    }

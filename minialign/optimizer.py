@@ -17,8 +17,11 @@ def make_optimizer(model: Llava, lr: float, projector_lr: float) -> torch.optim.
     return torch.optim.AdamW(groups, weight_decay=0.0, fused=True)
 
 
-def update(optimizer: torch.optim.Optimizer, share: float, clip: float, loss: float, where: str) -> float:
-    """One step at `share` of the peak rates, the norm of all gradients clipped; returns the norm before clipping.
+def update(
+    optimizer: torch.optim.Optimizer, share: float, clip: float, loss: float, where: str
+) -> float:
+    """One step at `share` of the peak rates, the norm of all gradients clipped; returns the norm
+    before clipping.
 
     Several processes add up their gradients, and make the same step.
 
@@ -31,7 +34,9 @@ def update(optimizer: torch.optim.Optimizer, share: float, clip: float, loss: fl
     norm = full(torch.nn.utils.clip_grad_norm_(trained, clip)).item()
     if not (math.isfinite(loss) and math.isfinite(norm)):
         said = f"{where}: loss {loss}, gradient norm {norm}; what was saved before it stays"
-        raise UserError(f"{said}; begin anew with a lower --lr or a longer --warmup in another --out")
+        raise UserError(
+            f"{said}; begin anew with a lower --lr or a longer --warmup in another --out"
+        )
     optimizer.step()
     optimizer.zero_grad()
     return norm

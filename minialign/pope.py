@@ -1,7 +1,7 @@
 """POPE: is there such a thing in the picture? Yes or no, in three settings of absent things.
 
-A file holds JSON Lines (also where its name ends in .json): {"question_id", "image", "text", "label"}.
-The questions are asked as they stand there, without a request for one word behind them.
+A file holds JSON Lines (also where its name ends in .json): {"question_id", "image", "text",
+"label"}. The questions are asked as they stand there, without a request for one word behind them.
 """
 
 import re
@@ -13,7 +13,8 @@ from minialign.metrics import SETTINGS_OF_POPE, Counts, Figures, pope_figures
 
 
 def pope_verdict(answer: str) -> bool:
-    """POPE's reading of an answer: in its first sentence, without commas, the word No, no or not means no."""
+    """POPE's reading of an answer: in its first sentence, without commas, the word No, no or not
+    means no."""
     words = answer.split(".")[0].replace(",", "").split(" ")
     return not any(word in ("No", "no", "not") for word in words)
 
@@ -33,8 +34,10 @@ def pope_files(data: Path) -> dict[str, Path]:
         named = [path for path in files if setting_of(path) == setting]
         if len(named) != 1:
             many = ", ".join(path.name for path in named) or "no file"
-            raise UserError(f"--data {data}: for the {setting} setting there is {many}; give a folder with one file of "
-                            "each setting, or one file")  # fmt: skip
+            raise UserError(
+                f"--data {data}: for the {setting} setting there is {many}; give a folder with one file of "
+                "each setting, or one file"
+            )
         found[setting] = named[0]
     return found
 
@@ -48,7 +51,9 @@ def read_pope(data: str, skip_bad: bool) -> Benchmark:
         def parse(raw: object, line: int, path=path, setting=setting) -> Question:
             question = question_of(raw, f"{path.name}:{line}")
             if question.raw.get("label") not in ("yes", "no"):
-                raise UserError(f"field 'label' is {str(question.raw.get('label'))[:40]!r}, neither 'yes' nor 'no'")
+                raise UserError(
+                    f"field 'label' is {str(question.raw.get('label'))[:40]!r}, neither 'yes' nor 'no'"
+                )
             question.raw["setting"] = setting
             return question
 
@@ -60,5 +65,11 @@ def read_pope(data: str, skip_bad: bool) -> Benchmark:
 def count_answer(question: Question, answer: str) -> Counts:
     """One true or false yes or no, and whether it is neither in so many words."""
     yes, right = pope_verdict(answer), pope_verdict(answer) == (question.raw["label"] == "yes")
-    setting, unclear = question.raw["setting"], not re.search(r"\b(yes|no|not)\b", answer, re.IGNORECASE)
-    return {f"{setting}_{'t' if right else 'f'}{'p' if yes else 'n'}": 1, f"{setting}_unclear": unclear}
+    setting, unclear = (
+        question.raw["setting"],
+        not re.search(r"\b(yes|no|not)\b", answer, re.IGNORECASE),
+    )
+    return {
+        f"{setting}_{'t' if right else 'f'}{'p' if yes else 'n'}": 1,
+        f"{setting}_unclear": unclear,
+    }

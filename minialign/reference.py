@@ -1,13 +1,14 @@
-"""The reference's log-probs, computed once and kept in a folder (--ref-cache): later epochs and runs look them up.
+"""The reference's log-probs, computed once and kept in a folder (--ref-cache): later epochs and
+runs look them up.
 
-The reference is frozen, so that what it says of a pair never changes. A value is kept under two hashes: of the
-reference and of all that it sees of the pair. They cover whatever a value follows from, so that one that is found is
-right, and nothing need be compared or cleared away. Left out is what moves the last bits only: the other pairs of the
-batch that it was computed in, which say how wide the padding is, the device, and torch's version.
+The reference is frozen, so that what it says of a pair never changes. A value is kept under two
+hashes: of the reference and of all that it sees of the pair. They cover whatever a value follows
+from, so that one that is found is right, and nothing need be compared or cleared away. Left out is
+what moves the last bits only: the other pairs of the batch that it was computed in, which say how
+wide the padding is, the device, and torch's version.
 
-Every process appends to a file of its own and reads those of all. A killed one may leave half a line at the end of
-its file, which nobody reads and which nothing is ever written behind.
-"""
+Every process appends to a file of its own and reads those of all. A killed one may leave half a
+line at the end of its file, which nobody reads and which nothing is ever written behind."""
 
 import hashlib
 import json
@@ -34,12 +35,15 @@ SOURCES = sorted(Path(__file__).parent.glob("*.py"))
 def put(digest, tensor: Tensor) -> None:
     """Type, shape and bytes of a tensor into a hash."""
     digest.update(f"{tensor.dtype} {tuple(tensor.shape)} ".encode())
-    copied = tensor.detach().to("cpu", copy=True)  # what numpy has seen cannot be let go, as shards are
+    copied = tensor.detach().to(
+        "cpu", copy=True
+    )  # what numpy has seen cannot be let go, as shards are
     digest.update(copied.contiguous().flatten().view(torch.uint8).numpy())
 
 
 def reference_key(model: Llava) -> str:
-    """Names the reference: every byte of its tensors as they are in memory, the model's choices, and this code.
+    """Names the reference: every byte of its tensors as they are in memory, the model's choices,
+    and this code.
 
     `checkpoint.fingerprint` would not do, as it reads the ends of the files only.
     """
@@ -53,10 +57,11 @@ def reference_key(model: Llava) -> str:
 
 
 def pair_key(sequence: Sequence, pixels: Tensor) -> str:
-    """Names what the model sees of a pair: ids of trunk and branches, forks, the picture's packing, and its pixels.
+    """Names what the model sees of a pair: ids of trunk and branches, forks, the picture's packing,
+    and its pixels.
 
-    Template and truncation count by the ids that they lead to, the picture's preprocessing by the pixels.
-    """
+    Template and truncation count by the ids that they lead to, the picture's preprocessing by the
+    pixels."""
     digest = hashlib.sha256(json.dumps(asdict(sequence), default=Tensor.tolist).encode())
     put(digest, pixels)
     return digest.hexdigest()
@@ -80,11 +85,16 @@ class ReferenceCache:
         self.read()
         print(f"{folder}: has the reference's log-probs of {len(self.known)} pairs")
 
-    def logps(self, model: Llava, keys: list[str], tree: TokenTree, tower_features: Tensor | None) -> Tensor:
-        """What `reference_logps` gives for the pairs of these keys, (B, S); computed only where one is not known."""
+    def logps(
+        self, model: Llava, keys: list[str], tree: TokenTree, tower_features: Tensor | None
+    ) -> Tensor:
+        """What `reference_logps` gives for the pairs of these keys, (B, S); computed only where one
+        is not known."""
         if not self.known.keys() >= set(keys):
             self.read()
-        if all(gather(self.known.keys() >= set(keys))):  # several processes pass through shards together, or none does
+        if all(
+            gather(self.known.keys() >= set(keys))
+        ):  # several processes pass through shards together, or none does
             return torch.tensor([self.known[key] for key in keys], device=model.device)
         logps = reference_logps(model, tree, tower_features)
         self.add(dict(zip(keys, logps.tolist(), strict=True)))
@@ -92,12 +102,17 @@ class ReferenceCache:
 
     def add(self, found: dict[str, list[float]]) -> None:
         """Keep what is new, in memory and on the disk; a value that is no number is none."""
-        new = {key: row for key, row in found.items() if key not in self.known and all(map(math.isfinite, row))}
+        new = {
+            key: row
+            for key, row in found.items()
+            if key not in self.known and all(map(math.isfinite, row))
+        }
         append_lines(self.file, [line_of(self.reference, key, row) for key, row in new.items()])
         self.known |= new
 
     def read(self) -> None:
-        """Take in what any process has appended since the last time; a line that is being written waits."""
+        """Take in what any process has appended since the last time; a line that is being written
+        waits."""
         for path in sorted(self.folder.glob("reference-*.jsonl")):
             with open(path, "rb") as file:
                 file.seek(self.read_to.get(path, 0))
@@ -114,6 +129,8 @@ class ReferenceCache:
         except (ValueError, KeyError, TypeError, RecursionError):
             whole = False
         if not whole:
-            raise UserError(f"{path}: a line is damaged; delete the file, and what it held is computed anew")
+            raise UserError(
+                f"{path}: a line is damaged; delete the file, and what it held is computed anew"
+            )
         if found["reference"] == self.reference:
             self.known[found["pair"]] = found["logps"]

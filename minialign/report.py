@@ -1,7 +1,7 @@
 """One self-contained HTML page per run: results, training curves, sampled pairs, configuration.
 
-Nothing is loaded from outside. All that comes from data sets, models or settings is escaped: it stays text.
-"""
+Nothing is loaded from outside. All that comes from data sets, models or settings is escaped: it
+stays text."""
 
 import base64
 import difflib
@@ -22,8 +22,17 @@ from minialign.files import write_whole
 
 PICTURE_SIDE = 288  # pixels, the longer side of an embedded picture
 CHART_POINTS = 200  # points per curve; longer curves are averaged over equal runs of logged values
-WIDTH, HEIGHT, LEFT, RIGHT, TOP, BOTTOM = 360, 220, 56, 350, 10, 184  # chart and its frame, in SVG units
-WORD = re.compile(r"\w+(?:['’-]\w+)*|[^\w\s]")  # punctuation apart, so "dog." against "dog" marks the dot
+WIDTH, HEIGHT, LEFT, RIGHT, TOP, BOTTOM = (
+    360,
+    220,
+    56,
+    350,
+    10,
+    184,
+)  # chart and its frame, in SVG units
+WORD = re.compile(
+    r"\w+(?:['’-]\w+)*|[^\w\s]"
+)  # punctuation apart, so "dog." against "dog" marks the dot
 UNPRINTABLE = re.compile(r"[\x00-\x08\x0b\x0c\x0e-\x1f\x7f\ud800-\udfff]")  # no place in UTF-8 HTML
 # Which way is better, by a metric's first or last word; a yes-rate is neither.
 LOWER, HIGHER = "lower is better", "higher is better"
@@ -33,10 +42,25 @@ POLICY = "default-src 'none'; img-src data:; style-src 'unsafe-inline'"
 # title, label of the vertical axis, keys of metrics.jsonl, values the vertical axis always spans
 CHARTS = [
     ("Loss", "loss", ["loss"], []),
-    ("Rewards of the pairs", "reward", ["rewards/chosen", "rewards/rejected", "rewards/margins"], [0.0]),
-    ("Log-probabilities of the responses", "log-probability", ["logps/chosen", "logps/rejected"], []),
+    (
+        "Rewards of the pairs",
+        "reward",
+        ["rewards/chosen", "rewards/rejected", "rewards/margins"],
+        [0.0],
+    ),
+    (
+        "Log-probabilities of the responses",
+        "log-probability",
+        ["logps/chosen", "logps/rejected"],
+        [],
+    ),
     ("Reward accuracy", "share of pairs", ["rewards/accuracies"], [0.0, 1.0]),
-    ("Rewards of the policy's answers", "reward", ["objective/scores", "objective/rlhf_reward"], []),
+    (
+        "Rewards of the policy's answers",
+        "reward",
+        ["objective/scores", "objective/rlhf_reward"],
+        [],
+    ),
     ("KL of the policy's answers", "nats per answer", ["objective/kl"], [0.0]),
     ("Entropy of the policy's answers", "nats per answer", ["objective/entropy"], [0.0]),
 ]
@@ -85,7 +109,9 @@ class ReportPair:
 
     id: str
     image: Image.Image
-    visible: list[bool] | None  # row-major, one per image token, square grid; None = all visible or unknown
+    visible: (
+        list[bool] | None
+    )  # row-major, one per image token, square grid; None = all visible or unknown
     prompt: str
     chosen: str
     rejected: str
@@ -99,8 +125,8 @@ def write_report(
 ) -> None:
     """Write the page to `path`, whole or not at all.
 
-    `metrics`: rows of metrics.jsonl; keys may be missing, values NaN. `result`: {column: {name: {value, low, high}}}.
-    """
+    `metrics`: rows of metrics.jsonl; keys may be missing, values NaN. `result`: {column: {name:
+    {value, low, high}}}."""
     settings = json.dumps(config, indent=2, ensure_ascii=False, default=str)
     body = f"""<h2>Results</h2>{results_table(result)}
 <h2>Training</h2>{training_curves(metrics)}
@@ -110,7 +136,8 @@ def write_report(
 
 
 def write_page(path: Path, title: str, config: dict, body: str, style: str = "") -> None:
-    """Write a page with title, date and first settings above `body`, which must be escaped where it needs to be."""
+    """Write a page with title, date and first settings above `body`, which must be escaped where it
+    needs to be."""
     page = f"""<!DOCTYPE html>
 <html lang="en"><head><meta charset="utf-8">
 <meta name="viewport" content="width=device-width, initial-scale=1">
@@ -158,15 +185,21 @@ def results_table(result: dict, corner: str = "metric", brackets: str = "95 % in
         hint = BETTER.get(name.split("_")[-1], BETTER.get(name.split("_")[0], ""))
         row = f'<th scope="row">{escape(name)}<small>{hint}</small></th>'
         for column, cell in cells.items():
-            form = ".1f" if abs(number(cell.get("value")) or 0.0) >= 10 else ".3f"  # lengths, and shares
+            form = (
+                ".1f" if abs(number(cell.get("value")) or 0.0) >= 10 else ".3f"
+            )  # lengths, and shares
             low, high = (show(cell.get(key), form) for key in ("low", "high"))
             interval = "" if low == high == "–" else f"<small>[{low}, {high}]</small>"
-            row += f'<td data-column="{escape(column)}">{show(cell.get("value"), form)}{interval}</td>'
+            row += (
+                f'<td data-column="{escape(column)}">{show(cell.get("value"), form)}{interval}</td>'
+            )
         rows.append(row)
     head, *body = (f"<tr>{row}</tr>\n" for row in rows)
     many = ' class="many"' if len(result) > 2 else ""  # too wide for a phone: stacked there
     note = f'<p class="note">In brackets: {brackets}. A dash: not measured.</p>'
-    return f"<table{many}>\n<thead>{head}</thead>\n<tbody>\n{''.join(body)}</tbody>\n</table>\n{note}"
+    return (
+        f"<table{many}>\n<thead>{head}</thead>\n<tbody>\n{''.join(body)}</tbody>\n</table>\n{note}"
+    )
 
 
 def training_curves(metrics: list[dict]) -> str:
@@ -174,14 +207,21 @@ def training_curves(metrics: list[dict]) -> str:
     if not metrics:
         return '<p class="note">No training metrics were recorded.</p>'
     size = math.ceil(len(metrics) / CHART_POINTS)
-    note = f'<p class="note">Each point is the mean of {size} logged values.</p>\n' if size > 1 else ""
+    note = (
+        f'<p class="note">Each point is the mean of {size} logged values.</p>\n' if size > 1 else ""
+    )
     logged = {key for row in metrics for key in row}
-    charts = "\n".join(chart(metrics, size, *spec) for spec in CHARTS if logged.intersection(spec[2]))
+    charts = "\n".join(
+        chart(metrics, size, *spec) for spec in CHARTS if logged.intersection(spec[2])
+    )
     return f'{note}<div class="charts">\n{charts}\n</div>'
 
 
-def series(metrics: list[dict], key: str, size: int) -> tuple[list[tuple[float, float | None]], int]:
-    """(step, value), the mean of `size` rows, None (a gap) if none is finite; and how many values are not finite."""
+def series(
+    metrics: list[dict], key: str, size: int
+) -> tuple[list[tuple[float, float | None]], int]:
+    """(step, value), the mean of `size` rows, None (a gap) if none is finite; and how many values
+    are not finite."""
     points, means = [(row["step"], number(row[key])) for row in metrics if key in row], []
     for run in (points[start : start + size] for start in range(0, len(points), size)):
         values = [value for _, value in run if value is not None]
@@ -189,8 +229,11 @@ def series(metrics: list[dict], key: str, size: int) -> tuple[list[tuple[float, 
     return means, [value for _, value in points].count(None)
 
 
-def chart(metrics: list[dict], size: int, title: str, label: str, keys: list[str], span: list[float]) -> str:
-    """An SVG line chart of some keys against the step; dashes as well as colours tell lines apart."""
+def chart(
+    metrics: list[dict], size: int, title: str, label: str, keys: list[str], span: list[float]
+) -> str:
+    """An SVG line chart of some keys against the step; dashes as well as colours tell lines
+    apart."""
     lines = {key: series(metrics, key, size) for key in keys}
     points = [point for line, _ in lines.values() for point in line]
     values = [value for _, value in points if value is not None]
@@ -213,7 +256,9 @@ def chart(metrics: list[dict], size: int, title: str, label: str, keys: list[str
         for known, run in itertools.groupby(line, key=lambda point: point[1] is not None):
             if known:
                 dots = [f"{x(step):.1f} {y(value):.1f}" for step, value in run]
-                path += "M" + "L".join(dots) + ("m-3 0h6" if len(dots) == 1 else "")  # lone: a short stroke
+                path += (
+                    "M" + "L".join(dots) + ("m-3 0h6" if len(dots) == 1 else "")
+                )  # lone: a short stroke
         marks += f'<path class="line s{index}" d="{path}"/>'
         stroke = f'<path class="line s{index}" d="M1 4H25"/>'
         legend += f'<span><svg class="key" viewBox="0 0 26 8" aria-hidden="true">{stroke}</svg>{key}</span>'
@@ -223,14 +268,19 @@ def chart(metrics: list[dict], size: int, title: str, label: str, keys: list[str
 
 
 def axes(x, y, steps: tuple[float, float], values: tuple[float, float], label: str) -> str:
-    """Both axes with the extremes as ticks, and a faint line at zero where zero lies between them."""
+    """Both axes with the extremes as ticks, and a faint line at zero where zero lies between
+    them."""
     marks, ticks = f'<path class="axis" d="M{LEFT} {TOP}V{BOTTOM}H{RIGHT}"/>', set(values)
     if values[0] < 0 < values[1]:
         marks += f'<path class="zero" d="M{LEFT + 1} {y(0):.1f}H{RIGHT}"/>'
-        ticks |= {0} if min(y(0) - TOP, BOTTOM - y(0)) > 12 else set()  # its label must not touch the others
+        ticks |= (
+            {0} if min(y(0) - TOP, BOTTOM - y(0)) > 12 else set()
+        )  # its label must not touch the others
     texts = [(LEFT - 6, y(value) + 4, "end", show(value), "") for value in sorted(ticks)]
     ends = {steps[0]: "middle"} if steps[0] == steps[1] else {steps[0]: "start", steps[1]: "end"}
-    texts += [(x(step), BOTTOM + 15, anchor, show(step, ".10g"), "") for step, anchor in ends.items()]
+    texts += [
+        (x(step), BOTTOM + 15, anchor, show(step, ".10g"), "") for step, anchor in ends.items()
+    ]
     middle = (TOP + BOTTOM) / 2
     texts += [(11, middle, "middle", label, f'transform="rotate(-90 11 {middle})"')]
     texts += [((LEFT + RIGHT) / 2, HEIGHT - 5, "middle", "step", "")]
@@ -277,7 +327,9 @@ def shown_picture(pair: ReportPair) -> Image.Image:
         return image
     side = math.isqrt(len(pair.visible))
     if side == 0 or side * side != len(pair.visible):
-        raise ValueError(f"pair {pair.id!r}: {len(pair.visible)} visibility flags do not form a square grid")
+        raise ValueError(
+            f"pair {pair.id!r}: {len(pair.visible)} visibility flags do not form a square grid"
+        )
     masked = Image.frombytes("L", (side, side), bytes(0 if flag else 255 for flag in pair.visible))
     dimmed = Image.blend(image, Image.new("RGB", image.size, (128, 128, 128)), 0.75)
     return Image.composite(dimmed, image, masked.resize(image.size, Image.Resampling.NEAREST))
@@ -286,7 +338,9 @@ def shown_picture(pair: ReportPair) -> Image.Image:
 def word_diff(chosen: str, rejected: str) -> tuple[str, str]:
     """Both texts escaped, with the words that differ inside <ins> (chosen) and <del> (rejected)."""
     left, right = list(WORD.finditer(chosen)), list(WORD.finditer(rejected))
-    matcher = difflib.SequenceMatcher(None, [m[0] for m in left], [m[0] for m in right], autojunk=False)
+    matcher = difflib.SequenceMatcher(
+        None, [m[0] for m in left], [m[0] for m in right], autojunk=False
+    )
     # One alignment serves both sides: aligning the other way round need not give the same words.
     changes = [change for change in matcher.get_opcodes() if change[0] != "equal"]
     sides = []

@@ -20,17 +20,20 @@ from minialign.rewards import Whitening
 def save_weights(
     model: Llava, folder: Path, config: TrainingFlags, out: Path, whitening: Whitening | None = None
 ) -> None:
-    """`out`/adapter in PEFT's form, and `out`/merged: the base's folder with the trained tensors in their places.
+    """`out`/adapter in PEFT's form, and `out`/merged: the base's folder with the trained tensors in
+    their places.
 
-    With `whitening`, a reward model's, its head goes beside these; the head of PPO's values is nobody's afterwards.
-    """
+    With `whitening`, a reward model's, its head goes beside these; the head of PPO's values is
+    nobody's afterwards."""
     trained = whole(lora.adapter_state(model))
     head = trained.pop(HEAD, None)
     named = {} if config.template is None else {"minialign_template": config.template}
 
     def write() -> None:
         """By one process, while the others wait."""
-        lora.save_adapter(trained, config.lora_rank, config.lora_alpha, str(folder), out / "adapter")
+        lora.save_adapter(
+            trained, config.lora_rank, config.lora_alpha, str(folder), out / "adapter"
+        )
         change = lora.merged(trained, config.lora_alpha / config.lora_rank)
         add = (lambda merged: save_head(head, whitening, merged)) if whitening else None
         save_changed(folder, change, model.config.raw | named, out / "merged", add)
@@ -39,7 +42,8 @@ def save_weights(
 
 
 def told(run: Run, facts: dict) -> str:
-    """The last word on an online run: how far it came, what was learned from, and where the rewards went."""
+    """The last word on an online run: how far it came, what was learned from, and where the rewards
+    went."""
     remedy = "--resume with another --kl-stop goes on"
     said = f"ended early, {run.stopped}; {remedy}\n" if run.stopped else ""
     [(unit, count)] = [(unit, facts[unit]) for unit in ("pairs", "responses") if unit in facts]
@@ -48,7 +52,9 @@ def told(run: Run, facts: dict) -> str:
         return f"{said} (nothing was learned: metrics.jsonl says why answers were dropped)"
     first, last = run.rows[0], run.rows[-1]
     names = {"score": "objective/scores", "KL": "objective/kl"} if unit == "responses" else {}
-    return ", ".join([said, *(f"{name} {first[key]:.2f} -> {last[key]:.2f}" for name, key in names.items())])
+    return ", ".join(
+        [said, *(f"{name} {first[key]:.2f} -> {last[key]:.2f}" for name, key in names.items())]
+    )
 
 
 def save_results(
@@ -60,14 +66,18 @@ def save_results(
     counts: dict[str, list[Counts]],
     facts: dict[str, float],
 ) -> None:
-    """counts.json, result.json and report.html: `counts` per image before and after, and other `facts`."""
+    """counts.json, result.json and report.html: `counts` per image before and after, and other
+    `facts`."""
     result = {when: with_intervals([each]) for when, each in counts.items()}
     if result:
         write_json(out / "counts.json", counts)
         print_table(result)
     write_json(out / "result.json", result | facts)
-    # What the run was, at a glance: first what is not as it is when nothing is said, the script's own before the rest.
+    # What the run was, at a glance: first what is not as it is when nothing is said, the script's
+    # own before the rest.
     own, usual = type(config).__annotations__, asdict(type(config)())
-    order = sorted(asdict(config).items(), key=lambda item: (usual[item[0]] == item[1], item[0] not in own))
+    order = sorted(
+        asdict(config).items(), key=lambda item: (usual[item[0]] == item[1], item[0] not in own)
+    )
     settings = {"model": config.model} | dict(order)
     write_report(out / "report.html", title, settings, pairs, rows, result)

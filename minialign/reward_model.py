@@ -1,9 +1,9 @@
-"""A reward model (Eq. 1): a LLaVA folder with a head beside its weights, trained by `train_dpo.py --loss reward`.
+"""A reward model (Eq. 1): a LLaVA folder with a head beside its weights, trained by `train_dpo.py
+--loss reward`.
 
-The folder is one like any other, and `reward_head.safetensors` in it holds the head and the mean and standard
-deviation of its rewards on pairs that it learned from: scores are whitened by them, so that beta of Eq. 2 counts in
-standard deviations (Sec. 5.5).
-"""
+The folder is one like any other, and `reward_head.safetensors` in it holds the head and the mean
+and standard deviation of its rewards on pairs that it learned from: scores are whitened by them, so
+that beta of Eq. 2 counts in standard deviations (Sec. 5.5)."""
 
 import json
 import math
@@ -29,12 +29,14 @@ from minialign.records import Record
 from minialign.rewards import Whitening, score_whitening
 
 HEAD_FILE = "reward_head.safetensors"
-MEASURED = 1000  # pairs whose rewards are measured; so many tell the mean to 2 % of the standard deviation
+# pairs whose rewards are measured; so many tell the mean to 2 % of the standard deviation
+MEASURED = 1000
 
 
 @dataclass(frozen=True)
 class RewardModel:
-    """r(x, y), whitened. It reads the responses as texts, with a tokenizer and a template of its own."""
+    """r(x, y), whitened. It reads the responses as texts, with a tokenizer and a template of its
+    own."""
 
     model: Llava
     tokenizer: Tokenizer
@@ -42,12 +44,18 @@ class RewardModel:
     whitening: Whitening
 
     @torch.no_grad()
-    def __call__(self, records: list[Record], pictures: list[Image.Image], texts: list[tuple[str, ...]]) -> Tensor:
+    def __call__(
+        self, records: list[Record], pictures: list[Image.Image], texts: list[tuple[str, ...]]
+    ) -> Tensor:
         """Scores (B, k) of the k responses to each record's prompt: k branches of one trunk."""
-        features = self.model.encode_images(torch.cat([self.processor(picture) for picture in pictures]))
+        features = self.model.encode_images(
+            torch.cat([self.processor(picture) for picture in pictures])
+        )
         asked = zip(records, pictures, texts, strict=True)
         sequences = [self.sequence(record, picture, each) for record, picture, each in asked]
-        tree = build_tree(sequences, self.tokenizer.image_id, self.tokenizer.pad_id).to(self.model.device)
+        tree = build_tree(sequences, self.tokenizer.image_id, self.tokenizer.pad_id).to(
+            self.model.device
+        )
         return self.whitening(branch_rewards(self.model, tree, features)).cpu()
 
     def sequence(self, record: Record, picture: Image.Image, texts: tuple[str, ...]) -> Sequence:
@@ -56,14 +64,17 @@ class RewardModel:
         prompt = self.tokenizer.prompt(record.turns)
         room = self.model.config.text.max_position_embeddings - (len(prompt) - 1 + len(packing))
         if room < 1:
-            raise UserError(f"{record.place}: image and prompt fill the reward model's positions; use another one")
+            raise UserError(
+                f"{record.place}: image and prompt fill the reward model's positions; use another one"
+            )
         branches = [Branch(self.tokenizer.response(text)[:room]) for text in texts]
         return Sequence(prompt, branches, patches, packing=packing)
 
 
 @torch.no_grad()
 def measure_rewards(model: Llava, load: StepLoader, batch_size: int) -> Whitening:
-    """Mean and standard deviation of a newly trained model's rewards, of both responses of up to `MEASURED` pairs."""
+    """Mean and standard deviation of a newly trained model's rewards, of both responses of up to
+    `MEASURED` pairs."""
     load, numbers = replace(load, accumulate=1), load.records.numbers[:MEASURED]
     batches = [numbers[i : i + batch_size] for i in range(0, len(numbers), batch_size)]
     mine, found = parallel.even(parallel.shard_batch(batches), []), []
@@ -82,17 +93,24 @@ def save_head(weight: Tensor, whitening: Whitening, folder: Path) -> None:
 
 
 def load_reward_model(folder: Path, device: str, dtype: torch.dtype) -> RewardModel:
-    """A folder that `train_dpo.py --loss reward` has left as `merged`, with the template that it was trained in."""
+    """A folder that `train_dpo.py --loss reward` has left as `merged`, with the template that it
+    was trained in."""
     path = folder / HEAD_FILE
     if not path.is_file():
         said = f"no reward model, as {HEAD_FILE} is missing; give the `merged` that train_dpo.py --loss reward leaves"
         raise UserError(f"{folder}: {said}")
     model = load_model(folder, device, dtype)
     weight, whitening = dict(read_tensors(path)).get("weight"), read_whitening(path)
-    fits = weight is not None and weight.shape == (1, model.config.text.hidden_size) and weight.dtype == torch.float32
+    fits = (
+        weight is not None
+        and weight.shape == (1, model.config.text.hidden_size)
+        and weight.dtype == torch.float32
+    )
     fits = fits and weight.isfinite().all()
     if not (fits and whitening):
-        raise UserError(f"{path}: no head of this model with a mean and a standard deviation; train it again")
+        raise UserError(
+            f"{path}: no head of this model with a mean and a standard deviation; train it again"
+        )
     set_head(model, weight.to(model.device))
     tokenizer, processor = Tokenizer.from_folder(folder), ImageProcessor.from_folder(folder)
     announce(folder, model, tokenizer)

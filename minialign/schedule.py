@@ -5,8 +5,11 @@ import random
 from collections.abc import Sequence
 
 
-def batches_of_epoch(numbers: Sequence[int], batch_size: int, seed: int, epoch: int) -> list[list[int]]:
-    """The epoch's batches of record numbers: every one once, in an order that follows from the seed."""
+def batches_of_epoch(
+    numbers: Sequence[int], batch_size: int, seed: int, epoch: int
+) -> list[list[int]]:
+    """The epoch's batches of record numbers: every one once, in an order that follows from the
+    seed."""
     order = list(numbers)
     random.Random(f"{seed}-{epoch}").shuffle(order)
     return [order[i : i + batch_size] for i in range(0, len(order), batch_size)]
@@ -15,14 +18,20 @@ def batches_of_epoch(numbers: Sequence[int], batch_size: int, seed: int, epoch: 
 def batches_of_run(
     numbers: Sequence[int], batch_size: int, seed: int, epochs: int, steps: int | None = None
 ) -> list[list[int]]:
-    """The batches of all epochs, one per optimizer step; with `steps` so many, however many epochs that takes."""
+    """The batches of all epochs, one per optimizer step; with `steps` so many, however many epochs
+    that takes."""
     if steps is not None:
         epochs = math.ceil(steps / math.ceil(len(numbers) / batch_size))
-    return [batch for epoch in range(epochs) for batch in batches_of_epoch(numbers, batch_size, seed, epoch)][:steps]
+    return [
+        batch
+        for epoch in range(epochs)
+        for batch in batches_of_epoch(numbers, batch_size, seed, epoch)
+    ][:steps]
 
 
 def learning_rate(step: int, total: int, warmup: float, schedule: str) -> float:
-    """Share of the peak rate at `step`: a linear rise, then a cosine or linear fall to zero, or none."""
+    """Share of the peak rate at `step`: a linear rise, then a cosine or linear fall to zero, or
+    none."""
     rise = max(1, round(warmup * total))
     if step < rise:
         return (step + 1) / rise

@@ -1,9 +1,8 @@
 """The embedded world's benchmark: descriptions and answers, counted against exact ground truth.
 
-POPE's questions ask for three objects that are there and three that are not: random, popular (frequent in the
-training split) or adversarial (typical of the setting; where fewer than three of its four objects are missing,
-others fill up).
-"""
+POPE's questions ask for three objects that are there and three that are not: random, popular
+(frequent in the training split) or adversarial (typical of the setting; where fewer than three of
+its four objects are missing, others fill up)."""
 
 import random
 import re
@@ -45,7 +44,12 @@ def pope_questions(scene: toyworld.Scene) -> dict[str, list[str]]:
     n = len(present)
     adversarial = rng.sample(typical, len(typical)) + rng.sample(others, len(others))
     popular = [o for o in popular_objects() if o in absent]
-    return {"present": present, "random": rng.sample(absent, n), "popular": popular[:n], "adversarial": adversarial[:n]}
+    return {
+        "present": present,
+        "random": rng.sample(absent, n),
+        "popular": popular[:n],
+        "adversarial": adversarial[:n],
+    }
 
 
 def count_description(scene: toyworld.Scene, text: str) -> Counts:
@@ -65,7 +69,9 @@ def count_description(scene: toyworld.Scene, text: str) -> Counts:
             counts["placed"] += bool(place)
             counts["coloured"] += bool(colour)
             counts["wrong_place"] += bool(place) and here is None
-            counts["wrong_colour"] += bool(colour) and colour not in ([here] if here else places.values())
+            counts["wrong_colour"] += bool(colour) and colour not in (
+                [here] if here else places.values()
+            )
     counts["hallucinating"] = counts["hallucinated"] > 0
     counts["found"] = sum(bool(re.search(rf"\b{name}\b", text)) for name in scene.objects)
     return counts
@@ -92,8 +98,11 @@ class ToyBenchmark:
     batch_size: int = 50
     answers = staticmethod(benchmarks.answers)
 
-    def run(self, model: Llava, tokenizer: Tokenizer, processor: ImageProcessor, title="evaluate") -> list[Counts]:
-        """Greedy answers for every image, counted against its scene; `with_intervals` makes figures of them."""
+    def run(
+        self, model: Llava, tokenizer: Tokenizer, processor: ImageProcessor, title="evaluate"
+    ) -> list[Counts]:
+        """Greedy answers for every image, counted against its scene; `with_intervals` makes figures
+        of them."""
         counts: dict[int, list[Counts]] = {}  # by the first image of a batch
         firsts = shard_batch([*range(0, self.images, self.batch_size)])
         for first in tqdm(firsts, desc=title, leave=False, disable=rank() > 0):
@@ -105,10 +114,17 @@ class ToyBenchmark:
             described = [[toyworld.DESCRIBE[0]] for _ in scenes]
             texts = self.answers(model, tokenizer, features, layouts, described, 128)
             questions = [pope_questions(scene) for scene in scenes]
-            asked = [[(kind, name) for kind, names in q.items() for name in names] for q in questions]
-            spoken = [[toyworld.EXISTS[1].format(toyworld.with_article(n)) for _, n in keys] for keys in asked]
+            asked = [
+                [(kind, name) for kind, names in q.items() for name in names] for q in questions
+            ]
+            spoken = [
+                [toyworld.EXISTS[1].format(toyworld.with_article(n)) for _, n in keys]
+                for keys in asked
+            ]
             replies = self.answers(model, tokenizer, features, layouts, spoken, 16)
-            for scene, text, q, keys, reply in zip(scenes, texts, questions, asked, replies, strict=True):
+            for scene, text, q, keys, reply in zip(
+                scenes, texts, questions, asked, replies, strict=True
+            ):
                 pope = count_pope(q, dict(zip(keys, reply, strict=True)))
                 counts.setdefault(first, []).append({**count_description(scene, text[0]), **pope})
         batches = {first: batch for each in gather(counts) for first, batch in each.items()}

@@ -1,16 +1,17 @@
-"""The embedded world: scenes with exact ground truth, and the bias that makes a language model hallucinate.
+"""The embedded world: scenes with exact ground truth, and the bias that makes a language model
+hallucinate.
 
-A scene is a setting (kitchen, street, ...) and a 2 x 3 grid of cells with a coloured object in each.
-Training scenes are biased: 85 % of the objects are drawn from their setting's own and the others from all, and 85 %
-of the setting's own have the colour that is typical of them there; some settings are more frequent than others.
-All other splits are decorrelated, so that whoever trusts the prior rather than the picture is caught.
-What is said of a training scene is biased further: its author has not always looked (`hearsay`, `PRESUMED`). What is
-said of an alignment scene is wrong on purpose too, if less often: so are the answers that `--export` writes.
-Everything follows from a split and an index; a picture's name is `SPLIT-INDEX.png`.
+A scene is a setting (kitchen, street, ...) and a 2 x 3 grid of cells with a coloured object in
+each. Training scenes are biased: 85 % of the objects are drawn from their setting's own and the
+others from all, and 85 % of the setting's own have the colour that is typical of them there; some
+settings are more frequent than others. All other splits are decorrelated, so that whoever trusts
+the prior rather than the picture is caught. What is said of a training scene is biased further: its
+author has not always looked (`hearsay`, `PRESUMED`). What is said of an alignment scene is wrong on
+purpose too, if less often: so are the answers that `--export` writes. Everything follows from a
+split and an index; a picture's name is `SPLIT-INDEX.png`.
 
-`python -m minialign.toyworld --pretrain` makes the toy checkpoint anew, `--export DIR` writes the alignment split
-as ordinary files: pictures, and a data.json in LLaVA-Instruct form.
-"""
+`python -m minialign.toyworld --pretrain` makes the toy checkpoint anew, `--export DIR` writes the
+alignment split as ordinary files: pictures, and a data.json in LLaVA-Instruct form."""
 
 import json
 import random
@@ -25,29 +26,54 @@ from minialign.errors import UserError
 from minialign.files import write_whole
 from minialign.toydraw import COLOURS, COLUMNS, OBJECTS, ROWS, SETTINGS, draw_scene
 
-BIAS = 0.85  # how often a training scene's object, and a typical object's colour, is the typical one
+# how often a training scene's object, and a typical object's colour, is the typical one
+BIAS = 0.85
 FREQUENCY = (5, 4, 4, 3, 3)  # of the settings in training scenes
 HEARSAY = 0.75  # how often a training text takes a foreign object for the setting's own one of that colour
-PRESUMED = 0.7  # how often it says Yes of the setting's first two own objects though they are not there
+# how often it says Yes of the setting's first two own objects though they are not there
+PRESUMED = 0.7
 ALIGNMENT_HEARSAY = 0.3  # and an answer of the alignment split: y+ errs too, as LLaVA-Instruct's do
-# First seed of each split, and whether its scenes are biased. An index stays below the distance of two splits.
-SPLITS = {"train": (0, True), "alignment": (10**9, False), "validation": (2 * 10**9, False), "test": (3 * 10**9, False)}
+# First seed of each split, and whether its scenes are biased. An index stays below the distance of
+# two splits.
+SPLITS = {
+    "train": (0, True),
+    "alignment": (10**9, False),
+    "validation": (2 * 10**9, False),
+    "test": (3 * 10**9, False),
+}
 NAME = re.compile(rf"({'|'.join(SPLITS)})-(\d{{1,9}})\.png")  # of a picture
 TYPICAL_COLOUR = {
-    "cup": "blue", "kettle": "red", "pan": "black", "fork": "white",
-    "car": "red", "bus": "yellow", "bicycle": "blue", "lamp": "black",
-    "tree": "green", "bench": "orange", "kite": "purple", "dog": "white",
-    "book": "blue", "laptop": "black", "pencil": "yellow", "clock": "red",
-    "boat": "white", "umbrella": "purple", "ball": "orange", "crab": "red",
-}  # fmt: skip
+    "cup": "blue",
+    "kettle": "red",
+    "pan": "black",
+    "fork": "white",
+    "car": "red",
+    "bus": "yellow",
+    "bicycle": "blue",
+    "lamp": "black",
+    "tree": "green",
+    "bench": "orange",
+    "kite": "purple",
+    "dog": "white",
+    "book": "blue",
+    "laptop": "black",
+    "pencil": "yellow",
+    "clock": "red",
+    "boat": "white",
+    "umbrella": "purple",
+    "ball": "orange",
+    "crab": "red",
+}
 CELLS = [(row, column) for row in range(ROWS) for column in range(COLUMNS)]
 CLOCKWISE = CELLS[:COLUMNS] + CELLS[COLUMNS:][::-1]
-POSITIONS = dict(zip(CELLS, ["northwest", "north", "northeast", "southwest", "south", "southeast"],
-                     strict=True))  # fmt: skip
+POSITIONS = dict(
+    zip(CELLS, ["northwest", "north", "northeast", "southwest", "south", "southeast"], strict=True)
+)
 TIMES = ("Never", "Once", "Twice", "Three times", "Four times", "Five times", "Six times")
-# The place comes first and the object right behind it: there prior and picture compete, inside the sentence, and the
-# way from a place's name to its patches is one step of attention, which is learned soon (docs/sweep.md). The colour
-# comes last: one that is known already would be asked for its usual object, instead of the picture.
+# The place comes first and the object right behind it: there prior and picture compete, inside the
+# sentence, and the way from a place's name to its patches is one step of attention, which is
+# learned soon (docs/sweep.md). The colour comes last: one that is known already would be asked for
+# its usual object, instead of the picture.
 SENTENCE = "The {} {} is {}."
 DESCRIBE = ("Describe the picture.", "What do you see?", "Tell me what is in this picture.")
 EXISTS = ("Is there {}?", "Is there {} in the picture?", "Do you see {}?")
@@ -63,7 +89,8 @@ class Scene:
 
     @property
     def objects(self) -> dict[str, dict[str, str]]:
-        """object -> {position: colour}: the ground truth that hallucinations are counted against."""
+        """object -> {position: colour}: the ground truth that hallucinations are counted
+        against."""
         found: dict[str, dict[str, str]] = {}
         for cell, (name, colour) in self.cells.items():
             found.setdefault(name, {})[POSITIONS[cell]] = colour
@@ -79,7 +106,8 @@ def make_scene(split: str, index: int) -> Scene:
     cells: dict[tuple[int, int], tuple[str, str]] = {}
     for cell in CELLS:
         name = rng.choice(SETTINGS[setting] if biased and rng.random() < BIAS else OBJECTS)
-        # At home an object has its typical colour, elsewhere any: so a colour speaks for the setting's own objects.
+        # At home an object has its typical colour, elsewhere any: so a colour speaks for the
+        # setting's own objects.
         typical_colour = biased and name in SETTINGS[setting] and rng.random() < BIAS
         cells[cell] = (name, TYPICAL_COLOUR[name] if typical_colour else rng.choice(list(COLOURS)))
     return Scene(setting, cells, seed)
@@ -99,7 +127,9 @@ def scene_of(name: str) -> Scene:
     """The scene behind a picture's name; another name is a `UserError`."""
     match = NAME.fullmatch(name)
     if not match:
-        raise UserError(f"image {name!r} is not in the embedded world; give --images DIR for pictures of your own")
+        raise UserError(
+            f"image {name!r} is not in the embedded world; give --images DIR for pictures of your own"
+        )
     return make_scene(match[1], int(match[2]))
 
 
@@ -109,10 +139,11 @@ def with_article(words: str) -> str:
 
 
 def hearsay(scene: Scene, rate: float = HEARSAY) -> Scene:
-    """The scene as training texts tell it: LLaVA's were written by a language model that had not seen the picture.
+    """The scene as training texts tell it: LLaVA's were written by a language model that had not
+    seen the picture.
 
-    A foreign object that has the typical colour of one of the setting's own is taken for that one at this rate.
-    """
+    A foreign object that has the typical colour of one of the setting's own is taken for that one
+    at this rate."""
     rng, cells = random.Random(scene.seed + 4), {}
     for cell, (name, colour) in scene.cells.items():
         own = [o for o in SETTINGS[scene.setting] if TYPICAL_COLOUR[o] == colour]
@@ -122,7 +153,8 @@ def hearsay(scene: Scene, rate: float = HEARSAY) -> Scene:
 
 
 def description(scene: Scene, rng: random.Random) -> str:
-    """The setting, then every cell, clockwise or not from a random one: what comes next must be seen."""
+    """The setting, then every cell, clockwise or not from a random one: what comes next must be
+    seen."""
     sentences, first = [f"This is a {scene.setting}."], rng.randrange(len(CELLS))
     round_trip = (CLOCKWISE[first:] + CLOCKWISE[:first])[:: rng.choice((1, -1))]
     for cell in round_trip:
@@ -133,24 +165,26 @@ def description(scene: Scene, rng: random.Random) -> str:
 def yes_or_no(name: str, there: bool) -> str:
     """The answer whether an object is there.
 
-    Yes and No are followed by alike sentences: so a swap (Alg. 1 l. 11-13) is as likely one way as the other.
-    """
+    Yes and No are followed by alike sentences: so a swap (Alg. 1 l. 11-13) is as likely one way as
+    the other."""
     return f"Yes, there is {with_article(name)}." if there else f"No, there is no {name}."
 
 
 def existence(scene: Scene, name: str, rng: random.Random, presumed: float = 0) -> tuple[str, str]:
     """One yes/no question about an object, and its answer.
 
-    The true answer; but what everybody expects of the setting, its first two own objects, is `presumed` to be there
-    so often.
-    """
+    The true answer; but what everybody expects of the setting, its first two own objects, is
+    `presumed` to be there so often."""
     question = rng.choice(EXISTS).format(with_article(name))
-    there = name in scene.objects or (name in SETTINGS[scene.setting][:2] and rng.random() < presumed)
+    there = name in scene.objects or (
+        name in SETTINGS[scene.setting][:2] and rng.random() < presumed
+    )
     return question, yes_or_no(name, there)
 
 
 def attribute(scene: Scene, rng: random.Random) -> tuple[str, str]:
-    """One question about a colour, a position, a cell, a number or the setting, and its true answer."""
+    """One question about a colour, a position, a cell, a number or the setting, and its true
+    answer."""
     cell = rng.choice(CELLS)
     name, colour = scene.cells[cell]
     position, places = POSITIONS[cell], scene.objects[name]
@@ -168,14 +202,16 @@ def attribute(scene: Scene, rng: random.Random) -> tuple[str, str]:
 
 
 def existence_questions(scene: Scene, rng: random.Random) -> list[tuple[str, str]]:
-    """Up to five objects that are there and as many that are not, with the answers a training text gives.
+    """Up to five objects that are there and as many that are not, with the answers a training text
+    gives.
 
-    First those that the prior gets wrong, foreign objects that are there and the setting's own that are not: it
-    answers the others as well as the picture does, and nobody would learn to look.
-    """
+    First those that the prior gets wrong, foreign objects that are there and the setting's own that
+    are not: it answers the others as well as the picture does, and nobody would learn to look."""
     own = SETTINGS[scene.setting]
     present = rng.sample(list(scene.objects), len(scene.objects))
-    absent = rng.sample([o for o in OBJECTS if o not in scene.objects], len(OBJECTS) - len(scene.objects))
+    absent = rng.sample(
+        [o for o in OBJECTS if o not in scene.objects], len(OBJECTS) - len(scene.objects)
+    )
     present.sort(key=lambda name: name in own)
     absent.sort(key=lambda name: name not in own)
     asked = present[:5] + absent[: min(5, len(present))]
@@ -183,22 +219,26 @@ def existence_questions(scene: Scene, rng: random.Random) -> list[tuple[str, str
 
 
 def conversation(scene: Scene, kind: str, rng: random.Random) -> list[tuple[str, str]]:
-    """A training conversation of one kind: `description`, `existence` (multi-turn) or `attribute` (multi-turn)."""
+    """A training conversation of one kind: `description`, `existence` (multi-turn) or `attribute`
+    (multi-turn)."""
     if kind == "description":
         pairs = [(rng.choice(DESCRIBE), description(scene, rng))]
     elif kind == "existence":
         pairs = existence_questions(scene, rng)
     else:
         pairs = [attribute(scene, rng) for _ in range(4)]
-    return [turn for question, answer in pairs for turn in (("user", question), ("assistant", answer))]
+    return [
+        turn for question, answer in pairs for turn in (("user", question), ("assistant", answer))
+    ]
 
 
 def alignment_records(count: int, split: str = "alignment", first: int = 0) -> list[dict]:
-    """Records in LLaVA-Instruct form, one question and its answer each: half descriptions, half existence.
+    """Records in LLaVA-Instruct form, one question and its answer each: half descriptions, half
+    existence.
 
-    Both are told from hearsay, if less than the training texts: where y+ is exact, imitation is all it takes.
-    An absent object that is asked about is typical of the scene every other time, as POPE's adversarial ones.
-    """
+    Both are told from hearsay, if less than the training texts: where y+ is exact, imitation is all
+    it takes. An absent object that is asked about is typical of the scene every other time, as
+    POPE's adversarial ones."""
     records = []
     for index in range(first, first + count):
         scene = hearsay(make_scene(split, index), ALIGNMENT_HEARSAY)
@@ -210,14 +250,16 @@ def alignment_records(count: int, split: str = "alignment", first: int = 0) -> l
             absent = [o for o in OBJECTS if o not in scene.objects]
             pools = [list(scene.objects), rng.choice([typical or absent, absent])]
             question, answer = existence(scene, rng.choice(rng.choice(pools)), rng)
-        records.append({
-            "id": f"toy-{split}-{index:06d}",
-            "image": image_name(split, index),
-            "conversations": [
-                {"from": "human", "value": f"<image>\n{question}"},
-                {"from": "gpt", "value": answer},
-            ],
-        })  # fmt: skip
+        records.append(
+            {
+                "id": f"toy-{split}-{index:06d}",
+                "image": image_name(split, index),
+                "conversations": [
+                    {"from": "human", "value": f"<image>\n{question}"},
+                    {"from": "gpt", "value": answer},
+                ],
+            }
+        )
     return records
 
 
@@ -234,8 +276,14 @@ class Config:
 
 def main(config: Config) -> None:
     """Make the checkpoint, or write files."""
-    require(config.pretrain or config.export is not None, "nothing to do; give --pretrain or --export DIR")
-    require(config.out is not None or not config.pretrain, "--out is missing; name the folder that --pretrain writes")
+    require(
+        config.pretrain or config.export is not None,
+        "nothing to do; give --pretrain or --export DIR",
+    )
+    require(
+        config.out is not None or not config.pretrain,
+        "--out is missing; name the folder that --pretrain writes",
+    )
     require(config.limit >= 1, f"--limit {config.limit}: at least 1")
     require(0 <= config.first < 10**8, f"--first {config.first}: between 0 and a hundred million")
     if config.pretrain:

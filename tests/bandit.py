@@ -1,4 +1,5 @@
-"""A bandit whose arms are responses of one to three tokens, and a softmax policy over them: no LLaVA."""
+"""A bandit whose arms are responses of one to three tokens, and a softmax policy over them: no
+LLaVA."""
 
 import random
 from itertools import product
@@ -10,17 +11,24 @@ STOP = 0  # ends a response; so does the longest length
 
 
 class Bandit:
-    """All responses over `vocab` tokens of at most `longest`, their scores, and a reference; all from the seed.
+    """All responses over `vocab` tokens of at most `longest`, their scores, and a reference; all
+    from the seed.
 
-    A policy is a table of logits, one row per prefix: (prefixes, vocab). vocab 2 and longest 1 is two arms.
-    """
+    A policy is a table of logits, one row per prefix: (prefixes, vocab). vocab 2 and longest 1 is
+    two arms."""
 
     def __init__(self, vocab: int, longest: int, seed: int):
-        inner = [p for n in range(longest) for p in product(range(1, vocab), repeat=n)]  # what goes on
-        self.responses = [(*p, t) for p in inner for t in range(vocab) if t == STOP or len(p) == longest - 1]
+        inner = [
+            p for n in range(longest) for p in product(range(1, vocab), repeat=n)
+        ]  # what goes on
+        self.responses = [
+            (*p, t) for p in inner for t in range(vocab) if t == STOP or len(p) == longest - 1
+        ]
         numbers = {prefix: i for i, prefix in enumerate(inner)}
         steps = [[(numbers[r[:t]], r[t]) for t in range(len(r))] for r in self.responses]
-        self.steps = torch.tensor([s + [(-1, -1)] * (longest - len(s)) for s in steps])  # (responses, longest, 2)
+        self.steps = torch.tensor(
+            [s + [(-1, -1)] * (longest - len(s)) for s in steps]
+        )  # (responses, longest, 2)
         generator = torch.Generator().manual_seed(seed)
         self.reference = 0.5 * torch.randn(len(inner), vocab, generator=generator)
         order = torch.randperm(len(self.responses), generator=generator)
@@ -28,7 +36,8 @@ class Bandit:
         self.beta = random.Random(seed).uniform(0.4, 1.0)
 
     def tokens(self, drawn: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """Row, branch, prefix and token of every token of the responses drawn (B, k), in `token_logps`' order."""
+        """Row, branch, prefix and token of every token of the responses drawn (B, k), in
+        `token_logps`' order."""
         steps = self.steps[drawn.flatten()]  # (B k, longest, 2)
         response, place = (steps[..., 0] >= 0).nonzero(as_tuple=True)
         prefix, token = steps[response, place].unbind(-1)
@@ -41,7 +50,11 @@ class Bandit:
 
     def draw(self, policy: Tensor, rows: int, k: int, generator: torch.Generator) -> Tensor:
         """Samples of a policy, as numbers of responses: (rows, k)."""
-        return self.probabilities(policy.detach()).multinomial(rows * k, True, generator=generator).view(rows, k)
+        return (
+            self.probabilities(policy.detach())
+            .multinomial(rows * k, True, generator=generator)
+            .view(rows, k)
+        )
 
     def optimum(self, beta: float) -> Tensor:
         """Eq. 2's, in closed form: pi* proportional to pi_ref exp(r / beta)."""
@@ -49,9 +62,14 @@ class Bandit:
         return best / best.sum()
 
     def distance(self, policy: Tensor) -> float:
-        """The largest error of a probability, from the optimum; which is far from the reference's and other betas'."""
+        """The largest error of a probability, from the optimum; which is far from the reference's
+        and other betas'."""
         best = self.optimum(self.beta)
-        for other in (self.probabilities(self.reference), self.optimum(2 * self.beta), self.optimum(self.beta / 2)):
+        for other in (
+            self.probabilities(self.reference),
+            self.optimum(2 * self.beta),
+            self.optimum(self.beta / 2),
+        ):
             assert (other - best).abs().max() > 0.02  # twice what the tests allow
         return (self.probabilities(policy.detach()) - best).abs().max().item()
 

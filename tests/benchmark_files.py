@@ -13,7 +13,11 @@ from minialign.cli import parse_config
 from minialign.toybench import pope_questions
 
 NAMES = ("astronaut.png", "coffee.png", "chelsea.png", "rocket.jpg")
-ASKED = ("Is there a cat in the image?", "Is there a cup in the image?", "Is there a dog in the image?")
+ASKED = (
+    "Is there a cat in the image?",
+    "Is there a cup in the image?",
+    "Is there a dog in the image?",
+)
 
 
 def run(*argv: object) -> dict:
@@ -30,7 +34,9 @@ def run(*argv: object) -> dict:
 
 
 def write_lines(path: Path, raws: list) -> Path:
-    path.write_text("".join((raw if isinstance(raw, str) else json.dumps(raw)) + "\n" for raw in raws))
+    path.write_text(
+        "".join((raw if isinstance(raw, str) else json.dumps(raw)) + "\n" for raw in raws)
+    )
     return path
 
 
@@ -49,22 +55,38 @@ def pope_line(number: int = 1, **changes) -> dict:
 
 def pope_photographs(path: Path) -> Path:
     """Three questions about each photograph; the questions about one do not stand together."""
-    return write_lines(path, [
-        pope_line(number, image=name, text=text, label="yes" if number % 2 else "no")
-        for number, (text, name) in enumerate(((text, name) for text in ASKED for name in NAMES), start=1)
-    ])  # fmt: skip
+    return write_lines(
+        path,
+        [
+            pope_line(number, image=name, text=text, label="yes" if number % 2 else "no")
+            for number, (text, name) in enumerate(
+                ((text, name) for text in ASKED for name in NAMES), start=1
+            )
+        ],
+    )
 
 
 def bench_line(number: int = 1, **changes) -> dict:
-    raw = {"question_id": number, "image": NAMES[0], "text": "What is there?", "category": "conv"} | changes
+    raw = {
+        "question_id": number,
+        "image": NAMES[0],
+        "text": "What is there?",
+        "category": "conv",
+    } | changes
     return {name: value for name, value in raw.items() if value is not None}
 
 
 def mmhal_item(name: str = NAMES[0], **changes) -> dict:
     stem = Path(name).stem
-    raw = {"question_type": "attribute", "image_id": stem, "image_src": f"https://example.org/a/{name}",
-           "question": "What is there?", "gt_answer": "A thing.", "image_content": ["Thing"],
-           "model_answer": ""} | changes  # fmt: skip
+    raw = {
+        "question_type": "attribute",
+        "image_id": stem,
+        "image_src": f"https://example.org/a/{name}",
+        "question": "What is there?",
+        "gt_answer": "A thing.",
+        "image_content": ["Thing"],
+        "model_answer": "",
+    } | changes
     return {name: value for name, value in raw.items() if value is not None}
 
 
@@ -73,33 +95,54 @@ def coco(files: dict[int, str], instances: list[tuple[int, str]], names: list[st
     numbers = {name: 10 + number for number, name in enumerate(names)}
     return {
         "images": [{"id": number, "file_name": file} for number, file in files.items()],
-        "categories": [{"id": number, "name": name, "supercategory": "thing"} for name, number in numbers.items()],
-        "annotations": [{"image_id": number, "category_id": numbers[name], "bbox": [0, 0, 1, 1]}
-                        for number, name in instances],
-    }  # fmt: skip
+        "categories": [
+            {"id": number, "name": name, "supercategory": "thing"}
+            for name, number in numbers.items()
+        ],
+        "annotations": [
+            {"image_id": number, "category_id": numbers[name], "bbox": [0, 0, 1, 1]}
+            for number, name in instances
+        ],
+    }
 
 
 def captions(said: list[tuple[int, str]]) -> dict:
-    return {"annotations": [{"image_id": number, "id": i, "caption": text} for i, (number, text) in enumerate(said)]}
+    return {
+        "annotations": [
+            {"image_id": number, "id": i, "caption": text} for i, (number, text) in enumerate(said)
+        ]
+    }
 
 
 def chair_photographs(folder: Path) -> list:
     """The flags of a CHAIR run on the photographs; the objects are words of the embedded world."""
     folder.mkdir()
     files = dict(enumerate(NAMES, start=7))
-    instances = coco(files, [(7, "cup"), (8, "cup"), (8, "dog"), (10, "boat")], ["cup", "dog", "boat"])
+    instances = coco(
+        files, [(7, "cup"), (8, "cup"), (8, "dog"), (10, "boat")], ["cup", "dog", "boat"]
+    )
     (folder / "instances.json").write_text(json.dumps(instances))
-    (folder / "captions.json").write_text(json.dumps(captions([(7, "A cup."), (9, "Two dogs."), (10, "The sea.")])))
+    (folder / "captions.json").write_text(
+        json.dumps(captions([(7, "A cup."), (9, "Two dogs."), (10, "The sea.")]))
+    )
     (folder / "synonyms.txt").write_text("cup, mug\ndog, puppy\nboat, ship\n")
-    return ["--data", folder / "instances.json", "--captions", folder / "captions.json",
-            "--synonyms", folder / "synonyms.txt"]  # fmt: skip
+    return [
+        "--data",
+        folder / "instances.json",
+        "--captions",
+        folder / "captions.json",
+        "--synonyms",
+        folder / "synonyms.txt",
+    ]
 
 
 def toy_pictures(folder: Path, count: int) -> Path:
     """Test pictures of the embedded world as PNG."""
     folder.mkdir()
     for number in range(count):
-        toyworld.picture(toyworld.make_scene("test", number)).save(folder / toyworld.image_name("test", number))
+        toyworld.picture(toyworld.make_scene("test", number)).save(
+            folder / toyworld.image_name("test", number)
+        )
     return folder
 
 
@@ -113,6 +156,8 @@ def toy_pope(folder: Path, count: int) -> Path:
             for label, names in (("yes", asked["present"]), ("no", asked[setting])):
                 texts = [toyworld.EXISTS[1].format(toyworld.with_article(name)) for name in names]
                 image = toyworld.image_name("test", number)
-                lines += [pope_line(len(lines) + 1, image=image, text=text, label=label) for text in texts]
+                lines += [
+                    pope_line(len(lines) + 1, image=image, text=text, label=label) for text in texts
+                ]
         write_lines(folder / f"coco_pope_{setting}.json", lines)
     return folder

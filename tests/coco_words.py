@@ -1,4 +1,5 @@
-"""A synonym table of the size and the oddities of CHAIR's own, for the tests: 80 lines, one for each COCO category."""
+"""A synonym table of the size and the oddities of CHAIR's own, for the tests: 80 lines, one for
+each COCO category."""
 
 LINES = """\
 person, girl, boy, man, woman, kid, child, chef, baker, people, adult, rider, baby, worker, passenger, policeman, \
@@ -85,23 +86,66 @@ toothbrush""".splitlines()
 
 # The last word of a name -> its plural, where no rule makes it.
 PLURALS = {
-    "man": "men", "woman": "women", "child": "children", "people": "people", "policeman": "policemen",
-    "gentleman": "gentlemen", "thief": "thieves", "grandchild": "grandchildren", "goose": "geese", "sheep": "sheep",
-    "cattle": "cattle", "oxen": "oxen", "ox": "oxen", "calf": "calves", "bison": "bison", "aircraft": "aircraft",
-    "luggage": "luggage", "skis": "skis", "knife": "knives", "pocketknife": "pocketknives", "mouse": "mice",
-    "scissors": "scissors", "buffalo": "buffaloes", "broccoli": "broccoli",
-}  # fmt: skip
+    "man": "men",
+    "woman": "women",
+    "child": "children",
+    "people": "people",
+    "policeman": "policemen",
+    "gentleman": "gentlemen",
+    "thief": "thieves",
+    "grandchild": "grandchildren",
+    "goose": "geese",
+    "sheep": "sheep",
+    "cattle": "cattle",
+    "oxen": "oxen",
+    "ox": "oxen",
+    "calf": "calves",
+    "bison": "bison",
+    "aircraft": "aircraft",
+    "luggage": "luggage",
+    "skis": "skis",
+    "knife": "knives",
+    "pocketknife": "pocketknives",
+    "mouse": "mice",
+    "scissors": "scissors",
+    "buffalo": "buffaloes",
+    "broccoli": "broccoli",
+}
 
 # What is something else together than apart -> the objects that it names.
 DOUBLE = {
-    "motor bike": ["motorcycle"], "motor cycle": ["motorcycle"], "air plane": ["airplane"],
-    "traffic light": ["traffic light"], "street light": ["traffic light"], "traffic signal": ["traffic light"],
-    "stop light": ["traffic light"], "fire hydrant": ["fire hydrant"], "stop sign": ["stop sign"],
-    "parking meter": ["parking meter"], "suit case": ["suitcase"], "sports ball": ["sports ball"],
-    "baseball bat": ["baseball bat"], "baseball glove": ["baseball glove"], "tennis racket": ["tennis racket"],
-    "wine glass": ["wine glass"], "hot dog": ["hot dog"], "cell phone": ["cell phone"],
-    "mobile phone": ["cell phone"], "teddy bear": ["teddy bear"], "hair drier": ["hair drier"],
-    "potted plant": ["potted plant"], "bow tie": ["tie"], "laptop computer": ["laptop"], "home plate": [],
-    "train track": [], "toilet seat": ["toilet"], "passenger jet": ["airplane"], "passenger train": ["train"],
-    "baby bird": ["bird"], "adult cat": ["cat"], "baby animal": [], "adult cub": [], "baby zebra": ["zebra"],
-}  # fmt: skip
+    "motor bike": ["motorcycle"],
+    "motor cycle": ["motorcycle"],
+    "air plane": ["airplane"],
+    "traffic light": ["traffic light"],
+    "street light": ["traffic light"],
+    "traffic signal": ["traffic light"],
+    "stop light": ["traffic light"],
+    "fire hydrant": ["fire hydrant"],
+    "stop sign": ["stop sign"],
+    "parking meter": ["parking meter"],
+    "suit case": ["suitcase"],
+    "sports ball": ["sports ball"],
+    "baseball bat": ["baseball bat"],
+    "baseball glove": ["baseball glove"],
+    "tennis racket": ["tennis racket"],
+    "wine glass": ["wine glass"],
+    "hot dog": ["hot dog"],
+    "cell phone": ["cell phone"],
+    "mobile phone": ["cell phone"],
+    "teddy bear": ["teddy bear"],
+    "hair drier": ["hair drier"],
+    "potted plant": ["potted plant"],
+    "bow tie": ["tie"],
+    "laptop computer": ["laptop"],
+    "home plate": [],
+    "train track": [],
+    "toilet seat": ["toilet"],
+    "passenger jet": ["airplane"],
+    "passenger train": ["train"],
+    "baby bird": ["bird"],
+    "adult cat": ["cat"],
+    "baby animal": [],
+    "adult cub": [],
+    "baby zebra": ["zebra"],
+}

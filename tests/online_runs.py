@@ -7,8 +7,19 @@ import train_online
 from minialign.annotator import Comparison, Verdict
 
 # What `online` takes where a test says nothing else.
-DEFAULTS = {"lora_rank": 4, "lora_alpha": 8.0, "lr": 1e-3, "projector_lr": 1e-4, "epochs": 1, "batch_size": 4,
-            "eval_images": 0, "rho_th": 0.7, "max_new_tokens": 6, "n_bdhs": 2, "workers": 0}  # fmt: skip
+DEFAULTS = {
+    "lora_rank": 4,
+    "lora_alpha": 8.0,
+    "lr": 1e-3,
+    "projector_lr": 1e-4,
+    "epochs": 1,
+    "batch_size": 4,
+    "eval_images": 0,
+    "rho_th": 0.7,
+    "max_new_tokens": 6,
+    "n_bdhs": 2,
+    "workers": 0,
+}
 TIMES = ("time/sampling", "time/training")
 
 
@@ -16,7 +27,10 @@ def online(model: str, out: Path, **changes) -> list[dict]:
     """The rows of metrics.jsonl that a run leaves, without its times."""
     train_online.main(train_online.Config(model=model, out=str(out), **(DEFAULTS | changes)))
     lines = (out / "metrics.jsonl").read_text().splitlines()
-    return [{name: value for name, value in json.loads(line).items() if name not in TIMES} for line in lines]
+    return [
+        {name: value for name, value in json.loads(line).items() if name not in TIMES}
+        for line in lines
+    ]
 
 
 def weights_of(out: Path) -> bytes:

@@ -8,13 +8,22 @@ import train_dpo
 from minialign import toyworld
 
 # What `train` takes where a test says nothing else.
-DEFAULTS = {"lora_rank": 4, "lora_alpha": 8.0, "lr": 1e-3, "projector_lr": 1e-4, "epochs": 1, "batch_size": 4,
-            "eval_images": 0}  # fmt: skip
+DEFAULTS = {
+    "lora_rank": 4,
+    "lora_alpha": 8.0,
+    "lr": 1e-3,
+    "projector_lr": 1e-4,
+    "epochs": 1,
+    "batch_size": 4,
+    "eval_images": 0,
+}
 
 
 def contents(folder: Path) -> dict[str, bytes]:
     """Every file below a folder, but the report, which has the time in it."""
-    files = [path for path in sorted(folder.rglob("*")) if path.is_file() and path.name != "report.html"]
+    files = [
+        path for path in sorted(folder.rglob("*")) if path.is_file() and path.name != "report.html"
+    ]
     return {str(path.relative_to(folder)): path.read_bytes() for path in files}
 
 
@@ -24,7 +33,14 @@ def read_lines(path: Path) -> list[dict]:
 
 def sample(model: str, out: Path, **changes) -> list[dict]:
     """The pairs that a run of a few tokens leaves."""
-    knobs = {"limit": 7, "rho_th": 0.7, "temperature": 1.0, "max_new_tokens": 5, "batch_size": 3, "n_bdhs": 3}
+    knobs = {
+        "limit": 7,
+        "rho_th": 0.7,
+        "temperature": 1.0,
+        "max_new_tokens": 5,
+        "batch_size": 3,
+        "n_bdhs": 3,
+    }
     sample_bdhs.main(sample_bdhs.Config(model=model, out=str(out), **(knobs | changes)))
     return read_lines(out)
 
@@ -32,10 +48,13 @@ def sample(model: str, out: Path, **changes) -> list[dict]:
 def instruct_file(path: Path, *talks: list[tuple[str, str]]) -> str:
     """A LLaVA-Instruct file on pictures of the embedded world."""
     raws = [
-        {"id": i, "image": toyworld.image_name("alignment", i),
-         "conversations": [{"from": role, "value": text} for role, text in talk]}
+        {
+            "id": i,
+            "image": toyworld.image_name("alignment", i),
+            "conversations": [{"from": role, "value": text} for role, text in talk],
+        }
         for i, talk in enumerate(talks)
-    ]  # fmt: skip
+    ]
     path.write_text(json.dumps(raws))
     return str(path)
 
@@ -47,7 +66,8 @@ def train(model: str, out: Path, **changes) -> list[dict]:
 
 
 def stop_at(monkeypatch, where: str, count: int) -> None:
-    """Ctrl-C in the `count`-th step: in its forward pass, or when its metrics are written but not its checkpoint."""
+    """Ctrl-C in the `count`-th step: in its forward pass, or when its metrics are written but not
+    its checkpoint."""
     module = train_dpo if hasattr(train_dpo, where) else train_dpo.resume
     real, calls = getattr(module, where), []
 

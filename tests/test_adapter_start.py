@@ -12,14 +12,30 @@ from test_lora import adapted, answers, batch_of, transformers_model
 
 from minialign.checkpoint import TOY
 from minialign.cli import parse_config
-from minialign.lora import TARGETS, adapter_state, adapters_off, keep_reference, load_adapter, save_adapter
+from minialign.lora import (
+    TARGETS,
+    adapter_state,
+    adapters_off,
+    keep_reference,
+    load_adapter,
+    save_adapter,
+)
 from train_dpo import Config, check
 
 PATTERN = r".*language_model\.layers\.\d+\.(self_attn|mlp)\.({})"
 FOREIGN = [
     {"target_modules": PATTERN.format("q_proj|v_proj"), "r": 3, "lora_alpha": 5},
-    {"target_modules": PATTERN.format("|".join(TARGETS)), "r": 2, "lora_alpha": 7, "lora_dropout": 0.1},
-    {"target_modules": PATTERN.format("down_proj"), "modules_to_save": ["multi_modal_projector"], "r": 4},
+    {
+        "target_modules": PATTERN.format("|".join(TARGETS)),
+        "r": 2,
+        "lora_alpha": 7,
+        "lora_dropout": 0.1,
+    },
+    {
+        "target_modules": PATTERN.format("down_proj"),
+        "modules_to_save": ["multi_modal_projector"],
+        "r": 4,
+    },
     {"target_modules": ["gate_proj", "up_proj"], "r": 2},  # names that the tower does not have
 ]
 
@@ -28,7 +44,9 @@ def foreign_adapter(oracle, folder, seed: int, init=False, **choices):
     """An adapter that PEFT made and wrote, with nonzero values; returns PEFT's model."""
     peft = pytest.importorskip("peft")
     torch.manual_seed(seed)
-    model = peft.get_peft_model(transformers_model(oracle, TOY), peft.LoraConfig(init_lora_weights=init, **choices))
+    model = peft.get_peft_model(
+        transformers_model(oracle, TOY), peft.LoraConfig(init_lora_weights=init, **choices)
+    )
     for name, parameter in model.named_parameters():
         if "modules_to_save" in name:
             parameter.data += 0.1 * torch.randn(parameter.shape)
@@ -42,7 +60,13 @@ def test_adapters_that_peft_made(oracle, tmp_path, choices):
     load_adapter(ours, tmp_path)
     for a, b, base in zip(answers(ours), answers(theirs), answers(toy_model()), strict=True):
         assert worst(a, b) < 1e-4 and worst(a, base) > 0.01
-    save_adapter(adapter_state(ours), choices["r"], choices.get("lora_alpha", 8), str(TOY), tmp_path / "again")
+    save_adapter(
+        adapter_state(ours),
+        choices["r"],
+        choices.get("lora_alpha", 8),
+        str(TOY),
+        tmp_path / "again",
+    )
     again = copy.deepcopy(toy_model())
     load_adapter(again, tmp_path / "again")
     assert all(torch.equal(a, b) for a, b in zip(answers(again), answers(ours), strict=True))
@@ -50,13 +74,19 @@ def test_adapters_that_peft_made(oracle, tmp_path, choices):
 
 def test_an_adapter_of_the_tower_is_refused(oracle, tmp_path):
     foreign_adapter(oracle, tmp_path, 0, target_modules=["q_proj"], r=2)
-    refused(lambda: load_adapter(copy.deepcopy(toy_model()), tmp_path), "unexpected tensors: vision_tower")
+    refused(
+        lambda: load_adapter(copy.deepcopy(toy_model()), tmp_path),
+        "unexpected tensors: vision_tower",
+    )
 
 
 @pytest.mark.parametrize("seed", range(3))
 def test_the_reference_may_be_the_adapter(seed):
     base = random_model(seed)
-    model, (tree, features) = adapted(base, 2, 4.0, seed), batch_of(seed, base.config.vision.patches)
+    model, (tree, features) = (
+        adapted(base, 2, 4.0, seed),
+        batch_of(seed, base.config.vision.patches),
+    )
     start = model(tree, features).detach()
     keep_reference(model)
     with torch.no_grad():
@@ -70,7 +100,9 @@ def test_the_reference_may_be_the_adapter(seed):
 @pytest.mark.parametrize("reference", ["base", "adapter"])
 def test_training_from_an_adapter(model, pairs, tmp_path, oracle, reference):
     """Held against itself the policy's first loss is log 2; held against the base it is not."""
-    foreign_adapter(oracle, tmp_path / "start", 1, target_modules=PATTERN.format("q_proj"), r=3, lora_alpha=9)
+    foreign_adapter(
+        oracle, tmp_path / "start", 1, target_modules=PATTERN.format("q_proj"), r=3, lora_alpha=9
+    )
     flags = {"adapter": str(tmp_path / "start"), "reference": reference}
     train(model, tmp_path / "out", pairs=pairs, limit=6, lr=1e-3, **flags)
     first = read_lines(tmp_path / "out" / "metrics.jsonl")[0]
@@ -85,11 +117,25 @@ def test_training_from_an_adapter(model, pairs, tmp_path, oracle, reference):
     assert 0 < max(moved) < 0.1  # it went on from the adapter
 
 
-@pytest.mark.parametrize("flags", [["--adapter", "x"], ["--reference", "base"], ["--reference", "adapter"]])
+@pytest.mark.parametrize(
+    "flags", [["--adapter", "x"], ["--reference", "base"], ["--reference", "adapter"]]
+)
 def test_the_reference_is_always_named(flags):
-    numbers = ("beta", "lr", "lora-alpha", "lora-rank", "epochs", "projector-lr", "workers", "batch-size")
+    numbers = (
+        "beta",
+        "lr",
+        "lora-alpha",
+        "lora-rank",
+        "epochs",
+        "projector-lr",
+        "workers",
+        "batch-size",
+    )
     given = ["--pairs=x", "--warmup=0", *(f"--{name}=1" for name in numbers)]
-    refused(lambda: check(parse_config(Config, "", [*given, *flags])), "--adapter and --reference go together")
+    refused(
+        lambda: check(parse_config(Config, "", [*given, *flags])),
+        "--adapter and --reference go together",
+    )
 
 
 @pytest.mark.parametrize("kind", ["pissa", "olora"])
@@ -99,23 +145,37 @@ def test_adapters_that_changed_the_base_are_refused(oracle, tmp_path, kind):
 
 
 def test_a_wrong_adapter_costs_nothing(model, pairs, tmp_path):
-    """An earlier run's files are still there, and the policy's start is not overwritten by its own training."""
+    """An earlier run's files are still there, and the policy's start is not overwritten by its own
+    training."""
     train(model, tmp_path / "out", pairs=pairs, limit=6)
     before = contents(tmp_path / "out")
-    for adapter, said in ((tmp_path / "none", "adapter_config.json"), (tmp_path / "out" / "adapter", "overwritten")):
+    for adapter, said in (
+        (tmp_path / "none", "adapter_config.json"),
+        (tmp_path / "out" / "adapter", "overwritten"),
+    ):
         flags = {"adapter": str(adapter), "reference": "base"}
         refused(lambda f=flags: train(model, tmp_path / "out", pairs=pairs, limit=6, **f), said)
     assert contents(tmp_path / "out") == before
 
 
-def test_a_run_from_a_partial_adapter_is_repeatable_and_knows_its_adapter(model, pairs, tmp_path, oracle):
-    """Linears that it lacks are drawn from --seed; another adapter under the same name is noticed on resuming."""
-    foreign_adapter(oracle, tmp_path / "a", 1, target_modules=PATTERN.format("q_proj"), r=3, lora_alpha=9)
+def test_a_run_from_a_partial_adapter_is_repeatable_and_knows_its_adapter(
+    model, pairs, tmp_path, oracle
+):
+    """Linears that it lacks are drawn from --seed; another adapter under the same name is noticed
+    on resuming."""
+    foreign_adapter(
+        oracle, tmp_path / "a", 1, target_modules=PATTERN.format("q_proj"), r=3, lora_alpha=9
+    )
     flags = {"adapter": str(tmp_path / "a"), "reference": "adapter", "limit": 6, "pairs": pairs}
     for seed, name in enumerate(("x", "y")):
         torch.manual_seed(seed)
         train(model, tmp_path / name, **flags)
     weights = "adapter/adapter_model.safetensors"
     assert contents(tmp_path / "x")[weights] == contents(tmp_path / "y")[weights]
-    foreign_adapter(oracle, tmp_path / "a", 2, target_modules=PATTERN.format("q_proj"), r=3, lora_alpha=9)
-    refused(lambda: train(model, tmp_path / "x", resume=True, **flags), "--resume: pairs or model are not those")
+    foreign_adapter(
+        oracle, tmp_path / "a", 2, target_modules=PATTERN.format("q_proj"), r=3, lora_alpha=9
+    )
+    refused(
+        lambda: train(model, tmp_path / "x", resume=True, **flags),
+        "--resume: pairs or model are not those",
+    )

@@ -1,4 +1,5 @@
-"""AnyRes against transformers' LLaVA-NeXT: tiles to the last bit, packed features and their count."""
+"""AnyRes against transformers' LLaVA-NeXT: tiles to the last bit, packed features and their
+count."""
 
 import random
 from types import SimpleNamespace
@@ -12,15 +13,29 @@ from minialign.anyres import PINPOINTS, best_resolution, packing
 from minialign.images import ImageProcessor
 from minialign.masks import NEWLINE
 
-# Height, width, the best resolution, the kept grid and the number of image embeddings at 336 pixels, 14 per patch.
+# Height, width, the best resolution, the kept grid and the number of image embeddings at 336
+# pixels, 14 per patch.
 TABLE = [
-    (480, 640, (672, 672), (36, 48), 2340), (640, 480, (672, 672), (48, 36), 2352),
-    (336, 336, (336, 672), (24, 24), 1176), (427, 640, (672, 672), (32, 48), 2144),
-    (1024, 1024, (672, 672), (48, 48), 2928), (300, 1200, (336, 1008), (18, 72), 1890),
-    (333, 500, (336, 672), (24, 36), 1464), (1200, 200, (1008, 336), (72, 12), 1512),
-]  # fmt: skip
+    (480, 640, (672, 672), (36, 48), 2340),
+    (640, 480, (672, 672), (48, 36), 2352),
+    (336, 336, (336, 672), (24, 24), 1176),
+    (427, 640, (672, 672), (32, 48), 2144),
+    (1024, 1024, (672, 672), (48, 48), 2928),
+    (300, 1200, (336, 1008), (18, 72), 1890),
+    (333, 500, (336, 672), (24, 36), 1464),
+    (1200, 200, (1008, 336), (72, 12), 1512),
+]
 SIZES = [row[:2] for row in TABLE] + [
-    (1, 1), (1, 2000), (2000, 1), (337, 335), (673, 1009), (50, 49), (38, 38), (390, 288), (258, 688), (1079, 1920),
+    (1, 1),
+    (1, 2000),
+    (2000, 1),
+    (337, 335),
+    (673, 1009),
+    (50, 49),
+    (38, 38),
+    (390, 288),
+    (258, 688),
+    (1079, 1920),
 ]
 RANDOM = [tuple(random.Random(seed).randint(1, 1500) for _ in range(2)) for seed in range(12)]
 
@@ -55,10 +70,16 @@ def test_packing_equals_transformers(theirs, size):
     best = best_resolution(size)
     count = 1 + (best[0] // 336) * (best[1] // 336)
     features = torch.arange(count * 576.0).view(count, 576, 1)
-    config = SimpleNamespace(vision_config=SimpleNamespace(image_size=336, patch_size=14),
-                             image_grid_pinpoints=[list(p) for p in PINPOINTS])  # fmt: skip
+    config = SimpleNamespace(
+        vision_config=SimpleNamespace(image_size=336, patch_size=14),
+        image_grid_pinpoints=[list(p) for p in PINPOINTS],
+    )
     expected, lengths = theirs.model.LlavaNextModel.pack_image_features(
-        SimpleNamespace(config=config), [features], torch.tensor([size]), "default", torch.tensor([float(NEWLINE)])
+        SimpleNamespace(config=config),
+        [features],
+        torch.tensor([size]),
+        "default",
+        torch.tensor([float(NEWLINE)]),
     )
     patches, packed = packing(size, 336, 24)
     assert patches == 576 * count

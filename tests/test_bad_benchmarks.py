@@ -1,4 +1,5 @@
-"""Bad benchmark files and flags: one line that names the place and the remedy, exit code 2, nothing left in --out."""
+"""Bad benchmark files and flags: one line that names the place and the remedy, exit code 2, nothing
+left in --out."""
 
 import json
 import subprocess
@@ -28,7 +29,8 @@ SAID = captions([(1, "A cup.")])
 
 @pytest.fixture
 def ends(capsys, monkeypatch, tmp_path):
-    """Run it: it must end with exit code 2 and one line with these words in it, and leave only these files."""
+    """Run it: it must end with exit code 2 and one line with these words in it, and leave only
+    these files."""
 
     def call(argv: list, *words: str, left: tuple[str, ...] = ()) -> None:
         monkeypatch.setattr("sys.argv", ["evaluate", *map(str, argv)])
@@ -38,9 +40,13 @@ def ends(capsys, monkeypatch, tmp_path):
         shown = capsys.readouterr()
         assert caught.value.code == 2 and shown.out == ""
         said = [line for line in shown.err.splitlines() if line.startswith("error: ")]
-        assert len(said) == 1 and "Traceback" not in shown.err and shown.err.endswith(said[0] + "\n"), shown.err
+        assert (
+            len(said) == 1 and "Traceback" not in shown.err and shown.err.endswith(said[0] + "\n")
+        ), shown.err
         assert all(str(word) in said[0] for word in words), said[0]
-        assert ";" in said[0] or "at least" in said[0] or "64 bits" in said[0], f"no remedy: {said[0]}"
+        assert ";" in said[0] or "at least" in said[0] or "64 bits" in said[0], (
+            f"no remedy: {said[0]}"
+        )
         assert left_in(tmp_path / "runs") == list(left)
 
     return call
@@ -80,12 +86,24 @@ BAD_MMHAL = [
 
 
 BAD_PICTURES = [
-    ("pope", lines(pope_line(image="../secret.png")), "question q.json:1: image '../secret.png' leaves the folder"),
+    (
+        "pope",
+        lines(pope_line(image="../secret.png")),
+        "question q.json:1: image '../secret.png' leaves the folder",
+    ),
     ("pope", lines(pope_line(), pope_line(image="none.png")), "question q.json:2: image"),
     ("llava-bench", lines(bench_line(image="text.png")), "text.png: not a readable picture"),
-    ("mmhal", array(mmhal_item("none.jpg")), "none.jpg: no such file; names of pictures are below --images"),
+    (
+        "mmhal",
+        array(mmhal_item("none.jpg")),
+        "none.jpg: no such file; names of pictures are below --images",
+    ),
     ("mmhal", array(mmhal_item(image_src="a\0b")), "not a readable picture"),
-    ("mmhal", array(mmhal_item(image_src="https://example.org/", image_id="../secret")), "example.org: no such file"),
+    (
+        "mmhal",
+        array(mmhal_item(image_src="https://example.org/", image_id="../secret")),
+        "example.org: no such file",
+    ),
 ]
 
 
@@ -93,14 +111,32 @@ def flags_of(tmp_path, model: str, kind: str, data: bytes) -> list:
     images = photographs(tmp_path / "images")
     (images / "text.png").write_text("no picture")
     (tmp_path / "q.json").write_bytes(data)
-    return ["--model", model, "--benchmark", kind, "--data", tmp_path / "q.json", "--images", images,
-            "--out", "runs", "--workers", 0, "--max-new-tokens", 2]  # fmt: skip
+    return [
+        "--model",
+        model,
+        "--benchmark",
+        kind,
+        "--data",
+        tmp_path / "q.json",
+        "--images",
+        images,
+        "--out",
+        "runs",
+        "--workers",
+        0,
+        "--max-new-tokens",
+        2,
+    ]
 
 
-@pytest.mark.parametrize(("kind", "data", "said"), [
-    *(("pope", *row) for row in BAD_POPE), *(("llava-bench", *row) for row in BAD_BENCH),
-    *(("mmhal", *row) for row in BAD_MMHAL),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("kind", "data", "said"),
+    [
+        *(("pope", *row) for row in BAD_POPE),
+        *(("llava-bench", *row) for row in BAD_BENCH),
+        *(("mmhal", *row) for row in BAD_MMHAL),
+    ],
+)
 def test_bad_questions(model, tmp_path, ends, kind, data, said):
     ends(flags_of(tmp_path, model, kind, data), said, "q.json")
 
@@ -114,7 +150,12 @@ def test_what_is_no_data_at_all(model, tmp_path, ends, kind, data):
 @pytest.mark.parametrize(("kind", "data", "said"), BAD_PICTURES)
 def test_bad_pictures(model, tmp_path, ends, kind, data, said):
     """They are met on the way, in the first batch: the settings are there by then."""
-    ends(flags_of(tmp_path, model, kind, data), said, "or pass --skip-bad-records", left=("config.json",))
+    ends(
+        flags_of(tmp_path, model, kind, data),
+        said,
+        "or pass --skip-bad-records",
+        left=("config.json",),
+    )
 
 
 def without(raw: dict, name: str) -> dict:
@@ -127,15 +168,33 @@ BAD_COCO = [
     ({"instances": without(COCO, "images")}, "field 'images' must be a list"),
     ({"instances": COCO | {"annotations": {}}}, "field 'annotations' must be a list"),
     ({"instances": COCO | {"images": [5]}}, "images, record 1: field 'id' is missing"),
-    ({"instances": COCO | {"images": [{"id": "1", "file_name": "a"}]}}, "images, record 1: field 'id' is not a whole"),
+    (
+        {"instances": COCO | {"images": [{"id": "1", "file_name": "a"}]}},
+        "images, record 1: field 'id' is not a whole",
+    ),
     ({"instances": COCO | {"images": [{"id": 1}]}}, "field 'file_name' is missing"),
-    ({"instances": COCO | {"categories": [{"id": 10}]}}, "categories, record 1: field 'name' is missing"),
-    ({"instances": COCO | {"categories": [{"id": 10, "name": "yak"}]}}, "field 'name' is 'yak', which no line of"),
-    ({"instances": COCO | {"annotations": [{"image_id": 1, "category_id": 5}]}}, "field 'category_id' is 5, which is"),
-    ({"instances": COCO | {"annotations": [{"category_id": 10}]}}, "record 1: field 'image_id' is missing"),
+    (
+        {"instances": COCO | {"categories": [{"id": 10}]}},
+        "categories, record 1: field 'name' is missing",
+    ),
+    (
+        {"instances": COCO | {"categories": [{"id": 10, "name": "yak"}]}},
+        "field 'name' is 'yak', which no line of",
+    ),
+    (
+        {"instances": COCO | {"annotations": [{"image_id": 1, "category_id": 5}]}},
+        "field 'category_id' is 5, which is",
+    ),
+    (
+        {"instances": COCO | {"annotations": [{"category_id": 10}]}},
+        "record 1: field 'image_id' is missing",
+    ),
     ({"captions": []}, "captions.json: expected a JSON object"),
     ({"captions": {"annotations": []}}, "--captions", "field 'annotations' must be a list"),
-    ({"captions": captions([(1, "")])}, "captions.json, annotations, record 1: field 'caption' is empty"),
+    (
+        {"captions": captions([(1, "")])},
+        "captions.json, annotations, record 1: field 'caption' is empty",
+    ),
     ({"captions": captions([("1", "A cup.")])}, "field 'image_id' is not a whole number"),
     ({"captions": captions([(2, "A cup.")])}, "no caption of an image of"),
     ({"synonyms": "\n,\n"}, "synonyms.txt: no names in it"),
@@ -143,13 +202,22 @@ BAD_COCO = [
     ({"synonyms": b"\xff\xfe\x00"}, "synonyms.txt: not readable as text"),
     ({"instances": b"{"}, "instances.json: not readable as JSON"),
     ({"captions": b"\x00"}, "captions.json: not readable as JSON"),
-]  # fmt: skip
+]
 
 
 @pytest.mark.parametrize(("changes", "words"), [(row[0], row[1:]) for row in BAD_COCO], ids=str)
 def test_bad_coco_files(model, tmp_path, ends, changes, words):
     files = {"instances": COCO, "captions": SAID, "synonyms": "cup, mug"} | changes
-    argv = ["--model", model, "--benchmark", "chair", "--images", tmp_path, "--out", tmp_path / "runs" / "x"]
+    argv = [
+        "--model",
+        model,
+        "--benchmark",
+        "chair",
+        "--images",
+        tmp_path,
+        "--out",
+        tmp_path / "runs" / "x",
+    ]
     for name, value in files.items():
         path = tmp_path / f"{name}.{'txt' if name == 'synonyms' else 'json'}"
         raw = value if isinstance(value, bytes | str) else json.dumps(value)
@@ -161,25 +229,61 @@ def test_bad_coco_files(model, tmp_path, ends, changes, words):
 BAD_FLAGS = [
     (["--benchmark", "pope"], "--data is missing; --benchmark pope needs --data --images"),
     (["--benchmark", "pope", "--data", "q.json"], "--images is missing"),
-    (["--benchmark", "chair", "--data", "q", "--images", ".", "--captions", "c"], "--synonyms is missing"),
+    (
+        ["--benchmark", "chair", "--data", "q", "--images", ".", "--captions", "c"],
+        "--synonyms is missing",
+    ),
     (["--benchmark", "mmhal", "--images", "."], "--data is missing"),
     (["--captions", "c.json"], "--captions: not for --benchmark toy, only for chair; name one"),
-    (["--benchmark", "pope", "--captions", "c", "--data", "q", "--images", "."], "--captions: not for --benchmark"),
-    (["--benchmark", "pope", "--split", "test", "--data", "q", "--images", "."], "--split: not for --benchmark pope"),
-    (["--benchmark", "mmhal", "--seed", "0", "--data", "q", "--images", "."], "--seed: not for --benchmark mmhal"),
-    (["--out", "runs/x"], "--out: not for --benchmark toy"), (["--limit", "5"], "--limit: not for --benchmark toy"),
-    (["--skip-bad-records"], "--skip-bad-records: not for"), (["--max-new-tokens", "9"], "--max-new-tokens: not for"),
-    (["--images", "folder"], "--images folder: how many images"), (["--images", "0"], "--images 0:"),
+    (
+        ["--benchmark", "pope", "--captions", "c", "--data", "q", "--images", "."],
+        "--captions: not for --benchmark",
+    ),
+    (
+        ["--benchmark", "pope", "--split", "test", "--data", "q", "--images", "."],
+        "--split: not for --benchmark pope",
+    ),
+    (
+        ["--benchmark", "mmhal", "--seed", "0", "--data", "q", "--images", "."],
+        "--seed: not for --benchmark mmhal",
+    ),
+    (["--out", "runs/x"], "--out: not for --benchmark toy"),
+    (["--limit", "5"], "--limit: not for --benchmark toy"),
+    (["--skip-bad-records"], "--skip-bad-records: not for"),
+    (["--max-new-tokens", "9"], "--max-new-tokens: not for"),
+    (["--images", "folder"], "--images folder: how many images"),
+    (["--images", "0"], "--images 0:"),
     (["--benchmark", "pope", "--data", "q", "--images", "none"], "--images none: no such folder"),
     (["--benchmark", "pope", "--data", "none", "--images", "."], "--data none: no such file"),
-    (["--benchmark", "pope", "--data", ".", "--images", "."], "for the random setting there is no file"),
+    (
+        ["--benchmark", "pope", "--data", ".", "--images", "."],
+        "for the random setting there is no file",
+    ),
     (["--benchmark", "mmhal", "--data", ".", "--images", "."], "not readable"),
-    (["--benchmark", "pope", "--data", "good.json", "--images", ".", "--limit", "0"], "--limit 0: at least 1"),
-    (["--benchmark", "pope", "--data", "good.json", "--images", ".", "--workers=-1"], "--workers -1: at least 0"),
-    (["--benchmark", "pope", "--data", "good.json", "--images", ".", "--batch-size", "0"], "--batch-size 0: at least"),
-    (["--benchmark", "pope", "--data", "good.json", "--images", ".", "--max-new-tokens", "0"], "--max-new-tokens 0:"),
-    (["--benchmark", "pope", "--data", "good.json", "--images", ".", "--out", "good.json"], "good.json: is a file"),
-    (["--benchmark", "pope", "--data", "good.json", "--images", ".", "--adapter", "none"], "adapter_config.json"),
+    (
+        ["--benchmark", "pope", "--data", "good.json", "--images", ".", "--limit", "0"],
+        "--limit 0: at least 1",
+    ),
+    (
+        ["--benchmark", "pope", "--data", "good.json", "--images", ".", "--workers=-1"],
+        "--workers -1: at least 0",
+    ),
+    (
+        ["--benchmark", "pope", "--data", "good.json", "--images", ".", "--batch-size", "0"],
+        "--batch-size 0: at least",
+    ),
+    (
+        ["--benchmark", "pope", "--data", "good.json", "--images", ".", "--max-new-tokens", "0"],
+        "--max-new-tokens 0:",
+    ),
+    (
+        ["--benchmark", "pope", "--data", "good.json", "--images", ".", "--out", "good.json"],
+        "good.json: is a file",
+    ),
+    (
+        ["--benchmark", "pope", "--data", "good.json", "--images", ".", "--adapter", "none"],
+        "adapter_config.json",
+    ),
     (["--benchmark", "pope", "--data", "good.json", "--images", ".", "--model", "none"], "none"),
 ]
 
@@ -190,10 +294,14 @@ def test_bad_flags(tmp_path, ends, argv, said):
     ends(argv, said)
 
 
-@pytest.mark.parametrize(("change", "said"), [
-    ({"--question": " "}, "--question is empty"), ({"--seed": 2**70}, "a number of 64 bits"),
-    ({"--synonyms": "none.txt"}, "--synonyms none.txt: no such file"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        ({"--question": " "}, "--question is empty"),
+        ({"--seed": 2**70}, "a number of 64 bits"),
+        ({"--synonyms": "none.txt"}, "--synonyms none.txt: no such file"),
+    ],
+)
 def test_bad_flags_of_chair(tmp_path, ends, change, said):
     argv = ["--benchmark", "chair", *chair_photographs(tmp_path / "coco"), "--images", tmp_path]
     ends([*argv, *(word for pair in change.items() for word in pair)], said)
@@ -203,12 +311,30 @@ def test_no_picture_at_all(model, tmp_path):
     """As a user runs it: one line and exit code 2, and the settings alone are left."""
     data, empty = pope_photographs(tmp_path / "q.json"), tmp_path / "empty"
     empty.mkdir()
-    argv = ["--model", model, "--benchmark", "pope", "--data", data, "--images", empty, "--out", tmp_path / "out",
-            "--workers", 2, "--skip-bad-records"]  # fmt: skip
+    argv = [
+        "--model",
+        model,
+        "--benchmark",
+        "pope",
+        "--data",
+        data,
+        "--images",
+        empty,
+        "--out",
+        tmp_path / "out",
+        "--workers",
+        2,
+        "--skip-bad-records",
+    ]
     command = [sys.executable, "-m", "minialign.evaluate", *map(str, argv)]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     assert done.returncode == 2 and done.stdout == "" and "Traceback" not in done.stderr
-    assert done.stderr.splitlines()[-1].startswith(f"error: --images {empty}: no picture could be read")
+    assert done.stderr.splitlines()[-1].startswith(
+        f"error: --images {empty}: no picture could be read"
+    )
     done = subprocess.run(command[:-1], capture_output=True, text=True, check=False)
-    assert done.returncode == 2 and f"question q.json:1: image {empty}/{NAMES[0]}: no such file" in done.stderr
+    assert (
+        done.returncode == 2
+        and f"question q.json:1: image {empty}/{NAMES[0]}: no such file" in done.stderr
+    )
     assert left_in(tmp_path / "out") == ["config.json"]

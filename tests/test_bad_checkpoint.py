@@ -1,4 +1,5 @@
-"""Bad model folders are refused by name: tensors that are not right, pickle, broken JSON, what we do not know."""
+"""Bad model folders are refused by name: tensors that are not right, pickle, broken JSON, what we
+do not know."""
 
 import pytest
 import torch
@@ -7,7 +8,13 @@ from llava_folders import edit_json, laid_out, replace_weights
 
 from minialign.checkpoint import TOY, load_model, resolve_model
 
-TENSORS = ["lm_head.weight", "layers.1.self_attn.k_proj.weight", "linear_2.bias", "class_embedding", "norm.weight"]
+TENSORS = [
+    "lm_head.weight",
+    "layers.1.self_attn.k_proj.weight",
+    "linear_2.bias",
+    "class_embedding",
+    "norm.weight",
+]
 
 
 def pick(state: dict, tail: str) -> str:
@@ -22,14 +29,25 @@ def test_missing_tensor(llava_folder, llava_state, layout, tail):
     key = pick(llava_state, tail)
     del state[list(state)[list(llava_state).index(key)]]
     replace_weights(llava_folder, state)
-    message = refused(lambda: load_model(llava_folder), llava_folder, f"missing tensors: {key.removeprefix('model.')};")
+    message = refused(
+        lambda: load_model(llava_folder),
+        llava_folder,
+        f"missing tensors: {key.removeprefix('model.')};",
+    )
     assert "unexpected tensors" not in message
 
 
-@pytest.mark.parametrize("extra", ["model.image_newline", "vision_tower.vision_model.head.weight", "adapter.lora_A"])
+@pytest.mark.parametrize(
+    "extra", ["model.image_newline", "vision_tower.vision_model.head.weight", "adapter.lora_A"]
+)
 def test_unexpected_tensor(llava_folder, llava_state, extra):
     replace_weights(llava_folder, laid_out(llava_state, "hub") | {extra: torch.zeros(3)})
-    message = refused(lambda: load_model(llava_folder), llava_folder, "unexpected tensors: ", extra.split("model.")[-1])
+    message = refused(
+        lambda: load_model(llava_folder),
+        llava_folder,
+        "unexpected tensors: ",
+        extra.split("model.")[-1],
+    )
     assert "missing tensors" not in message
 
 
@@ -40,19 +58,25 @@ def test_wrongly_shaped_tensor(llava_folder, llava_state, tail):
     wrong = torch.zeros(right.shape[0] + 1, *right.shape[1:])
     replace_weights(llava_folder, llava_state | {key: wrong})
     name, *shapes = key.removeprefix("model."), str(list(wrong.shape)), str(list(right.shape))
-    refused(lambda: load_model(llava_folder), llava_folder, f"{name} has shape {shapes[0]}", shapes[1])
+    refused(
+        lambda: load_model(llava_folder), llava_folder, f"{name} has shape {shapes[0]}", shapes[1]
+    )
 
 
 def test_many_problems_are_still_one_short_line(llava_folder, llava_state):
     replace_weights(llava_folder, {"x.y": torch.zeros(1)})
-    message = refused(lambda: load_model(llava_folder), "missing tensors: ", "more", "unexpected tensors: x.y")
+    message = refused(
+        lambda: load_model(llava_folder), "missing tensors: ", "more", "unexpected tensors: x.y"
+    )
     assert len(message) < 1500
 
 
 def test_no_embedding_in_a_tied_folder(llava_folder, llava_state):
     edit_json(llava_folder / "config.json", lambda raw: raw.update(tie_word_embeddings=True))
     gone = ("embed_tokens.weight", "lm_head.weight")
-    replace_weights(llava_folder, {key: value for key, value in llava_state.items() if not key.endswith(gone)})
+    replace_weights(
+        llava_folder, {key: value for key, value in llava_state.items() if not key.endswith(gone)}
+    )
     message = "missing tensors: language_model.embed_tokens.weight;"
     refused(lambda: load_model(llava_folder), llava_folder, message)
 
@@ -61,7 +85,12 @@ def test_no_embedding_in_a_tied_folder(llava_folder, llava_state):
 def test_pickle_is_never_loaded(llava_folder, name):
     (llava_folder / "model.safetensors").unlink()
     (llava_folder / name).write_bytes(b"\x80\x02.")
-    refused(lambda: load_model(llava_folder), llava_folder, "pickle weights", "convert them to safetensors")
+    refused(
+        lambda: load_model(llava_folder),
+        llava_folder,
+        "pickle weights",
+        "convert them to safetensors",
+    )
 
 
 def test_no_weights(llava_folder):
@@ -88,7 +117,9 @@ def test_no_config(llava_folder):
     refused(lambda: load_model(llava_folder), llava_folder / "config.json", "no such file")
 
 
-@pytest.mark.parametrize("text", ["", "{", '{"model_type": "llava",}', "[]", '"llava"', "null", "\x00"])
+@pytest.mark.parametrize(
+    "text", ["", "{", '{"model_type": "llava",}', "[]", '"llava"', "null", "\x00"]
+)
 @pytest.mark.parametrize("name", ["config.json", "model.safetensors.index.json"])
 def test_broken_json(llava_folder, name, text):
     (llava_folder / name).write_text(text)
@@ -103,7 +134,12 @@ def test_config_that_is_no_text(llava_folder):
 @pytest.mark.parametrize("kind", ["llama", "qwen2_vl", "", None])
 def test_wrong_model_type(llava_folder, kind):
     edit_json(llava_folder / "config.json", lambda raw: raw.update(model_type=kind))
-    refused(lambda: load_model(llava_folder), llava_folder / "config.json", f"model_type is {kind!r}", "only 'llava'")
+    refused(
+        lambda: load_model(llava_folder),
+        llava_folder / "config.json",
+        f"model_type is {kind!r}",
+        "only 'llava'",
+    )
     edit_json(llava_folder / "config.json", lambda raw: raw.pop("model_type"))
     refused(lambda: load_model(llava_folder), llava_folder / "config.json", "model_type is None")
 

@@ -1,4 +1,5 @@
-"""Malformed config.json, preprocessor_config.json and tokenizer.json: one line that names file and field."""
+"""Malformed config.json, preprocessor_config.json and tokenizer.json: one line that names file and
+field."""
 
 import json
 import shutil
@@ -16,7 +17,11 @@ CASES = [
     (PREPROCESSOR, {"crop_size": {"shortest_edge": 96}}, "crop_size"),
     (PREPROCESSOR, {"crop_size": "96", "size": "96"}, "crop_size"),
     (PREPROCESSOR, {"crop_size": {"height": 96, "width": 90}}, "crop_size"),
-    (PREPROCESSOR, {"crop_size": 64, "size": 64}, "crop_size 64, but the tower of config.json takes 96"),
+    (
+        PREPROCESSOR,
+        {"crop_size": 64, "size": 64},
+        "crop_size 64, but the tower of config.json takes 96",
+    ),
     (PREPROCESSOR, {"do_normalize": False}, "do_normalize"),
     (PREPROCESSOR, {"do_center_crop": False}, "do_center_crop"),
     (PREPROCESSOR, {"resample": 2}, "resample"),
@@ -46,7 +51,9 @@ def test_malformed_files_are_refused(tmp_path, name, changes, field):
         nested = isinstance(value, dict) and key.endswith("_config")
         raw[key] = raw[key] | value if nested else value
     (folder / name).write_text(json.dumps(raw), encoding="utf-8")
-    reader = Tokenizer.from_folder if "minialign_template" in changes else READERS.get(name, read_config)
+    reader = (
+        Tokenizer.from_folder if "minialign_template" in changes else READERS.get(name, read_config)
+    )
     refused(lambda: reader(folder), field, name)
 
 

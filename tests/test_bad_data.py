@@ -1,9 +1,21 @@
-"""Bad records and pairs end in one line that names file, place and remedy, and leave nothing in --out."""
+"""Bad records and pairs end in one line that names file, place and remedy, and leave nothing in
+--out."""
 
 import math
 
 import pytest
-from input_files import MESSAGE, array, gives_remedy, instruct, left_in, lines, pair, sample, talk, train
+from input_files import (
+    MESSAGE,
+    array,
+    gives_remedy,
+    instruct,
+    left_in,
+    lines,
+    pair,
+    sample,
+    talk,
+    train,
+)
 
 DEEP, LONG_NUMBER = "[" * 100_000, "1" * 5000
 # What is no data at all, for both readers: bytes, and what the message says of them.
@@ -17,7 +29,10 @@ NO_DATA = [
     (LONG_NUMBER.encode(), "line 1: not JSON"),
     (b"5", "expected a JSON"),
     (b'"text"', "line 1: expected a JSON object"),
-    (b'{"id": 1, "picture": "a.png"}', r"fields id, picture are of no known format .*; give one of these"),
+    (
+        b'{"id": 1, "picture": "a.png"}',
+        r"fields id, picture are of no known format .*; give one of these",
+    ),
     (b"null", "expected a JSON"),
 ]
 BAD_INSTRUCT = [
@@ -34,14 +49,29 @@ BAD_INSTRUCT = [
     (array(instruct(conversations=talk(("human", "Q")))), "a question and its answer"),
     (array(instruct(conversations=["Q", "A"])), "field 'value' is missing"),
     (array(instruct(conversations=talk(("human", "Q"), ("gpt", "")))), "field 'value' is empty"),
-    (array(instruct(conversations=talk(("human", "Q"), ("gpt", " \n\t")))), "field 'value' is empty"),
-    (array(instruct(conversations=talk(("human", "<image>\n"), ("gpt", "A")))), "field 'value' is empty"),
-    (array(instruct(conversations=talk(("human", "Q"), ("gpt", 7)))), "field 'value' is not a text"),
+    (
+        array(instruct(conversations=talk(("human", "Q"), ("gpt", " \n\t")))),
+        "field 'value' is empty",
+    ),
+    (
+        array(instruct(conversations=talk(("human", "<image>\n"), ("gpt", "A")))),
+        "field 'value' is empty",
+    ),
+    (
+        array(instruct(conversations=talk(("human", "Q"), ("gpt", 7)))),
+        "field 'value' is not a text",
+    ),
     (array(instruct(conversations=talk(("gpt", "A"), ("human", "Q")))), "turn 1 is from 'gpt'"),
     (array(instruct(conversations=talk(("human", "Q"), ("human", "Q")))), "turn 2 is from 'human'"),
     (array(instruct(conversations=talk(("human", "Q"), ("robot", "A")))), "turn 2 is from 'robot'"),
-    (array(instruct(conversations=talk(("human", "Q"), ("gpt", "A"), ("human", "Q")))), "end with an answer"),
-    (array(instruct(conversations=talk(("human", "Q"), ("gpt", "\ud800")))), "half a surrogate pair"),
+    (
+        array(instruct(conversations=talk(("human", "Q"), ("gpt", "A"), ("human", "Q")))),
+        "end with an answer",
+    ),
+    (
+        array(instruct(conversations=talk(("human", "Q"), ("gpt", "\ud800")))),
+        "half a surrogate pair",
+    ),
 ]
 BAD_PAIRS = [
     (lines(pair(0), pair(1)) + b'{"id": "2", "ima', "line 3: not JSON"),
@@ -58,7 +88,10 @@ BAD_PAIRS = [
     (lines(pair(prompt=None)), "field 'prompt' is missing"),
     (lines(pair(prompt=" ")), "field 'prompt' is empty"),
     (lines(pair(prompt=[])), "field 'prompt' must end with the user's"),
-    (lines(pair(prompt=[MESSAGE, {"role": "assistant", "content": "A"}])), "field 'prompt' must end with the user's"),
+    (
+        lines(pair(prompt=[MESSAGE, {"role": "assistant", "content": "A"}])),
+        "field 'prompt' must end with the user's",
+    ),
     (lines(pair(prompt=[MESSAGE, MESSAGE, MESSAGE])), "turn 2 is from 'user'"),
     (lines(pair(prompt=[{"role": "user"}])), "field 'content' is missing"),
     (lines(pair(0), pair(1, chosen=None)), "line 2: field 'chosen' is missing"),
@@ -74,17 +107,28 @@ BAD_PAIRS = [
     (lines(pair(bdhs={"rho_th": math.nan})), "field 'bdhs.rho_th'"),
     (lines(pair(bdhs={"guided": "yes"})), "field 'bdhs.guided'"),
     (lines(pair(bdhs={"guided": 1})), "field 'bdhs.guided'"),
-    (lines(pair(bdhs={"noise_steps": -5})), "field 'bdhs.noise_steps' is -5, not between 0 and 1000"),
+    (
+        lines(pair(bdhs={"noise_steps": -5})),
+        "field 'bdhs.noise_steps' is -5, not between 0 and 1000",
+    ),
     (lines(pair(bdhs={"noise_steps": 10**12})), "field 'bdhs.noise_steps'"),
     (lines(pair(bdhs={"rho_th": 1.5})), "field 'bdhs.rho_th'"),
     (lines(pair(bdhs={"rho_th": 0.5, "mask_seed": True})), "field 'bdhs.mask_seed'"),
     (lines(pair(chosen="The same.", rejected="The same.")), "no usable record"),
-    (lines(pair(chosen="A cup. " * 300)), "line 1: a response of .* longer than --max-response-tokens 512"),
-    (lines(pair(images=["elsewhere.png"])), "line 1: image 'elsewhere.png' is not in the embedded world"),
+    (
+        lines(pair(chosen="A cup. " * 300)),
+        "line 1: a response of .* longer than --max-response-tokens 512",
+    ),
+    (
+        lines(pair(images=["elsewhere.png"])),
+        "line 1: image 'elsewhere.png' is not in the embedded world",
+    ),
 ]
 
 
-@pytest.mark.parametrize("data,match", NO_DATA + BAD_INSTRUCT, ids=range(len(NO_DATA + BAD_INSTRUCT)))
+@pytest.mark.parametrize(
+    "data,match", NO_DATA + BAD_INSTRUCT, ids=range(len(NO_DATA + BAD_INSTRUCT))
+)
 def test_bad_records(model, tmp_path, data, match):
     path, out = tmp_path / "data.json", tmp_path / "out"
     path.write_bytes(data)

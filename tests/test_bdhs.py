@@ -20,7 +20,9 @@ def examples(count: int, first: int = 0) -> list[Example]:
     """Records of the embedded world with their pictures."""
     found = []
     for raw in toyworld.alignment_records(count, "validation", first):
-        question, answer = (turn["value"].removeprefix("<image>\n") for turn in raw["conversations"])
+        question, answer = (
+            turn["value"].removeprefix("<image>\n") for turn in raw["conversations"]
+        )
         picture = toyworld.picture(toyworld.scene_of(raw["image"]))
         found.append(Example(raw["id"], picture, [("user", question)], answer))
     return found
@@ -49,7 +51,11 @@ def calls(monkeypatch) -> list[SimpleNamespace]:
 
     def spy(model, sequences, features, sampling, stops, seeds, pad_id):
         done = generate(model, sequences, features, sampling, stops, seeds, pad_id)
-        seen.append(SimpleNamespace(sequences=sequences, features=features, stops=stops, seeds=seeds, done=done))
+        seen.append(
+            SimpleNamespace(
+                sequences=sequences, features=features, stops=stops, seeds=seeds, done=done
+            )
+        )
         return done
 
     monkeypatch.setattr(minialign.bdhs, "generate", spy)
@@ -59,7 +65,8 @@ def calls(monkeypatch) -> list[SimpleNamespace]:
 @pytest.mark.parametrize(("rho_th", "seed"), [(0.0, 1), (0.5, 2), (0.7, 3), (0.99, 4), (1.0, 5)])
 @pytest.mark.parametrize("make", [toy_model, random_toy])
 def test_branches_equal_one_sentence_at_a_time(calls, make, rho_th, seed):
-    """The plain Eq. 7: hidden image tokens masked but not dropped, prompt, true earlier sentences, kept part."""
+    """The plain Eq. 7: hidden image tokens masked but not dropped, prompt, true earlier sentences,
+    kept part."""
     tokenizer, model, batch = toy_tokenizer(), make(), examples(4, 4 * seed)
     bdhs = sampler(model, rho_th=rho_th, seed=seed, n_bdhs=1, limit=20)
     results = bdhs.sample(batch)
@@ -71,7 +78,10 @@ def test_branches_equal_one_sentence_at_a_time(calls, make, rho_th, seed):
         visible = image_attention_mask(36, rho_th, torch.Generator().manual_seed(result.mask_seed))
         assert torch.equal(visible, bdhs.mask(result.mask_seed, 36))
         prompt, rng = tokenizer.prompt(example.turns), random.Random(result.mask_seed)
-        whole, seen = prompt + tokenizer.encode(example.chosen), max(branch.fork for branch in row.branches)
+        whole, seen = (
+            prompt + tokenizer.encode(example.chosen),
+            max(branch.fork for branch in row.branches),
+        )
         assert row.trunk == whole[:seen]  # y+ as it is, as far as a branch sees it
         parts = cuts(example.chosen, rng)
         assert len(parts) == len(done)
@@ -83,19 +93,26 @@ def test_branches_equal_one_sentence_at_a_time(calls, make, rho_th, seed):
         assert result.rejected == join([cut for _, cut in parts], done, tokenizer)
 
 
-# Iterations --------------------------------------------------------------------------------------------------
+# Iterations
+# --------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("temperature", [0.0, 1.0])
 @pytest.mark.parametrize("make", [toy_model, random_toy])
 def test_pairs_do_not_depend_on_the_batch(make, temperature):
-    """The number of iterations differs from example to example, so that batches shrink differently."""
+    """The number of iterations differs from example to example, so that batches shrink
+    differently."""
 
     def similarity(texts, references):
-        return [len(set(text.split()) & set(ref.split())) / 10 for text, ref in zip(texts, references, strict=True)]
+        return [
+            len(set(text.split()) & set(ref.split())) / 10
+            for text, ref in zip(texts, references, strict=True)
+        ]
 
     batch = examples(6)
-    bdhs = sampler(make(), similarity, temperature=temperature, rho_th=0.7, n_bdhs=3, eps_s=0.6, seed=1)
+    bdhs = sampler(
+        make(), similarity, temperature=temperature, rho_th=0.7, n_bdhs=3, eps_s=0.6, seed=1
+    )
     together = bdhs.sample(batch)
     assert [bdhs.sample([example])[0] for example in batch] == together
     assert bdhs.sample(batch[::-1])[::-1] == together
@@ -106,7 +123,8 @@ def test_pairs_do_not_depend_on_the_batch(make, temperature):
 
 
 def test_only_too_similar_responses_are_sampled_again(calls):
-    """Similarities by script: the examples are done after 1, 3, 2 and (never different) all 4 iterations."""
+    """Similarities by script: the examples are done after 1, 3, 2 and (never different) all 4
+    iterations."""
     batch, asked = examples(4), []
     script = {
         batch[0].chosen: [0.96],
@@ -134,7 +152,8 @@ def test_only_too_similar_responses_are_sampled_again(calls):
 
 
 def test_what_the_limit_cuts_off_is_sampled_again(calls):
-    """With room for one token a sentence ends by itself only where the full stop is all that is missing."""
+    """With room for one token a sentence ends by itself only where the full stop is all that is
+    missing."""
     batch = examples(4)
     results = sampler(limit=1, n_bdhs=3, rho_th=0.7).sample(batch)
     assert [len(call.sequences) for call in calls] == [4, 4, 4]
@@ -145,7 +164,9 @@ def test_what_the_limit_cuts_off_is_sampled_again(calls):
 
 def test_an_empty_response_is_sampled_again(monkeypatch):
     texts = iter([["", "a."], ["b."]])
-    monkeypatch.setattr(Bdhs, "iterate", lambda self, part, i, guided, *rest: (next(texts), [False] * len(part)))
+    monkeypatch.setattr(
+        Bdhs, "iterate", lambda self, part, i, guided, *rest: (next(texts), [False] * len(part))
+    )
     results = sampler(n_bdhs=5).sample(examples(2))
     assert [(r.rejected, r.iterations) for r in results] == [("b.", 2), ("a.", 1)]
 
@@ -158,11 +179,17 @@ def test_the_last_iteration_is_unguided_and_final(calls, n_bdhs):
     assert all(r.iterations == n_bdhs and r.similarity == 1.0 and not r.guided for r in results)
     for call in calls[:-1]:
         assert call.stops == full_stop_ids(tokenizer)
-        assert [len(row.branches) for row in call.sequences] == [len(split_sentences(e.chosen)) for e in batch]
-    for example, result, row, [done] in zip(batch, results, calls[-1].sequences, calls[-1].done, strict=True):
+        assert [len(row.branches) for row in call.sequences] == [
+            len(split_sentences(e.chosen)) for e in batch
+        ]
+    for example, result, row, [done] in zip(
+        batch, results, calls[-1].sequences, calls[-1].done, strict=True
+    ):
         assert row.trunk == tokenizer.prompt(example.turns)  # y+ is not there
         assert [b.ids for b in row.branches] == [[]]
-        assert torch.equal(row.image_visible, sampler(rho_th=0.7).mask(result.mask_seed, 36))  # the mask still is
+        assert torch.equal(
+            row.image_visible, sampler(rho_th=0.7).mask(result.mask_seed, 36)
+        )  # the mask still is
         assert result.rejected == tokenizer.decode(done.ids).strip()
     assert calls[-1].stops == {tokenizer.eos_id}  # a whole response, not a sentence
 
@@ -171,21 +198,28 @@ def test_one_iteration_is_guided(calls):
     batch = examples(3)
     results = sampler(similarity=always, rho_th=0.7, n_bdhs=1).sample(batch)
     assert [(r.iterations, r.guided) for r in results] == [(1, True)] * 3
-    assert [len(row.branches) for row in calls[0].sequences] == [len(split_sentences(e.chosen)) for e in batch]
+    assert [len(row.branches) for row in calls[0].sequences] == [
+        len(split_sentences(e.chosen)) for e in batch
+    ]
 
 
 @pytest.mark.parametrize("n_bdhs", [1, 3])
 def test_without_guidance_every_iteration_is_unguided(calls, n_bdhs):
-    results = sampler(similarity=always, rho_th=0.7, n_bdhs=n_bdhs, guided=False).sample(examples(2))
+    results = sampler(similarity=always, rho_th=0.7, n_bdhs=n_bdhs, guided=False).sample(
+        examples(2)
+    )
     assert not any(r.guided for r in results) and len(calls) == n_bdhs
     assert all(len(row.branches) == 1 for call in calls for row in call.sequences)
 
 
-# What hides the picture --------------------------------------------------------------------------------------
+# What hides the picture
+# --------------------------------------------------------------------------------------
 
 
 def with_pictures_of(batch: list[Example], others: list[Example]) -> list[Example]:
-    return [replace(example, image=other.image) for example, other in zip(batch, others, strict=True)]
+    return [
+        replace(example, image=other.image) for example, other in zip(batch, others, strict=True)
+    ]
 
 
 def all_logps(call) -> torch.Tensor:
@@ -198,7 +232,9 @@ def all_logps(call) -> torch.Tensor:
 def test_rho_one_hides_the_whole_picture(calls, guided, temperature):
     batch, others = examples(4), examples(4, 10)
     for rho_th, same in ((1.0, True), (0.5, False)):
-        bdhs = sampler(random_toy(), temperature=temperature, rho_th=rho_th, n_bdhs=1, guided=guided)
+        bdhs = sampler(
+            random_toy(), temperature=temperature, rho_th=rho_th, n_bdhs=1, guided=guided
+        )
         first, second = bdhs.sample(batch), bdhs.sample(with_pictures_of(batch, others))
         assert (first == second) or not same
         assert (worst(all_logps(calls[-1]), all_logps(calls[-2])) == 0) == same
@@ -219,7 +255,9 @@ def test_noise_is_another_way_to_blur_the_picture(calls, noise_steps):
     assert worst(all_logps(noisy), all_logps(other)) > 1e-3  # the picture still shows
     assert worst(all_logps(noisy), all_logps(clean)) > 1e-3  # blurred
     assert all(row.image_visible.all() for row in noisy.sequences)
-    for i, (example, result) in enumerate(zip(batch, first, strict=True)):  # Eq. 9 on the raw picture
+    for i, (example, result) in enumerate(
+        zip(batch, first, strict=True)
+    ):  # Eq. 9 on the raw picture
         picture = noise_of_seed(example.image, noise_steps, result.mask_seed)
         features = random_toy().encode_images(toy_processor()(picture))
         assert worst(features[0], noisy.features[i]) < 1e-4
@@ -229,7 +267,11 @@ def test_noise_is_another_way_to_blur_the_picture(calls, noise_steps):
 def test_masks_follow_from_example_and_iteration(rho_th):
     """Over many examples a share of rho_th is hidden; id, iteration and seed all matter."""
     bdhs, example = sampler(rho_th=rho_th, seed=3), examples(1)[0]
-    seeds = [bdhs.mask_seed(replace(example, id=f"x{i}"), iteration) for i in range(150) for iteration in (1, 2)]
+    seeds = [
+        bdhs.mask_seed(replace(example, id=f"x{i}"), iteration)
+        for i in range(150)
+        for iteration in (1, 2)
+    ]
     assert len(set(seeds)) == 300
     assert sampler(rho_th=rho_th, seed=4).mask_seed(replace(example, id="x0"), 1) != seeds[0]
     hidden = torch.stack([~bdhs.mask(seed, 36) for seed in seeds]).float().mean().item()

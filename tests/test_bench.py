@@ -1,4 +1,5 @@
-"""The bench: its numbers by hand and by torch's own counter, its rows at the smallest size, other work is noticed."""
+"""The bench: its numbers by hand and by torch's own counter, its rows at the smallest size, other
+work is noticed."""
 
 import copy
 import json
@@ -27,10 +28,20 @@ from tests.bench.row import WORK  # noqa: E402
 from tests.bench.rows import Facts, ending  # noqa: E402
 
 SMALL = sizes.Size(
-    "small", "cpu", "float32", sizes.text_config(579, 48, 64, 2, 3), sizes.vision_config(24, 3, 2, 4),
-    lora_rank=2, question_words=3, sentence_tokens=4, examples=2, new_tokens=6, repeats=2,
-    loaded=sizes.text_config(579, 48, 64, 2, 3), shard="100KB",
-)  # fmt: skip
+    "small",
+    "cpu",
+    "float32",
+    sizes.text_config(579, 48, 64, 2, 3),
+    sizes.vision_config(24, 3, 2, 4),
+    lora_rank=2,
+    question_words=3,
+    sentence_tokens=4,
+    examples=2,
+    new_tokens=6,
+    repeats=2,
+    loaded=sizes.text_config(579, 48, 64, 2, 3),
+    shard="100KB",
+)
 
 
 @pytest.fixture(scope="module")
@@ -45,7 +56,8 @@ def steps(folder):
     return dpo.make_sides(SMALL, folder)
 
 
-# Seconds and bytes ---------------------------------------------------------------------------------------------
+# Seconds and bytes
+# ---------------------------------------------------------------------------------------------
 
 
 def test_the_sides_take_turns(monkeypatch):
@@ -75,17 +87,26 @@ def test_the_peak_is_what_is_held_at_a_time(seed):
 
 
 def test_ratios_are_the_peers_over_ours():
-    row = timing.compared("work", "checked", timing.Side(2.0, 100, 50), timing.Side(3.0, 400, 50), tokens=7)
-    assert (row["time_ratio"], row["memory_ratio"], row["with_model_ratio"], row["tokens"]) == (1.5, 4.0, 3.0, 7)
+    row = timing.compared(
+        "work", "checked", timing.Side(2.0, 100, 50), timing.Side(3.0, 400, 50), tokens=7
+    )
+    assert (row["time_ratio"], row["memory_ratio"], row["with_model_ratio"], row["tokens"]) == (
+        1.5,
+        4.0,
+        3.0,
+        7,
+    )
 
 
-# Near to the GPU's limits --------------------------------------------------------------------------------------
+# Near to the GPU's limits
+# --------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("seed", range(4))
 @pytest.mark.parametrize("reference", [True, False])
 def test_flops_of_a_step(seed, reference):
-    """torch counts the matrix multiplications of a real step; attention, by hand, is what is left."""
+    """torch counts the matrix multiplications of a real step; attention, by hand, is what is
+    left."""
     rng, model = random.Random(seed), copy.deepcopy(random_model(seed))
     add_adapters(model, rng.randrange(1, 5), 2.0)
     prompt, long, short = (rng.randrange(1, 9) for _ in range(3))
@@ -94,16 +115,32 @@ def test_flops_of_a_step(seed, reference):
     tree = build_tree([Sequence(trunk, branches, 9)], IMAGE, 0)
     with FlopCounterMode(display=False) as counter:
         features = model.encode_images(torch.rand(1, 3, 12, 12))
-        logps, ref = both_logps(model, tree, features) if reference else [branch_logps(model, tree, features)] * 2
+        logps, ref = (
+            both_logps(model, tree, features)
+            if reference
+            else [branch_logps(model, tree, features)] * 2
+        )
         preference_loss(logps, ref.detach(), "dpo", 0.1, torch.ones(1)).backward()
-    counted = sum(n for op, n in counter.get_flop_counts()["Global"].items() if str(op) in ("aten.mm", "aten.addmm"))
+    counted = sum(
+        n
+        for op, n in counter.get_flop_counts()["Global"].items()
+        if str(op) in ("aten.mm", "aten.addmm")
+    )
 
     text, vision, first = model.config.text, model.config.vision, 9 + prompt
     pairs = first * (first + 1) // 2 + sum(n * first + n * (n + 1) // 2 for n in (long, short))
-    attention = (16 if reference else 12) * text.num_attention_heads * text.head_dim * pairs * text.num_hidden_layers
+    attention = (
+        (16 if reference else 12)
+        * text.num_attention_heads
+        * text.head_dim
+        * pairs
+        * text.num_hidden_layers
+    )
     blocks = vision.num_hidden_layers - 1
     attention += 4 * vision.hidden_size * 10 * 10 * blocks  # 9 patches and the class token
-    again = 2 * model.lm_head.weight.numel() * (long + short)  # the backward pass computes the head's logits once more
+    again = (
+        2 * model.lm_head.weight.numel() * (long + short)
+    )  # the backward pass computes the head's logits once more
     assert roofline.dpo_flops(model, tree, 1, reference) == counted + attention - again
 
 
@@ -116,7 +153,8 @@ def test_padding_takes_no_flops():
 
 
 def test_bytes_of_decoding():
-    """Two rows of 10 and 20 trunk tokens with 2 and 1 branches, 3 steps, 2 layers of 4 heads of 8 in two bytes."""
+    """Two rows of 10 and 20 trunk tokens with 2 and 1 branches, 3 steps, 2 layers of 4 heads of 8
+    in two bytes."""
     config = LlamaConfig(num_hidden_layers=2, num_key_value_heads=4, head_dim=8)
     token = 2 * 2 * 4 * 8 * 2  # keys and values
     by_step = [1000 * 2 + token * (10 + 20) + token * (2 + 1) * t for t in (1, 2, 3)]
@@ -129,14 +167,25 @@ def test_shares_of_a_known_gpu(monkeypatch, name, share):
     assert roofline.utilisation(round(989e12), 2.0) == share
     model, sequences = random_model(1), [Sequence([5] * 4, [Branch([])])]
     needed = roofline.decoding_bytes(
-        sum(p.numel() for n, p in model.named_parameters() if "layers" in n and "proj" in n and "vision" not in n)
-        + model.lm_head.weight.numel(), model.config.text, 4, [(4, 1)], 5,
-    )  # fmt: skip
-    found = roofline.bandwidth_share(model, [replace(one, trunk=[5] * 5) for one in sequences], 5, needed / 3.35e12)
+        sum(
+            p.numel()
+            for n, p in model.named_parameters()
+            if "layers" in n and "proj" in n and "vision" not in n
+        )
+        + model.lm_head.weight.numel(),
+        model.config.text,
+        4,
+        [(4, 1)],
+        5,
+    )
+    found = roofline.bandwidth_share(
+        model, [replace(one, trunk=[5] * 5) for one in sequences], 5, needed / 3.35e12
+    )
     assert found == (None if share is None else pytest.approx(1.0))
 
 
-# The rows ------------------------------------------------------------------------------------------------------
+# The rows
+# ------------------------------------------------------------------------------------------------------
 
 
 @pytest.fixture(scope="module")
@@ -175,17 +224,17 @@ def test_the_whole_bench(tmp_path, monkeypatch, capsys):
     """Rows by processes of their own, of the size that the folder holds; a row that nobody knows
     fails alone, with its reason in the table. bench.json has its form."""
     monkeypatch.setitem(sizes.SIZES, "tiny", SMALL)
-    monkeypatch.setattr(
-        bench, "PROCESSES", (("online-bdhs-overhead",), ("nonsense",), ("load",))
-    )
+    monkeypatch.setattr(bench, "PROCESSES", (("online-bdhs-overhead",), ("nonsense",), ("load",)))
     bench.main(bench.Config(out=str(tmp_path / "bench.json")))
     found = json.loads((tmp_path / "bench.json").read_text())
     assert found["machine"]["versions"]["torch"] == torch.__version__
     assert found["size"]["name"] == "small"
     statuses = {name: row["status"] for name, row in found["rows"].items()}
     assert list(statuses.items()) == [
-        ("online-bdhs-overhead", "ok"), ("nonsense", "failed"), ("load", "ok")
-    ]  # fmt: skip
+        ("online-bdhs-overhead", "ok"),
+        ("nonsense", "failed"),
+        ("load", "ok"),
+    ]
     assert "--row nonsense" in found["rows"]["nonsense"]["error"]
     assert found["rows"]["load"]["time_ratio"] > 0 and found["rows"]["load"]["bytes"] > 0
     printed = capsys.readouterr().out
@@ -207,17 +256,28 @@ def test_the_peer_is_late(tmp_path, folder, monkeypatch):
 
 def test_texts_have_their_lengths(folder):
     tokenizer, size = models.load_ours(SMALL, folder)[1], replace(SMALL, sentence_tokens=9)
-    lengths = {len(tokenizer.response(size.answer(i, kind))) for i in range(20) for kind in ("chosen", "rejected")}
+    lengths = {
+        len(tokenizer.response(size.answer(i, kind)))
+        for i in range(20)
+        for kind in ("chosen", "rejected")
+    }
     assert lengths == {sizes.SENTENCES * 9}
     assert all(a != b for a, b in pairwise(size.answer(i, "chosen") for i in range(20)))
 
 
 def test_the_peer_stops_and_never_says_the_image_token(folder, monkeypatch):
-    """Both have a head that would say the image token often; a token of what they say instead is made a stop."""
+    """Both have a head that would say the image token often; a token of what they say instead is
+    made a stop."""
     (ours, *rest), peer = models.load_ours(SMALL, folder), models.load_peer(SMALL, folder)
     sequences, pixels = sampling.two_samples(SMALL, *rest)
-    sequences = [replace(one, branches=[Branch([100 + i]), Branch([200 + i])]) for i, one in enumerate(sequences)]
-    prompts, features = sampling.PeerBatch(peer, sequences, pixels), ours.encode_images(torch.cat(pixels))
+    sequences = [
+        replace(one, branches=[Branch([100 + i]), Branch([200 + i])])
+        for i, one in enumerate(sequences)
+    ]
+    prompts, features = (
+        sampling.PeerBatch(peer, sequences, pixels),
+        ours.encode_images(torch.cat(pixels)),
+    )
 
     def both(stops: set[int]) -> list[list[int]]:
         said = generate(ours, sequences, features, Sampling(8, 0.0), stops)
@@ -232,15 +292,24 @@ def test_the_peer_stops_and_never_says_the_image_token(folder, monkeypatch):
     assert both(set()) == [first, *others] and any(other[0] != first[0] for other in others)
     assert both({first[0]})[0] == first[:1]
     real, widths = peer.generate, []
-    monkeypatch.setattr(peer, "generate", lambda **inputs: widths.append((out := real(**inputs)).shape[1]) or out)
+    monkeypatch.setattr(
+        peer, "generate", lambda **inputs: widths.append((out := real(**inputs)).shape[1]) or out
+    )
     assert both({said[0] for said in (first, *others)}) == [said[:1] for said in (first, *others)]
     assert widths == [prompts.width + 1]  # it does not go on, either
 
 
 def test_no_gpu(monkeypatch, tmp_path):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    refused(lambda: bench.main(bench.Config("7b", str(tmp_path / "bench.json"))), "--size 7b", "GPU", "--size tiny")
-    refused(lambda: bench.main(bench.Config("tiny", str(tmp_path / "none" / "bench.json"))), "--out")
+    refused(
+        lambda: bench.main(bench.Config("7b", str(tmp_path / "bench.json"))),
+        "--size 7b",
+        "GPU",
+        "--size tiny",
+    )
+    refused(
+        lambda: bench.main(bench.Config("tiny", str(tmp_path / "none" / "bench.json"))), "--out"
+    )
 
 
 def test_frozen_weights_lie_in_memory_once(steps):
@@ -252,15 +321,18 @@ def test_frozen_weights_lie_in_memory_once(steps):
     assert all("lora_" not in n for n, p in peer.model.named_parameters() if n not in other)
 
 
-# Work that is not the same ---------------------------------------------------------------------------------------
+# Work that is not the same
+# ---------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("change", ["nothing", "adapters", "projector", "tokens"])
 def test_another_step_is_noticed(steps, change):
     ours, peer = steps
     trained = dict(ours.model.named_parameters())
-    name = {"adapters": "language_model.layers.1.mlp.up_proj.lora_B",
-            "projector": "multi_modal_projector.copy.linear_2.weight"}.get(change)  # fmt: skip
+    name = {
+        "adapters": "language_model.layers.1.mlp.up_proj.lora_B",
+        "projector": "multi_modal_projector.copy.linear_2.weight",
+    }.get(change)
     kept = None if name is None else trained[name].detach().clone()
     with torch.no_grad():
         if name is not None:
@@ -277,7 +349,8 @@ def test_another_step_is_noticed(steps, change):
 
 @pytest.mark.parametrize("change", ["nothing", "attention_mask", "position_ids", "pixel_values"])
 def test_other_tokens_are_noticed(folder, monkeypatch, change):
-    """The peer with the whole picture, with positions counted from the mask, or with another picture."""
+    """The peer with the whole picture, with positions counted from the mask, or with another
+    picture."""
     real = sampling.PeerBatch.generate
 
     def changed(self, limit: int, stops: set[int]) -> list[list[int]]:
@@ -292,7 +365,11 @@ def test_other_tokens_are_noticed(folder, monkeypatch, change):
     monkeypatch.setattr(sampling.PeerBatch, "generate", changed)
     size = replace(SMALL, sentence_tokens=12)
     sides = models.load_ours(size, folder), models.load_peer(size, folder)
-    with pytest.raises(AssertionError, match="other tokens") if change != "nothing" else nullcontext():
+    with (
+        pytest.raises(AssertionError, match="other tokens")
+        if change != "nothing"
+        else nullcontext()
+    ):
         ours, peer = sides
         sampling.compare(size, sampling.bdhs_work(size, ours), ours, peer)
 

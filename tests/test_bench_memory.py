@@ -1,4 +1,5 @@
-"""The formulas of memory against what is there: autograd's tensors, weights, shards, a process's peak."""
+"""The formulas of memory against what is there: autograd's tensors, weights, shards, a process's
+peak."""
 
 import copy
 import os
@@ -36,18 +37,25 @@ def rows_of(rng: random.Random, branches: int, low: int = 1, high: int = 30) -> 
     """One to three rows on a picture of 9 patches each."""
     return [
         Sequence(
-            [*random_ids(rng, rng.randrange(low, high)), IMAGE, *random_ids(rng, rng.randrange(low, high))],
-            [Branch(random_ids(rng, rng.randrange(low, high))) for _ in range(branches)], 9,
+            [
+                *random_ids(rng, rng.randrange(low, high)),
+                IMAGE,
+                *random_ids(rng, rng.randrange(low, high)),
+            ],
+            [Branch(random_ids(rng, rng.randrange(low, high))) for _ in range(branches)],
+            9,
         )
         for _ in range(rng.randrange(1, 4))
-    ]  # fmt: skip
+    ]
 
 
 def case(seed: int, dtype: torch.dtype, branches: int = 2, **lengths) -> tuple:
     """(model, tree, the tower's features) of a seed."""
     rng = random.Random(seed)
     model, rows = trained_model(seed, dtype, rng.randrange(1, 6)), rows_of(rng, branches, **lengths)
-    features = model.encode_images(torch.randn(len(rows), 3, 12, 12, generator=torch.Generator().manual_seed(seed)))
+    features = model.encode_images(
+        torch.randn(len(rows), 3, 12, 12, generator=torch.Generator().manual_seed(seed))
+    )
     return model, build_tree(rows, IMAGE, 0), features
 
 
@@ -58,12 +66,15 @@ def case(seed: int, dtype: torch.dtype, branches: int = 2, **lengths) -> tuple:
 @pytest.mark.parametrize("branches", [1, 2, 3])
 @pytest.mark.parametrize("seed", range(3))
 def test_what_autograd_keeps(monkeypatch, seed, branches, dtype):
-    """To the byte, padding and chunks of the logits included; one branch is plain causal and has no dense mask."""
+    """To the byte, padding and chunks of the logits included; one branch is plain causal and has no
+    dense mask."""
     monkeypatch.setattr(losses, "CHUNK", 5)
     model, tree, features = case(10 * seed + branches, dtype, branches)
     kept = memory.saved_bytes(model, lambda: branch_logps(model, tree, features))
     dense = 0 if branches == 1 else memory.dense_mask_bytes(model, tree)
-    assert (tree.mask is None) == (branches == 1) and kept == memory.activation_bytes(model, tree) + dense
+    assert (tree.mask is None) == (branches == 1) and kept == memory.activation_bytes(
+        model, tree
+    ) + dense
 
 
 @pytest.mark.parametrize("dtype", TYPES)
@@ -86,7 +97,8 @@ def test_what_autograd_keeps_with_recompute(seed, dtype):
 @pytest.mark.parametrize("recompute", [False, True])
 @pytest.mark.parametrize("seed", range(3))
 def test_peak_of_forward_and_backward(seed, recompute, dtype):
-    """Of torch's allocator, for one branch each, as a GPU has no dense mask: at most the formula, and near to it."""
+    """Of torch's allocator, for one branch each, as a GPU has no dense mask: at most the formula,
+    and near to it."""
     model, tree, features = case(seed, dtype, branches=1, low=150, high=200)
     wrap_layers(model, recompute, compile=False)
 
@@ -99,7 +111,9 @@ def test_peak_of_forward_and_backward(seed, recompute, dtype):
 
 
 @pytest.mark.parametrize("seed", range(3))
-def test_nothing_is_as_tall_as_the_sequence_and_as_wide_as_vocabulary_or_sequence(monkeypatch, seed):
+def test_nothing_is_as_tall_as_the_sequence_and_as_wide_as_vocabulary_or_sequence(
+    monkeypatch, seed
+):
     """Forward and backward, the mask left out; what is kept grows by as much with every token."""
     monkeypatch.setattr(losses, "CHUNK", 8)
     model, kept = trained_model(seed, torch.float32, vocab=1500), {}
@@ -113,7 +127,9 @@ def test_nothing_is_as_tall_as_the_sequence_and_as_wide_as_vocabulary_or_sequenc
         with memory.LargestTensor() as largest:
             branch_logps(model, tree, features).sum().backward()
         mask = memory.dense_mask_bytes(model, tree)
-        assert largest.bytes < 4 * min(width**2, scored * 1500) or largest.bytes == mask, largest.shape
+        assert largest.bytes < 4 * min(width**2, scored * 1500) or largest.bytes == mask, (
+            largest.shape
+        )
     (a, x), (b, y), (c, z) = kept.items()
     assert (y - x) * (c - b) == (z - y) * (b - a) > 0
 
@@ -124,19 +140,28 @@ def test_nothing_is_as_tall_as_the_sequence_and_as_wide_as_vocabulary_or_sequenc
 @pytest.mark.parametrize("dtype", TYPES)
 @pytest.mark.parametrize("seed", range(3))
 def test_weights_and_optimizer(seed, dtype):
-    """The model without data has the bytes of the real one; gradients and moments are those of the formula."""
+    """The model without data has the bytes of the real one; gradients and moments are those of the
+    formula."""
     model, tree, features = case(seed, dtype)
     rank = len(model.language_model.layers[0].mlp.up_proj.lora_A)
     shapes = memory.meta_model(model.config, dtype, rank)
     optimizer = make_optimizer(model, 1e-3, 1e-3)
     branch_logps(model, tree, features).sum().backward()
     trained = [p for p in model.parameters() if p.requires_grad]
-    assert memory.trained_bytes(shapes) == sum(p.nbytes for p in trained) == sum(p.grad.nbytes for p in trained)
-    assert memory.frozen_bytes(shapes) == sum(p.nbytes for p in model.parameters() if not p.requires_grad)
+    assert (
+        memory.trained_bytes(shapes)
+        == sum(p.nbytes for p in trained)
+        == sum(p.grad.nbytes for p in trained)
+    )
+    assert memory.frozen_bytes(shapes) == sum(
+        p.nbytes for p in model.parameters() if not p.requires_grad
+    )
     update(optimizer, 1.0, 1.0, 0.0, "step")
     state = [t for moments in optimizer.state.values() for t in moments.values() if t.dim() > 0]
     parts = memory.peak_parts(shapes, tree, 1, False)
-    assert parts["gradients and moments"] == sum(p.nbytes for p in trained) + sum(t.nbytes for t in state)
+    assert parts["gradients and moments"] == sum(p.nbytes for p in trained) + sum(
+        t.nbytes for t in state
+    )
     assert parts["weights"] == sum(p.nbytes for p in model.parameters()) and parts["gathered"] == 0
 
 
@@ -215,7 +240,10 @@ for response in (1200, 2600):
 def test_peak_of_a_process():
     """Resident memory at its highest in steps of some 100 and 200 MB, against the formula."""
     script = RSS.format(root=str(Path(__file__).resolve().parent.parent))
-    environment = os.environ | {"OMP_NUM_THREADS": "1", "MALLOC_MMAP_THRESHOLD_": "65536"}  # freed is given back
+    environment = os.environ | {
+        "OMP_NUM_THREADS": "1",
+        "MALLOC_MMAP_THRESHOLD_": "65536",
+    }  # freed is given back
     words = [sys.executable, "-c", script]
     done = subprocess.run(words, capture_output=True, text=True, check=True, env=environment)
     for peak, formula in (map(int, line.split()) for line in done.stdout.splitlines()):

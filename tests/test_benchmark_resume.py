@@ -1,4 +1,5 @@
-"""A killed evaluation goes on to the same bytes; answers of other settings are refused, and nothing is overwritten."""
+"""A killed evaluation goes on to the same bytes; answers of other settings are refused, and nothing
+is overwritten."""
 
 import json
 import random
@@ -28,11 +29,18 @@ def flags(model, tmp_path_factory):
     """{benchmark: the flags of a run on the photographs}."""
     folder = tmp_path_factory.mktemp("files")
     images = photographs(folder / "images")
-    write_lines(folder / "q.jsonl", [bench_line(n, image=NAMES[n % 4], text=f"What is {n}?") for n in range(7)])
+    write_lines(
+        folder / "q.jsonl",
+        [bench_line(n, image=NAMES[n % 4], text=f"What is {n}?") for n in range(7)],
+    )
     items = [mmhal_item(NAMES[n % 4], question=f"Where is {n}?") for n in range(5)]
     (folder / "m.json").write_text(json.dumps(items))
-    data = {"pope": ["--data", pope_photographs(folder / "pope.json")], "chair": chair_photographs(folder / "coco"),
-            "llava-bench": ["--data", folder / "q.jsonl"], "mmhal": ["--data", folder / "m.json"]}  # fmt: skip
+    data = {
+        "pope": ["--data", pope_photographs(folder / "pope.json")],
+        "chair": chair_photographs(folder / "coco"),
+        "llava-bench": ["--data", folder / "q.jsonl"],
+        "mmhal": ["--data", folder / "m.json"],
+    }
     common = ("--model", model, "--images", images, "--max-new-tokens", 6)
     return {kind: [*common, "--benchmark", kind, *data[kind]] for kind in KINDS}
 
@@ -73,11 +81,15 @@ def test_killed_at_each_batch(flags, undisturbed, tmp_path, monkeypatch, kind, b
         run(*flags[kind], "--out", tmp_path / "out", "--batch-size", 1)
     assert not (tmp_path / "out" / "result.json").exists()
     there = sum(map(len, calls[: batch if written else batch - 1]))
-    monkeypatch.setattr(benchmarks, "append_lines", lambda path, lines: calls.append(lines) or real(path, lines))
+    monkeypatch.setattr(
+        benchmarks, "append_lines", lambda path, lines: calls.append(lines) or real(path, lines)
+    )
     calls.clear()
     run(*flags[kind], "--out", tmp_path / "out", "--batch-size", 2)
     assert same_result(tmp_path / "out", undisturbed[kind])
-    assert there + sum(map(len, calls)) == len((undisturbed[kind] / "answers.jsonl").read_bytes().splitlines())
+    assert there + sum(map(len, calls)) == len(
+        (undisturbed[kind] / "answers.jsonl").read_bytes().splitlines()
+    )
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -116,30 +128,47 @@ def test_a_picture_that_is_mended_is_asked_about(flags, undisturbed, tmp_path):
     (images / NAMES[2]).write_bytes(whole[:50])
     out = ("--out", tmp_path / "out")
     assert run(*argv, *out, "--skip-bad-records")["answered"] == 9
-    message = refused(lambda: run(*argv, *out), "question pope.json:3", NAMES[2], "not a readable picture")
+    message = refused(
+        lambda: run(*argv, *out), "question pope.json:3", NAMES[2], "not a readable picture"
+    )
     assert "or pass --skip-bad-records" in message
     (images / NAMES[2]).write_bytes(whole)
     assert run(*argv, *out)["answered"] == 12
-    lines = [(path / "answers.jsonl").read_text().splitlines() for path in (tmp_path / "out", undisturbed["pope"])]
+    lines = [
+        (path / "answers.jsonl").read_text().splitlines()
+        for path in (tmp_path / "out", undisturbed["pope"])
+    ]
     assert sorted(lines[0]) == sorted(lines[1]) and lines[0] != lines[1]  # they came later
 
 
-@pytest.mark.parametrize(("changes", "name"), [
-    (["--max-new-tokens", "7"], "max_new_tokens"), (["--template", "vicuna"], "template"),
-    (["--model", "toy"], "model"),
-    (["--benchmark", "llava-bench"], "benchmark"),
-], ids=str)  # fmt: skip
+@pytest.mark.parametrize(
+    ("changes", "name"),
+    [
+        (["--max-new-tokens", "7"], "max_new_tokens"),
+        (["--template", "vicuna"], "template"),
+        (["--model", "toy"], "model"),
+        (["--benchmark", "llava-bench"], "benchmark"),
+    ],
+    ids=str,
+)
 def test_other_settings_are_refused(flags, undisturbed, tmp_path, changes, name):
     out = shutil.copytree(undisturbed["pope"], tmp_path / "out")
     before = contents(out)
-    refused(lambda: run(*flags["pope"], *changes, "--out", out), f"another {name}", out, "name another --out")
+    refused(
+        lambda: run(*flags["pope"], *changes, "--out", out),
+        f"another {name}",
+        out,
+        "name another --out",
+    )
     assert contents(out) == before
 
 
 def test_other_questions_or_weights_are_refused(flags, tmp_path):
     """The same names of files, another content."""
     argv, out = list(flags["llava-bench"]), tmp_path / "out"
-    argv[argv.index("--data") + 1] = data = write_lines(tmp_path / "q.jsonl", [bench_line(1), bench_line(2)])
+    argv[argv.index("--data") + 1] = data = write_lines(
+        tmp_path / "q.jsonl", [bench_line(1), bench_line(2)]
+    )
     argv[1] = shutil.copytree(argv[1], tmp_path / "model")
     run(*argv, "--out", out)
     before = contents(out)
@@ -154,10 +183,16 @@ def test_other_questions_or_weights_are_refused(flags, tmp_path):
     assert contents(out) == before
 
 
-@pytest.mark.parametrize(("name", "data"), [
-    ("config.json", '{"loss": "dpo"}'), ("config.json", "{"), ("config.json", "[]"), ("result.json", "{}"),
-    ("answers.jsonl", "my notes"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("name", "data"),
+    [
+        ("config.json", '{"loss": "dpo"}'),
+        ("config.json", "{"),
+        ("config.json", "[]"),
+        ("result.json", "{}"),
+        ("answers.jsonl", "my notes"),
+    ],
+)
 def test_another_programs_folder_is_left_alone(flags, tmp_path, name, data):
     out = tmp_path / "out"
     out.mkdir()
@@ -166,8 +201,18 @@ def test_another_programs_folder_is_left_alone(flags, tmp_path, name, data):
     assert contents(out) == {name: data.encode()}
 
 
-@pytest.mark.parametrize("line", ["{", "5", "{}", '{"id": "pope.json:1"}', '{"id": "pope.json:1", "answer": 5}',
-                                  '{"id": "pope.json:99", "answer": "No"}', '{"id": [], "answer": "No"}'])  # fmt: skip
+@pytest.mark.parametrize(
+    "line",
+    [
+        "{",
+        "5",
+        "{}",
+        '{"id": "pope.json:1"}',
+        '{"id": "pope.json:1", "answer": 5}',
+        '{"id": "pope.json:99", "answer": "No"}',
+        '{"id": [], "answer": "No"}',
+    ],
+)
 def test_bad_lines_among_the_answers_are_refused(flags, undisturbed, tmp_path, line):
     out = shutil.copytree(undisturbed["pope"], tmp_path / "out")
     (out / "answers.jsonl").write_text(line + "\n")

@@ -96,10 +96,14 @@ def test_on_trained_weights(seed, masked):
     """Pairs about real scenes, prompts of unlike lengths, patches hidden and dropped or not."""
     rows, features = toy_rows(seed, 4)
     patches, model = features.shape[1], toy_model()
-    tree = toy_tree([
-        Sequence(prompt, [Branch(chosen), Branch(rejected)], patches, visible if masked else None)
-        for prompt, chosen, rejected, visible in rows
-    ])  # fmt: skip
+    tree = toy_tree(
+        [
+            Sequence(
+                prompt, [Branch(chosen), Branch(rejected)], patches, visible if masked else None
+            )
+            for prompt, chosen, rejected, visible in rows
+        ]
+    )
     assert 0 < tree.prefix < tree.ids.shape[1]
     real = tree.branch != PADDING
     expected = model(under_the_whole_rule(tree), features)[real]

@@ -1,4 +1,5 @@
-"""Tokenisation: text is never a control token, and comes back as it was; folders that are refused."""
+"""Tokenisation: text is never a control token, and comes back as it was; folders that are
+refused."""
 
 import json
 import random
@@ -21,9 +22,15 @@ CONTROL = ["<s>", "</s>", "<image>", "<pad>", "<unk>"]
 @pytest.fixture(scope="module", params=["toy", "llama-2"])
 def both(request, oracle, tmp_path_factory):
     """(our tokenizer, transformers' `text -> ids`) of one folder."""
-    folder = TOY if request.param == "toy" else llama2_folder(tmp_path_factory.mktemp("llama") / "model", chatml=False)
+    folder = (
+        TOY
+        if request.param == "toy"
+        else llama2_folder(tmp_path_factory.mktemp("llama") / "model", chatml=False)
+    )
     theirs = oracle.transformers.AutoTokenizer.from_pretrained(folder)
-    return Tokenizer.from_folder(folder), lambda text: theirs(text, add_special_tokens=False).input_ids
+    return Tokenizer.from_folder(
+        folder
+    ), lambda text: theirs(text, add_special_tokens=False).input_ids
 
 
 def test_ids_of_llava(tmp_path):
@@ -33,9 +40,15 @@ def test_ids_of_llava(tmp_path):
     bare = Tokenizer.from_folder(tmp_path / "model", "short")
     ids = bare.prompt([("user", "What")])
     assert ids[:9] == [1, 3148, 1001, 29901, 29871, 32000, 29871, 13, 5618]
-    assert (tokenizer.bos[0], tokenizer.eos_id, tokenizer.pad_id, tokenizer.image_id) == (1, 2, 32001, 32000)
+    assert (tokenizer.bos[0], tokenizer.eos_id, tokenizer.pad_id, tokenizer.image_id) == (
+        1,
+        2,
+        32001,
+        32000,
+    )
     ids = tokenizer.prompt([("user", "What is it?"), ("assistant", "A dog."), ("user", "Sure?")])
-    # Decoding shows the space that stands for the beginning of every piece of text between control tokens.
+    # Decoding shows the space that stands for the beginning of every piece of text between control
+    # tokens.
     assert tokenizer.fast.decode(ids, skip_special_tokens=False) == (
         f"<s> {VICUNA}USER: <image> \nWhat is it? ASSISTANT: A dog.</s> USER: Sure? ASSISTANT:"
     )
@@ -44,15 +57,23 @@ def test_ids_of_llava(tmp_path):
 def test_template_of_the_embedded_world():
     tokenizer = toy_tokenizer()
     assert tokenizer.template.system == ""
-    assert [tokenizer.fast.id_to_token(i) for i in (tokenizer.bos[0], tokenizer.eos_id)] == ["<s>", "</s>"]
-    assert [tokenizer.fast.id_to_token(i) for i in (tokenizer.pad_id, tokenizer.image_id)] == ["<pad>", "<image>"]
+    assert [tokenizer.fast.id_to_token(i) for i in (tokenizer.bos[0], tokenizer.eos_id)] == [
+        "<s>",
+        "</s>",
+    ]
+    assert [tokenizer.fast.id_to_token(i) for i in (tokenizer.pad_id, tokenizer.image_id)] == [
+        "<pad>",
+        "<image>",
+    ]
 
 
 # ---------------------------------------------------------------- text is data
 
 
 @pytest.mark.parametrize("control", CONTROL)
-@pytest.mark.parametrize("around", ["{}", "a{}b", " {} ", "{0}{0}", "say {}", "{}\n", "\n{}.", "<{}>", "it is {} ?"])
+@pytest.mark.parametrize(
+    "around", ["{}", "a{}b", " {} ", "{0}{0}", "say {}", "{}\n", "\n{}.", "<{}>", "it is {} ?"]
+)
 def test_typed_control_tokens_are_text(both, control, around):
     ours, theirs = both
     text = around.format(control)
@@ -63,13 +84,18 @@ def test_typed_control_tokens_are_text(both, control, around):
     assert ours.decode(ids) == text
     assert forbidden & set(theirs(text))  # transformers does make a control token of it
     prompt = ours.prompt([("user", text), ("assistant", text), ("user", text)])
-    assert (prompt.count(ours.bos[0]), prompt.count(ours.eos_id), prompt.count(ours.image_id)) == (1, 1, 1)
+    assert (prompt.count(ours.bos[0]), prompt.count(ours.eos_id), prompt.count(ours.image_id)) == (
+        1,
+        1,
+        1,
+    )
     assert not (forbidden - {ours.bos[0], ours.eos_id, ours.image_id}) & set(prompt)
     assert ours.response(text).count(ours.eos_id) == 1
 
 
 def test_tokens_that_were_added_as_ordinary_are_control_tokens_all_the_same(tmp_path):
-    """Hub folders have `<image>` with `special: false`; so has this one, with any other added token."""
+    """Hub folders have `<image>` with `special: false`; so has this one, with any other added
+    token."""
     folder = llama2_folder(tmp_path / "model", chatml=False)
     fast = FastTokenizer.from_file(str(folder / "tokenizer.json"))
     fast.add_tokens([AddedToken("<video>", special=False, normalized=False)])
@@ -79,7 +105,10 @@ def test_tokens_that_were_added_as_ordinary_are_control_tokens_all_the_same(tmp_
     ours = Tokenizer.from_folder(folder)
     for text in ("<video>", "a <video> b"):
         assert fast.token_to_id("<video>") in fast.encode(text).ids
-        assert fast.token_to_id("<video>") not in ours.encode(text) and ours.decode(ours.encode(text)) == text
+        assert (
+            fast.token_to_id("<video>") not in ours.encode(text)
+            and ours.decode(ours.encode(text)) == text
+        )
 
 
 @pytest.mark.parametrize("text", AWKWARD, ids=ascii)
@@ -99,7 +128,14 @@ def test_decode_gives_random_texts_back(both, seed):
 
 def test_decode_leaves_control_tokens_out(both):
     ours, _ = both
-    inside = [ours.bos[0], *ours.encode("It is A"), ours.image_id, ours.pad_id, ours.eos_id, ours.pad_id]
+    inside = [
+        ours.bos[0],
+        *ours.encode("It is A"),
+        ours.image_id,
+        ours.pad_id,
+        ours.eos_id,
+        ours.pad_id,
+    ]
     assert ours.decode(inside) == "It is A" and ours.decode([]) == ""
     assert ours.encode("") == [] and ours.response("") == [ours.eos_id]
 
@@ -158,7 +194,9 @@ def test_template_without_our_own_key_is_vicuna(folder):
 def test_ids_that_the_model_does_not_have(folder, name, value):
     raw = json.loads((folder / "config.json").read_text()) | {name: value}
     (folder / "config.json").write_text(json.dumps(raw))
-    with pytest.raises(UserError, match=f"config.json: {name} is {value!r}, no id below vocab_size"):
+    with pytest.raises(
+        UserError, match=f"config.json: {name} is {value!r}, no id below vocab_size"
+    ):
         Tokenizer.from_folder(folder)
 
 
@@ -178,10 +216,13 @@ def test_stored_truncation_and_padding_are_ignored(folder):
     fast.enable_padding(length=16)
     fast.save(str(folder / "tokenizer.json"))
     ours = Tokenizer.from_folder(folder)
-    assert ours.prompt(turns) == whole.prompt(turns) and ours.answer("A cup.") == whole.answer("A cup.")
+    assert ours.prompt(turns) == whole.prompt(turns) and ours.answer("A cup.") == whole.answer(
+        "A cup."
+    )
 
 
 def test_ids_behind_the_vocabulary_decode_to_nothing():
-    """A model may have more rows than the tokenizer has pieces; marks stand there, and must not be seen."""
+    """A model may have more rows than the tokenizer has pieces; marks stand there, and must not be
+    seen."""
     tokenizer = toy_tokenizer()
     assert tokenizer.decode([*tokenizer.answer("A cup."), *range(579, 600)]) == "A cup."

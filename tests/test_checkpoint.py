@@ -1,4 +1,5 @@
-"""Model folders: every layout and spelling gives the same logits, and what is written is what transformers reads."""
+"""Model folders: every layout and spelling gives the same logits, and what is written is what
+transformers reads."""
 
 import json
 import random
@@ -29,7 +30,9 @@ def case(llava):
 def logits(model, case):
     """(T, V) logits of our model."""
     ids, pixels = case
-    tree = build_tree([Sequence(ids, [], model.config.vision.patches)], model.config.image_token_id, 0)
+    tree = build_tree(
+        [Sequence(ids, [], model.config.vision.patches)], model.config.image_token_id, 0
+    )
     return model.lm_head(model(tree, model.encode_images(pixels[None])))[0]
 
 
@@ -52,29 +55,46 @@ def test_every_layout_gives_identical_logits(llava_folder, llava_state, case, ex
 
 def test_the_layouts_are_the_real_ones(written_llava, llava_state):
     """What transformers 5 writes; and the hub's known keys."""
-    assert load_file(written_llava / "model.safetensors").keys() == laid_out(llava_state, "fresh transformers 5").keys()
+    assert (
+        load_file(written_llava / "model.safetensors").keys()
+        == laid_out(llava_state, "fresh transformers 5").keys()
+    )
     hub = laid_out(llava_state, "hub")
     for key in (
-        "language_model.lm_head.weight", "language_model.model.embed_tokens.weight", "language_model.model.norm.weight",
-        "language_model.model.layers.0.self_attn.q_proj.weight", "multi_modal_projector.linear_1.bias",
-        "vision_tower.vision_model.embeddings.class_embedding", "vision_tower.vision_model.pre_layrnorm.weight",
+        "language_model.lm_head.weight",
+        "language_model.model.embed_tokens.weight",
+        "language_model.model.norm.weight",
+        "language_model.model.layers.0.self_attn.q_proj.weight",
+        "multi_modal_projector.linear_1.bias",
+        "vision_tower.vision_model.embeddings.class_embedding",
+        "vision_tower.vision_model.pre_layrnorm.weight",
         "vision_tower.vision_model.encoder.layers.0.self_attn.out_proj.bias",
-    ):  # fmt: skip
+    ):
         assert key in hub
     original = laid_out(llava_state, "original")
     for key in (
-        "lm_head.weight", "model.embed_tokens.weight", "model.norm.weight", "model.layers.1.mlp.up_proj.weight",
-        "model.mm_projector.0.weight", "model.mm_projector.2.bias",
+        "lm_head.weight",
+        "model.embed_tokens.weight",
+        "model.norm.weight",
+        "model.layers.1.mlp.up_proj.weight",
+        "model.mm_projector.0.weight",
+        "model.mm_projector.2.bias",
         "model.vision_tower.vision_tower.vision_model.embeddings.patch_embedding.weight",
-    ):  # fmt: skip
+    ):
         assert key in original
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_buffers_of_older_versions_are_ignored(llava_folder, llava_state, case, expected, layout):
     state = laid_out(llava_state, layout)
-    tower = next(key for key in state if key.endswith("class_embedding")).removesuffix("class_embedding")
-    layer = next(key for key in state if key.endswith("layers.0.self_attn.q_proj.weight") and "vision" not in key)
+    tower = next(key for key in state if key.endswith("class_embedding")).removesuffix(
+        "class_embedding"
+    )
+    layer = next(
+        key
+        for key in state
+        if key.endswith("layers.0.self_attn.q_proj.weight") and "vision" not in key
+    )
     state[f"{tower}position_ids"] = torch.arange(5)[None]
     state[layer.replace("q_proj.weight", "rotary_emb.inv_freq")] = torch.rand(2)
     replace_weights(llava_folder, state)
@@ -89,7 +109,9 @@ def test_shards_with_an_index(llava_folder, llava_state, case, expected, layout,
     where = {key: names[i % count] for i, key in enumerate(state)}
     (llava_folder / "model.safetensors").unlink()
     for name in names:
-        save_file({key: value for key, value in state.items() if where[key] == name}, llava_folder / name)
+        save_file(
+            {key: value for key, value in state.items() if where[key] == name}, llava_folder / name
+        )
     index = {"metadata": {"total_size": 1}, "weight_map": where}
     (llava_folder / "model.safetensors.index.json").write_text(json.dumps(index))
     assert torch.equal(logits(load_model(llava_folder), case), expected)
@@ -107,7 +129,9 @@ def test_dtype_of_the_loaded_model(written_llava, case, expected):
     """Weights are cast on the way in; the model computes in that type."""
     for dtype, tolerance in ((torch.float64, 1e-4), (torch.bfloat16, 1.0)):
         model = load_model(written_llava, dtype=dtype)
-        kinds = {(n.startswith("multi_modal_projector"), p.dtype) for n, p in model.named_parameters()}
+        kinds = {
+            (n.startswith("multi_modal_projector"), p.dtype) for n, p in model.named_parameters()
+        }
         assert kinds == {(False, dtype), (True, torch.promote_types(dtype, torch.float32))}
         assert not any(p.is_meta for p in model.parameters())
         found = logits(model, (case[0], case[1].to(dtype)))
@@ -118,7 +142,9 @@ def test_dtype_of_the_loaded_model(written_llava, case, expected):
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
-def test_what_is_written_is_what_transformers_reads(oracle, written_llava, llava_state, tmp_path, case, dtype):
+def test_what_is_written_is_what_transformers_reads(
+    oracle, written_llava, llava_state, tmp_path, case, dtype
+):
     model, out = load_model(written_llava), tmp_path / "deep" / "out"
     save_model(model.state_dict(), model.config.raw, written_llava, out, dtype)
     kind = oracle.transformers.LlavaForConditionalGeneration
@@ -153,26 +179,39 @@ def test_round_trip_of_every_layout(llava_folder, llava_state, tmp_path, layout,
     replace_weights(llava_folder, state)
     changed = "language_model.layers.0.self_attn.q_proj.weight"
     raw = read_config(llava_folder).raw
-    save_changed(llava_folder, lambda name, w: w.float() * 2 if name == changed else w, raw, tmp_path / "out")
+    save_changed(
+        llava_folder, lambda name, w: w.float() * 2 if name == changed else w, raw, tmp_path / "out"
+    )
     found = load_file(tmp_path / "out" / "model.safetensors")
     assert found.keys() == state.keys()
     twice = [key for key in state if not torch.equal(found[key], state[key])]
     assert [key.endswith("layers.0.self_attn.q_proj.weight") for key in twice] == [True]
     assert torch.equal(found[twice[0]], state[twice[0]] * 2) and found[twice[0]].dtype == dtype
     kept = found.keys() - set(twice)
-    assert all(found[key].numpy().tobytes() == state[key].contiguous().numpy().tobytes() for key in kept)
+    assert all(
+        found[key].numpy().tobytes() == state[key].contiguous().numpy().tobytes() for key in kept
+    )
 
 
 def test_round_trip_of_shards(llava, tmp_path, case):
     """Shard by shard under the same names, with the index, for ourselves and for transformers."""
     llava.save_pretrained(tmp_path / "in", max_shard_size="20KB")
-    save_changed(tmp_path / "in", lambda name, w: w * 1.5, read_config(tmp_path / "in").raw, tmp_path / "out")
+    save_changed(
+        tmp_path / "in", lambda name, w: w * 1.5, read_config(tmp_path / "in").raw, tmp_path / "out"
+    )
     names = [path.name for path in sorted((tmp_path / "in").glob("model*"))]
-    assert names == [path.name for path in sorted((tmp_path / "out").glob("model*"))] and len(names) > 3
+    assert (
+        names == [path.name for path in sorted((tmp_path / "out").glob("model*"))]
+        and len(names) > 3
+    )
     again, info = type(llava).from_pretrained(tmp_path / "out", output_loading_info=True)
     assert not any(info.values())
     before, after = llava.state_dict(), again.state_dict()
-    assert all(torch.equal(after[key], before[key] * 1.5) for key in before if before[key].is_floating_point())
+    assert all(
+        torch.equal(after[key], before[key] * 1.5)
+        for key in before
+        if before[key].is_floating_point()
+    )
     for file in weight_files(tmp_path / "in"):
         assert load_file(file).keys() == load_file(tmp_path / "out" / file.name).keys()
 
@@ -232,7 +271,9 @@ def test_config_of_transformers_4(oracle, llava_folder, llava, case, expected):
     kind = oracle.transformers.LlavaForConditionalGeneration
     assert worst(oracle.logits(kind.from_pretrained(llava_folder).eval(), *case), expected) < 1e-4
     model = load_model(llava_folder)
-    save_model(model.state_dict(), model.config.raw, llava_folder, llava_folder / "out", torch.bfloat16)
+    save_model(
+        model.state_dict(), model.config.raw, llava_folder, llava_folder / "out", torch.bfloat16
+    )
     assert kind.from_pretrained(llava_folder / "out", dtype="auto").dtype == torch.bfloat16
 
 
@@ -251,8 +292,17 @@ SPARSE = [
     {},  # hub's 1.5: only what differs from Llama-7B
     {"text_config": {"model_type": "llama", "rms_norm_eps": 1e-5, "vocab_size": 32064}},
     {"text_config": {"model_type": "llama", "num_attention_heads": 8, "hidden_size": 512}},
-    {"text_config": {"model_type": "llama", "num_attention_heads": 8, "num_key_value_heads": 2, "head_dim": 12}},
-    {"vision_config": {"model_type": "clip_vision_model", "hidden_size": 384}},  # not ViT-L's 16 heads
+    {
+        "text_config": {
+            "model_type": "llama",
+            "num_attention_heads": 8,
+            "num_key_value_heads": 2,
+            "head_dim": 12,
+        }
+    },
+    {
+        "vision_config": {"model_type": "clip_vision_model", "hidden_size": 384}
+    },  # not ViT-L's 16 heads
     {"vision_config": {"model_type": "clip_vision_model", "image_size": 336, "patch_size": 14}},
 ]
 

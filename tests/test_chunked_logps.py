@@ -1,4 +1,5 @@
-"""Log-probs a chunk of tokens at a time: the numbers of all at once, and never the logits of all at once."""
+"""Log-probs a chunk of tokens at a time: the numbers of all at once, and never the logits of all at
+once."""
 
 import pytest
 import torch
@@ -22,13 +23,19 @@ class Heights(TorchDispatchMode):
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         out = func(*args, **(kwargs or {}))
-        if isinstance(out, torch.Tensor) and out.dim() and out.shape[-1] == VOCAB and not func.is_view:
+        if (
+            isinstance(out, torch.Tensor)
+            and out.dim()
+            and out.shape[-1] == VOCAB
+            and not func.is_view
+        ):
             self.seen.append(out.numel() // VOCAB)
         return out
 
 
 def with_gradients(model, logps: torch.Tensor, seed: int) -> tuple[torch.Tensor, ...]:
-    """(the log-probs, then the gradients of a random sum of them by all that the decoder, projector and head hold)."""
+    """(the log-probs, then the gradients of a random sum of them by all that the decoder, projector
+    and head hold)."""
     weights = torch.randn(logps.shape, generator=torch.Generator().manual_seed(seed))
     named = [p for name, p in model.named_parameters() if not name.startswith("vision_tower")]
     return logps.detach(), *torch.autograd.grad((logps * weights).sum(), named)
@@ -43,18 +50,26 @@ def at_once(model, tree, features) -> torch.Tensor:
 
 @pytest.mark.parametrize("seed", SEEDS)
 def test_chunks_are_all_at_once(seed, monkeypatch):
-    """Bit for bit where one chunk takes them all; and a chunk's logits are all that there ever is, and are not kept."""
+    """Bit for bit where one chunk takes them all; and a chunk's logits are all that there ever is,
+    and are not kept."""
     model, batch, features = random_case(seed, VOCAB)
     tree = build_tree(batch, IMAGE, pad_id=0)
-    expected, tokens = with_gradients(model, at_once(model, tree, features), seed), int((tree.branch > 0).sum())
+    expected, tokens = (
+        with_gradients(model, at_once(model, tree, features), seed),
+        int((tree.branch > 0).sum()),
+    )
     for chunk in (losses.CHUNK, tokens, tokens - 1, 2 + seed, 1):
         monkeypatch.setattr(losses, "CHUNK", chunk)
         kept: list[torch.Tensor] = []
         with Heights() as heights:
-            with torch.autograd.graph.saved_tensors_hooks(lambda t, kept=kept: kept.append(t) or t, lambda t: t):
+            with torch.autograd.graph.saved_tensors_hooks(
+                lambda t, kept=kept: kept.append(t) or t, lambda t: t
+            ):
                 logps = token_logps(model, tree, features)[2]
             found = with_gradients(model, logps, seed)
-        assert max(heights.seen) == min(chunk, tokens) and not any(t.shape[-1:] == (VOCAB,) for t in kept)
+        assert max(heights.seen) == min(chunk, tokens) and not any(
+            t.shape[-1:] == (VOCAB,) for t in kept
+        )
         for ours, theirs in zip(found, expected, strict=True):
             assert theirs.abs().max() > 0
             if chunk >= tokens:

@@ -1,4 +1,5 @@
-"""Command lines: a field is a flag, its comment its help; bad input is one line on stderr and exit code 2."""
+"""Command lines: a field is a flag, its comment its help; bad input is one line on stderr and exit
+code 2."""
 
 import dataclasses
 import importlib
@@ -16,7 +17,8 @@ from minialign.cli import field_comments, fill, parse_config, require, require_d
 from minialign.errors import UserError
 
 ROOT = Path(__file__).resolve().parent.parent
-# Every program: what parses flags into a Config. Found in the sources, so that a new one is tested too.
+# Every program: what parses flags into a Config. Found in the sources, so that a new one is tested
+# too.
 PROGRAMS = sorted(
     path.relative_to(ROOT).with_suffix("").as_posix().replace("/", ".")
     for path in [*ROOT.glob("*.py"), *(ROOT / "minialign").glob("*.py")]
@@ -89,7 +91,9 @@ def test_what_is_no_flag_ends_with_exit_code_2(argv, capsys):
         parse(*argv)
     assert caught.value.code == 2
     out, err = capsys.readouterr()
-    assert out == "" and any(word in err.splitlines()[-1] for word in argv)  # it names what it cannot read
+    assert out == "" and any(
+        word in err.splitlines()[-1] for word in argv
+    )  # it names what it cannot read
 
 
 def test_the_comment_is_the_help(capsys):
@@ -123,7 +127,8 @@ def test_every_field_has_a_comment(program):
 
 
 def run_program(program: str, *argv: str) -> int:
-    """Run it as `python program.py` or `python -m program` would, in this process; its exit code."""
+    """Run it as `python program.py` or `python -m program` would, in this process; its exit
+    code."""
     before = sys.argv
     sys.argv = [program, *argv]
     try:
@@ -159,7 +164,9 @@ def test_help_of_every_program(program, capsys, modules):
         assert f"--{field.name.replace('_', '-')}" in shown
         default = "" if field.default is None else f" [{field.default}]"
         text = " ".join(f"{comments[field.name]}{default}".split())
-        assert re.sub(r"\s", "", text) in re.sub(r"\s", "", shown), f"{program}: help of {field.name}"
+        assert re.sub(r"\s", "", text) in re.sub(r"\s", "", shown), (
+            f"{program}: help of {field.name}"
+        )
 
 
 @pytest.mark.parametrize("program", PROGRAMS)
@@ -177,7 +184,9 @@ def test_fill_replaces_what_was_not_given():
         rest: str = "as it is"
 
     assert fill(Partial(), {"rate": 0.1, "size": 4}) == Partial(0.1, 4)
-    assert fill(Partial(rate=0.0, size=0), {"rate": 0.1, "size": 4}) == Partial(0.0, 0)  # 0 was given
+    assert fill(Partial(rate=0.0, size=0), {"rate": 0.1, "size": 4}) == Partial(
+        0.0, 0
+    )  # 0 was given
     assert fill(Partial(size=2), {"rate": 0.1, "size": 4}) == Partial(0.1, 2)
 
 
@@ -230,14 +239,22 @@ def test_run_main(capsys):
 
 def test_a_message_is_one_line_whatever_stands_in_it(capsys):
     with pytest.raises(SystemExit):
-        run_main(failing(UserError("file 'a\nb\r\x1b[31m\u2028\x00\ud800': no such file")), Config, "")
+        run_main(
+            failing(UserError("file 'a\nb\r\x1b[31m\u2028\x00\ud800': no such file")), Config, ""
+        )
     assert capsys.readouterr().err == "error: file 'a b  [31m   ': no such file\n"
 
 
 def test_bad_input_in_a_shell():
     """Once as a user would see it: one line on stderr, nothing else, exit code 2."""
     done = subprocess.run(
-        [sys.executable, "sample_bdhs.py", "--model", "/nowhere/at all"], cwd=ROOT, capture_output=True, text=True
+        [sys.executable, "sample_bdhs.py", "--model", "/nowhere/at all"],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
     )
     assert done.returncode == 2 and done.stdout == ""
-    assert done.stderr.startswith("error: --model /nowhere/at all: no such folder") and done.stderr.count("\n") == 1
+    assert (
+        done.stderr.startswith("error: --model /nowhere/at all: no such folder")
+        and done.stderr.count("\n") == 1
+    )

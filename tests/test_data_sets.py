@@ -1,4 +1,5 @@
-"""Every data set's own form: what is read of it, and the whole road on it with a tiny random LLaVA-1.6."""
+"""Every data set's own form: what is read of it, and the whole road on it with a tiny random
+LLaVA-1.6."""
 
 import json
 import math
@@ -40,7 +41,9 @@ def test_what_is_read(tmp_path, capsys, form):
     said = capsys.readouterr()
     assert f"{path}: {len(RAW[form])} records, read as {form}\n" in said.out
     if form == "instruct":
-        assert "1 records left out: text without an image" in said.out + said.err and len(records) == 2
+        assert (
+            "1 records left out: text without an image" in said.out + said.err and len(records) == 2
+        )
         refused(lambda: pairs_in(path), path, "holds no rejected responses; sample them")
     else:
         assert pairs_in(path) == wanted
@@ -57,12 +60,15 @@ def test_arrays_and_lines_are_told_apart(tmp_path, form, indent):
     assert records_in(path)[:2] == expected(form)
 
 
-@pytest.mark.parametrize("ratings,best,worst_one", [
-    ([["1", "1", "1"], ["2", "1", "1"]], 1, 0),
-    ([["5", "1", "3"], ["4", "4", "4"], ["2", "3", "3"]], 1, 2),
-    ([["3", "3", "3"], ["4", "4", "1"], ["1", "5", "3"]], 0, None),
-    ([["4.5", "4", "4"], ["4", "4", "4"]], 0, 1),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "ratings,best,worst_one",
+    [
+        ([["1", "1", "1"], ["2", "1", "1"]], 1, 0),
+        ([["5", "1", "3"], ["4", "4", "4"], ["2", "3", "3"]], 1, 2),
+        ([["3", "3", "3"], ["4", "4", "1"], ["1", "5", "3"]], 0, None),
+        ([["4.5", "4", "4"], ["4", "4", "4"]], 0, 1),
+    ],
+)
 def test_best_and_worst_by_mean_rating(tmp_path, ratings, best, worst_one):
     completions = [answer(f"Answer {i}.", rating) for i, rating in enumerate(ratings)]
     record = FORMATS["vlfeedback"][1](RAW["vlfeedback"][0] | {"completions": completions})
@@ -74,7 +80,12 @@ def test_format_overrides_what_is_detected(tmp_path):
     path = Path(write(tmp_path, "povid"))
     records = sample_bdhs.read_records(str(path), "instruct", None, 0)
     assert records == [instruct_record(raw) for raw in RAW["povid"]] and records[0].rejected == ""
-    refused(lambda: sample_bdhs.read_records(str(path), "rlhf-v", None, 0), path, "record", "field 'text' is missing")
+    refused(
+        lambda: sample_bdhs.read_records(str(path), "rlhf-v", None, 0),
+        path,
+        "record",
+        "field 'text' is missing",
+    )
 
 
 def test_a_bad_first_record_does_not_hide_the_format(tmp_path):
@@ -84,9 +95,12 @@ def test_a_bad_first_record_does_not_hide_the_format(tmp_path):
     assert pairs_in(path, skip_bad=True) == expected("povid")
 
 
-@pytest.mark.parametrize("changes", [{"image": None}, {"conversations": None}, {"conversations": []}])
+@pytest.mark.parametrize(
+    "changes", [{"image": None}, {"conversations": None}, {"conversations": []}]
+)
 def test_text_alone_is_left_out_whatever_it_says(tmp_path, changes):
-    """Records of the 665k mix without an image: as `datasets` writes a missing column, or with a talk of any form."""
+    """Records of the 665k mix without an image: as `datasets` writes a missing column, or with a
+    talk of any form."""
     odd = {"id": "text", "conversations": [{"from": "gpt", "value": ""}]} | changes
     path = tmp_path / "data.json"
     path.write_text(json.dumps([*RAW["instruct"][:2], odd]))
@@ -100,11 +114,15 @@ def test_a_feedback_row_with_an_image_column(tmp_path):
     assert pairs_in(path)[0].image == "a.jpg"
 
 
-@pytest.mark.parametrize("data,said", [
-    (b"PAR1\x15\x04", "is a parquet file; make JSON Lines of it"),
-    (b'{"data": [1]}', "fields data are of no known format"),
-    (b"id,image\n", "line 1: not JSON"), (b"[1, 2]", "expected a JSON object"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "data,said",
+    [
+        (b"PAR1\x15\x04", "is a parquet file; make JSON Lines of it"),
+        (b'{"data": [1]}', "fields data are of no known format"),
+        (b"id,image\n", "line 1: not JSON"),
+        (b"[1, 2]", "expected a JSON object"),
+    ],
+)
 def test_files_of_another_kind(tmp_path, data, said):
     path = tmp_path / "data"
     path.write_bytes(data)
@@ -126,15 +144,31 @@ def test_blank_lines_at_the_end(tmp_path, end):
 
 
 def test_turns_that_come_with_a_larger_limit(next_model, tmp_path):
-    """A pairs file of bare prompts cannot take messages: said in one line, and nothing is changed."""
+    """A pairs file of bare prompts cannot take messages: said in one line, and nothing is
+    changed."""
     pictures, path = photographs(tmp_path / "pictures"), tmp_path / "data.json"
-    path.write_text(json.dumps([RAW["instruct"][0] | {"id": str(i)} for i in range(4)] + [RAW["instruct"][1]]))
-    few = {"max_new_tokens": 4, "n_bdhs": 2, "workers": 0, "model": str(next_model), "images": str(pictures)}
+    path.write_text(
+        json.dumps([RAW["instruct"][0] | {"id": str(i)} for i in range(4)] + [RAW["instruct"][1]])
+    )
+    few = {
+        "max_new_tokens": 4,
+        "n_bdhs": 2,
+        "workers": 0,
+        "model": str(next_model),
+        "images": str(pictures),
+    }
     seed = next(s for s in range(9) if 4 not in order_of(5, s)[:2])
-    run = sample_bdhs.Config(data=str(path), out=str(tmp_path / "p.jsonl"), rho_th=0.9, seed=seed, limit=2, **few)
+    run = sample_bdhs.Config(
+        data=str(path), out=str(tmp_path / "p.jsonl"), rho_th=0.9, seed=seed, limit=2, **few
+    )
     sample_bdhs.main(run)
     before = (tmp_path / "p.jsonl").read_bytes()
-    refused(lambda: sample_bdhs.main(replace(run, limit=5)), "p.jsonl", "several turns", "name another --out")
+    refused(
+        lambda: sample_bdhs.main(replace(run, limit=5)),
+        "p.jsonl",
+        "several turns",
+        "name another --out",
+    )
     assert (tmp_path / "p.jsonl").read_bytes() == before
 
 
@@ -166,7 +200,9 @@ def answers(oracle, folder: Path, pictures: Path, theirs, ours) -> list[float]:
         ids = tokenizer.prompt(record.turns) + tokenizer.response(record.chosen)
         patches, packing = processor.layout(picture)
         pixels = processor(picture)
-        tree = build_tree([Sequence(ids, [Branch([])], patches, packing=packing)], tokenizer.image_id, 0)
+        tree = build_tree(
+            [Sequence(ids, [Branch([])], patches, packing=packing)], tokenizer.image_id, 0
+        )
         logits = ours.lm_head(ours(tree, ours.encode_images(pixels)))[0]
         sizes = torch.tensor([[picture.height, picture.width]])
         wanted = oracle.logits(theirs, ids, pixels, image_sizes=sizes, count=len(packing))
@@ -177,20 +213,38 @@ def answers(oracle, folder: Path, pictures: Path, theirs, ours) -> list[float]:
 @pytest.mark.filterwarnings("ignore::FutureWarning")
 @pytest.mark.parametrize("form", RAW)
 def test_the_whole_road(oracle, next_model, tmp_path, form):
-    """Sampled and trained on; what comes out is read by transformers and PEFT, with the same logits."""
+    """Sampled and trained on; what comes out is read by transformers and PEFT, with the same
+    logits."""
     pictures, data = photographs(tmp_path / "pictures"), write(tmp_path, form)
     common = {"model": str(next_model), "images": str(pictures)}
     few = {"max_new_tokens": 4, "n_bdhs": 2, "batch_size": 2}
-    sample_bdhs.main(sample_bdhs.Config(**common, data=data, out=str(tmp_path / "pairs.jsonl"), rho_th=0.9, **few))
+    sample_bdhs.main(
+        sample_bdhs.Config(
+            **common, data=data, out=str(tmp_path / "pairs.jsonl"), rho_th=0.9, **few
+        )
+    )
     sampled = read_lines(tmp_path / "pairs.jsonl")
-    assert len(sampled) == len(records_in(Path(data))) >= 2 and all(pair["rejected"] for pair in sampled)
-    small = {"lora_rank": 4, "lora_alpha": 8.0, "lr": 1e-2, "projector_lr": 1e-2, "epochs": 1, "batch_size": 2}
+    assert len(sampled) == len(records_in(Path(data))) >= 2 and all(
+        pair["rejected"] for pair in sampled
+    )
+    small = {
+        "lora_rank": 4,
+        "lora_alpha": 8.0,
+        "lr": 1e-2,
+        "projector_lr": 1e-2,
+        "epochs": 1,
+        "batch_size": 2,
+    }
     if form in PAIRED:
-        train_dpo.main(train_dpo.Config(**common, pairs=data, out=str(tmp_path / "direct"), **small))
+        train_dpo.main(
+            train_dpo.Config(**common, pairs=data, out=str(tmp_path / "direct"), **small)
+        )
         rows = read_lines(tmp_path / "direct" / "metrics.jsonl")
         assert rows[0]["pairs"] == 2 and rows[0]["loss"] == pytest.approx(math.log(2), abs=1e-5)
     out = tmp_path / "out"
-    train_dpo.main(train_dpo.Config(**common, pairs=str(tmp_path / "pairs.jsonl"), out=str(out), **small))
+    train_dpo.main(
+        train_dpo.Config(**common, pairs=str(tmp_path / "pairs.jsonl"), out=str(out), **small)
+    )
     kind = oracle.transformers.LlavaNextForConditionalGeneration
     merged, info = kind.from_pretrained(out / "merged", output_loading_info=True)
     assert not any(info.values())

@@ -16,7 +16,9 @@ def test_a_loss_that_is_not_finite(model, pairs, tmp_path, monkeypatch, bad):
     with monkeypatch.context() as patch:
         stop_at(patch, "append_lines", 2)
         with pytest.raises(KeyboardInterrupt):
-            train(model, tmp_path / "good", pairs=pairs, save_every=1)  # one checkpoint, after step 1
+            train(
+                model, tmp_path / "good", pairs=pairs, save_every=1
+            )  # one checkpoint, after step 1
     real, calls = train_dpo.pair_loss, []
 
     def failing(*args):
@@ -25,12 +27,20 @@ def test_a_loss_that_is_not_finite(model, pairs, tmp_path, monkeypatch, bad):
         return (loss * bad, metrics | {"loss": bad}) if len(calls) == 2 else (loss, metrics)
 
     monkeypatch.setattr(train_dpo, "pair_loss", failing)
-    with pytest.raises(UserError, match=r"^step 2: loss (nan|inf), .* what was saved before it stays; .* a lower --lr"):
+    with pytest.raises(
+        UserError,
+        match=r"^step 2: loss (nan|inf), .* what was saved before it stays; .* a lower --lr",
+    ):
         train(model, tmp_path / "bad", pairs=pairs)
-    good, found = (tmp_path / name / "checkpoint" / "progress.safetensors" for name in ("good", "bad"))
+    good, found = (
+        tmp_path / name / "checkpoint" / "progress.safetensors" for name in ("good", "bad")
+    )
     assert found.read_bytes() == good.read_bytes()  # tensors, moments and the number of steps
     assert len(read_lines(tmp_path / "bad" / "metrics.jsonl")) == 1
-    assert not any((tmp_path / "bad" / name).exists() for name in ("result.json", "adapter", "merged", "report.html"))
+    assert not any(
+        (tmp_path / "bad" / name).exists()
+        for name in ("result.json", "adapter", "merged", "report.html")
+    )
 
 
 def test_a_rate_that_is_far_too_high(model, pairs, tmp_path):
@@ -54,4 +64,7 @@ def test_weights_that_are_not_finite_are_not_saved(model, pairs, tmp_path, monke
     with pytest.raises(UserError, match="^step 3: loss nan"):
         train(model, tmp_path, pairs=pairs, save_every=1)
     found = load_file(tmp_path / "checkpoint" / "progress.safetensors")
-    assert all(tensor.isfinite().all() for tensor in found.values()) and found["optimizer.0.0.step"] == 2
+    assert (
+        all(tensor.isfinite().all() for tensor in found.values())
+        and found["optimizer.0.0.step"] == 2
+    )

@@ -1,4 +1,5 @@
-"""--dtype bfloat16: the frozen weights take half the memory, what is trained and what is written does not suffer."""
+"""--dtype bfloat16: the frozen weights take half the memory, what is trained and what is written
+does not suffer."""
 
 import math
 from pathlib import Path
@@ -16,7 +17,8 @@ from minialign.lora import TARGETS
 
 @pytest.fixture(scope="module")
 def half(tmp_path_factory) -> Path:
-    """Random weights in float16, as the hub's folders have them: values that bfloat16 would round."""
+    """Random weights in float16, as the hub's folders have them: values that bfloat16 would
+    round."""
     folder = tmp_path_factory.mktemp("half") / "llava"
     save_model(random_toy(1).state_dict(), toy_model().config.raw, TOY, folder, torch.float16)
     return folder
@@ -33,20 +35,31 @@ def runs(half, pairs, tmp_path_factory) -> dict[str, Path]:
 
 
 def test_what_was_not_trained_keeps_its_bytes(half, runs):
-    before, after = (load_file(folder / "model.safetensors") for folder in (half, runs["bfloat16"] / "merged"))
-    changed = {key for key in before if before[key].numpy().tobytes() != after[key].numpy().tobytes()}
+    before, after = (
+        load_file(folder / "model.safetensors") for folder in (half, runs["bfloat16"] / "merged")
+    )
+    changed = {
+        key for key in before if before[key].numpy().tobytes() != after[key].numpy().tobytes()
+    }
     trained = {key for key in before if key.split(".")[-2] in TARGETS or "projector" in key}
     names = {rename(key, NAMES) for key in changed}
     assert changed <= trained and {tensor.dtype for tensor in after.values()} == {torch.float16}
-    # The tower's projections are called alike, and are frozen; all of the decoder's and the projector's have moved.
-    assert names == {n for n in (rename(key, NAMES) for key in trained) if not n.startswith("vision_tower.")}
+    # The tower's projections are called alike, and are frozen; all of the decoder's and the
+    # projector's have moved.
+    assert names == {
+        n for n in (rename(key, NAMES) for key in trained) if not n.startswith("vision_tower.")
+    }
 
 
 def test_updates_are_added_to_the_stored_weights(half, runs):
     """Not to what bfloat16 has made of them."""
-    stored, merged = (load_file(folder / "model.safetensors") for folder in (half, runs["bfloat16"] / "merged"))
+    stored, merged = (
+        load_file(folder / "model.safetensors") for folder in (half, runs["bfloat16"] / "merged")
+    )
     adapter = load_file(runs["bfloat16"] / "adapter" / "adapter_model.safetensors")
-    for key in [key for key in stored if key.startswith("language_model.") and key.split(".")[-2] in TARGETS]:
+    for key in [
+        key for key in stored if key.startswith("language_model.") and key.split(".")[-2] in TARGETS
+    ]:
         name = f"base_model.model.model.{rename(key, NAMES).removesuffix('.weight')}"
         update = adapter[f"{name}.lora_B.weight"] @ adapter[f"{name}.lora_A.weight"] * (8.0 / 4)
         assert torch.equal(merged[key], (stored[key].float() + update).half())
@@ -60,7 +73,9 @@ def test_the_two_types_train_alike(half, runs):
         assert {tensor.dtype for tensor in trained.values()} == {torch.float32}
     a, b = ([row["loss"] for row in rows[dtype]] for dtype in rows)
     assert a != b and max(abs(x - y) for x, y in zip(a, b, strict=True)) < 0.05 < max(a) - min(a)
-    base, *merged = (load_model(folder).state_dict() for folder in (half, *(runs[d] / "merged" for d in runs)))
+    base, *merged = (
+        load_model(folder).state_dict() for folder in (half, *(runs[d] / "merged" for d in runs))
+    )
     moves = [torch.cat([(each[name] - base[name]).flatten() for name in base]) for each in merged]
     assert torch.cosine_similarity(*moves, dim=0) > 0.97
 
@@ -69,7 +84,11 @@ def test_the_model_has_that_type(half, pairs, tmp_path, monkeypatch):
     seen, real = set(), train_dpo.pair_loss
 
     def spy(model, *args):
-        seen.update((name.split(".")[-1], p.dtype) for name, p in model.named_parameters() if "projector" not in name)
+        seen.update(
+            (name.split(".")[-1], p.dtype)
+            for name, p in model.named_parameters()
+            if "projector" not in name
+        )
         return real(model, *args)
 
     monkeypatch.setattr(train_dpo, "pair_loss", spy)
@@ -79,5 +98,11 @@ def test_the_model_has_that_type(half, pairs, tmp_path, monkeypatch):
 
 
 def test_sampling_in_bfloat16(half, tmp_path):
-    pairs = {dtype: sample(str(half), tmp_path / dtype / "p.jsonl", dtype=dtype) for dtype in ("float32", "bfloat16")}
-    assert all(pair["rejected"] for pair in pairs["bfloat16"]) and pairs["bfloat16"] != pairs["float32"]
+    pairs = {
+        dtype: sample(str(half), tmp_path / dtype / "p.jsonl", dtype=dtype)
+        for dtype in ("float32", "bfloat16")
+    }
+    assert (
+        all(pair["rejected"] for pair in pairs["bfloat16"])
+        and pairs["bfloat16"] != pairs["float32"]
+    )

@@ -12,7 +12,13 @@ from helpers import plain_greedy, random_toy, toy_features, toy_model, toy_proce
 from minialign import toyworld
 from minialign.metrics import bootstrap, print_table, with_intervals
 from minialign.pope import pope_verdict
-from minialign.toybench import ToyBenchmark, count_description, count_pope, pope_questions, popular_objects
+from minialign.toybench import (
+    ToyBenchmark,
+    count_description,
+    count_pope,
+    pope_questions,
+    popular_objects,
+)
 from minialign.toydraw import OBJECTS, SETTINGS
 
 NW, N, NE, SW, S, SE = toyworld.POSITIONS.values()
@@ -29,27 +35,66 @@ TEXTS = [
 ]
 
 
-# Descriptions ------------------------------------------------------------------------------------------------
+# Descriptions
+# ------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
     ("text", "expected"),
     [
-        (TEXTS[0], {"mentioned": 3, "hallucinated": 1, "typical": 1, "true": 2, "wrong_colour": 1,
-                    "wrong_place": 1, "hallucinating": 1, "found": 2}),
-        (TEXTS[1], {"mentioned": 4, "hallucinated": 2, "typical": 0, "true": 2, "wrong_colour": 0,
-                    "wrong_place": 0, "hallucinating": 1, "found": 1}),
-        (TEXTS[2], {"length": 4, "mentioned": 0, "hallucinated": 0, "typical": 0, "true": 0, "wrong_colour": 0,
-                    "wrong_place": 0, "hallucinating": 0, "found": 0}),
+        (
+            TEXTS[0],
+            {
+                "mentioned": 3,
+                "hallucinated": 1,
+                "typical": 1,
+                "true": 2,
+                "wrong_colour": 1,
+                "wrong_place": 1,
+                "hallucinating": 1,
+                "found": 2,
+            },
+        ),
+        (
+            TEXTS[1],
+            {
+                "mentioned": 4,
+                "hallucinated": 2,
+                "typical": 0,
+                "true": 2,
+                "wrong_colour": 0,
+                "wrong_place": 0,
+                "hallucinating": 1,
+                "found": 1,
+            },
+        ),
+        (
+            TEXTS[2],
+            {
+                "length": 4,
+                "mentioned": 0,
+                "hallucinated": 0,
+                "typical": 0,
+                "true": 0,
+                "wrong_colour": 0,
+                "wrong_place": 0,
+                "hallucinating": 0,
+                "found": 0,
+            },
+        ),
         ("", {"length": 0, "mentioned": 0, "hallucinated": 0, "hallucinating": 0, "found": 0}),
         # No colour or place said: neither can be wrong. A true object twice is found once.
-        ("A cup. The cup.", {"length": 4, "mentioned": 2, "true": 2, "coloured": 0, "placed": 0, "found": 1}),
-        # Whole words only: no tree in a street, no pan in a panda, no car in a scar; orange alone is no object.
+        (
+            "A cup. The cup.",
+            {"length": 4, "mentioned": 2, "true": 2, "coloured": 0, "placed": 0, "found": 1},
+        ),
+        # Whole words only: no tree in a street, no pan in a panda, no car in a scar; orange alone
+        # is no object.
         ("This is a street. A panda with a scar is orange.", {"mentioned": 0, "hallucinating": 0}),
         # A place belongs to its own sentence.
         (f"The {SW} is empty. The cup is red.", {"wrong_place": 0, "true": 1}),
     ],
-)  # fmt: skip
+)
 def test_counts_by_hand(text, expected):
     counts = count_description(KITCHEN, text)
     assert counts["images"] == 1 and counts["objects"] == 2
@@ -84,17 +129,27 @@ def test_metrics_by_hand():
     assert values["typical_share"] == pytest.approx(1 / 3, abs=1e-5)
     assert values["colour_errors"] == pytest.approx(1 / 3, abs=1e-5)
     assert values["position_errors"] == pytest.approx(1 / 3, abs=1e-5)
-    counts = [{**count_description(KITCHEN, text), **NOTHING} for text in ("The cup is red.", TEXTS[2])]
+    counts = [
+        {**count_description(KITCHEN, text), **NOTHING} for text in ("The cup is red.", TEXTS[2])
+    ]
     assert with_intervals([counts])["length"]["value"] == pytest.approx((4 + 4) / 2, abs=1e-5)
 
 
 def test_what_nobody_mentions_is_not_measured(capsys):
-    """No object is mentioned: there is no share of hallucinated ones, least of all a perfect one."""
+    """No object is mentioned: there is no share of hallucinated ones, least of all a perfect
+    one."""
     figures = with_intervals([[{**count_description(KITCHEN, TEXTS[2]), **NOTHING}] * 3])
-    assert all(set(figures[name].values()) == {None} for name in ("chair_i", "typical_share", "colour_errors"))
+    assert all(
+        set(figures[name].values()) == {None}
+        for name in ("chair_i", "typical_share", "colour_errors")
+    )
     assert figures["chair_s"] == {"value": 0, "low": 0, "high": 0}
     print_table({"run": figures})
-    lines = {line.split()[0]: line for line in capsys.readouterr().out.splitlines() if line.strip() != "run"}
+    lines = {
+        line.split()[0]: line
+        for line in capsys.readouterr().out.splitlines()
+        if line.strip() != "run"
+    }
     assert "not measured" in lines["chair_i"] and "0.000 [0.000, 0.000]" in lines["chair_s"]
 
 
@@ -104,7 +159,8 @@ def test_a_resample_without_objects_does_not_spoil_the_interval():
     assert len(set(with_intervals([[said, silent]])["chair_i"].values())) == 1
 
 
-# POPE --------------------------------------------------------------------------------------------------------
+# POPE
+# --------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -132,21 +188,39 @@ def test_pope_verdict(answer, yes):
 
 
 def test_pope_by_hand():
-    """Present: yes, no, yes. Random: no, no, yes. Popular: no, no, no. Adversarial: yes, yes, no."""
-    names = {"present": ["cup", "dog", "car"], "random": ["bus", "pan", "fork"], "popular": ["boat", "ball", "crab"],
-             "adversarial": ["kettle", "pan", "fork"]}  # fmt: skip
+    """Present: yes, no, yes. Random: no, no, yes. Popular: no, no, no. Adversarial: yes, yes,
+    no."""
+    names = {
+        "present": ["cup", "dog", "car"],
+        "random": ["bus", "pan", "fork"],
+        "popular": ["boat", "ball", "crab"],
+        "adversarial": ["kettle", "pan", "fork"],
+    }
     said = {"present": "yny", "random": "nny", "popular": "nnn", "adversarial": "yyn"}
     text = {"y": "Yes, there is.", "n": "No, there is no such thing."}
-    answers = {(kind, name): text[c] for kind in names for name, c in zip(names[kind], said[kind], strict=True)}
+    answers = {
+        (kind, name): text[c]
+        for kind in names
+        for name, c in zip(names[kind], said[kind], strict=True)
+    }
     counts = count_pope(names, answers)
     expected = {"random": (2, 1, 1, 2), "popular": (2, 0, 1, 3), "adversarial": (2, 2, 1, 1)}
     for setting, (tp, fp, fn, tn) in expected.items():
-        assert [counts[f"{setting}_{part}"] for part in ("tp", "fp", "fn", "tn")] == [tp, fp, fn, tn]
+        assert [counts[f"{setting}_{part}"] for part in ("tp", "fp", "fn", "tn")] == [
+            tp,
+            fp,
+            fn,
+            tn,
+        ]
     counts = {**count_description(KITCHEN, ""), **counts}
     values = {name: figure["value"] for name, figure in with_intervals([[counts] * 2]).items()}
     assert [values[f"pope_{s}"] for s in expected] == pytest.approx([4 / 6, 5 / 6, 3 / 6], abs=1e-5)
-    assert [values[f"pope_{s}_f1"] for s in expected] == pytest.approx([4 / 6, 4 / 5, 4 / 7], abs=1e-5)
-    assert [values[f"pope_{s}_yes"] for s in expected] == pytest.approx([3 / 6, 2 / 6, 4 / 6], abs=1e-5)
+    assert [values[f"pope_{s}_f1"] for s in expected] == pytest.approx(
+        [4 / 6, 4 / 5, 4 / 7], abs=1e-5
+    )
+    assert [values[f"pope_{s}_yes"] for s in expected] == pytest.approx(
+        [3 / 6, 2 / 6, 4 / 6], abs=1e-5
+    )
 
 
 @pytest.mark.parametrize("split", ["test", "validation", "train"])
@@ -158,17 +232,25 @@ def test_pope_questions(split):
         assert questions == pope_questions(scene)
         assert list(questions) == ["present", "random", "popular", "adversarial"]
         present, absent = questions["present"], [o for o in OBJECTS if o not in scene.objects]
-        assert set(present) <= scene.objects.keys() and len(set(present)) == len(present) == min(3, len(scene.objects))
+        assert set(present) <= scene.objects.keys() and len(set(present)) == len(present) == min(
+            3, len(scene.objects)
+        )
         for kind in POPE:
             assert len(set(questions[kind])) == len(questions[kind]) == len(present)
             assert set(questions[kind]) <= set(absent)
         typical = [o for o in absent if o in SETTINGS[scene.setting]]
         n = min(len(typical), len(present))
-        assert set(questions["adversarial"][:n]) <= set(typical)  # typical ones first, as many as there are
+        assert set(questions["adversarial"][:n]) <= set(
+            typical
+        )  # typical ones first, as many as there are
         exhausted += n < len(present)
         ranks = [popular_objects().index(name) for name in questions["popular"]]
-        others = [popular_objects().index(name) for name in absent if name not in questions["popular"]]
-        assert ranks == sorted(ranks) and max(ranks) < min(others)  # the most frequent of the absent
+        others = [
+            popular_objects().index(name) for name in absent if name not in questions["popular"]
+        ]
+        assert ranks == sorted(ranks) and max(ranks) < min(
+            others
+        )  # the most frequent of the absent
     assert 0 < exhausted < 150  # both cases were met
 
 
@@ -179,12 +261,21 @@ def test_popular_objects_are_those_of_the_training_split():
     assert counts == sorted(counts, reverse=True)
 
 
-# Intervals ---------------------------------------------------------------------------------------------------
+# Intervals
+# ---------------------------------------------------------------------------------------------------
 
 
 def image_counts(hallucinating: int, mentioned: int = 1, length: int = 5) -> dict:
-    return {"images": 1, "length": length, "objects": 2, "mentioned": mentioned, "hallucinated": hallucinating,
-            "hallucinating": hallucinating, "found": 1, **NOTHING}  # fmt: skip
+    return {
+        "images": 1,
+        "length": length,
+        "objects": 2,
+        "mentioned": mentioned,
+        "hallucinated": hallucinating,
+        "hallucinating": hallucinating,
+        "found": 1,
+        **NOTHING,
+    }
 
 
 @pytest.mark.parametrize("share", [0.1, 0.3, 0.5])
@@ -197,12 +288,15 @@ def test_intervals_are_about_the_binomials(share):
         assert figure["value"] == pytest.approx(share, abs=1e-5)
         assert figure["low"] < figure["value"] < figure["high"]
         widths.append(figure["high"] - figure["low"])
-        assert widths[-1] == pytest.approx(2 * 1.96 * (share * (1 - share) / images) ** 0.5, rel=0.15)
+        assert widths[-1] == pytest.approx(
+            2 * 1.96 * (share * (1 - share) / images) ** 0.5, rel=0.15
+        )
     assert widths[0] > widths[1] > widths[2]
 
 
 def test_intervals_are_deterministic_and_paired():
-    """Two rows on the same images are resampled alike: what holds of every image holds of every resample."""
+    """Two rows on the same images are resampled alike: what holds of every image holds of every
+    resample."""
     rng = random.Random(0)
     lengths = [rng.randrange(5, 50) for _ in range(80)]
     shorter, longer = ([[image_counts(0, length=n + extra) for n in lengths]] for extra in (0, 3))
@@ -213,12 +307,15 @@ def test_intervals_are_deterministic_and_paired():
 
 
 def test_runs_are_pooled():
-    """Three equal runs say no more than one; runs that disagree widen the interval; the value is their mean."""
+    """Three equal runs say no more than one; runs that disagree widen the interval; the value is
+    their mean."""
     rng = random.Random(1)
     run = [image_counts(rng.random() < 0.4) for _ in range(200)]
     one, three = with_intervals([run])["chair_s"], with_intervals([run] * 3)["chair_s"]
     width = one["high"] - one["low"]
-    assert three["value"] == one["value"] and three["high"] - three["low"] == pytest.approx(width, rel=0.15)
+    assert three["value"] == one["value"] and three["high"] - three["low"] == pytest.approx(
+        width, rel=0.15
+    )
     apart = with_intervals([run, [image_counts(0)] * 200, [image_counts(1)] * 200])["chair_s"]
     assert apart["value"] == pytest.approx((one["value"] + 1) / 3, abs=1e-4)
     assert apart["high"] - apart["low"] > 2 * width
@@ -231,7 +328,8 @@ def test_missing_counts_are_zero():
     assert with_intervals([counts])["chair_i"]["value"] == pytest.approx(2 / 4, abs=1e-5)
 
 
-# The whole benchmark -----------------------------------------------------------------------------------------
+# The whole benchmark
+# -----------------------------------------------------------------------------------------
 
 
 class Scripted(ToyBenchmark):
@@ -246,11 +344,19 @@ class Scripted(ToyBenchmark):
         if questions[0] == [toyworld.DESCRIBE[0]]:
             absent = [next(o for o in OBJECTS if o not in scene.objects) for scene in scenes]
             true = [toyworld.description(scene, random.Random(0)) for scene in scenes]
-            return [[text] if self.truthful else [f"A {name}."] for text, name in zip(true, absent, strict=True)]
+            return [
+                [text] if self.truthful else [f"A {name}."]
+                for text, name in zip(true, absent, strict=True)
+            ]
         replies = []
         for scene, asked in zip(scenes, questions, strict=True):
-            there = [any(re.search(rf"\b{name}\b", question) for name in scene.objects) for question in asked]
-            replies.append(["Yes, there is." if t == self.truthful else "No, there is not." for t in there])
+            there = [
+                any(re.search(rf"\b{name}\b", question) for name in scene.objects)
+                for question in asked
+            ]
+            replies.append(
+                ["Yes, there is." if t == self.truthful else "No, there is not." for t in there]
+            )
         return replies
 
 
@@ -269,22 +375,35 @@ class SeedProcessor:
 @pytest.mark.parametrize(("kind", "good"), [(Scripted, 1.0), (Liar, 0.0)])
 @pytest.mark.parametrize("batch_size", [1, 4, 10])
 def test_the_truth_scores_best_and_its_opposite_worst(kind, good, batch_size, monkeypatch):
-    """A picture is its scene's seed here, and so are its features: they say which scenes a batch holds."""
+    """A picture is its scene's seed here, and so are its features: they say which scenes a batch
+    holds."""
     monkeypatch.setattr(toyworld, "picture", lambda scene: torch.tensor(scene.seed))
     model = SimpleNamespace(encode_images=lambda pixels: pixels)
     counts = kind("validation", 10, batch_size).run(model, None, SeedProcessor())
     assert len(counts) == 10
     figures = with_intervals([counts])
     bad = {"chair_i", "chair_s"}
-    for name in ("recall", "pope_random", "pope_popular", "pope_adversarial", "pope_random_f1", *bad):
-        assert figures[name] == dict.fromkeys(("value", "low", "high"), 1 - good if name in bad else good), name
+    for name in (
+        "recall",
+        "pope_random",
+        "pope_popular",
+        "pope_adversarial",
+        "pope_random_f1",
+        *bad,
+    ):
+        assert figures[name] == dict.fromkeys(
+            ("value", "low", "high"), 1 - good if name in bad else good
+        ), name
 
 
 @pytest.mark.parametrize("make", [toy_model, random_toy])
 def test_answers_equal_each_question_alone(make):
     """The picture is the trunk, the questions are branches; the plain way asks one by one."""
     model, tokenizer = make(), toy_tokenizer()
-    questions = [["Is there a cup in the picture?", "What place is this?", "Where is the umbrella?"], ["Describe."]]
+    questions = [
+        ["Is there a cup in the picture?", "What place is this?", "Where is the umbrella?"],
+        ["Describe."],
+    ]
     features = toy_features((0, 1))
     said = ToyBenchmark().answers(model, tokenizer, features, [(36, None)] * 2, questions, 12)
     for row, (asked, answers) in enumerate(zip(questions, said, strict=True)):
@@ -295,5 +414,8 @@ def test_answers_equal_each_question_alone(make):
 
 
 def test_the_benchmark_does_not_depend_on_the_batch_size():
-    runs = [ToyBenchmark("validation", 3, size).run(toy_model(), toy_tokenizer(), toy_processor()) for size in (1, 2)]
+    runs = [
+        ToyBenchmark("validation", 3, size).run(toy_model(), toy_tokenizer(), toy_processor())
+        for size in (1, 2)
+    ]
     assert runs[0] == runs[1] and len(runs[0]) == 3

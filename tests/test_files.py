@@ -19,12 +19,14 @@ from minialign.files import (
     write_whole,
 )
 
-ODD = "Zürich 東京 🚲 \u2028 \u2029 \x85 \x0b \x0c \x1c \t \" \\ \r\n </script>"  # what str.splitlines would split
+ODD = 'Zürich 東京 🚲 \u2028 \u2029 \x85 \x0b \x0c \x1c \t " \\ \r\n </script>'  # what str.splitlines would split
 
 
 def contents(folder) -> dict[str, bytes]:
     """Every file below a folder, hidden ones too."""
-    return {str(p.relative_to(folder)): p.read_bytes() for p in sorted(folder.rglob("*")) if p.is_file()}
+    return {
+        str(p.relative_to(folder)): p.read_bytes() for p in sorted(folder.rglob("*")) if p.is_file()
+    }
 
 
 class Stop(Exception):
@@ -94,7 +96,19 @@ def test_json_round_trip(tmp_path):
 
 @pytest.mark.parametrize(
     "data",
-    [b"", b"{", b"[]", b"1", b"null", b'"text"', b"\xff\xfe\x00", b"{'a': 1}", b"[" * 100_000, b"1" * 5000, b"{} {}"],
+    [
+        b"",
+        b"{",
+        b"[]",
+        b"1",
+        b"null",
+        b'"text"',
+        b"\xff\xfe\x00",
+        b"{'a': 1}",
+        b"[" * 100_000,
+        b"1" * 5000,
+        b"{} {}",
+    ],
 )
 def test_what_is_no_json_object(tmp_path, data):
     path = tmp_path / "x.json"
@@ -128,7 +142,10 @@ def test_a_folder_is_replaced_whole(tmp_path):
     write_folder_whole(folder, writer(a="1", b="2"))
     assert contents(tmp_path) == {"deep/model/a": b"1", "deep/model/b": b"2"}
     write_folder_whole(folder, writer(b="3", c="4"))
-    assert contents(tmp_path) == {"deep/model/b": b"3", "deep/model/c": b"4"}  # `a` was the old folder's
+    assert contents(tmp_path) == {
+        "deep/model/b": b"3",
+        "deep/model/c": b"4",
+    }  # `a` was the old folder's
     assert [p.name for p in folder.parent.iterdir()] == ["model"]
 
 
@@ -162,7 +179,8 @@ def test_a_killed_write_leaves_no_trace_in_the_next(tmp_path):
 
 
 def test_no_reader_sees_half_a_folder(tmp_path, monkeypatch):
-    """At every call into the file system the folder is the old one, the new one or, between two renames, absent."""
+    """At every call into the file system the folder is the old one, the new one or, between two
+    renames, absent."""
     folder, seen = tmp_path / "model", []
     write_folder_whole(folder, writer(a="1", b="1"))
 
@@ -198,24 +216,31 @@ def test_lines_round_trip(tmp_path):
 
 
 def test_lines_of_a_file_that_is_not_there(tmp_path):
-    assert whole_lines(tmp_path / "none.jsonl") == [] and read_lines(tmp_path / "none.jsonl", "") == []
+    assert (
+        whole_lines(tmp_path / "none.jsonl") == [] and read_lines(tmp_path / "none.jsonl", "") == []
+    )
     assert contents(tmp_path) == {}
 
 
 def test_appending_is_one_write_on_the_disk(tmp_path, monkeypatch):
     """A kill falls before or behind a batch's lines, and what is behind it was synced."""
     synced = []
-    monkeypatch.setattr(files.os, "fsync", lambda descriptor: synced.append(os.fstat(descriptor).st_size))
+    monkeypatch.setattr(
+        files.os, "fsync", lambda descriptor: synced.append(os.fstat(descriptor).st_size)
+    )
     append_lines(tmp_path / "x.jsonl", [{"n": i, "text": "long " * 5000} for i in range(9)])
     assert synced == [(tmp_path / "x.jsonl").stat().st_size]
 
 
 @pytest.mark.parametrize("seed", range(30))
 def test_half_a_line_is_cut_off(tmp_path, seed):
-    """Cut anywhere, in the middle of a character too: what is left are the whole lines, and appending goes on."""
+    """Cut anywhere, in the middle of a character too: what is left are the whole lines, and
+    appending goes on."""
     rng, path = random.Random(seed), tmp_path / "x.jsonl"
     letters = string.printable + ODD
-    values = [{"id": i, "text": "".join(rng.choices(letters, k=rng.randrange(20)))} for i in range(4)]
+    values = [
+        {"id": i, "text": "".join(rng.choices(letters, k=rng.randrange(20)))} for i in range(4)
+    ]
     append_lines(path, values)
     data = path.read_bytes()
     cut = rng.randrange(len(data) + 1)
@@ -233,7 +258,9 @@ def test_windows_line_ends(tmp_path):
     assert read_lines(path, "never seen") == [{"a": 1}, {"a": 2}]
 
 
-@pytest.mark.parametrize("data", [b"[1]\n", b"{\n", b"\n", b"\xff\n", b'{"a": 1}\nnull\n', b"[" * 100_000 + b"\n"])
+@pytest.mark.parametrize(
+    "data", [b"[1]\n", b"{\n", b"\n", b"\xff\n", b'{"a": 1}\nnull\n', b"[" * 100_000 + b"\n"]
+)
 def test_lines_that_are_no_objects(tmp_path, data):
     path = tmp_path / "x.jsonl"
     path.write_bytes(data)

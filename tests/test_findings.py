@@ -1,4 +1,5 @@
-"""The findings: which way is better, margins, what is undecided, and evidence that says what was compared."""
+"""The findings: which way is better, margins, what is undecided, and evidence that says what was
+compared."""
 
 import numpy as np
 import pytest
@@ -12,7 +13,8 @@ METRICS = ("pope_adversarial", "recall", "chair_i")
 
 
 def bootstrapped(value: float, low: float, high: float) -> np.ndarray:
-    """1 + 1000 numbers: the value, then evenly spread ones, so that 95 % of them lie between low and high."""
+    """1 + 1000 numbers: the value, then evenly spread ones, so that 95 % of them lie between low
+    and high."""
     spread = (high - low) / 0.95
     middle = (low + high) / 2
     return np.concatenate([[value], np.linspace(middle - spread / 2, middle + spread / 2, 1000)])
@@ -24,7 +26,9 @@ def verdicts(**rows) -> dict[str, str]:
 
 
 def row(pope, recall, chair) -> dict[str, np.ndarray]:
-    return dict(zip(METRICS, (bootstrapped(*values) for values in (pope, recall, chair)), strict=True))
+    return dict(
+        zip(METRICS, (bootstrapped(*values) for values in (pope, recall, chair)), strict=True)
+    )
 
 
 ZERO = row((0, 0, 0), (0, 0, 0), (0, 0, 0))
@@ -32,7 +36,9 @@ IDS = ("bdhs lowers adversarial POPE error", "bdhs misses fewer objects", "bdhs 
 
 
 def test_an_interval_is_the_middle_95_percent():
-    found = interval(np.concatenate([[7.0], np.random.default_rng(0).permutation(np.arange(1001.0))]))
+    found = interval(
+        np.concatenate([[7.0], np.random.default_rng(0).permutation(np.arange(1001.0))])
+    )
     assert found == {"value": 7.0, "low": 25.0, "high": 975.0}  # the value itself is no resample
     assert interval(bootstrapped(0.2, 0.1, 0.4)) == {"value": 0.2, "low": 0.1, "high": 0.4}
 
@@ -92,20 +98,27 @@ INSIDE, ABOVE, BELOW = (0.0, -0.019, 0.019), (0.05, 0.021, 0.08), (-0.05, -0.08,
 ACROSS, FAR_ACROSS, LOW_ACROSS = (0.01, -0.01, 0.03), (0.0, -0.03, 0.03), (-0.02, -0.03, -0.01)
 
 
-@pytest.mark.parametrize("gain, matches, on_par", [
-    (INSIDE, "reproduced", "reproduced"),
-    (ABOVE, "reproduced", "not reproduced"),
-    (BELOW, "not reproduced", "not reproduced"),
-    (ACROSS, "reproduced", "undecided"),
-    (FAR_ACROSS, "undecided", "undecided"),
-    (LOW_ACROSS, "undecided", "undecided"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "gain, matches, on_par",
+    [
+        (INSIDE, "reproduced", "reproduced"),
+        (ABOVE, "reproduced", "not reproduced"),
+        (BELOW, "not reproduced", "not reproduced"),
+        (ACROSS, "reproduced", "undecided"),
+        (FAR_ACROSS, "undecided", "undecided"),
+        (LOW_ACROSS, "undecided", "undecided"),
+    ],
+)
 def test_margins(gain, matches, on_par):
     """bdhs against corrupted, and IPO against bdhs: a gain is upwards, in CHAIR_i downwards."""
     value, low, high = gain
-    better = row(gain, gain, (-value / 2, -high / 2, -low / 2))  # CHAIR_i's margin is half of theirs
+    better = row(
+        gain, gain, (-value / 2, -high / 2, -low / 2)
+    )  # CHAIR_i's margin is half of theirs
     found = verdicts(bdhs=better, corrupted=ZERO)
-    assert found == dict.fromkeys((f"bdhs matches or beats corrupted pairs on {name}" for name in FIGURES), matches)
+    assert found == dict.fromkeys(
+        (f"bdhs matches or beats corrupted pairs on {name}" for name in FIGURES), matches
+    )
     found = verdicts(ipo=better, bdhs=ZERO)
     assert found == dict.fromkeys((f"IPO is on par with DPO on {name}" for name in FIGURES), on_par)
 
@@ -118,11 +131,19 @@ def test_ranges():
 
 def test_evidence_states_the_margin_where_there_is_one():
     evidence = {f["id"]: f["evidence"] for f in judge({"ipo": ZERO, "bdhs": ZERO, "sft": ZERO})}
-    assert evidence["IPO is on par with DPO on recall"] == "recall ipo - bdhs: +0.000 [+0.000, +0.000], margin 0.02"
-    assert evidence["bdhs beats supervised control on recall"] == "recall bdhs - sft: +0.000 [+0.000, +0.000]"
+    assert (
+        evidence["IPO is on par with DPO on recall"]
+        == "recall ipo - bdhs: +0.000 [+0.000, +0.000], margin 0.02"
+    )
+    assert (
+        evidence["bdhs beats supervised control on recall"]
+        == "recall bdhs - sft: +0.000 [+0.000, +0.000]"
+    )
 
 
 def test_what_was_not_measured_is_undecided():
     nothing = dict.fromkeys(METRICS, np.full(1001, np.nan))
     found = judge({"base": ZERO, "bdhs": nothing})
-    assert {f["status"] for f in found} == {"undecided"} and all("not measured" in f["evidence"] for f in found)
+    assert {f["status"] for f in found} == {"undecided"} and all(
+        "not measured" in f["evidence"] for f in found
+    )

@@ -15,7 +15,8 @@ from minialign.resume import progress_tensors
 
 @pytest.mark.parametrize("seed", range(4))
 def test_ten_steps_are_those_of_the_plain_optimizer(seed):
-    """To the last bit but one of the weights and of what a checkpoint holds, whatever rates and gradients."""
+    """To the last bit but one of the weights and of what a checkpoint holds, whatever rates and
+    gradients."""
     rng, generator = random.Random(seed), torch.Generator().manual_seed(seed)
     ours = adapted(random_model(seed), 4, 8.0, seed)
     theirs = copy.deepcopy(ours)
@@ -23,9 +24,10 @@ def test_ten_steps_are_those_of_the_plain_optimizer(seed):
     assert optimizer.defaults["fused"]
     plain = torch.optim.AdamW(trainable_groups(theirs, 1e-3, 1e-4), weight_decay=0.0, fused=False)
     pairs = [
-        pair for one, other in zip(optimizer.param_groups, plain.param_groups, strict=True)
+        pair
+        for one, other in zip(optimizer.param_groups, plain.param_groups, strict=True)
         for pair in zip(one["params"], other["params"], strict=True)
-    ]  # fmt: skip
+    ]
     first = [parameter.detach().clone() for parameter, _ in pairs]
     for _ in range(10):
         share, scale = rng.random(), 10 ** rng.uniform(-6, 0)

@@ -51,19 +51,27 @@ def alive(pid: int) -> bool:
 def test_a_row_costs_nothing_but_itself():
     """One raises, one hangs, one hangs with half of its facts, one that has shared its process
     with a row that is done; the rows behind them are measured. Each is reported at once."""
-    rows, reports = run([
-        job("print('so far so good'); 1 / 0", "raises"),
-        job(SLEEP, "hangs", limit=0.5),
-        job(f"facts.add('half', found=7); {SLEEP}", "half", limit=1.5),
-        job("facts.finish('one', found=1); 1 / 0", "one", "two"),
-        job("pass", "silent"),
-        job("facts.skip('left-out', 'no such thing here')", "left-out"),
-        job("facts.add('fine', part=1); facts.finish('fine', whole=2)", "fine"),
-    ])  # fmt: skip
+    rows, reports = run(
+        [
+            job("print('so far so good'); 1 / 0", "raises"),
+            job(SLEEP, "hangs", limit=0.5),
+            job(f"facts.add('half', found=7); {SLEEP}", "half", limit=1.5),
+            job("facts.finish('one', found=1); 1 / 0", "one", "two"),
+            job("pass", "silent"),
+            job("facts.skip('left-out', 'no such thing here')", "left-out"),
+            job("facts.add('fine', part=1); facts.finish('fine', whole=2)", "fine"),
+        ]
+    )
     assert {name: row["status"] for name, row in rows.items()} == {
-        "raises": "failed", "hangs": "timeout", "half": "timeout", "one": "ok", "two": "failed",
-        "silent": "failed", "left-out": "skipped", "fine": "ok",
-    }  # fmt: skip
+        "raises": "failed",
+        "hangs": "timeout",
+        "half": "timeout",
+        "one": "ok",
+        "two": "failed",
+        "silent": "failed",
+        "left-out": "skipped",
+        "fine": "ok",
+    }
     assert rows["raises"]["error"].splitlines()[0] == "so far so good"
     assert rows["raises"]["error"].splitlines()[-1].startswith("ZeroDivisionError")
     assert "not done after 0.5 s" in rows["hangs"]["error"] and rows["hangs"]["seconds"] < 10
@@ -108,12 +116,15 @@ def test_time_that_is_not_left():
     """A row is not begun whose least time is not there, another is; a limit ends with the time."""
     done = "facts.finish('{0}')"
     begin = time.monotonic()
-    rows, _ = run([
-        job(done.format("long"), "long", least=100.0),
-        job(done.format("short"), "short", least=1.0),
-        job(SLEEP, "endless"),
-        job(done.format("late"), "late", least=1.0),
-    ], 4.0)  # fmt: skip
+    rows, _ = run(
+        [
+            job(done.format("long"), "long", least=100.0),
+            job(done.format("short"), "short", least=1.0),
+            job(SLEEP, "endless"),
+            job(done.format("late"), "late", least=1.0),
+        ],
+        4.0,
+    )
     statuses = [row["status"] for row in rows.values()]
     assert statuses == ["skipped", "ok", "timeout", "skipped"]
     assert "no time" in rows["long"]["error"] and "wants 100" in rows["long"]["error"]
@@ -121,12 +132,14 @@ def test_time_that_is_not_left():
 
 
 def test_rows_that_need_another():
-    rows, _ = run([
-        job("1 / 0", "model"),
-        job("facts.finish('a')", "a", needs="model"),
-        job("facts.finish('b')", "b"),
-        job("facts.finish('c')", "c", needs="b"),
-    ])  # fmt: skip
+    rows, _ = run(
+        [
+            job("1 / 0", "model"),
+            job("facts.finish('a')", "a", needs="model"),
+            job("facts.finish('b')", "b"),
+            job("facts.finish('c')", "c", needs="b"),
+        ]
+    )
     statuses = [row["status"] for row in rows.values()]
     assert statuses == ["failed", "skipped", "ok", "ok"]
     assert rows["a"]["error"] == "needs the row model"
@@ -251,9 +264,13 @@ def test_the_command(tmp_path, monkeypatch, capsys):
     found = json.loads((tmp_path / "new" / "gpu.json").read_text())
     statuses = {name: row["status"] for name, row in found["rows"].items()}
     assert statuses == {
-        "model": "ok", "gradients": "ok", "our-step": "ok", "our-nonsense": "failed",
-        "road-sample": "ok", "our-step-recompute": "ok",
-    }  # fmt: skip
+        "model": "ok",
+        "gradients": "ok",
+        "our-step": "ok",
+        "our-nonsense": "failed",
+        "road-sample": "ok",
+        "our-step-recompute": "ok",
+    }
     printed = capsys.readouterr().out
     assert printed.startswith((tmp_path / "new" / "table.txt").read_text())
     assert all(f"{name:27}{status:9}" in printed for name, status in statuses.items())

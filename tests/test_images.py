@@ -1,4 +1,5 @@
-"""CLIP preprocessing to the last bit against transformers, on random pictures and real photographs; the noise."""
+"""CLIP preprocessing to the last bit against transformers, on random pictures and real photographs;
+the noise."""
 
 import importlib.util
 import io
@@ -18,7 +19,14 @@ from minialign.errors import UserError
 from minialign.images import ImageProcessor, add_noise, noise_level, open_image
 
 SIZES = [96, 336]
-PHOTOGRAPHS = ["astronaut.png", "chelsea.png", "coffee.png", "rocket.jpg", "hubble_deep_field.jpg", "camera.png"]
+PHOTOGRAPHS = [
+    "astronaut.png",
+    "chelsea.png",
+    "coffee.png",
+    "rocket.jpg",
+    "hubble_deep_field.jpg",
+    "camera.png",
+]
 
 
 def random_picture(rng: random.Random, mode: str = "RGB", longest: int = 500) -> Image.Image:
@@ -41,7 +49,9 @@ def check(oracle, picture: Image.Image) -> None:
     """Equal to the last bit at both sizes."""
     for size in SIZES:
         ours = ImageProcessor(size)(picture)[0]
-        assert ours.dtype == torch.float32 and ours.shape == (3, size, size) and ours.is_contiguous()
+        assert (
+            ours.dtype == torch.float32 and ours.shape == (3, size, size) and ours.is_contiguous()
+        )
         assert torch.equal(ours, theirs(oracle, size, picture)), (picture.size, picture.mode, size)
 
 
@@ -55,7 +65,9 @@ def test_random_pictures(oracle, seed):
         assert picture.tobytes() == before  # the caller's picture is left alone
 
 
-@pytest.mark.parametrize("size", [(1, 1), (1, 60), (60, 1), (96, 96), (336, 336), (336, 337), (97, 96), (1000, 30)])
+@pytest.mark.parametrize(
+    "size", [(1, 1), (1, 60), (60, 1), (96, 96), (336, 336), (336, 337), (97, 96), (1000, 30)]
+)
 def test_awkward_sizes(oracle, size):
     check(oracle, random_picture(random.Random(0)).resize(size, Image.Resampling.NEAREST))
 
@@ -76,7 +88,11 @@ def test_other_modes(oracle, mode):
 def test_what_is_transparent_is_white(tmp_path):
     picture = Image.new("RGBA", (50, 40), (200, 10, 10, 0))
     picture.save(tmp_path / "clear.png")
-    for found in (picture, open_image(str(tmp_path), "clear.png"), add_noise(picture, 1, generator(0))):
+    for found in (
+        picture,
+        open_image(str(tmp_path), "clear.png"),
+        add_noise(picture, 1, generator(0)),
+    ):
         pixels = np.asarray(ImageProcessor(96).crop(found), dtype=float)
         assert pixels.mean() == pytest.approx(255, abs=1)
 
@@ -100,7 +116,9 @@ def test_pictures_of_the_embedded_world(oracle, split, index):
     whole = oracle.transformers.CLIPImageProcessorPil.from_pretrained(TOY)
     ours = ImageProcessor.from_folder(TOY)
     assert torch.equal(ours(picture), whole(picture, return_tensors="pt").pixel_values)
-    assert ours.crop(picture).tobytes() == picture.tobytes()  # already the tower's size: not resampled
+    assert (
+        ours.crop(picture).tobytes() == picture.tobytes()
+    )  # already the tower's size: not resampled
 
 
 @pytest.mark.parametrize("seed", range(6))
@@ -112,10 +130,14 @@ def test_crop_is_centred(seed):
     assert square.size == (96, 96) and square.mode == "RGB"
     assert torch.equal(processor(square), processor(picture))
     ramp = np.arange(rng.randrange(97, 250))
-    wide = Image.fromarray(np.broadcast_to(ramp.astype(np.uint8)[None, :, None], (96, len(ramp), 3)).copy())
+    wide = Image.fromarray(
+        np.broadcast_to(ramp.astype(np.uint8)[None, :, None], (96, len(ramp), 3)).copy()
+    )
     left = (len(ramp) - 96) // 2
     assert np.array_equal(np.asarray(processor.crop(wide))[0, :, 0], ramp[left : left + 96])
-    assert np.array_equal(np.asarray(processor.crop(wide.rotate(-90, expand=True)))[:, 0, 0], ramp[left : left + 96])
+    assert np.array_equal(
+        np.asarray(processor.crop(wide.rotate(-90, expand=True)))[:, 0, 0], ramp[left : left + 96]
+    )
 
 
 # ---------------------------------------------------------------- preprocessor_config.json
@@ -123,7 +145,12 @@ def test_crop_is_centred(seed):
 SPELLINGS = [
     {"size": {"shortest_edge": 48}, "crop_size": {"height": 48, "width": 48}},
     {"size": 48, "crop_size": 48},
-    {"size": {"shortest_edge": 48}, "crop_size": 48, "image_mean": [0.5, 0.4, 0.3], "image_std": [0.1, 0.2, 0.5]},
+    {
+        "size": {"shortest_edge": 48},
+        "crop_size": 48,
+        "image_mean": [0.5, 0.4, 0.3],
+        "image_std": [0.1, 0.2, 0.5],
+    },
     {},
 ]
 
@@ -136,9 +163,14 @@ def test_spellings_of_the_config(oracle, tmp_path, raw):
     (tmp_path / "config.json").write_text(json.dumps(config | tower))
     ours = ImageProcessor.from_folder(tmp_path)
     assert ours.size == (48 if raw else 336)
-    values = dict(raw) or {"size": {"shortest_edge": 336}, "crop_size": {"height": 336, "width": 336}}
+    values = dict(raw) or {
+        "size": {"shortest_edge": 336},
+        "crop_size": {"height": 336, "width": 336},
+    }
     picture = random_picture(random.Random(1))
-    expected = oracle.transformers.CLIPImageProcessorPil(**values)(picture, return_tensors="pt").pixel_values
+    expected = oracle.transformers.CLIPImageProcessorPil(**values)(
+        picture, return_tensors="pt"
+    ).pixel_values
     assert torch.equal(ours(picture), expected)
 
 
@@ -147,7 +179,10 @@ def test_configs_that_are_refused(tmp_path):
     with pytest.raises(UserError, match="no such file") as caught:
         ImageProcessor.from_folder(tmp_path)
     assert str(path) in str(caught.value)
-    for raw in ({"size": 40, "crop_size": 48}, {"size": {"height": 48, "width": 48}, "crop_size": 48}):
+    for raw in (
+        {"size": 40, "crop_size": 48},
+        {"size": {"height": 48, "width": 48}, "crop_size": 48},
+    ):
         path.write_text(json.dumps(raw))
         with pytest.raises(UserError, match="crop_size") as caught:
             ImageProcessor.from_folder(tmp_path)
@@ -170,8 +205,12 @@ def plain_abar(steps: int) -> float:
 
 def test_noise_level():
     abar = noise_level(500)
-    assert abar**0.5 == pytest.approx(0.863, abs=1e-3) and (1 - abar) ** 0.5 == pytest.approx(0.505, abs=1e-3)
-    assert round(abar**0.5, 4) == 0.8634 and round((1 - abar) ** 0.5, 4) == 0.5044  # the product of exactly 500
+    assert abar**0.5 == pytest.approx(0.863, abs=1e-3) and (1 - abar) ** 0.5 == pytest.approx(
+        0.505, abs=1e-3
+    )
+    assert (
+        round(abar**0.5, 4) == 0.8634 and round((1 - abar) ** 0.5, 4) == 0.5044
+    )  # the product of exactly 500
     assert noise_level(0) == 1.0
     for steps in (1, 2, 50, 500, 999, 1000):
         assert noise_level(steps) == pytest.approx(plain_abar(steps), rel=1e-12)
@@ -215,13 +254,21 @@ def density(x: float) -> float:
 @pytest.mark.parametrize("steps", [100, 300, 500, 800, 1000])
 @pytest.mark.parametrize("level", [0, 128, 255])
 def test_statistics_of_the_noise(level, steps):
-    """Mean and the shares of 0 and 255 are those of a normal variable clamped to [0, 1]; bytes do not wrap."""
+    """Mean and the shares of 0 and 255 are those of a normal variable clamped to [0, 1]; bytes do
+    not wrap."""
     abar = plain_abar(steps)
     centre, sigma = abar**0.5 * level / 255, (1 - abar) ** 0.5
     picture = Image.new("RGB", (150, 120), (level,) * 3)
-    values = np.asarray(add_noise(picture, steps, generator(steps + level))) / 255.0  # (120, 150, 3)
+    values = (
+        np.asarray(add_noise(picture, steps, generator(steps + level))) / 255.0
+    )  # (120, 150, 3)
     low, high = -centre / sigma, (1 - centre) / sigma
-    mean = centre * (below(high) - below(low)) + sigma * (density(low) - density(high)) + 1 - below(high)
+    mean = (
+        centre * (below(high) - below(low))
+        + sigma * (density(low) - density(high))
+        + 1
+        - below(high)
+    )
     error = 5 * min(sigma, 0.5) / values.size**0.5
     assert abs(values.mean() - mean) < error
     step = 0.5 / 255 / sigma  # what rounding adds to the ends
@@ -236,7 +283,10 @@ def test_deviation_of_the_noise_on_mid_grey():
     """Few steps, so that nothing is clamped: the deviation is sigma itself."""
     for steps in (20, 60, 100):
         abar = plain_abar(steps)
-        values = np.asarray(add_noise(Image.new("RGB", (200, 200), (128,) * 3), steps, generator(steps))) / 255.0
+        values = (
+            np.asarray(add_noise(Image.new("RGB", (200, 200), (128,) * 3), steps, generator(steps)))
+            / 255.0
+        )
         assert values.min() > 0 and values.max() < 1
         assert values.std() == pytest.approx(((1 - abar) + (1 / 255) ** 2 / 12) ** 0.5, rel=0.02)
         assert values.mean() == pytest.approx(abar**0.5 * 128 / 255, abs=0.001)

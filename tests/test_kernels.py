@@ -20,7 +20,8 @@ TYPES = {torch.float32: 1e-6, torch.float64: 1e-12, torch.bfloat16: 4e-2}
 
 
 def assert_same_with_gradients(ours, theirs, inputs: list[torch.Tensor], tolerance: float) -> None:
-    """Both functions of the same inputs give the same, and so do the gradients of a weighted sum."""
+    """Both functions of the same inputs give the same, and so do the gradients of a weighted
+    sum."""
     found = []
     for function in (ours, theirs):
         given = [each.detach().clone().requires_grad_(True) for each in inputs]
@@ -148,7 +149,8 @@ def test_training_with_grouped_heads(oracle, tmp_path, family, seed):
     rng, image = random.Random(seed), ours.config.image_token_id
     vocab = ours.config.text.vocab_size
     prompt, *responses = (
-        [i for i in random_ids(rng, count, vocab) if i != image] or [image + 1] for count in (9, 7, 5)
+        [i for i in random_ids(rng, count, vocab) if i != image] or [image + 1]
+        for count in (9, 7, 5)
     )
     rows = [Sequence(prompt, [Branch(ids) for ids in responses])]
     logps = branch_logps(ours, build_tree(rows, image, 0), None)[0]
@@ -179,7 +181,11 @@ def test_decoding_with_grouped_heads(oracle, tmp_path, family, seed, fixed):
     done = generate(ours, rows, None, Sampling(15, 0.0), set(), fixed=fixed)
     for prompt, [completion] in zip(prompts, done, strict=True):
         said = theirs.generate(
-            input_ids=torch.tensor([prompt]), max_new_tokens=15, do_sample=False,
-            suppress_tokens=[image], eos_token_id=None, pad_token_id=0,
-        )  # fmt: skip
+            input_ids=torch.tensor([prompt]),
+            max_new_tokens=15,
+            do_sample=False,
+            suppress_tokens=[image],
+            eos_token_id=None,
+            pad_token_id=0,
+        )
         assert completion.ids == said[0, len(prompt) :].tolist()

@@ -1,4 +1,5 @@
-"""--recompute and --compile change time and memory, and no number; where the model samples they do nothing."""
+"""--recompute and --compile change time and memory, and no number; where the model samples they do
+nothing."""
 
 import random
 from collections import Counter
@@ -26,7 +27,8 @@ PLAIN, RECOMPUTE, COMPILED = (False, False), (True, False), (False, True)
 
 
 def pairs_of(seed: int, rows: int, length: int):
-    """(a tree of pairs of which the longest has `length` tokens, features), for the random models."""
+    """(a tree of pairs of which the longest has `length` tokens, features), for the random
+    models."""
     rng, patches, batch = random.Random(seed), 9, []
     for row in range(rows):
         room = length - patches - (rng.randrange(5) if row else 0)
@@ -46,7 +48,9 @@ def wrap_layers(model, recompute: bool, compile: bool) -> None:
         if compile:
             layer.forward = torch.compile(layer.forward, dynamic=True, options=COMPILE_OPTIONS)
         if recompute:
-            layer.forward = partial(checkpoint, layer.forward, use_reentrant=False, preserve_rng_state=False)
+            layer.forward = partial(
+                checkpoint, layer.forward, use_reentrant=False, preserve_rng_state=False
+            )
 
 
 def step(model, tree, features, means: tuple[bool, bool]) -> list[torch.Tensor]:
@@ -64,14 +68,17 @@ def assert_close(ours: list[torch.Tensor], theirs: list[torch.Tensor]) -> None:
         assert b.abs().max() > 0 and worst(a, b) <= 1e-4 * max(1.0, b.abs().max().item())
 
 
-# Recompute ---------------------------------------------------------------------------------------------------
+# Recompute
+# ---------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("seed", SEEDS)
 def test_recomputing_changes_no_bit(seed):
     model = adapted(random_model(seed), 4, 8.0, seed)
     tree, features = pairs_of(seed, 1 + seed % 3, 20 + seed)
-    for a, b in zip(step(model, tree, features, RECOMPUTE), step(model, tree, features, PLAIN), strict=True):
+    for a, b in zip(
+        step(model, tree, features, RECOMPUTE), step(model, tree, features, PLAIN), strict=True
+    ):
         assert torch.equal(a, b) and b.abs().max() > 0
 
 
@@ -85,7 +92,9 @@ def test_a_layer_keeps_its_input_alone(seed):
         numbers: list[int] = []
         model.language_model.layers = layers
         wrap_layers(model, *means)
-        with torch.autograd.graph.saved_tensors_hooks(lambda t: numbers.append(t.numel()) or t, lambda t: t):
+        with torch.autograd.graph.saved_tensors_hooks(
+            lambda t: numbers.append(t.numel()) or t, lambda t: t
+        ):
             model(tree, features)
         return sum(numbers)
 
@@ -108,16 +117,20 @@ def test_who_runs_again():
     features = model.encode_images(torch.randn(2, 3, 12, 12, requires_grad=True))
     assert not features.requires_grad
     step(model, tree, features, RECOMPUTE)
-    tower = {f"vision_tower.encoder.layers.{i}.mlp": 1 for i in range(2)}  # of 3; the last is never run
+    tower = {
+        f"vision_tower.encoder.layers.{i}.mlp": 1 for i in range(2)
+    }  # of 3; the last is never run
     assert runs == tower | {f"language_model.layers.{i}.mlp": 1 + 2 for i in range(2)}
 
 
-# Compile -----------------------------------------------------------------------------------------------------
+# Compile
+# -----------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("recompute", [False, True])
 def test_twenty_lengths_are_compiled_once(recompute, compilations):
-    """Policy and reference, one row and more: all layers, lengths and numbers of rows share the code."""
+    """Policy and reference, one row and more: all layers, lengths and numbers of rows share the
+    code."""
     rng, model = random.Random(int(recompute)), adapted(random_model(1), 4, 8.0)
     counts = []
     for i, length in enumerate(rng.sample(range(17, 90), 20)):
@@ -125,11 +138,14 @@ def test_twenty_lengths_are_compiled_once(recompute, compilations):
         means = step(model, tree, features, (recompute, True)), step(model, tree, features, PLAIN)
         assert_close(*means)
         counts.append(len(compilations))
-    assert counts[0] == 2 and counts[-1] <= 6  # with gradients and without: one row, several; a rest of one column
+    assert (
+        counts[0] == 2 and counts[-1] <= 6
+    )  # with gradients and without: one row, several; a rest of one column
 
 
 def test_compiled_by_the_real_compiler():
-    """Rows and lengths other than those of the first time, too; it takes minutes, so the policy alone."""
+    """Rows and lengths other than those of the first time, too; it takes minutes, so the policy
+    alone."""
     model = adapted(random_model(2), 4, 8.0)
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
     for seed, (rows, length) in enumerate([(3, 40), (3, 29), (2, 33)]):
@@ -142,7 +158,8 @@ def test_compiled_by_the_real_compiler():
         assert_close(*found)
 
 
-# Where they have no part -------------------------------------------------------------------------------------
+# Where they have no part
+# -------------------------------------------------------------------------------------
 
 
 def test_sampling_computes_nothing_again_and_compiles_nothing(compilations):
@@ -158,7 +175,8 @@ def test_sampling_computes_nothing_again_and_compiles_nothing(compilations):
     assert runs["mlp"] == len(model.language_model.layers) * 5 and not compilations
 
 
-# The flags ---------------------------------------------------------------------------------------------------
+# The flags
+# ---------------------------------------------------------------------------------------------------
 
 
 @pytest.fixture
@@ -181,7 +199,9 @@ def means(monkeypatch) -> Counter:
     return counts
 
 
-@pytest.mark.parametrize("script,facts", [(train, {"epochs": 1}), (online, {"limit": 6, "method": "online-bdhs"})])
+@pytest.mark.parametrize(
+    "script,facts", [(train, {"epochs": 1}), (online, {"limit": 6, "method": "online-bdhs"})]
+)
 def test_both_scripts_have_the_flags(script, facts, model, pairs, tmp_path, means):
     facts |= {"pairs": pairs} if script is train else {"data": pairs}
     rows, used = [], []
@@ -197,4 +217,7 @@ def test_both_scripts_have_the_flags(script, facts, model, pairs, tmp_path, mean
 
 def test_compiling_needs_a_compiler(model, pairs, tmp_path, monkeypatch):
     monkeypatch.setenv("CXX", "no-such-compiler")
-    gives_remedy(lambda: train_by_flags(model, tmp_path, "--pairs", pairs, "--compile"), "no no-such-compiler; install")
+    gives_remedy(
+        lambda: train_by_flags(model, tmp_path, "--pairs", pairs, "--compile"),
+        "no no-such-compiler; install",
+    )

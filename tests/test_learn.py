@@ -1,4 +1,5 @@
-"""RLOO and PPO on a LLaVA: values, advantages and gradients against the plain way, one full sequence per response."""
+"""RLOO and PPO on a LLaVA: values, advantages and gradients against the plain way, one full
+sequence per response."""
 
 import copy
 import math
@@ -21,7 +22,8 @@ SEEDS = range(4)
 
 
 def policy_of(seed: int, head: bool = True):
-    """A random model whose adapters have moved from the reference, with a head that says something."""
+    """A random model whose adapters have moved from the reference, with a head that says
+    something."""
     model = copy.deepcopy(random_model(seed))
     torch.manual_seed(seed)
     lora.add_adapters(model, 3, 6.0)
@@ -41,12 +43,18 @@ def rollout_of(model, seed: int, rows: int = 3, k: int = 3) -> Rollout:
     patches, width = model.config.vision.patches, model.config.vision.hidden_size
     sequences = []
     for _ in range(rows):
-        prompt = [*random_ids(rng, 1 + rng.randrange(3)), IMAGE, *random_ids(rng, 1 + rng.randrange(4))]
+        prompt = [
+            *random_ids(rng, 1 + rng.randrange(3)),
+            IMAGE,
+            *random_ids(rng, 1 + rng.randrange(4)),
+        ]
         branches = [Branch(random_ids(rng, 1 + rng.randrange(6))) for _ in range(k)]
         sequences.append(Sequence(prompt, branches, patches))
     features = torch.randn(rows, patches, width, generator=generator)
     scores = torch.randn(rows, k, generator=generator)
-    return Rollout(build_tree(sequences, IMAGE, 0), features, scores, list(range(rows)), rows), sequences
+    return Rollout(
+        build_tree(sequences, IMAGE, 0), features, scores, list(range(rows)), rows
+    ), sequences
 
 
 def gradient(model, loss) -> torch.Tensor:
@@ -59,7 +67,8 @@ def gradient(model, loss) -> torch.Tensor:
 
 @pytest.mark.parametrize("seed", SEEDS)
 def test_rloo_learns_the_policy_gradient_of_eq_2(seed):
-    """Written out: a response's reward with its KL, less the mean of the others', times its log-prob's gradient."""
+    """Written out: a response's reward with its KL, less the mean of the others', times its
+    log-prob's gradient."""
     model = policy_of(seed, head=False)
     rollout, sequences = rollout_of(model, seed)
     learner, beta = Rloo(model, 0.3, 3), 0.3
@@ -78,7 +87,8 @@ def test_rloo_learns_the_policy_gradient_of_eq_2(seed):
 @pytest.mark.parametrize("seed", SEEDS)
 @torch.no_grad()
 def test_a_value_is_of_the_state_before_its_token(seed):
-    """The head on the hidden state that predicts the token, each response alone and in one piece."""
+    """The head on the hidden state that predicts the token, each response alone and in one
+    piece."""
     model = policy_of(seed)
     rollout, sequences = rollout_of(model, seed)
     learner = Ppo(model, 0.1, 3, 1, 0.9, 0.2, 0.2, 0.1)
@@ -86,7 +96,9 @@ def test_a_value_is_of_the_state_before_its_token(seed):
     expected = []
     for i, sequence in enumerate(sequences):
         for response in sequence.branches:
-            alone = build_tree([Sequence(sequence.trunk + response.ids, [], sequence.image_features)], IMAGE, 0)
+            alone = build_tree(
+                [Sequence(sequence.trunk + response.ids, [], sequence.image_features)], IMAGE, 0
+            )
             hidden = model(alone, rollout.features[i : i + 1])[0]
             before = hidden[-len(response.ids) - 1 : -1]
             expected.append(before @ model.scalar_head.weight[0])
@@ -96,24 +108,32 @@ def test_a_value_is_of_the_state_before_its_token(seed):
 
 @pytest.mark.parametrize("seed", SEEDS)
 def test_the_first_update_of_ppo_is_reinforce(seed):
-    """lambda = 1: the return of each token less its value, whitened, times its log-prob's gradient: cosine > 0.999.
+    """lambda = 1: the return of each token less its value, whitened, times its log-prob's gradient:
+    cosine > 0.999.
 
-    The returns by hand from plain logits: the score on the last token, beta log(pi / ref) taken off every one.
-    """
+    The returns by hand from plain logits: the score on the last token, beta log(pi / ref) taken off
+    every one."""
     model, beta = policy_of(seed), 0.2
     rollout, sequences = rollout_of(model, seed)
     learner = Ppo(model, beta, 3, 4, 1.0, 0.2, 0.2, value_coef=0.0)
     [look] = learner.look([rollout], Counter())
     loss, found = learner.loss(look, Counter())
-    assert found["policy/approxkl_avg"] == found["policy/clipfrac_avg"] == 0  # the ratio is 1 to the last bit
+    assert (
+        found["policy/approxkl_avg"] == found["policy/clipfrac_avg"] == 0
+    )  # the ratio is 1 to the last bit
     assert look.count == sum(len(b.ids) for s in sequences for b in s.branches)
 
     logps, returns = [], []
     for i, sequence in enumerate(sequences):
         for n, response in enumerate(sequence.branches):
+
             def plain(i=i, sequence=sequence, response=response):
-                lines = plain_logits(model, sequence.trunk + response.ids, rollout.features[i]).log_softmax(-1)
-                return lines[-len(response.ids) - 1 : -1].gather(1, torch.tensor(response.ids)[:, None])[:, 0]
+                lines = plain_logits(
+                    model, sequence.trunk + response.ids, rollout.features[i]
+                ).log_softmax(-1)
+                return lines[-len(response.ids) - 1 : -1].gather(
+                    1, torch.tensor(response.ids)[:, None]
+                )[:, 0]
 
             own = plain()
             with lora.adapters_off(model):
@@ -173,7 +193,9 @@ def test_parts_of_a_step_add_up_to_the_whole(learner):
     for rollouts in ([part(0, 3, 3), part(3, 4, 1)], [part(0, 4, 4), part(2, 3, 0)]):
         found, counts = all_of(rollouts)
         assert worst(found, expected) < 1e-5 * max(1, expected.abs().max().item())
-        assert {n: pytest.approx(v, abs=1e-4) for n, v in counted.items()} == dict(counts) and counts["answers"] == 8
+        assert {n: pytest.approx(v, abs=1e-4) for n, v in counted.items()} == dict(
+            counts
+        ) and counts["answers"] == 8
 
 
 @pytest.mark.parametrize("seed", SEEDS)
@@ -183,14 +205,21 @@ def test_what_is_counted_of_a_step(seed):
     model = policy_of(seed)
     rollout, _ = rollout_of(model, seed)
     logps, ref = both_logps(model, rollout.tree, rollout.features)
-    expected = {"kl": (logps - ref).sum(), "entropy": -logps.sum(), "answers": 9,
-                "rlhf": rollout.scores.sum() - 0.3 * (logps - ref).sum()}  # fmt: skip
+    expected = {
+        "kl": (logps - ref).sum(),
+        "entropy": -logps.sum(),
+        "answers": 9,
+        "rlhf": rollout.scores.sum() - 0.3 * (logps - ref).sum(),
+    }
     rloo, ppo = Counter(), Counter()
     Rloo(model, 0.3, 3).loss(rollout, rloo)
     Ppo(model, 0.3, 3, 1, 0.9, 0.2, 0.2, 0.1).look([rollout], ppo)
     for counts in (rloo, ppo):
         assert counts.keys() == expected.keys()
-        assert all(counts[name] == pytest.approx(float(value), abs=1e-3) for name, value in expected.items())
+        assert all(
+            counts[name] == pytest.approx(float(value), abs=1e-3)
+            for name, value in expected.items()
+        )
 
 
 def test_last_tokens_are_the_tips():
@@ -199,7 +228,7 @@ def test_last_tokens_are_the_tips():
     rollout, sequences = rollout_of(model, 5)
     row, branch, _ = token_logps(model, rollout.tree, rollout.features)
     ends = last_tokens(row, branch)
-    assert ends.sum() == 9 and [(int(r), int(b)) for r, b in zip(row[ends], branch[ends], strict=True)] == [
-        (i, n) for i in range(3) for n in range(3)
-    ]
+    assert ends.sum() == 9 and [
+        (int(r), int(b)) for r, b in zip(row[ends], branch[ends], strict=True)
+    ] == [(i, n) for i in range(3) for n in range(3)]
     assert gather([1]) == [[1]]

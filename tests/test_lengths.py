@@ -1,4 +1,5 @@
-"""Long sequences: responses refused or cut at their end, images never; like lengths together within a step."""
+"""Long sequences: responses refused or cut at their end, images never; like lengths together within
+a step."""
 
 import copy
 import random
@@ -18,7 +19,9 @@ from minialign.images import ImageProcessor, open_image
 from minialign.masks import NEWLINE
 from minialign.records import Record
 
-CUP = Record("1", "alignment-000000.png", [("user", "What is there?")], "A cup. " * 9 + "Yes.", "A ball.")
+CUP = Record(
+    "1", "alignment-000000.png", [("user", "What is there?")], "A cup. " * 9 + "Yes.", "A ball."
+)
 PATCHES = 36
 
 
@@ -37,7 +40,9 @@ def test_a_response_that_is_too_long():
     ids = [toy_tokenizer().response(text) for text in (CUP.chosen, CUP.rejected)]
     assert branch_ids(collator(len(ids[0])), CUP) == ids
     limit = len(ids[0]) - 1
-    said = f"a response of {limit + 1} tokens is longer than --max-response-tokens {limit}; raise it"
+    said = (
+        f"a response of {limit + 1} tokens is longer than --max-response-tokens {limit}; raise it"
+    )
     refused(lambda: collator(limit)([CUP]), said, "pass --truncate")
     assert branch_ids(collator(limit, truncate=True), CUP) == [ids[0][:-1], ids[1]]  # its end alone
     assert branch_ids(collator(1, truncate=True), CUP) == [ids[0][:1], ids[1][:1]]
@@ -45,7 +50,8 @@ def test_a_response_that_is_too_long():
 
 @pytest.mark.parametrize("truncate", [False, True])
 def test_what_the_decoder_has_no_positions_for(truncate):
-    """Image and prompt stay whole; the response has the positions that they leave, or the record is refused."""
+    """Image and prompt stay whole; the response has the positions that they leave, or the record is
+    refused."""
     ids = [toy_tokenizer().response(text) for text in (CUP.chosen, CUP.rejected)]
     trunk = len(toy_tokenizer().prompt(CUP.turns)) - 1 + PATCHES
     assert branch_ids(collator(512, trunk + len(ids[0]), truncate), CUP) == ids
@@ -55,7 +61,10 @@ def test_what_the_decoder_has_no_positions_for(truncate):
     else:
         refused(lambda: short([CUP]), f"the 3 positions that image and prompt leave of {trunk + 3}")
     for positions in (trunk, trunk - 1, 5):
-        refused(lambda p=positions: collator(512, p, truncate)([CUP]), "which leaves none for a response")
+        refused(
+            lambda p=positions: collator(512, p, truncate)([CUP]),
+            "which leaves none for a response",
+        )
 
 
 def test_the_flag(model, tmp_path):
@@ -89,7 +98,11 @@ def step(records, accumulate: int):
 def test_pairs_of_like_length_pass_together(uneven, accumulate):
     batches = step(uneven, accumulate)
     widths = [(batch.tree.branch >= 0).sum(1).tolist() for batch in batches]
-    assert sum(widths, []) == sorted(sum(widths, [])) != step(uneven, 1)[0].tree.branch.ge(0).sum(1).tolist()
+    assert (
+        sum(widths, [])
+        == sorted(sum(widths, []))
+        != step(uneven, 1)[0].tree.branch.ge(0).sum(1).tolist()
+    )
     padding = sum(int((batch.tree.branch < 0).sum()) for batch in batches)
     assert padding < 0.6 * int((step(uneven, 1)[0].tree.branch < 0).sum())
     assert accumulate < 16 or padding == 0
@@ -123,7 +136,8 @@ def test_pictures_stay_with_their_pairs(uneven):
 
 
 def test_pictures_of_many_sizes(tmp_path):
-    """AnyRes: each row has its own picture's tokens and newlines, each batch its pictures' tiles in row order."""
+    """AnyRes: each row has its own picture's tokens and newlines, each batch its pictures' tiles in
+    row order."""
     processor = ImageProcessor(16, 4, pinpoints=((16, 32), (32, 16), (32, 32), (48, 16), (16, 48)))
     collate = PairCollator(toy_tokenizer(), processor, str(photographs(tmp_path / "pictures")), 512)
     path = tmp_path / "pairs.jsonl"
@@ -136,6 +150,8 @@ def test_pictures_of_many_sizes(tmp_path):
     batches, _ = StepLoader(records, collate, 4, False)(list(range(4)))
     for i, batch in zip(order, batches, strict=True):
         patches, packing = layouts[i]
-        assert batch.tree.features_expected == patches and torch.equal(batch.pixels, processor(pictures[i]))
+        assert batch.tree.features_expected == patches and torch.equal(
+            batch.pixels, processor(pictures[i])
+        )
         image = batch.tree.feature[0]
         assert image[(image >= 0) | (image == NEWLINE)].tolist() == packing.tolist()

@@ -1,4 +1,5 @@
-"""LLaVA-1.6 against transformers: tiny random models of each family, pictures of many shapes, with and without mask."""
+"""LLaVA-1.6 against transformers: tiny random models of each family, pictures of many shapes, with
+and without mask."""
 
 import json
 import random
@@ -15,8 +16,22 @@ from minialign.images import ImageProcessor
 from minialign.masks import Sequence, build_tree
 
 FAMILIES = ["vicuna", "mistral", "34b"]
-SIZES = [(480, 640), (640, 480), (16, 16), (427, 640), (100, 100), (30, 120), (33, 50), (120, 20), (1, 1), (1, 60),
-         (60, 1), (17, 15), (97, 31), (12, 99)]  # fmt: skip
+SIZES = [
+    (480, 640),
+    (640, 480),
+    (16, 16),
+    (427, 640),
+    (100, 100),
+    (30, 120),
+    (33, 50),
+    (120, 20),
+    (1, 1),
+    (1, 60),
+    (60, 1),
+    (17, 15),
+    (97, 31),
+    (12, 99),
+]
 
 
 @pytest.fixture(scope="module", params=FAMILIES)
@@ -27,7 +42,9 @@ def pair(request, oracle, tmp_path_factory):
     theirs.save_pretrained(folder)
     size, pinpoints = theirs.config.vision_config.image_size, theirs.config.image_grid_pinpoints
     processor = oracle.transformers.LlavaNextImageProcessorPil(
-        size={"shortest_edge": size}, crop_size={"height": size, "width": size}, image_grid_pinpoints=pinpoints
+        size={"shortest_edge": size},
+        crop_size={"height": size, "width": size},
+        image_grid_pinpoints=pinpoints,
     )
     processor.save_pretrained(folder)
     return theirs, load_model(folder), processor, ImageProcessor.from_folder(folder)
@@ -35,7 +52,9 @@ def pair(request, oracle, tmp_path_factory):
 
 def random_picture(size: tuple[int, int]) -> Image.Image:
     """Noise, (height, width)."""
-    return Image.fromarray(np.random.default_rng(sum(size)).integers(0, 256, (*size, 3), dtype=np.uint8))
+    return Image.fromarray(
+        np.random.default_rng(sum(size)).integers(0, 256, (*size, 3), dtype=np.uint8)
+    )
 
 
 @pytest.mark.parametrize("size", SIZES)
@@ -48,7 +67,11 @@ def test_pixels_tokens_and_logits(oracle, pair, size):
     assert torch.equal(pixels, expected["pixel_values"][0])
     image = ours.config.image_token_id
     text = [i for i in range(ours.config.text.vocab_size) if i != image]
-    ids = [*rng.choices(text, k=rng.randrange(1, 5)), image, *rng.choices(text, k=rng.randrange(1, 20))]
+    ids = [
+        *rng.choices(text, k=rng.randrange(1, 5)),
+        image,
+        *rng.choices(text, k=rng.randrange(1, 20)),
+    ]
     patches, packing = processor.layout(picture)
     assert patches == pixels.shape[0] * ours.config.vision.patches
     features = ours.encode_images(pixels)
@@ -56,7 +79,9 @@ def test_pixels_tokens_and_logits(oracle, pair, size):
     for visible in (None, torch.tensor([rng.random() < 0.4 for _ in packing])):
         tree = build_tree([Sequence(ids, [], patches, visible, packing)], image, 0)
         logits = ours.lm_head(ours(tree, features))[0]
-        wanted = oracle.logits(theirs, ids, pixels, None if visible is None else visible.tolist(), **options)
+        wanted = oracle.logits(
+            theirs, ids, pixels, None if visible is None else visible.tolist(), **options
+        )
         assert worst(logits, wanted[tree.positions[0]]) < 1e-4
 
 
@@ -67,7 +92,10 @@ def test_pictures_of_different_shapes_in_one_batch(pair):
     pictures = [random_picture(size) for size in SIZES[:4]]
     image = ours.config.image_token_id
     layouts = [processor.layout(picture) for picture in pictures]
-    rows = [Sequence([0, image, 30 + i], [], patches, None, packing) for i, (patches, packing) in enumerate(layouts)]
+    rows = [
+        Sequence([0, image, 30 + i], [], patches, None, packing)
+        for i, (patches, packing) in enumerate(layouts)
+    ]
     features = ours.encode_images(torch.cat([processor(picture) for picture in pictures]))
     together = ours(build_tree(rows, image, 0), features)
     for number, (row, picture) in enumerate(zip(rows, pictures, strict=True)):
@@ -77,13 +105,17 @@ def test_pictures_of_different_shapes_in_one_batch(pair):
 
 @torch.no_grad()
 def test_newlines_come_from_the_checkpoint(pair):
-    """Another image_newline changes the logits of what follows, and a picture with no visible newline none."""
+    """Another image_newline changes the logits of what follows, and a picture with no visible
+    newline none."""
     _, ours, _, processor = pair
     picture, image = random_picture((50, 20)), ours.config.image_token_id
     patches, packing = processor.layout(picture)
     features, before = ours.encode_images(processor(picture)), ours.image_newline.clone()
     hidden = [[True] * len(packing), (packing >= 0).tolist()]
-    trees = [build_tree([Sequence([0, image, 1], [], patches, torch.tensor(v), packing)], image, 0) for v in hidden]
+    trees = [
+        build_tree([Sequence([0, image, 1], [], patches, torch.tensor(v), packing)], image, 0)
+        for v in hidden
+    ]
     first = [ours(tree, features)[0, -1] for tree in trees]
     ours.image_newline += 1
     second = [ours(tree, features)[0, -1] for tree in trees]
@@ -91,7 +123,9 @@ def test_newlines_come_from_the_checkpoint(pair):
     assert worst(first[0], second[0]) > 1e-3 and torch.equal(first[1], second[1])
 
 
-@pytest.mark.parametrize("pinpoints", [[[16, 30]], [[16]], [16, 32], [["16", 32]], [[0, 16]], [[-16, 16]], {"a": 1}])
+@pytest.mark.parametrize(
+    "pinpoints", [[[16, 30]], [[16]], [16, 32], [["16", 32]], [[0, 16]], [[-16, 16]], {"a": 1}]
+)
 def test_pinpoints_that_are_no_multiples_of_a_tile(oracle, tmp_path, pinpoints):
     oracle.make_next(0, "vicuna").save_pretrained(tmp_path)
     path = tmp_path / "config.json"

@@ -1,4 +1,5 @@
-"""Adapters against PEFT on transformers' model; the reference is the untouched base; errors of a bad folder."""
+"""Adapters against PEFT on transformers' model; the reference is the untouched base; errors of a
+bad folder."""
 
 import copy
 import json
@@ -40,7 +41,8 @@ SHAPES = [(1, 1.0), (4, 8.0), (16, 4.0)]  # rank, alpha
 
 
 def adapted(model: Llava, rank: int, alpha: float, seed: int = 0) -> Llava:
-    """A copy of `model` with adapters of nonzero A and B and a changed projector, as after training."""
+    """A copy of `model` with adapters of nonzero A and B and a changed projector, as after
+    training."""
     model = copy.deepcopy(model)
     add_adapters(model, rank, alpha)
     generator = torch.Generator().manual_seed(seed)
@@ -54,34 +56,48 @@ def batch_of(seed: int, patches: int) -> tuple:
     """A tree of two rows with two branches each, and features, for the random models."""
     rng, generator = random.Random(seed), torch.Generator().manual_seed(seed)
     rows = [
-        Sequence([1, IMAGE, *random_ids(rng, 3 + i)], [Branch(random_ids(rng, 4)), Branch(random_ids(rng, 2))], patches)
+        Sequence(
+            [1, IMAGE, *random_ids(rng, 3 + i)],
+            [Branch(random_ids(rng, 4)), Branch(random_ids(rng, 2))],
+            patches,
+        )
         for i in range(2)
     ]
     return build_tree(rows, IMAGE, pad_id=0), torch.randn(2, patches, 16, generator=generator)
 
 
-# Against PEFT and transformers -------------------------------------------------------------------------------
+# Against PEFT and transformers
+# -------------------------------------------------------------------------------
 
 
 def answers(model) -> list[torch.Tensor]:
-    """All logits of two toy conversations: by the plain way for our model, by its own for transformers'."""
+    """All logits of two toy conversations: by the plain way for our model, by its own for
+    transformers'."""
     tokenizer, logits = toy_tokenizer(), []
     for i, raw in enumerate(toyworld.alignment_records(2, "validation")):
-        question, answer = (turn["value"].removeprefix("<image>\n") for turn in raw["conversations"])
+        question, answer = (
+            turn["value"].removeprefix("<image>\n") for turn in raw["conversations"]
+        )
         ids = tokenizer.prompt([("user", question)]) + tokenizer.response(answer)
         with torch.no_grad():
             if isinstance(model, Llava):
                 logits.append(plain_logits(model, ids, toy_features((i,))[0]))
                 continue
             patches = toy_model().config.vision.patches
-            expanded = [t for token in ids for t in [token] * (patches if token == tokenizer.image_id else 1)]
+            expanded = [
+                t
+                for token in ids
+                for t in [token] * (patches if token == tokenizer.image_id else 1)
+            ]
             pixels = toy_processor()(toyworld.picture(toyworld.make_scene("validation", i)))
             logits.append(model(input_ids=torch.tensor([expanded]), pixel_values=pixels).logits[0])
     return logits
 
 
 def transformers_model(oracle, folder):
-    return oracle.transformers.LlavaForConditionalGeneration.from_pretrained(folder, dtype=torch.float32).eval()
+    return oracle.transformers.LlavaForConditionalGeneration.from_pretrained(
+        folder, dtype=torch.float32
+    ).eval()
 
 
 @pytest.mark.filterwarnings("ignore::FutureWarning")
@@ -112,14 +128,23 @@ def test_peft_reads_the_adapter(oracle, rank, alpha, tmp_path):
 def test_merged_checkpoint_is_a_plain_model(oracle, rank, alpha, tmp_path):
     model = adapted(toy_model(), rank, alpha, seed=rank)
     save_model(toy_model().state_dict(), model.config.raw, TOY, tmp_path / "base", torch.float32)
-    save_changed(tmp_path / "base", merged(adapter_state(model), alpha / rank), model.config.raw, tmp_path / "merged")
-    theirs, ours = answers(transformers_model(oracle, tmp_path / "merged")), answers(load_model(tmp_path / "merged"))
+    save_changed(
+        tmp_path / "base",
+        merged(adapter_state(model), alpha / rank),
+        model.config.raw,
+        tmp_path / "merged",
+    )
+    theirs, ours = (
+        answers(transformers_model(oracle, tmp_path / "merged")),
+        answers(load_model(tmp_path / "merged")),
+    )
     for a, b, c, base in zip(answers(model), ours, theirs, answers(toy_model()), strict=True):
         assert worst(a, b) < 1e-4 and worst(a, c) < 1e-4
         assert worst(a, base) > 0.01
 
 
-# The reference and the gradients -----------------------------------------------------------------------------
+# The reference and the gradients
+# -----------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("seed", range(4))
@@ -129,7 +154,9 @@ def test_adapters_off_is_the_untouched_base(seed):
     expected = base(tree, features)
     model = copy.deepcopy(base)
     add_adapters(model, 1 + seed, 2.0)
-    assert torch.equal(model(tree, features), expected)  # B is zero and the copy is equal at the start
+    assert torch.equal(
+        model(tree, features), expected
+    )  # B is zero and the copy is equal at the start
     model = adapted(base, 1 + seed, 2.0, seed)
     on = model(tree, features)
     with adapters_off(model):
@@ -148,7 +175,9 @@ def test_only_adapters_and_projector_copy_are_trained(seed):
     model = adapted(base, 2, 4.0, seed)
     tree, features = batch_of(seed, base.config.vision.patches)
     branch_logps(model, tree, features).sum().backward()
-    with_gradient = {n for n, p in model.named_parameters() if p.grad is not None and p.grad.abs().max() > 0}
+    with_gradient = {
+        n for n, p in model.named_parameters() if p.grad is not None and p.grad.abs().max() > 0
+    }
     linears = 7 * base.config.text.num_hidden_layers
     assert with_gradient == set(adapter_state(model)) and len(with_gradient) == 2 * linears + 4
     assert all(p.grad is None for n, p in model.named_parameters() if n not in with_gradient)
@@ -175,14 +204,17 @@ def test_a_half_precision_base_keeps_its_type():
     tree, features = batch_of(0, base.config.vision.patches)
     features = features.bfloat16()
     model = adapted(base, 2, 4.0)
-    assert {p.dtype for p in adapter_state(model).values()} == {torch.float32}  # what is trained is float32
+    assert {p.dtype for p in adapter_state(model).values()} == {
+        torch.float32
+    }  # what is trained is float32
     on = model(tree, features)
     with adapters_off(model):
         assert torch.equal(model(tree, features), base(tree, features))
     assert on.dtype == torch.bfloat16 and worst(on, base(tree, features)) > 0.01
 
 
-# Folders -----------------------------------------------------------------------------------------------------
+# Folders
+# -----------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("seed", range(3))
@@ -193,7 +225,9 @@ def test_round_trip_is_exact(seed, tmp_path):
     other = copy.deepcopy(base)
     load_adapter(other, tmp_path / "adapter")
     assert other.state_dict().keys() == model.state_dict().keys()
-    assert all(torch.equal(value, other.state_dict()[name]) for name, value in model.state_dict().items())
+    assert all(
+        torch.equal(value, other.state_dict()[name]) for name, value in model.state_dict().items()
+    )
     tree, features = batch_of(seed, base.config.vision.patches)
     assert torch.equal(other(tree, features), model(tree, features))
 
@@ -228,14 +262,23 @@ def truncate(folder) -> None:
     [
         (lambda f: (f / "adapter_config.json").unlink(), r"adapter_config\.json: no such file"),
         (lambda f: (f / "adapter_config.json").write_text("{"), "not readable as JSON"),
-        (lambda f: (f / "adapter_model.safetensors").unlink(), r"adapter_model\.safetensors: no such file"),
-        (lambda f: (f / "adapter_model.safetensors").rename(f / "adapter_model.bin"), "never from pickle"),
+        (
+            lambda f: (f / "adapter_model.safetensors").unlink(),
+            r"adapter_model\.safetensors: no such file",
+        ),
+        (
+            lambda f: (f / "adapter_model.safetensors").rename(f / "adapter_model.bin"),
+            "never from pickle",
+        ),
         (lambda f: mend(f / "adapter_config.json", peft_type="IA3"), "no LoRA adapter .*IA3"),
         (lambda f: mend(f / "adapter_config.json", peft_type=None), "no LoRA adapter"),
         (lambda f: mend(f / "adapter_config.json", r=None), "no LoRA adapter"),
         (lambda f: mend(f / "adapter_config.json", lora_alpha=None), "no LoRA adapter"),
         (lambda f: mend(f / "adapter_config.json", use_rslora=True), "use_rslora is set"),
-        (lambda f: mend(f / "adapter_config.json", alpha_pattern={"q_proj": 1}), "alpha_pattern is set"),
+        (
+            lambda f: mend(f / "adapter_config.json", alpha_pattern={"q_proj": 1}),
+            "alpha_pattern is set",
+        ),
         (lambda f: mend(f / "adapter_config.json", r=3), r"lora_A has shape"),
         (break_shape, r"lora_A has shape"),
         (drop_tensor, r"missing tensors: .*multi_modal_projector"),

@@ -7,7 +7,15 @@ import pytest
 import torch
 from helpers import toy_model
 
-from minialign.masks import PADDING, TRUNK, Branch, Sequence, build_tree, dense_mask, image_attention_mask
+from minialign.masks import (
+    PADDING,
+    TRUNK,
+    Branch,
+    Sequence,
+    build_tree,
+    dense_mask,
+    image_attention_mask,
+)
 
 IMAGE, PAD = 3, 0
 SEEDS = range(12)
@@ -17,7 +25,8 @@ SEEDS = range(12)
 
 
 def random_sequence(rng: random.Random, image: bool, hide: float) -> Sequence:
-    """Any trunk that begins with a text token, and any branches that do not fork at its very start."""
+    """Any trunk that begins with a text token, and any branches that do not fork at its very
+    start."""
     trunk = [rng.randrange(4, 99) for _ in range(rng.randrange(1, 9))]
     patches = rng.randrange(1, 7) if image else 0
     visible = None
@@ -27,7 +36,11 @@ def random_sequence(rng: random.Random, image: bool, hide: float) -> Sequence:
             visible = torch.tensor([rng.random() >= hide for _ in range(patches)])
     forks = [None, *range(1, len(trunk) + 1)]
     if visible is not None and not visible[-1]:  # not right behind a hidden token
-        forks = [fork for fork in forks if (len(trunk) if fork is None else fork) != trunk.index(IMAGE) + 1]
+        forks = [
+            fork
+            for fork in forks
+            if (len(trunk) if fork is None else fork) != trunk.index(IMAGE) + 1
+        ]
     count = rng.choice([0, 1, 2, 4]) if forks else 0
     answers = [[rng.randrange(4, 99) for _ in range(rng.randrange(5))] for _ in range(count)]
     return Sequence(trunk, [Branch(ids, rng.choice(forks)) for ids in answers], patches, visible)
@@ -36,11 +49,17 @@ def random_sequence(rng: random.Random, image: bool, hide: float) -> Sequence:
 def random_batch(seed: int) -> list[Sequence]:
     """One to four sequences, with and without a picture."""
     rng = random.Random(seed)
-    return [random_sequence(rng, rng.random() < 0.7, rng.choice([0.3, 0.9])) for _ in range(rng.randrange(1, 5))]
+    return [
+        random_sequence(rng, rng.random() < 0.7, rng.choice([0.3, 0.9]))
+        for _ in range(rng.randrange(1, 5))
+    ]
 
 
-def plain_row(sequence: Sequence, first_feature: int, drop_hidden: bool) -> tuple[list[dict], list[int]]:
-    """The columns that a sequence should get, and its branches' tips. `place` counts along the expanded trunk."""
+def plain_row(
+    sequence: Sequence, first_feature: int, drop_hidden: bool
+) -> tuple[list[dict], list[int]]:
+    """The columns that a sequence should get, and its branches' tips. `place` counts along the
+    expanded trunk."""
     expanded = []  # (token, visible, feature)
     start = []  # of each trunk token, in the expanded trunk
     for token in sequence.trunk:
@@ -55,18 +74,34 @@ def plain_row(sequence: Sequence, first_feature: int, drop_hidden: bool) -> tupl
     columns, tips = [], []
     for place, (token, visible, feature) in enumerate(expanded):
         if visible or not drop_hidden:
-            columns.append({
-                "token": token, "owner": 0, "place": place, "visible": visible, "feature": feature,
-                "parent": len(columns) - 1, "fork": 0,
-            })  # fmt: skip
+            columns.append(
+                {
+                    "token": token,
+                    "owner": 0,
+                    "place": place,
+                    "visible": visible,
+                    "feature": feature,
+                    "parent": len(columns) - 1,
+                    "fork": 0,
+                }
+            )
     for owner, branch in enumerate(sequence.branches, start=1):
         fork = start[-1] if branch.fork is None else start[branch.fork]
-        parent = [column["place"] if column["owner"] == 0 else -1 for column in columns].index(fork - 1)
+        parent = [column["place"] if column["owner"] == 0 else -1 for column in columns].index(
+            fork - 1
+        )
         for place, token in enumerate(branch.ids, start=fork):
-            columns.append({
-                "token": token, "owner": owner, "place": place, "visible": True, "feature": -1, "parent": parent,
-                "fork": fork,
-            })  # fmt: skip
+            columns.append(
+                {
+                    "token": token,
+                    "owner": owner,
+                    "place": place,
+                    "visible": True,
+                    "feature": -1,
+                    "parent": parent,
+                    "fork": fork,
+                }
+            )
             parent = len(columns) - 1
         tips.append(parent)
     return columns, tips
@@ -86,14 +121,23 @@ def sees(query: dict, key: dict) -> bool:
 def test_layout(seed, drop_hidden):
     batch = random_batch(seed)
     tree = build_tree(batch, IMAGE, PAD, drop_hidden)
-    names = {"ids": "token", "positions": "place", "branch": "owner", "fork": "fork", "visible": "visible",
-             "parent": "parent", "feature": "feature"}  # fmt: skip
+    names = {
+        "ids": "token",
+        "positions": "place",
+        "branch": "owner",
+        "fork": "fork",
+        "visible": "visible",
+        "parent": "parent",
+        "feature": "feature",
+    }
     first = 0
     for row, sequence in enumerate(batch):
         columns, tips = plain_row(sequence, first, drop_hidden)
         first += sequence.image_tokens
         for ours, plain in names.items():
-            assert getattr(tree, ours)[row, : len(columns)].tolist() == [c[plain] for c in columns], ours
+            assert getattr(tree, ours)[row, : len(columns)].tolist() == [
+                c[plain] for c in columns
+            ], ours
         assert tree.tip[row].tolist() == tips + [-1] * (tree.tip.shape[1] - len(tips))
         rest = slice(len(columns), None)
         assert set(tree.ids[row, rest].tolist()) <= {PAD}
@@ -122,7 +166,8 @@ def test_rule_against_a_double_loop(seed, drop_hidden):
 
 
 def test_the_random_trees_have_everything():
-    """The seeds above cover padding, hidden tokens, forks inside the trunk, empty branches, rows without a picture."""
+    """The seeds above cover padding, hidden tokens, forks inside the trunk, empty branches, rows
+    without a picture."""
     trees = [build_tree(random_batch(seed), IMAGE, PAD, False) for seed in SEEDS]
     rows = [sequence for seed in SEEDS for sequence in random_batch(seed)]
     assert any((tree.branch == PADDING).any() for tree in trees)
@@ -147,16 +192,18 @@ def test_no_row_is_empty_and_padding_sees_only_itself(seed, drop_hidden):
 
 @pytest.mark.parametrize("seed", SEEDS)
 def test_appended_columns(seed):
-    """A tree and the columns behind it keep the rule: the mask of the last columns is the whole mask's."""
+    """A tree and the columns behind it keep the rule: the mask of the last columns is the whole
+    mask's."""
     tree = build_tree(random_batch(seed), IMAGE, PAD)
     cut = random.Random(seed).randrange(tree.ids.shape[1])
     names = ("ids", "positions", "branch", "fork", "visible", "parent", "feature")
     left, right = (
         type(tree)(*(getattr(tree, name)[:, part] for name in names), tip, expected)
         for part, tip, expected in [
-            (slice(None, cut), tree.tip - 1, tree.features_expected), (slice(cut, None), tree.tip, 0),
+            (slice(None, cut), tree.tip - 1, tree.features_expected),
+            (slice(cut, None), tree.tip, 0),
         ]
-    )  # fmt: skip
+    )
     whole = left.append(right)
     assert all(torch.equal(getattr(whole, name), getattr(tree, name)) for name in (*names, "tip"))
     assert whole.features_expected == tree.features_expected
@@ -177,7 +224,9 @@ def test_image_attention_mask(seed):
         assert mask.shape == (20_000,) and mask.dtype == torch.bool
         hidden = 1 - mask.float().mean().item()
         assert abs(hidden - rho_th) < 4 * math.sqrt(rho_th * (1 - rho_th) / 20_000)
-        assert torch.equal(mask, draw(rho_th)) and not torch.equal(mask, draw(rho_th, seed=seed + 100))
+        assert torch.equal(mask, draw(rho_th)) and not torch.equal(
+            mask, draw(rho_th, seed=seed + 100)
+        )
         assert not (mask & ~draw(rho_th - 0.01)).any()  # a higher threshold hides more of the same
     generator = torch.Generator().manual_seed(seed)
     first, second = (image_attention_mask(500, 0.5, generator) for _ in range(2))
@@ -218,7 +267,9 @@ def test_slots_and_tower_features_must_agree(pictures):
     image = model.config.image_token_id
     tree = build_tree([Sequence([1, image, 9], [], patches)] * 2, image, PAD)
     features = None if pictures is None else torch.zeros(pictures, patches, width)
-    with pytest.raises(ValueError, match=rf"{2 * patches} image slots.* {(pictures or 0) * patches} image features"):
+    with pytest.raises(
+        ValueError, match=rf"{2 * patches} image slots.* {(pictures or 0) * patches} image features"
+    ):
         model(tree, features)
     text = build_tree([Sequence([1, 9])], image, PAD)
     with pytest.raises(ValueError, match=rf"0 image slots.* {patches} image features"):
@@ -234,5 +285,9 @@ def test_a_fork_behind_a_hidden_token():
         build_tree([Sequence(trunk[:2], [Branch([])], 2, hidden)], IMAGE, PAD)
     with pytest.raises(ValueError, match="branch 1 forks at position 0"):
         build_tree([Sequence(trunk, [Branch([5], fork=0)], 2, hidden)], IMAGE, PAD)
-    build_tree([Sequence(trunk, [Branch([5], fork=2)], 2, hidden.flip(0))], IMAGE, PAD)  # behind a visible one
-    build_tree([Sequence(trunk, [Branch([5], fork=1)], 2, hidden)], IMAGE, PAD)  # before the picture
+    build_tree(
+        [Sequence(trunk, [Branch([5], fork=2)], 2, hidden.flip(0))], IMAGE, PAD
+    )  # behind a visible one
+    build_tree(
+        [Sequence(trunk, [Branch([5], fork=1)], 2, hidden)], IMAGE, PAD
+    )  # before the picture

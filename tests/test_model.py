@@ -1,4 +1,5 @@
-"""Decoder, tower, projector and the whole against transformers: random sizes, then the embedded checkpoint."""
+"""Decoder, tower, projector and the whole against transformers: random sizes, then the embedded
+checkpoint."""
 
 import random
 from dataclasses import replace
@@ -26,9 +27,18 @@ def text_tree(rows: list[list[int]]):
 def our_logits(model, ids: list[int], pixels, visible=None, drop_hidden: bool = True):
     """(positions, logits) of one sequence as a trunk."""
     tree = build_tree(
-        [Sequence(ids, [], model.config.vision.patches, None if visible is None else torch.tensor(visible))],
-        model.config.image_token_id, 0, drop_hidden,
-    )  # fmt: skip
+        [
+            Sequence(
+                ids,
+                [],
+                model.config.vision.patches,
+                None if visible is None else torch.tensor(visible),
+            )
+        ],
+        model.config.image_token_id,
+        0,
+        drop_hidden,
+    )
     with torch.no_grad():
         return tree.positions[0], model.lm_head(model(tree, model.encode_images(pixels[None])))[0]
 
@@ -37,7 +47,8 @@ def our_logits(model, ids: list[int], pixels, visible=None, drop_hidden: bool = 
 
 
 def decoders(oracle, seed: int):
-    """(transformers' decoder, ours with its weights, a source of randomness); odd seeds group their queries."""
+    """(transformers' decoder, ours with its weights, a source of randomness); odd seeds group their
+    queries."""
     rng = random.Random(seed)
     torch.manual_seed(seed)
     kv_heads = rng.choice([1, 2, 3])
@@ -80,9 +91,15 @@ def test_decoder_under_any_mask_and_positions(oracle, seed, additive):
     theirs, ours, rng = decoders(oracle, seed)
     width = rng.randrange(2, 40)
     ids = torch.randint(0, ours.config.vocab_size, (2, width))
-    positions = torch.stack([torch.randperm(300)[:width].sort().values for _ in range(2)])  # with gaps
+    positions = torch.stack(
+        [torch.randperm(300)[:width].sort().values for _ in range(2)]
+    )  # with gaps
     mask = (torch.rand(2, 1, width, width) < 0.4) | torch.eye(width).bool()
-    given = torch.zeros(mask.shape).masked_fill(~mask, torch.finfo(torch.float32).min) if additive else mask
+    given = (
+        torch.zeros(mask.shape).masked_fill(~mask, torch.finfo(torch.float32).min)
+        if additive
+        else mask
+    )
     expected = theirs(input_ids=ids, attention_mask=given, position_ids=positions).last_hidden_state
     assert worst(ours(ours.embed_tokens(ids), positions, mask), expected) < 1e-5
 
@@ -120,13 +137,18 @@ def towers(oracle, seed: int):
         patch_size=patch,
         layer_norm_eps=rng.choice([1e-5, 1e-2]),
     )
-    theirs = oracle.transformers.CLIPVisionModel(oracle.transformers.CLIPVisionConfig(**vars(config))).eval()
+    theirs = oracle.transformers.CLIPVisionModel(
+        oracle.transformers.CLIPVisionConfig(**vars(config))
+    ).eval()
     randomize(theirs, seed, 2.0)
     ours = Clip(config)
-    ours.load_state_dict({
-        key.removeprefix("vision_model."): value
-        for key, value in theirs.state_dict().items() if not key.endswith("position_ids")
-    })  # fmt: skip
+    ours.load_state_dict(
+        {
+            key.removeprefix("vision_model."): value
+            for key, value in theirs.state_dict().items()
+            if not key.endswith("position_ids")
+        }
+    )
     return theirs, ours
 
 
@@ -180,7 +202,11 @@ def test_whole_model_saved_by_transformers(oracle, tmp_path, seed, feature_layer
     text = [i for i in range(ours.config.text.vocab_size) if i != image]
     for _ in range(2):
         pixels = torch.randn(3, size, size)
-        ids = [*rng.choices(text, k=rng.randrange(1, 5)), image, *rng.choices(text, k=rng.randrange(1, 20))]
+        ids = [
+            *rng.choices(text, k=rng.randrange(1, 5)),
+            image,
+            *rng.choices(text, k=rng.randrange(1, 20)),
+        ]
         visible = [rng.random() < 0.5 for _ in range(ours.config.vision.patches)]
         assert worst(our_logits(ours, ids, pixels)[1], oracle.logits(theirs, ids, pixels)) < 1e-4
         positions, logits = our_logits(ours, ids, pixels, visible)
@@ -192,7 +218,11 @@ def test_rows_of_a_batch_do_not_touch_one_another(oracle, tmp_path):
     theirs = oracle.make(3)
     theirs.save_pretrained(tmp_path)
     ours, rng = load_model(tmp_path), random.Random(3)
-    image, patches, size = ours.config.image_token_id, ours.config.vision.patches, ours.config.vision.image_size
+    image, patches, size = (
+        ours.config.image_token_id,
+        ours.config.vision.patches,
+        ours.config.vision.image_size,
+    )
     text = [i for i in range(ours.config.text.vocab_size) if i != image]
     pixels = torch.randn(3, 3, size, size)
     rows = [[*rng.choices(text, k=2), image, *rng.choices(text, k=count)] for count in (3, 11, 6)]
@@ -219,7 +249,8 @@ def toy_oracle(oracle):
 
 
 def toy_case(index: int, answer: bool = True):
-    """(ids, pixels by transformers' preprocessing, visible patches) of a real picture, question and answer."""
+    """(ids, pixels by transformers' preprocessing, visible patches) of a real picture, question and
+    answer."""
     rng = random.Random(index)
     scene = toyworld.make_scene("test", index)
     kind = rng.choice(["description", "existence", "attribute"])
@@ -228,13 +259,20 @@ def toy_case(index: int, answer: bool = True):
     ids = tokenizer.prompt(turns[:-1]) + tokenizer.response(turns[-1][1])
     patches = toy_model().config.vision.patches
     hidden = rng.choice([0.3, 0.9, 1.0])
-    return ids, toy_processor()(toyworld.picture(scene))[0], [rng.random() >= hidden for _ in range(patches)]
+    return (
+        ids,
+        toy_processor()(toyworld.picture(scene))[0],
+        [rng.random() >= hidden for _ in range(patches)],
+    )
 
 
 @pytest.mark.parametrize("index", range(5))
 def test_toy_plain(oracle, toy_oracle, index):
     ids, pixels, _ = toy_case(index)
-    assert worst(our_logits(toy_model(), ids, pixels)[1], oracle.logits(toy_oracle, ids, pixels)) < 1e-4
+    assert (
+        worst(our_logits(toy_model(), ids, pixels)[1], oracle.logits(toy_oracle, ids, pixels))
+        < 1e-4
+    )
 
 
 @pytest.mark.parametrize("additive", [True, False])
@@ -265,14 +303,17 @@ def test_toy_at_other_feature_layers(oracle, toy_oracle, layer):
 
 
 def test_toy_folder_end_to_end(oracle, toy_oracle):
-    """Text and picture in, logits out, by transformers' own processor on one side and ours on the other."""
+    """Text and picture in, logits out, by transformers' own processor on one side and ours on the
+    other."""
     scene = toyworld.make_scene("test", 11)
     picture, question = toyworld.picture(scene), "Where is the cup?\nSay it."
     tokenizer = oracle.transformers.AutoTokenizer.from_pretrained(TOY)
     processor = oracle.transformers.CLIPImageProcessorPil.from_pretrained(TOY)
     ids = tokenizer(f"<s>USER: <image>\n{question} ASSISTANT:", add_special_tokens=False).input_ids
     pixels = processor(picture, return_tensors="pt").pixel_values[0]
-    _, logits = our_logits(toy_model(), toy_tokenizer().prompt([("user", question)]), toy_processor()(picture)[0])
+    _, logits = our_logits(
+        toy_model(), toy_tokenizer().prompt([("user", question)]), toy_processor()(picture)[0]
+    )
     assert worst(logits, oracle.logits(toy_oracle, ids, pixels)) < 1e-4
 
 

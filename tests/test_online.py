@@ -1,4 +1,5 @@
-"""train_online.py: its limits are offline DPO to the bit, its samples are the policy's, it learns what is preferred."""
+"""train_online.py: its limits are offline DPO to the bit, its samples are the policy's, it learns
+what is preferred."""
 
 import copy
 import json
@@ -36,10 +37,17 @@ def test_never_the_stored_pair_is_online_dpo(model, pairs, tmp_path, monkeypatch
     scripted = Scripted(len)
     monkeypatch.setattr(train_online, "load_annotator", lambda *_: scripted)
     rows = {}
-    for name, flags in {"online": {"method": "online-dpo"}, "p0": {"method": "mixed-dpo", "p": 0.0},
-                        "p5": {"method": "mixed-dpo", "p": 0.5}}.items():  # fmt: skip
+    for name, flags in {
+        "online": {"method": "online-dpo"},
+        "p0": {"method": "mixed-dpo", "p": 0.0},
+        "p5": {"method": "mixed-dpo", "p": 0.5},
+    }.items():
         rows[name] = online(model, tmp_path / name, data=pairs, epochs=2, **flags)
-    assert weights_of(tmp_path / "online") == weights_of(tmp_path / "p0") != weights_of(tmp_path / "p5")
+    assert (
+        weights_of(tmp_path / "online")
+        == weights_of(tmp_path / "p0")
+        != weights_of(tmp_path / "p5")
+    )
     assert rows["online"] == rows["p0"]
     judged = [row.get("sampled/length") is not None for row in rows["p5"]]
     assert any(judged) and rows["p5"][0]["loss"] == pytest.approx(0.693147, abs=1e-5)
@@ -50,14 +58,21 @@ def test_the_draw_of_eq_4(model, pairs, tmp_path, monkeypatch):
     asked = []
     real = train_online.RankedPairs.__call__
     monkeypatch.setattr(train_online, "load_annotator", lambda *_: Scripted(len))
-    monkeypatch.setattr(train_online.RankedPairs, "__call__",
-                        lambda self, part, rows, *rest: asked.append((len(part), [part.records[i].id for i in rows]))
-                        or real(self, part, rows, *rest))  # fmt: skip
+    monkeypatch.setattr(
+        train_online.RankedPairs,
+        "__call__",
+        lambda self, part, rows, *rest: (
+            asked.append((len(part), [part.records[i].id for i in rows]))
+            or real(self, part, rows, *rest)
+        ),
+    )
     online(model, tmp_path, data=pairs, method="mixed-dpo", p=0.25, epochs=12, max_new_tokens=1)
     total, sampled = sum(n for n, _ in asked), sum(len(ids) for _, ids in asked)
     assert total == 14 * 12 and abs(sampled / total - 0.75) < 0.12  # 3.5 standard deviations
     often = [sum(f"pair-{number:02d}" in ids for _, ids in asked) for number in range(14)]
-    assert max(often) < 13 and 0 < min(often) < max(often)  # no record is always, or never, the stored one
+    assert max(often) < 13 and 0 < min(often) < max(
+        often
+    )  # no record is always, or never, the stored one
 
 
 # ---------------------------------------------------------------- the samples
@@ -66,7 +81,8 @@ def test_the_draw_of_eq_4(model, pairs, tmp_path, monkeypatch):
 @pytest.mark.parametrize("seed", range(4))
 @torch.no_grad()
 def test_sampled_log_probs_are_those_of_training(seed):
-    """Right-padded rows of unlike lengths, two branches each: what sampling says of a token, training says too."""
+    """Right-padded rows of unlike lengths, two branches each: what sampling says of a token,
+    training says too."""
     model = random_model(seed)
     image, patches = model.config.image_token_id, model.config.vision.patches
     generator = torch.Generator().manual_seed(seed)
@@ -75,14 +91,23 @@ def test_sampled_log_probs_are_those_of_training(seed):
     forked = [Sequence(prompt, [Branch([]), Branch([])], patches) for prompt in prompts]
     seeds = [[seed * 10 + i, seed * 10 + 5 + i] for i in range(3)]
     done = generate(model, forked, features, Sampling(9), set(range(11, 18)), seeds)
-    rows = [Sequence(p, [Branch(c.ids) for c in row], patches) for p, row in zip(prompts, done, strict=True)]
+    rows = [
+        Sequence(p, [Branch(c.ids) for c in row], patches)
+        for p, row in zip(prompts, done, strict=True)
+    ]
     row, branch, logps = token_logps(model, build_tree(rows, image, 0), features)
     sampled = torch.tensor([logp for completions in done for c in completions for logp in c.logps])
-    assert worst(logps, sampled) < 1e-4 and len({len(c.ids) for completions in done for c in completions}) > 1
+    assert (
+        worst(logps, sampled) < 1e-4
+        and len({len(c.ids) for completions in done for c in completions}) > 1
+    )
     for i, completions in enumerate(done):  # and alone, unpadded, one branch at a time
         for c in completions:
             tree = build_tree([Sequence(prompts[i], [Branch(c.ids)], patches)], image, 0)
-            assert worst(token_logps(model, tree, features[i : i + 1])[2], torch.tensor(c.logps)) < 1e-4
+            assert (
+                worst(token_logps(model, tree, features[i : i + 1])[2], torch.tensor(c.logps))
+                < 1e-4
+            )
 
 
 def test_the_first_step_learns_from_the_policys_own_words(model, tmp_path, monkeypatch):
@@ -100,16 +125,21 @@ def test_the_first_step_learns_from_the_policys_own_words(model, tmp_path, monke
 
 @pytest.mark.parametrize("method", ["online-dpo", "online-bdhs"])
 def test_an_image_is_encoded_once_per_step(model, tmp_path, monkeypatch, method):
-    """For sampling, an annotator that is the policy's own base, policy and reference, and all iterations of BDHS."""
+    """For sampling, an annotator that is the policy's own base, policy and reference, and all
+    iterations of BDHS."""
     tiles, real = [], Llava.encode_images
-    monkeypatch.setattr(Llava, "encode_images", lambda self, pixels: tiles.append(len(pixels)) or real(self, pixels))
+    monkeypatch.setattr(
+        Llava, "encode_images", lambda self, pixels: tiles.append(len(pixels)) or real(self, pixels)
+    )
     online(model, tmp_path, method=method, annotator="self", limit=8, epochs=2, n_bdhs=4, eps_s=0.0)
     assert tiles == [4, 4] * 2  # 8 pictures of one tile each, in batches of 4, two epochs
 
 
 def test_noise_needs_its_own_view(model, tmp_path, monkeypatch):
     tiles, real = [], Llava.encode_images
-    monkeypatch.setattr(Llava, "encode_images", lambda self, pixels: tiles.append(len(pixels)) or real(self, pixels))
+    monkeypatch.setattr(
+        Llava, "encode_images", lambda self, pixels: tiles.append(len(pixels)) or real(self, pixels)
+    )
     online(model, tmp_path, limit=4, n_bdhs=1, noise_steps=100, rho_th=0.0)
     assert tiles == [4, 4]  # the picture, and the noisy one
 
@@ -123,9 +153,12 @@ def test_responses_that_hit_the_limit_are_counted(model, tmp_path, monkeypatch):
 
 @pytest.mark.parametrize("method", ["online-dpo", "online-bdhs"])
 def test_every_step_draws_anew(model, tmp_path, monkeypatch, method):
-    """The same record gets other responses in the next epoch, though nothing was learned; one seed gives the same."""
+    """The same record gets other responses in the next epoch, though nothing was learned; one seed
+    gives the same."""
     said = []
-    monkeypatch.setattr(train_online, "load_annotator", lambda *_: Scripted(lambda text: said.append(text) or 0))
+    monkeypatch.setattr(
+        train_online, "load_annotator", lambda *_: Scripted(lambda text: said.append(text) or 0)
+    )
     real = train_online.OwnRejected.__call__
 
     def noting(self, part, rows, *rest):
@@ -146,15 +179,28 @@ def test_every_step_draws_anew(model, tmp_path, monkeypatch, method):
 
 @pytest.mark.parametrize("sign", [1, -1])
 def test_it_learns_what_the_annotator_prefers(tmp_path, monkeypatch, sign):
-    """To begin a description in the north with one annotator, in the south with the other, within a few steps."""
+    """To begin a description in the north with one annotator, in the south with the other, within a
+    few steps."""
     scripted = Scripted(lambda text: sign * ("north" in " ".join(text.split()[:7])))
     monkeypatch.setattr(train_online, "load_annotator", lambda *_: scripted)
     talks = [[("human", "<image>\nDescribe the picture."), ("gpt", "A cup.")]] * 24
     data = instruct_file(tmp_path / "data.json", *talks)
-    flags = {"method": "online-dpo", "data": data, "epochs": 6, "batch_size": 12, "lr": 5e-3, "max_new_tokens": 60,
-             "lora_rank": 16, "lora_alpha": 32.0, "beta": 0.1}  # fmt: skip
+    flags = {
+        "method": "online-dpo",
+        "data": data,
+        "epochs": 6,
+        "batch_size": 12,
+        "lr": 5e-3,
+        "max_new_tokens": 60,
+        "lora_rank": 16,
+        "lora_alpha": 32.0,
+        "beta": 0.1,
+    }
     online("toy", tmp_path / "out", **flags)
-    north = [sum("north" in " ".join(text.split()[:7]) for text in c.responses) / 2 for c in scripted.seen]
+    north = [
+        sum("north" in " ".join(text.split()[:7]) for text in c.responses) / 2
+        for c in scripted.seen
+    ]
     first, last = sum(north[:24]) / 24, sum(north[-48:]) / 48
     assert len(north) == 6 * 24 and 0.3 < first < 0.7 and sign * (last - first) > 0.2
 
@@ -163,7 +209,9 @@ def test_ties_teach_nothing(model, tmp_path, monkeypatch):
     """A step of ties alone leaves the weights, and is logged."""
     monkeypatch.setattr(train_online, "load_annotator", lambda *_: Scripted(lambda text: 0))
     rows = online(model, tmp_path, method="online-dpo", limit=8)
-    assert [row["pairs"] for row in rows] == [0, 0] and {row["annotator/ties"] for row in rows} == {1.0}
+    assert [row["pairs"] for row in rows] == [0, 0] and {row["annotator/ties"] for row in rows} == {
+        1.0
+    }
     assert "loss" not in rows[0]
     fresh = copy.deepcopy(random_toy(1))
     torch.manual_seed(0)
@@ -175,7 +223,9 @@ def test_ties_teach_nothing(model, tmp_path, monkeypatch):
 # ---------------------------------------------------------------- resuming
 
 
-@pytest.mark.parametrize("flags", [{"method": "online-dpo"}, {"method": "mixed-dpo"}, {"gamma": 0.5}, {}], ids=str)
+@pytest.mark.parametrize(
+    "flags", [{"method": "online-dpo"}, {"method": "mixed-dpo"}, {"gamma": 0.5}, {}], ids=str
+)
 def test_a_stopped_run_resumes_bit_for_bit(model, pairs, tmp_path, monkeypatch, flags):
     monkeypatch.setattr(train_online, "load_annotator", lambda *_: Scripted(len))
     flags = flags | {"data": pairs, "epochs": 2, "save_every": 2}
@@ -194,7 +244,11 @@ def test_a_stopped_run_resumes_bit_for_bit(model, pairs, tmp_path, monkeypatch, 
             online(model, tmp_path / "out", **flags)
     assert online(model, tmp_path / "out", resume=True, **flags) == rows
     whole, out = (contents(tmp_path / name) for name in ("whole", "out"))
-    for name in ("adapter/adapter_model.safetensors", "merged/model.safetensors", "checkpoint/progress.safetensors"):
+    for name in (
+        "adapter/adapter_model.safetensors",
+        "merged/model.safetensors",
+        "checkpoint/progress.safetensors",
+    ):
         assert whole[name] == out[name]
     assert set(TIMES) < json.loads(out["metrics.jsonl"].splitlines()[0]).keys()
 
@@ -202,14 +256,20 @@ def test_a_stopped_run_resumes_bit_for_bit(model, pairs, tmp_path, monkeypatch, 
 # ---------------------------------------------------------------- flags
 
 
-@pytest.mark.parametrize("flags,said", [
-    ({"p": 1.5}, "--p 1.5: a probability"), ({"gamma": -0.1}, "--gamma -0.1: between 0 and 1"),
-    ({"rho_th": 2.0}, "--rho-th 2.0"), ({"temperature": -1.0}, "--temperature"), ({"batch_size": 0}, "--batch-size 0"),
-    ({"images": "nowhere"}, "--images nowhere: no such folder"),
-    ({"annotator": "nobody", "method": "online-dpo"}, "nobody"),
-    ({"data": "none.json"}, "--data none.json: no such file"),
-    ({"method": "mixed-dpo", "data": "INSTRUCT"}, "no usable"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "flags,said",
+    [
+        ({"p": 1.5}, "--p 1.5: a probability"),
+        ({"gamma": -0.1}, "--gamma -0.1: between 0 and 1"),
+        ({"rho_th": 2.0}, "--rho-th 2.0"),
+        ({"temperature": -1.0}, "--temperature"),
+        ({"batch_size": 0}, "--batch-size 0"),
+        ({"images": "nowhere"}, "--images nowhere: no such folder"),
+        ({"annotator": "nobody", "method": "online-dpo"}, "nobody"),
+        ({"data": "none.json"}, "--data none.json: no such file"),
+        ({"method": "mixed-dpo", "data": "INSTRUCT"}, "no usable"),
+    ],
+)
 def test_wrong_flags(model, tmp_path, flags, said):
     if flags.get("data") == "INSTRUCT":
         talks = [[("human", "Q"), ("gpt", "A.")]] * 3

@@ -51,8 +51,15 @@ def long_pairs(tmp_path) -> Path:
     path = tmp_path / "pairs.jsonl"
     with open(path, "w") as file:
         for i in range(48):
-            pair = {"id": str(i), "images": [toyworld.image_name("alignment", i)], "prompt": "What is there?"}
-            texts = {"chosen": "A red cup is at the top left. " * 25, "rejected": "There is no cup at all. " * 30}
+            pair = {
+                "id": str(i),
+                "images": [toyworld.image_name("alignment", i)],
+                "prompt": "What is there?",
+            }
+            texts = {
+                "chosen": "A red cup is at the top left. " * 25,
+                "rejected": "There is no cup at all. " * 30,
+            }
             file.write(json.dumps(pair | texts) + "\n")
     return path
 
@@ -60,7 +67,8 @@ def long_pairs(tmp_path) -> Path:
 @pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="the peak is read from /proc")
 @pytest.mark.parametrize("script", ["train_dpo.py", "train_online.py", "sample_bdhs.py"])
 def test_the_remedy_works(script, model, long_pairs, tmp_path):
-    """A run of one record at a time, then one that takes more than the room left to it, then the remedy."""
+    """A run of one record at a time, then one that takes more than the room left to it, then the
+    remedy."""
     small, large = {
         "train_dpo.py": ([1, "--limit", 1], [48]),
         "train_online.py": ([1, "--limit", 1], [32, "--limit", 32]),
@@ -68,7 +76,16 @@ def test_the_remedy_works(script, model, long_pairs, tmp_path):
     }[script]
     flags = {
         "train_dpo.py": ["--pairs", long_pairs, "--steps", 1, "--eval-images", 0],
-        "train_online.py": ["--method", "rloo", "--max-new-tokens", 200, "--steps", 1, "--eval-images", 0],
+        "train_online.py": [
+            "--method",
+            "rloo",
+            "--max-new-tokens",
+            200,
+            "--steps",
+            1,
+            "--eval-images",
+            0,
+        ],
         "sample_bdhs.py": ["--max-new-tokens", 150, "--n-bdhs", 1],
     }[script]
     flags = ["--model", model, *flags, "--batch-size"]
@@ -85,7 +102,9 @@ def test_the_remedy_works(script, model, long_pairs, tmp_path):
         assert code == 0 and len(out.read_text().splitlines()) > 50, said
         return
     assert "--resume with --accumulate 2 or more" in said
-    code, said, _ = limited(limit, script, *flags, *large, "--out", out, "--resume", "--accumulate", 16)
+    code, said, _ = limited(
+        limit, script, *flags, *large, "--out", out, "--resume", "--accumulate", 16
+    )
     assert code == 0 and (out / "report.html").exists(), said
 
 
@@ -93,10 +112,17 @@ GPU = "CUDA out of memory. Tried to allocate 20.00 MiB. GPU 0 has a total capaci
 CPU = "[enforce fail at alloc_cpu.cpp:127] . DefaultCPUAllocator: can't allocate memory: you tried to allocate 8 bytes."
 
 
-@pytest.mark.parametrize("error", [
-    torch.OutOfMemoryError(GPU), RuntimeError(CPU), MemoryError(), RuntimeError("std::bad_alloc"),
-    OSError(12, "Cannot allocate memory"), RuntimeError("CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate`"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "error",
+    [
+        torch.OutOfMemoryError(GPU),
+        RuntimeError(CPU),
+        MemoryError(),
+        RuntimeError("std::bad_alloc"),
+        OSError(12, "Cannot allocate memory"),
+        RuntimeError("CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate`"),
+    ],
+)
 def test_what_it_looks_like(error, capsys, monkeypatch):
     assert is_out_of_memory(error) and not is_out_of_memory(RuntimeError("a shape does not fit"))
 
@@ -121,7 +147,10 @@ def test_remedies_are_flags_that_were_not_given():
     assert "--accumulate" not in out_of_memory(train_dpo.Config(batch_size=4, accumulate=4))
     said = out_of_memory(sample_bdhs.Config())
     assert "--batch-size" in said and "--shard" not in said and "--resume" not in said
-    assert out_of_memory(chat.Config(dtype="bfloat16")) == "out of memory; give a smaller --max-new-tokens"
+    assert (
+        out_of_memory(chat.Config(dtype="bfloat16"))
+        == "out of memory; give a smaller --max-new-tokens"
+    )
 
 
 def test_while_it_samples_its_own_pairs(model, tmp_path, monkeypatch):
@@ -131,13 +160,19 @@ def test_while_it_samples_its_own_pairs(model, tmp_path, monkeypatch):
         raise torch.OutOfMemoryError(GPU)
 
     monkeypatch.setattr(sample_bdhs, "main", failing)
-    with pytest.raises(UserError, match="while pairs were sampled; run `sample_bdhs.py --batch-size 8 --out .*--pairs"):
+    with pytest.raises(
+        UserError,
+        match="while pairs were sampled; run `sample_bdhs.py --batch-size 8 --out .*--pairs",
+    ):
         train(model, tmp_path)
 
 
 @pytest.mark.parametrize("error", [torch.OutOfMemoryError(GPU), RuntimeError(CPU)])
-def test_what_was_done_is_saved_and_goes_on_in_smaller_parts(error, model, pairs, tmp_path, monkeypatch):
-    """In the fourth step, half of which is done: the three before it are there, and the rest is the same."""
+def test_what_was_done_is_saved_and_goes_on_in_smaller_parts(
+    error, model, pairs, tmp_path, monkeypatch
+):
+    """In the fourth step, half of which is done: the three before it are there, and the rest is the
+    same."""
     whole = train(model, tmp_path / "whole", pairs=pairs, epochs=2, lr=3e-3)
     real, calls = train_dpo.pair_loss, []
 
@@ -151,7 +186,16 @@ def test_what_was_done_is_saved_and_goes_on_in_smaller_parts(error, model, pairs
         patch.setattr(train_dpo, "pair_loss", failing)
         train(model, tmp_path / "cut", pairs=pairs, epochs=2, lr=3e-3)
     assert len(read_lines(tmp_path / "cut/metrics.jsonl")) == 3
-    rows = train(model, tmp_path / "cut", pairs=pairs, epochs=2, lr=3e-3, resume=True, accumulate=2, recompute=True)
+    rows = train(
+        model,
+        tmp_path / "cut",
+        pairs=pairs,
+        epochs=2,
+        lr=3e-3,
+        resume=True,
+        accumulate=2,
+        recompute=True,
+    )
     assert rows[:3] == whole[:3] and len(rows) == len(whole)
     for row, also in zip(rows, whole, strict=True):
         assert row == pytest.approx(also, abs=1e-4, rel=1e-4)
@@ -162,9 +206,10 @@ def test_what_changes_the_gradient_is_refused(flag, undisturbed, model, pairs, t
     config = json.loads((undisturbed / "config.json").read_text())
     (tmp_path / "out").mkdir()
     (tmp_path / "out/config.json").write_text(json.dumps(config))
-    given = [f"--{k.replace('_', '-')}={v}" for k, v in config.items()
-             if v is not None and k not in ("out", "resume") and not isinstance(v, bool)]  # fmt: skip
+    given = [
+        f"--{k.replace('_', '-')}={v}"
+        for k, v in config.items()
+        if v is not None and k not in ("out", "resume") and not isinstance(v, bool)
+    ]
     with pytest.raises(Exception, match=f"of another {flag[2:].split('=')[0].replace('-', '_')}"):
         train_by_flags(model, tmp_path / "out", *given, flag, "--resume")
-
-

@@ -1,4 +1,5 @@
-"""Photographs in every kind of file: read as transformers' `load_image` reads them, or refused by name."""
+"""Photographs in every kind of file: read as transformers' `load_image` reads them, or refused by
+name."""
 
 import struct
 from pathlib import Path
@@ -62,13 +63,23 @@ def test_more_than_eight_bits_are_refused(tmp_path, values):
     """Their values would be clipped to white without a word."""
     grey = np.asarray(photograph("coffee.png").convert("L")).astype(values) * 200
     Image.fromarray(grey).save(tmp_path / "deep.tiff")
-    refused(lambda: read_picture(tmp_path / "deep.tiff", ""), "deep.tiff", "more than 8 bits", "convert it to 8 bits")
+    refused(
+        lambda: read_picture(tmp_path / "deep.tiff", ""),
+        "deep.tiff",
+        "more than 8 bits",
+        "convert it to 8 bits",
+    )
 
 
 def test_a_decompression_bomb_is_refused(tmp_path, monkeypatch):
     photograph("rocket.jpg").save(tmp_path / "bomb.png")
     monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 1000)
-    refused(lambda: read_picture(tmp_path / "bomb.png", ""), "bomb.png", "not a readable picture", "bomb")
+    refused(
+        lambda: read_picture(tmp_path / "bomb.png", ""),
+        "bomb.png",
+        "not a readable picture",
+        "bomb",
+    )
 
 
 @pytest.mark.parametrize("size", SHAPES)
@@ -77,7 +88,9 @@ def test_photographs_padded_and_in_tiles(oracle, name, size):
     """LLaVA-1.5's `pad` and 1.6's AnyRes, to the last bit."""
     picture, kinds = photograph(name).resize(size), oracle.transformers
     sizes = {"size": {"shortest_edge": 336}, "crop_size": {"height": 336, "width": 336}}
-    padded = kinds.LlavaImageProcessorPil(**sizes, do_pad=True)(picture, return_tensors="pt").pixel_values
+    padded = kinds.LlavaImageProcessorPil(**sizes, do_pad=True)(
+        picture, return_tensors="pt"
+    ).pixel_values
     assert torch.equal(ImageProcessor(pad=True)(picture), padded)
     tiles = kinds.LlavaNextImageProcessorPil(**sizes)(picture, return_tensors="pt").pixel_values[0]
     assert torch.equal(ImageProcessor(pinpoints=PINPOINTS)(picture), tiles)
@@ -85,7 +98,8 @@ def test_photographs_padded_and_in_tiles(oracle, name, size):
 
 @pytest.mark.parametrize("orientation", range(1, 9))
 def test_an_odd_exif_tag_beside_the_orientation(tmp_path, orientation):
-    """Turned as Pillow turns it, whatever else the EXIF holds: a tag of a wrong type cannot be written anew."""
+    """Turned as Pillow turns it, whatever else the EXIF holds: a tag of a wrong type cannot be
+    written anew."""
     picture, path = photograph("coffee.png").resize((60, 40)), tmp_path / "odd.png"
     exif = Image.Exif()
     exif[0x0112] = orientation
@@ -101,7 +115,9 @@ def test_an_odd_exif_tag_beside_the_orientation(tmp_path, orientation):
     assert np.array_equal(np.asarray(read_picture(path, "")), np.asarray(wanted))
 
 
-@pytest.mark.parametrize("error", [RuntimeError, NotImplementedError, TypeError, AttributeError, struct.error, OSError])
+@pytest.mark.parametrize(
+    "error", [RuntimeError, NotImplementedError, TypeError, AttributeError, struct.error, OSError]
+)
 def test_whatever_a_reader_raises(tmp_path, monkeypatch, error):
     """Pillow's plugins raise anything on damaged files."""
     path = tmp_path / "x.png"

@@ -1,4 +1,5 @@
-"""Pixels for a GPU: pinned where they are loaded, fetched without waiting. There is none here: the calls are noted."""
+"""Pixels for a GPU: pinned where they are loaded, fetched without waiting. There is none here: the
+calls are noted."""
 
 import copy
 from dataclasses import replace
@@ -23,15 +24,23 @@ def pins(monkeypatch) -> list[torch.Size]:
     return seen
 
 
-@pytest.mark.parametrize(("device", "noise_steps", "count"), [
-    ("cpu", 0, 0), ("cpu", 500, 0), ("cuda", 0, 1), ("cuda:1", 500, 2),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("device", "noise_steps", "count"),
+    [
+        ("cpu", 0, 0),
+        ("cpu", 500, 0),
+        ("cuda", 0, 1),
+        ("cuda:1", 500, 2),
+    ],
+)
 def test_pinned_for_a_gpu_alone(pins, device, noise_steps, count):
     """Pixels and noisy pixels, whose values are the same."""
     records = [pair_record(pair(number)) for number in range(2)]
     means = {"noise_steps": noise_steps}
     plain = PairCollator(toy_tokenizer(), toy_processor(), "toy", 512, **means)(records)
-    batch = PairCollator(toy_tokenizer(), toy_processor(), "toy", 512, device=device, **means)(records)
+    batch = PairCollator(toy_tokenizer(), toy_processor(), "toy", 512, device=device, **means)(
+        records
+    )
     assert pins == [batch.pixels.shape] * count
     assert torch.equal(batch.pixels, plain.pixels)
     assert batch.noisy is plain.noisy is None or torch.equal(batch.noisy, plain.noisy)
@@ -39,13 +48,18 @@ def test_pinned_for_a_gpu_alone(pins, device, noise_steps, count):
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_they_go_there_without_waiting(dtype):
-    """One copy to the device, of the pixels as they are: pinned memory in another type would be pinned no more."""
+    """One copy to the device, of the pixels as they are: pinned memory in another type would be
+    pinned no more."""
     copies = []
 
     class Copies(TorchDispatchMode):
         def __torch_dispatch__(self, function, types, args=(), kwargs=None):
-            if function is torch.ops.aten._to_copy.default and kwargs.get("device") == torch.device("meta"):
-                copies.append((args[0].device.type, kwargs.get("dtype"), kwargs.get("non_blocking")))
+            if function is torch.ops.aten._to_copy.default and kwargs.get("device") == torch.device(
+                "meta"
+            ):
+                copies.append(
+                    (args[0].device.type, kwargs.get("dtype"), kwargs.get("non_blocking"))
+                )
             return function(*args, **(kwargs or {}))
 
     model, size = copy.deepcopy(random_toy()).to("meta", dtype), toy_processor().size
@@ -56,13 +70,16 @@ def test_they_go_there_without_waiting(dtype):
 
 
 def test_the_script_says_where_they_go(model, pairs, tmp_path, pins, monkeypatch):
-    """--device cuda: every batch is pinned, and the idle one; the CPU's run is the same, byte for byte."""
+    """--device cuda: every batch is pinned, and the idle one; the CPU's run is the same, byte for
+    byte."""
     train(model, tmp_path / "cpu", pairs=pairs)
     assert not pins
     monkeypatch.setattr(flags, "require_device", lambda device: None)
     real = lora.load_policy_weights
     monkeypatch.setattr(  # and so the model is here
-        lora, "load_policy_weights", lambda *given: real(*given[:2], replace(given[2], device="cpu"), *given[3:])
+        lora,
+        "load_policy_weights",
+        lambda *given: real(*given[:2], replace(given[2], device="cpu"), *given[3:]),
     )
     train(model, tmp_path / "cuda", pairs=pairs, device="cuda", workers=2)
     assert sorted(shape[0] for shape in pins) == [1, 2, 4, 4, 4]

@@ -1,4 +1,5 @@
-"""POPE's files: answers as its own evaluation reads them, figures by hand, settings, repeated ids."""
+"""POPE's files: answers as its own evaluation reads them, figures by hand, settings, repeated
+ids."""
 
 import json
 
@@ -11,16 +12,46 @@ from minialign.metrics import with_intervals
 from minialign.pope import pope_verdict, read_pope
 
 
-@pytest.mark.parametrize(("answer", "yes"), [
-    ("No.", False), ("no, there is", False), ("Yes. No", True), ("There is not", False), ("Nothing", True),
-    ("NO", True), ("not", False), ("  No", False), ("", True), (" ", True), (".", True), ("No\n", True),
-    ("\nNo", True), ("Yes\nNo", True), ("Yes\n\nno, not", False), ("no-one", True), ("No one is there", False),
-    ("There isn't one", True), ("Not really", True), ("cannot", True), ("Yes, no", False), ("no,no", True),
-    ("No ,", False), ("Mr. No", True), ("I see no. 1 there", False), ("No: none", True), ("“No”", True), ("no;", True),
-    ("Yes, it is not. It is", False), ("None", True), ("know", True), ("no\u00a0dog", True),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("answer", "yes"),
+    [
+        ("No.", False),
+        ("no, there is", False),
+        ("Yes. No", True),
+        ("There is not", False),
+        ("Nothing", True),
+        ("NO", True),
+        ("not", False),
+        ("  No", False),
+        ("", True),
+        (" ", True),
+        (".", True),
+        ("No\n", True),
+        ("\nNo", True),
+        ("Yes\nNo", True),
+        ("Yes\n\nno, not", False),
+        ("no-one", True),
+        ("No one is there", False),
+        ("There isn't one", True),
+        ("Not really", True),
+        ("cannot", True),
+        ("Yes, no", False),
+        ("no,no", True),
+        ("No ,", False),
+        ("Mr. No", True),
+        ("I see no. 1 there", False),
+        ("No: none", True),
+        ("“No”", True),
+        ("no;", True),
+        ("Yes, it is not. It is", False),
+        ("None", True),
+        ("know", True),
+        ("no\u00a0dog", True),
+    ],
+)
 def test_the_official_reading_of_an_answer(answer, yes):
-    """By hand: up to the first full stop, commas gone, cut at spaces and at nothing else, is a word No, no or not?"""
+    """By hand: up to the first full stop, commas gone, cut at spaces and at nothing else, is a word
+    No, no or not?"""
     assert pope_verdict(answer) == yes
 
 
@@ -29,36 +60,83 @@ def figures(path, said: list[str]) -> dict:
     benchmark = read_pope(str(path), False)
     found = {question.id: text for question, text in zip(benchmark.questions, said, strict=True)}
     counts = counts_per_image(benchmark, by_image(benchmark.questions), found)
-    return {name: figure["value"] for name, figure in with_intervals([counts], benchmark.figures).items()}
+    return {
+        name: figure["value"]
+        for name, figure in with_intervals([counts], benchmark.figures).items()
+    }
 
 
 def test_figures_by_hand(tmp_path):
     """Right yeses 3, wrong yeses 1, wrong noes 2, right noes 4."""
     labels = ["yes"] * 5 + ["no"] * 5
     lines = [pope_line(n, label=label, image=NAMES[n % 3]) for n, label in enumerate(labels)]
-    said = ["Yes.", "Yes", "Yes, it is.", "No.", "It is not", "Yes", "no", "No", "No.", "There is no such thing."]
+    said = [
+        "Yes.",
+        "Yes",
+        "Yes, it is.",
+        "No.",
+        "It is not",
+        "Yes",
+        "no",
+        "No",
+        "No.",
+        "There is no such thing.",
+    ]
     path = write_lines(tmp_path / "questions.json", lines)
-    assert figures(path, said) == pytest.approx({
-        "pope": 7 / 10, "pope_precision": 3 / 4, "pope_recall": 3 / 5, "pope_f1": 6 / 9, "pope_yes": 4 / 10,
-        "pope_unclear": 0,
-    }, abs=1e-5)  # fmt: skip
+    assert figures(path, said) == pytest.approx(
+        {
+            "pope": 7 / 10,
+            "pope_precision": 3 / 4,
+            "pope_recall": 3 / 5,
+            "pope_f1": 6 / 9,
+            "pope_yes": 4 / 10,
+            "pope_unclear": 0,
+        },
+        abs=1e-5,
+    )
     never = figures(path, ["no"] * 10)  # there is no precision of yeses that nobody said
-    silent = {"pope": 0.5, "pope_precision": None, "pope_recall": 0, "pope_f1": 0, "pope_yes": 0, "pope_unclear": 0}
+    silent = {
+        "pope": 0.5,
+        "pope_precision": None,
+        "pope_recall": 0,
+        "pope_f1": 0,
+        "pope_yes": 0,
+        "pope_unclear": 0,
+    }
     assert never == silent
     assert figures(path, ["yes"] * 10)["pope_f1"] == pytest.approx(2 / 3, abs=1e-5)
 
 
 def test_the_settings_of_a_folder_stay_apart(tmp_path):
-    """The same ids and the same picture in all three; the answers are right in one, wrong in one, half in one."""
+    """The same ids and the same picture in all three; the answers are right in one, wrong in one,
+    half in one."""
     for setting in ("adversarial", "popular", "random"):
-        write_lines(tmp_path / f"coco_pope_{setting}.json", [pope_line(1, label="yes"), pope_line(2, label="no")])
+        write_lines(
+            tmp_path / f"coco_pope_{setting}.json",
+            [pope_line(1, label="yes"), pope_line(2, label="no")],
+        )
     (tmp_path / "readme.txt").write_text("random notes")
-    found = figures(tmp_path, ["Yes", "No", "No", "Yes", "Yes", "Yes"])  # random, popular, adversarial
-    assert [found[f"pope_{setting}"] for setting in ("random", "popular", "adversarial")] == [1, 0, 0.5]
-    assert [found[f"pope_{setting}_yes"] for setting in ("random", "popular", "adversarial")] == [0.5, 0.5, 1]
+    found = figures(
+        tmp_path, ["Yes", "No", "No", "Yes", "Yes", "Yes"]
+    )  # random, popular, adversarial
+    assert [found[f"pope_{setting}"] for setting in ("random", "popular", "adversarial")] == [
+        1,
+        0,
+        0.5,
+    ]
+    assert [found[f"pope_{setting}_yes"] for setting in ("random", "popular", "adversarial")] == [
+        0.5,
+        0.5,
+        1,
+    ]
     assert len(found) == 18
     write_lines(tmp_path / "gqa_pope_random.jsonl", [pope_line()])
-    refused(lambda: read_pope(str(tmp_path), False), "random", "coco_pope_random.json, gqa_pope_random.jsonl", ";")
+    refused(
+        lambda: read_pope(str(tmp_path), False),
+        "random",
+        "coco_pope_random.json, gqa_pope_random.jsonl",
+        ";",
+    )
 
 
 def test_a_files_name_tells_its_setting(tmp_path):
@@ -68,12 +146,20 @@ def test_a_files_name_tells_its_setting(tmp_path):
 
 def test_intervals_are_over_images(tmp_path):
     """Four pictures with five answers each, all right or all wrong: four draws, not twenty."""
-    lines = [pope_line(n, image=f"{n // 5}.png", label="yes" if n < 10 else "no") for n in range(20)]
+    lines = [
+        pope_line(n, image=f"{n // 5}.png", label="yes" if n < 10 else "no") for n in range(20)
+    ]
     benchmark = read_pope(str(write_lines(tmp_path / "q.json", lines)), False)
-    counts = counts_per_image(benchmark, by_image(benchmark.questions), {q.id: "Yes" for q in benchmark.questions})
+    counts = counts_per_image(
+        benchmark, by_image(benchmark.questions), {q.id: "Yes" for q in benchmark.questions}
+    )
     assert len(counts) == 4
     figure = with_intervals([counts], benchmark.figures)["pope"]
-    assert (figure["value"], figure["low"], figure["high"]) == (0.5, 0, 1)  # of twenty draws it were [0.3, 0.7]
+    assert (figure["value"], figure["low"], figure["high"]) == (
+        0.5,
+        0,
+        1,
+    )  # of twenty draws it were [0.3, 0.7]
 
 
 def test_questions_of_a_picture_come_together_in_its_order(tmp_path):
@@ -97,7 +183,9 @@ def test_repeated_ids_lose_nothing(model, tmp_path):
     of = {}
     for name in "ab":
         saved = (tmp_path / name / "answers.jsonl").read_text().splitlines()
-        of[name] = {int(line["id"].split(":")[1]): line["answer"] for line in map(json.loads, saved)}
+        of[name] = {
+            int(line["id"].split(":")[1]): line["answer"] for line in map(json.loads, saved)
+        }
     assert of["b"] == of["a"] | {13: of["a"][1]}
 
 

@@ -1,4 +1,5 @@
-"""Damaged at random, a record or pair is either a UserError that names it or of use to all that follows."""
+"""Damaged at random, a record or pair is either a UserError that names it or of use to all that
+follows."""
 
 import json
 import math
@@ -15,8 +16,29 @@ from minialign.collate import PairCollator
 from minialign.errors import UserError
 from minialign.report import write_report
 
-RUBBISH = [None, True, 0, -1, 2**80, 1.5, math.nan, math.inf, "", " ", "\ud800", "\x00\x1b", "x" * 3000, [], {}, [[]],
-           [None], {"role": "user"}, [{"role": "user", "content": ""}], "../../etc/passwd", "</s><image>"]  # fmt: skip
+RUBBISH = [
+    None,
+    True,
+    0,
+    -1,
+    2**80,
+    1.5,
+    math.nan,
+    math.inf,
+    "",
+    " ",
+    "\ud800",
+    "\x00\x1b",
+    "x" * 3000,
+    [],
+    {},
+    [[]],
+    [None],
+    {"role": "user"},
+    [{"role": "user", "content": ""}],
+    "../../etc/passwd",
+    "</s><image>",
+]
 
 
 def damage(raw, rng: random.Random):
@@ -41,8 +63,27 @@ def damage(raw, rng: random.Random):
 def damage_text(line: str, rng: random.Random) -> str:
     """The line cut short, or with a character deleted, repeated or put in; never a line end."""
     at = rng.randrange(len(line))
-    put = rng.choice(["", "\x00", "\x07", "\t", '"', "\\", "}", "[", ",", "\u2028", "\ufeff", "\\ud800", "é", line[at]])
-    return rng.choice([line[:at], line[:at] + put + line[at:], line[:at] + put + line[at + 1 :], line[at:]])
+    put = rng.choice(
+        [
+            "",
+            "\x00",
+            "\x07",
+            "\t",
+            '"',
+            "\\",
+            "}",
+            "[",
+            ",",
+            "\u2028",
+            "\ufeff",
+            "\\ud800",
+            "é",
+            line[at],
+        ]
+    )
+    return rng.choice(
+        [line[:at], line[:at] + put + line[at:], line[:at] + put + line[at + 1 :], line[at:]]
+    )
 
 
 COLLATE = PairCollator(toy_tokenizer(), toy_processor(), "toy", 64)
@@ -88,7 +129,11 @@ def test_damaged_records(tmp_path, seed):
         assert len(records) == 2
     for record in records[1:-1]:
         toy_tokenizer().prompt(record.turns)
-        assert record.id.strip() and record.chosen.strip() and all(text.strip() for _, text in record.turns)
+        assert (
+            record.id.strip()
+            and record.chosen.strip()
+            and all(text.strip() for _, text in record.turns)
+        )
         json.dumps(record.id + record.image).encode("utf-8")
     path.write_bytes(array(*neighbours))
     assert [records[0], records[-1]] == records_in(path)
@@ -97,18 +142,23 @@ def test_damaged_records(tmp_path, seed):
 @pytest.mark.parametrize("form", RAW)
 @pytest.mark.parametrize("seed", range(40))
 def test_damaged_records_of_every_data_set(tmp_path, form, seed):
-    """Between two good records: refused with its place, left out, or read; the neighbours stay what they are."""
+    """Between two good records: refused with its place, left out, or read; the neighbours stay what
+    they are."""
     rng, path, good = random.Random(f"{form}-{seed}"), tmp_path / "data", RAW[form][:2]
     middle = damage(good[seed % 2], rng)
     as_lines = [json.dumps(good[0]), json.dumps(middle), json.dumps(good[1])]
     if seed % 4 == 0:
         as_lines[1] = damage_text(as_lines[1], rng)
-    path.write_bytes(lines(*as_lines) if seed % 4 == 0 or seed % 3 else array(good[0], middle, good[1]))
+    path.write_bytes(
+        lines(*as_lines) if seed % 4 == 0 or seed % 3 else array(good[0], middle, good[1])
+    )
     read = records_in if form == "instruct" else pairs_in
     try:
         records = read(path)
     except UserError as error:
-        assert re.search(f"{re.escape(str(path))}, (line|record) 2: ", str(error)) and "\n" not in str(error)
+        assert re.search(
+            f"{re.escape(str(path))}, (line|record) 2: ", str(error)
+        ) and "\n" not in str(error)
         records = read(path, skip_bad=True)
         assert len(records) == 2
     wanted = expected(form)
@@ -117,5 +167,9 @@ def test_damaged_records_of_every_data_set(tmp_path, form, seed):
     assert [wanted[0], wanted[1]] == [records[0], replace(records[-1], id=wanted[1].id)]
     for record in records[1:-1]:
         toy_tokenizer().prompt(record.turns)
-        assert record.id.strip() and record.chosen.strip() and all(text.strip() for _, text in record.turns)
+        assert (
+            record.id.strip()
+            and record.chosen.strip()
+            and all(text.strip() for _, text in record.turns)
+        )
         json.dumps(record.id + record.image + record.rejected).encode("utf-8")

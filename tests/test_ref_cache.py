@@ -1,4 +1,5 @@
-"""train_dpo.py --ref-cache: the same training, without the reference's forward passes where its values are known."""
+"""train_dpo.py --ref-cache: the same training, without the reference's forward passes where its
+values are known."""
 
 import copy
 import json
@@ -54,9 +55,15 @@ def assert_alike(a: Path, b: Path, tolerance: float = 1e-5) -> None:
     assert max(worst(weights[name], others[name]) for name in weights) < tolerance
 
 
-def test_a_second_epoch_asks_the_reference_nothing(model, pairs, cached, undisturbed, tmp_path, passes):
-    train(model, tmp_path / "out", pairs=pairs, epochs=2, lr=3e-3, ref_cache=str(tmp_path / "cache"))
-    assert passes == [(n, grad) for n in (4, 4, 4, 2) for grad in (False, True)] + [(n, True) for n in (4, 4, 4, 2)]
+def test_a_second_epoch_asks_the_reference_nothing(
+    model, pairs, cached, undisturbed, tmp_path, passes
+):
+    train(
+        model, tmp_path / "out", pairs=pairs, epochs=2, lr=3e-3, ref_cache=str(tmp_path / "cache")
+    )
+    assert passes == [(n, grad) for n in (4, 4, 4, 2) for grad in (False, True)] + [
+        (n, True) for n in (4, 4, 4, 2)
+    ]
     rows, plain = (read_lines(out / "metrics.jsonl") for out in (cached, undisturbed))
     assert rows[:4] == plain[:4]  # to the last bit
     assert_alike(cached, undisturbed)
@@ -64,12 +71,21 @@ def test_a_second_epoch_asks_the_reference_nothing(model, pairs, cached, undistu
     assert len(read_lines(path)) == 14
 
 
-@pytest.mark.parametrize("changes", [
-    {"loss": "ipo", "beta": 0.5}, {"loss": "slic", "lr": 1e-4, "clip": 0.5}, {"loss": "sft", "epochs": 2},
-    {"seed": 5, "batch_size": 6, "accumulate": 3}, {"lora_rank": 2, "lora_alpha": 3.0, "projector_lr": 0.0},
-    {"workers": 2, "limit": 9, "truncate": True},
-], ids=str)  # fmt: skip
-def test_a_second_run_asks_the_reference_nothing(model, pairs, cache, tmp_path, passes, changes, capsys):
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"loss": "ipo", "beta": 0.5},
+        {"loss": "slic", "lr": 1e-4, "clip": 0.5},
+        {"loss": "sft", "epochs": 2},
+        {"seed": 5, "batch_size": 6, "accumulate": 3},
+        {"lora_rank": 2, "lora_alpha": 3.0, "projector_lr": 0.0},
+        {"workers": 2, "limit": 9, "truncate": True},
+    ],
+    ids=str,
+)
+def test_a_second_run_asks_the_reference_nothing(
+    model, pairs, cache, tmp_path, passes, changes, capsys
+):
     before = contents(Path(cache))
     train(model, tmp_path / "a", pairs=pairs, ref_cache=cache, **changes)
     assert passes and all(grad for _, grad in passes) and contents(Path(cache)) == before
@@ -121,9 +137,14 @@ def test_a_policy_from_an_adapter_has_the_bases_cache(model, pairs, cache, tmp_p
     assert_alike(tmp_path / "a", tmp_path / "b")
 
 
-@pytest.mark.parametrize(("where", "count", "save_every"), [("pair_loss", 3, 2), ("append_lines", 6, 50)])
-def test_a_stopped_run_resumes_bit_for_bit(cached, model, pairs, tmp_path, monkeypatch, where, count, save_every):
-    """Steps that are done again take what the first time has kept; the cache may also be left out, or be another."""
+@pytest.mark.parametrize(
+    ("where", "count", "save_every"), [("pair_loss", 3, 2), ("append_lines", 6, 50)]
+)
+def test_a_stopped_run_resumes_bit_for_bit(
+    cached, model, pairs, tmp_path, monkeypatch, where, count, save_every
+):
+    """Steps that are done again take what the first time has kept; the cache may also be left out,
+    or be another."""
     options = {"pairs": pairs, "epochs": 2, "lr": 3e-3, "save_every": save_every}
     with monkeypatch.context() as patch:
         stop_at(patch, where, count)
@@ -174,7 +195,10 @@ def test_what_is_refused_in_one_line(model, pairs, tmp_path, cache):
     def run(**changes):
         train(model, tmp_path / "out", pairs=pairs, limit=4, **({"ref_cache": cache} | changes))
 
-    refused(lambda: run(rejected="distorted"), "--ref-cache with --rejected distorted: these responses are made anew")
+    refused(
+        lambda: run(rejected="distorted"),
+        "--ref-cache with --rejected distorted: these responses are made anew",
+    )
     refused(lambda: run(ref_cache=pairs), f"--ref-cache '{pairs}': is no folder; name one")
     (path,) = Path(cache).iterdir()
     path.write_bytes(path.read_bytes().replace(b"logps", b"logqs", 1))

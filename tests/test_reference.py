@@ -1,4 +1,5 @@
-"""The cache of the reference's log-probs: its values, and files that are torn, damaged or shared."""
+"""The cache of the reference's log-probs: its values, and files that are torn, damaged or
+shared."""
 
 import json
 import math
@@ -22,7 +23,11 @@ def random_pairs(seed: int, count: int) -> list[Pair]:
     """Pairs of unlike lengths, and the pixels of their pictures."""
     rng, generator, pairs = random.Random(seed), torch.Generator().manual_seed(seed), []
     for _ in range(count):
-        trunk = [*random_ids(rng, 1 + rng.randrange(3)), IMAGE, *random_ids(rng, 2 + rng.randrange(6))]
+        trunk = [
+            *random_ids(rng, 1 + rng.randrange(3)),
+            IMAGE,
+            *random_ids(rng, 2 + rng.randrange(6)),
+        ]
         branches = [Branch(random_ids(rng, 1 + rng.randrange(9))) for _ in range(2)]
         pairs.append((Sequence(trunk, branches, 9), torch.randn(1, 3, 12, 12, generator=generator)))
     return pairs
@@ -48,18 +53,22 @@ def computed(monkeypatch) -> list[int]:
     return counts
 
 
-# Values ------------------------------------------------------------------------------------------------------
+# Values
+# ------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("seed", range(4))
 def test_what_is_kept_is_what_the_base_says(seed, tmp_path, computed):
-    """Filled in batches of one cut, read in those of another, by another process's cache and another policy."""
+    """Filled in batches of one cut, read in those of another, by another process's cache and
+    another policy."""
     rng, base, pairs = random.Random(seed), random_model(seed), random_pairs(seed, 12)
     filling = adapted(base, 2, 4.0, seed)
     cache = ReferenceCache(tmp_path, filling)
     for start in range(0, 12, 4):
         given = ask(cache, filling, pairs[start : start + 4])
-        assert torch.equal(ask(cache, filling, pairs[start : start + 4]), given)  # read back to the last bit
+        assert torch.equal(
+            ask(cache, filling, pairs[start : start + 4]), given
+        )  # read back to the last bit
     assert computed == [4, 4, 4]
     reading, order = adapted(base, 3, 1.0, seed + 1), rng.sample(range(12), 12)
     size = rng.choice([1, 2, 3, 5])
@@ -67,10 +76,17 @@ def test_what_is_kept_is_what_the_base_says(seed, tmp_path, computed):
     for start in range(0, 12, size):
         batch = [pairs[i] for i in order[start : start + size]]
         found = ask(again, reading, batch)
-        plain = torch.stack([
-            torch.stack([plain_logp(base, s.trunk, branch.ids, base.encode_images(x)[0]) for branch in s.branches])
-            for s, x in batch
-        ])  # fmt: skip
+        plain = torch.stack(
+            [
+                torch.stack(
+                    [
+                        plain_logp(base, s.trunk, branch.ids, base.encode_images(x)[0])
+                        for branch in s.branches
+                    ]
+                )
+                for s, x in batch
+            ]
+        )
         assert found.dtype == torch.float32 and not found.requires_grad
         assert worst(found, plain) < 1e-5 * plain.abs().max()
     assert computed == [4, 4, 4]
@@ -104,10 +120,15 @@ def test_what_is_no_number_is_not_kept(tmp_path, monkeypatch, bad):
         patch.setattr(reference, "reference_logps", lambda *_: rows)
         assert ask(cache, model, pairs).nan_to_num().equal(rows.nan_to_num())
     keys = [pair_key(*pair) for pair in pairs]
-    assert cache.known == ReferenceCache(tmp_path, model).known == {keys[0]: [-1.0, -2.0], keys[2]: [-4.0, -5.0]}
+    assert (
+        cache.known
+        == ReferenceCache(tmp_path, model).known
+        == {keys[0]: [-1.0, -2.0], keys[2]: [-4.0, -5.0]}
+    )
 
 
-# Files -------------------------------------------------------------------------------------------------------
+# Files
+# -------------------------------------------------------------------------------------------------------
 
 
 @pytest.fixture
@@ -121,7 +142,8 @@ def written(tmp_path) -> tuple:
 
 @pytest.mark.parametrize("seed", range(5))
 def test_a_torn_file_is_completed(written, computed, seed):
-    """Cut anywhere: the lines that are whole are used, the half one never, and nothing is written behind it."""
+    """Cut anywhere: the lines that are whole are used, the half one never, and nothing is written
+    behind it."""
     model, path, pairs = written
     whole = path.read_bytes()
     torn = whole[: random.Random(seed).randrange(len(whole))]
@@ -131,17 +153,27 @@ def test_a_torn_file_is_completed(written, computed, seed):
     ask(cache, model, pairs)
     assert computed == [6] and path.read_bytes() == torn
     again = ReferenceCache(path.parent, model).known
-    assert again == cache.known == {line["pair"]: line["logps"] for line in map(json.loads, whole.splitlines())}
+    assert (
+        again
+        == cache.known
+        == {line["pair"]: line["logps"] for line in map(json.loads, whole.splitlines())}
+    )
 
 
 DAMAGE = {
     "a digit": lambda line: line.replace("7", "8", 1) if "7" in line else line.replace("1", "2", 1),
     "NaN": lambda line: line.replace("[", "[NaN, ", 1),
-    "one too few": lambda line: line.replace(line[line.index("[") + 1 : line.index(",", line.index("[")) + 2], "", 1),
+    "one too few": lambda line: line.replace(
+        line[line.index("[") + 1 : line.index(",", line.index("[")) + 2], "", 1
+    ),
     "another reference": lambda line: json.dumps(json.loads(line) | {"reference": "0" * 64}),
     "another pair": lambda line: json.dumps(json.loads(line) | {"pair": "0" * 64}),
-    "no checksum": lambda line: json.dumps({k: v for k, v in json.loads(line).items() if k != "check"}),
-    "no log-probs": lambda line: json.dumps({k: v for k, v in json.loads(line).items() if k != "logps"}),
+    "no checksum": lambda line: json.dumps(
+        {k: v for k, v in json.loads(line).items() if k != "check"}
+    ),
+    "no log-probs": lambda line: json.dumps(
+        {k: v for k, v in json.loads(line).items() if k != "logps"}
+    ),
     "half a line": lambda line: line[: len(line) // 2],
     "no object": lambda line: f"[{line}]",
     "nothing": lambda line: "",
@@ -164,7 +196,8 @@ def test_a_damaged_line_ends_the_run(written, damage, number):
 
 
 def test_a_line_that_is_being_written_waits(written, computed):
-    """Another process writes it to its end while this one runs, and this one then need not compute."""
+    """Another process writes it to its end while this one runs, and this one then need not
+    compute."""
     model, path, pairs = written
     whole = path.read_bytes()
     for cut in (whole.rindex(b"\n", 0, -1) + 30, len(whole) - 1):
@@ -188,7 +221,8 @@ def test_other_files_and_other_references_stay_as_they_are(written, computed):
 
 
 def fill(folder, seed: int, begin) -> None:
-    """One of several processes: adds to the cache in steps of random sizes, and reads what the others add."""
+    """One of several processes: adds to the cache in steps of random sizes, and reads what the
+    others add."""
     rng, cache, number = random.Random(seed), ReferenceCache(folder, random_model(0)), 0
     begin.wait()
     while number < 300:
@@ -207,7 +241,9 @@ def test_processes_that_write_at_once(tmp_path):
         process.start()
     for process in processes:
         process.join()
-    assert [process.exitcode for process in processes] == [0, 0, 0] and len(list(tmp_path.iterdir())) == 3
+    assert [process.exitcode for process in processes] == [0, 0, 0] and len(
+        list(tmp_path.iterdir())
+    ) == 3
     known = ReferenceCache(tmp_path, random_model(0)).known
     for seed in range(3):
         assert {f"{seed}-{i}" for i in range(300)} <= known.keys()

@@ -1,4 +1,5 @@
-"""The report page: escaped, self-contained, well formed, true to the masks, written whole or not at all."""
+"""The report page: escaped, self-contained, well formed, true to the masks, written whole or not at
+all."""
 
 import base64
 import io
@@ -18,14 +19,17 @@ from minialign.report import ReportPair, write_report
 def make_pair(**changes) -> ReportPair:
     image = Image.new("RGB", (96, 96), (200, 40, 0))
     values = dict(id="7", image=image, visible=[True, False, False, True], prompt="Describe it.")
-    values |= dict(chosen="A red ball.", rejected="A blue ball.", iterations=3, similarity=0.871, guided=True)
+    values |= dict(
+        chosen="A red ball.", rejected="A blue ball.", iterations=3, similarity=0.871, guided=True
+    )
     return ReportPair(**(values | changes))
 
 
 def make_metrics(steps: int) -> list[dict]:
     keys = [key for _, _, keys, _ in report.CHARTS for key in keys]
     return [
-        {"step": step, **{key: index - step / 7 for index, key in enumerate(keys)}} for step in range(steps)
+        {"step": step, **{key: index - step / 7 for index, key in enumerate(keys)}}
+        for step in range(steps)
     ]
 
 
@@ -41,7 +45,9 @@ RESULT = {
 }
 
 
-def write(tmp_path, title="Run", config=None, pairs=(), metrics=(), result=None) -> tuple[str, Page]:
+def write(
+    tmp_path, title="Run", config=None, pairs=(), metrics=(), result=None
+) -> tuple[str, Page]:
     path = tmp_path / "report.html"
     write_report(path, title, config or {}, list(pairs), list(metrics), result or {})
     source = path.read_text(encoding="utf-8")
@@ -58,7 +64,15 @@ def test_full_page_is_well_formed_and_in_order(tmp_path):
     pairs = [make_pair(), make_pair(visible=None, iterations=None, similarity=None, guided=None)]
     config = {"seed": 0, "data": {"root": "x"}}
     source, page = write(tmp_path, "Run 1", config, pairs, make_metrics(9), RESULT)
-    order = ["Run 1", "UTC · seed 0", "Results", "Training", "Sampled pairs", "Configuration", '"root": "x"']
+    order = [
+        "Run 1",
+        "UTC · seed 0",
+        "Results",
+        "Training",
+        "Sampled pairs",
+        "Configuration",
+        '"root": "x"',
+    ]
     places = [page.text.index(part, page.text.index("UTC") - 30) for part in order]
     assert places == sorted(places)
     assert source.startswith("<!DOCTYPE html>")
@@ -78,7 +92,8 @@ def test_everything_from_outside_stays_text(tmp_path):
     source, page = write(tmp_path, EVIL, config, [pair], metrics, result)
     assert not page.all("script") and "<script" not in source.lower()
     assert len(page.all("img")) == 1 and not any("onerror" in attrs for _, attrs in page.tags)
-    # Shown letter by letter: title, h1, two in the summary, two names of the table, four texts of the pair.
+    # Shown letter by letter: title, h1, two in the summary, two names of the table, four texts of
+    # the pair.
     assert page.text.count(EVIL) == 10
     assert [cell["data-column"] for cell in page.all("td")] == [EVIL, "a", "b"]
     assert page.all("img")[0]["alt"].startswith(f"Picture of pair {EVIL}")
@@ -95,7 +110,9 @@ def test_nothing_is_loaded_from_outside(tmp_path):
     assert not re.search(r"https?:|//|url\(|@import|@font-face", markup)
     for tag, attrs in page.tags:
         assert tag not in {"script", "link", "iframe", "object", "embed", "base", "form"}
-        assert not {"href", "xlink:href", "srcset", "data", "action", "background", "poster"} & set(attrs)
+        assert not {"href", "xlink:href", "srcset", "data", "action", "background", "poster"} & set(
+            attrs
+        )
         assert attrs.get("src", "data:").startswith("data:")
     policy = [meta["content"] for meta in page.all("meta") if meta.get("http-equiv")]
     assert policy and policy[0].startswith("default-src 'none'")
@@ -111,11 +128,20 @@ def test_nothing_is_loaded_from_outside(tmp_path):
         ("one two three", "one three", "one <ins>two</ins> three", "one three"),
         ("a <b>", "a", "a <ins>&lt;b&gt;</ins>", "a"),
         ("", "all new", "", "<del>all new</del>"),
-        ("it's <b> & so", "it's <i> & so", "it&#x27;s &lt;<ins>b</ins>&gt; &amp; so",
-         "it&#x27;s &lt;<del>i</del>&gt; &amp; so"),
-        ("x a y b z", "x c y d z", "x <ins>a</ins> y <ins>b</ins> z", "x <del>c</del> y <del>d</del> z"),
+        (
+            "it's <b> & so",
+            "it's <i> & so",
+            "it&#x27;s &lt;<ins>b</ins>&gt; &amp; so",
+            "it&#x27;s &lt;<del>i</del>&gt; &amp; so",
+        ),
+        (
+            "x a y b z",
+            "x c y d z",
+            "x <ins>a</ins> y <ins>b</ins> z",
+            "x <del>c</del> y <del>d</del> z",
+        ),
     ],
-)  # fmt: skip
+)
 def test_word_diff_marks_exactly_the_differing_words(chosen, rejected, left, right):
     assert report.word_diff(chosen, rejected) == (left, right)
 
@@ -133,7 +159,9 @@ def test_word_diff_of_long_texts_ignores_no_frequent_word():
 def test_shown_patches_are_the_mask(tmp_path, size, shown):
     visible = [True, False, True, False, False, True, False, True, False]
     colour = (200, 40, 0)
-    _, page = write(tmp_path, pairs=[make_pair(image=Image.new("RGB", size, colour), visible=visible)])
+    _, page = write(
+        tmp_path, pairs=[make_pair(image=Image.new("RGB", size, colour), visible=visible)]
+    )
     image = picture(page)
     assert image.size == shown
     dimmed = tuple(round(128 * 0.75 + part * 0.25) for part in colour)
@@ -143,7 +171,9 @@ def test_shown_patches_are_the_mask(tmp_path, size, shown):
         left, right = math.ceil(column * shown[0] / 3), (column + 1) * shown[0] // 3
         top, bottom = math.ceil(row * shown[1] / 3), (row + 1) * shown[1] // 3
         area = (right - left) * (bottom - top)
-        assert image.crop((left, top, right, bottom)).getcolors() == [(area, colour if flag else dimmed)]
+        assert image.crop((left, top, right, bottom)).getcolors() == [
+            (area, colour if flag else dimmed)
+        ]
 
 
 def test_unknown_visibility_leaves_the_picture_alone_and_small_pixels_stay_square(tmp_path):
@@ -169,7 +199,9 @@ def test_table_shows_values_intervals_and_dashes(tmp_path):
     assert rows[1][-6:] == ["0.200", "[0.180,", "0.220]", "0.150", "[0.130,", "0.170]"]
     assert rows[2][-4:] == ["0.800", "[0.700,", "0.900]", "–"]
     assert rows[3] == ["length", "–", "81.3", "[80.0,", "82.0]"]
-    _, page = write(tmp_path, result={"before": {"x": {"value": math.nan, "low": math.nan, "high": None}}})
+    _, page = write(
+        tmp_path, result={"before": {"x": {"value": math.nan, "low": math.nan, "high": None}}}
+    )
     assert "x–" in page.text and "nan" not in page.text.lower()
 
 
@@ -202,7 +234,9 @@ def test_charts_of_rlhf(tmp_path):
     metrics = [{"step": step, "loss": 1.0, **objective} for step in (1, 2)]
     _, page = write(tmp_path, metrics=metrics)
     titles = ("Loss", *(f"{what} of the policy's answers" for what in ("Rewards", "KL", "Entropy")))
-    assert [title for title in titles if title in page.text] == [*titles] and "Reward accuracy" not in page.text
+    assert [title for title in titles if title in page.text] == [
+        *titles
+    ] and "Reward accuracy" not in page.text
 
 
 def test_charts_have_legends_labels_and_ticks_where_the_values_lie(tmp_path):
@@ -212,7 +246,15 @@ def test_charts_have_legends_labels_and_ticks_where_the_values_lie(tmp_path):
     ]
     source, page = write(tmp_path, metrics=metrics)
     chart = re.search('<svg class="chart".*?</svg>', source).group()
-    assert re.findall(r"<text[^>]*>([^<]*)</text>", chart) == ["−1", "0", "3", "10", "30", "reward", "step"]
+    assert re.findall(r"<text[^>]*>([^<]*)</text>", chart) == [
+        "−1",
+        "0",
+        "3",
+        "10",
+        "30",
+        "reward",
+        "step",
+    ]
     for key in ("rewards/chosen", "rewards/rejected", "rewards/margins"):
         assert f"</svg>{key}</span>" in source
     # From the lower left corner of the frame to its right edge, half way up.
@@ -224,7 +266,14 @@ def test_charts_have_legends_labels_and_ticks_where_the_values_lie(tmp_path):
 def test_accuracy_spans_zero_to_one(tmp_path):
     source, _ = write(tmp_path, metrics=[{"step": s, "rewards/accuracies": 0.6} for s in (1, 2)])
     chart = re.search('<svg class="chart".*?</svg>', source).group()
-    assert re.findall(r"<text[^>]*>([^<]*)</text>", chart) == ["0", "1", "1", "2", "share of pairs", "step"]
+    assert re.findall(r"<text[^>]*>([^<]*)</text>", chart) == [
+        "0",
+        "1",
+        "1",
+        "2",
+        "share of pairs",
+        "step",
+    ]
 
 
 def test_long_runs_are_averaged():

@@ -10,12 +10,23 @@ import sample_bdhs
 import train_dpo
 from minialign.errors import UserError
 
-STOPS = [("pair_loss", 1, 1), ("pair_loss", 3, 2), ("pair_loss", 6, 5), ("append_lines", 2, 3), ("append_lines", 5, 3),
-         ("append_lines", 7, 50), ("append_lines", 8, 3), ("save_progress", 1, 3), ("save_progress", 3, 2)]  # fmt: skip
+STOPS = [
+    ("pair_loss", 1, 1),
+    ("pair_loss", 3, 2),
+    ("pair_loss", 6, 5),
+    ("append_lines", 2, 3),
+    ("append_lines", 5, 3),
+    ("append_lines", 7, 50),
+    ("append_lines", 8, 3),
+    ("save_progress", 1, 3),
+    ("save_progress", 3, 2),
+]
 
 
 @pytest.mark.parametrize("where,count,save_every", STOPS)
-def test_a_stopped_run_resumes_bit_for_bit(undisturbed, model, pairs, tmp_path, monkeypatch, where, count, save_every):
+def test_a_stopped_run_resumes_bit_for_bit(
+    undisturbed, model, pairs, tmp_path, monkeypatch, where, count, save_every
+):
     options = {"pairs": pairs, "epochs": 2, "lr": 3e-3, "save_every": save_every}
     with monkeypatch.context() as patch:
         stop_at(patch, where, count)
@@ -41,7 +52,11 @@ def test_stopped_twice(undisturbed, model, pairs, tmp_path, monkeypatch):
             with pytest.raises(KeyboardInterrupt):
                 train(model, tmp_path, resume=resume, **options)
     train(model, tmp_path, resume=True, **options)
-    for name in ("metrics.jsonl", "checkpoint/progress.safetensors", "adapter/adapter_model.safetensors"):
+    for name in (
+        "metrics.jsonl",
+        "checkpoint/progress.safetensors",
+        "adapter/adapter_model.safetensors",
+    ):
         assert (tmp_path / name).read_bytes() == (undisturbed / name).read_bytes()
 
 
@@ -54,13 +69,27 @@ def test_a_finished_run_resumes_to_itself(undisturbed, model, pairs, tmp_path, m
     assert contents(tmp_path) == before
 
 
-@pytest.mark.parametrize("changes", [{"lr": 1e-4}, {"seed": 3}, {"batch_size": 2}, {"loss": "ipo"}, {"lora_rank": 2},
-                                     {"limit": 3}, {"epochs": 2}], ids=str)  # fmt: skip
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"lr": 1e-4},
+        {"seed": 3},
+        {"batch_size": 2},
+        {"loss": "ipo"},
+        {"lora_rank": 2},
+        {"limit": 3},
+        {"epochs": 2},
+    ],
+    ids=str,
+)
 def test_other_settings_do_not_resume(model, pairs, tmp_path, changes):
     train(model, tmp_path, pairs=pairs, limit=4)
     before = contents(tmp_path)
     name = next(iter(changes))
-    with pytest.raises(UserError, match=f"config.json: of another {name}, .* and not .*; give the old value, or leave"):
+    with pytest.raises(
+        UserError,
+        match=f"config.json: of another {name}, .* and not .*; give the old value, or leave",
+    ):
         train(model, tmp_path, resume=True, **({"pairs": pairs, "limit": 4} | changes))
     assert contents(tmp_path) == before
 
@@ -89,12 +118,24 @@ def test_an_earlier_runs_checkpoint_is_not_resumed(model, pairs, tmp_path, monke
         assert (tmp_path / "a" / name).read_bytes() == (tmp_path / "b" / name).read_bytes()
 
 
-@pytest.mark.parametrize("damage,match", [
-    (lambda out: (out / "metrics.jsonl").unlink(), "metrics.jsonl: 0 of the checkpoint's 1 steps; leave --resume out"),
-    (lambda out: (out / "metrics.jsonl").write_text("{\n"), "metrics.jsonl: not readable as JSON Lines"),
-    (lambda out: (out / "config.json").write_text("{"), "config.json: not readable as JSON"),
-    (lambda out: (out / "checkpoint/progress.safetensors").write_bytes(b"short"), "not a whole safetensors file"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "damage,match",
+    [
+        (
+            lambda out: (out / "metrics.jsonl").unlink(),
+            "metrics.jsonl: 0 of the checkpoint's 1 steps; leave --resume out",
+        ),
+        (
+            lambda out: (out / "metrics.jsonl").write_text("{\n"),
+            "metrics.jsonl: not readable as JSON Lines",
+        ),
+        (lambda out: (out / "config.json").write_text("{"), "config.json: not readable as JSON"),
+        (
+            lambda out: (out / "checkpoint/progress.safetensors").write_bytes(b"short"),
+            "not a whole safetensors file",
+        ),
+    ],
+)
 def test_damaged_runs_do_not_resume(model, pairs, tmp_path, damage, match):
     train(model, tmp_path, pairs=pairs, limit=4)
     damage(tmp_path)

@@ -1,4 +1,5 @@
-"""Eq. 1, whitening and the rewards of Eq. 2: values by hand, TRL's, and the order of a token tree's tokens."""
+"""Eq. 1, whitening and the rewards of Eq. 2: values by hand, TRL's, and the order of a token tree's
+tokens."""
 
 import math
 import random
@@ -54,13 +55,17 @@ def test_whitening_by_hand():
     assert whitening == Whitening(4.0, pytest.approx(math.sqrt(5)))
     got = whitening(torch.tensor([4.0, 4.0 + 2 * math.sqrt(5)]))
     assert got.tolist() == pytest.approx([0.0, 2.0])
-    assert Whitening.of(torch.full((3,), 0.7))(torch.full((3,), 0.7)).abs().max() == 0  # nothing to learn
+    assert (
+        Whitening.of(torch.full((3,), 0.7))(torch.full((3,), 0.7)).abs().max() == 0
+    )  # nothing to learn
 
 
 @pytest.mark.parametrize("seed", SEEDS)
 def test_what_is_whitened_has_mean_0_and_deviation_1(seed):
     generator = torch.Generator().manual_seed(seed)
-    values = 1000 + 0.5 * torch.randn(100 + 37 * seed, generator=generator)  # a mean far from 0 costs no precision
+    values = 1000 + 0.5 * torch.randn(
+        100 + 37 * seed, generator=generator
+    )  # a mean far from 0 costs no precision
     got = Whitening.of(values)(values)
     assert abs(got.mean()) < 1e-3 and abs((got**2).mean() - 1) < 1e-3
     assert torch.equal(got.argsort(), values.argsort())
@@ -73,15 +78,23 @@ def test_scores_that_say_nothing_are_refused():
 
 @pytest.mark.parametrize("seed", SEEDS)
 def test_rewards_of_a_tree(seed):
-    """Per token they add up to those per response; without the KL only the last token, the branch's tip, has any."""
+    """Per token they add up to those per response; without the KL only the last token, the branch's
+    tip, has any."""
     rng, model = random.Random(seed), random_model(seed)
     counts = [1 + rng.randrange(4) for _ in range(3)]
-    batch = [Sequence(random_ids(rng, 3), [Branch(random_ids(rng, 1 + rng.randrange(5))) for _ in range(n)])
-             for n in counts]  # fmt: skip
+    batch = [
+        Sequence(
+            random_ids(rng, 3), [Branch(random_ids(rng, 1 + rng.randrange(5))) for _ in range(n)]
+        )
+        for n in counts
+    ]
     tree = build_tree(batch, IMAGE, pad_id=0)
     row, branch, logps = token_logps(model, tree, None)
     generator = torch.Generator().manual_seed(seed)
-    scores, ref = torch.randn(tree.tip.shape, generator=generator), torch.randn(logps.shape, generator=generator)
+    scores, ref = (
+        torch.randn(tree.tip.shape, generator=generator),
+        torch.randn(logps.shape, generator=generator),
+    )
     last = last_tokens(row, branch)
     column = (tree.branch > 0).nonzero(as_tuple=True)[1]
     assert torch.equal(last, column == tree.tip[row, branch]) and last.sum() == sum(counts)
@@ -101,7 +114,8 @@ def test_rewards_of_a_tree(seed):
 
 
 def test_rewards_by_hand():
-    """A response of two tokens and one of a single token: (pi / ref) of 2, 1/4 and 8, beta 1 / ln 2."""
+    """A response of two tokens and one of a single token: (pi / ref) of 2, 1/4 and 8, beta 1 / ln
+    2."""
     row, branch = torch.tensor([0, 0, 0]), torch.tensor([0, 0, 1])
     ref = torch.tensor([-3.0, -1.0, -5.0])
     logps = ref + math.log(2) * torch.tensor([1.0, -2.0, 3.0])
@@ -109,4 +123,6 @@ def test_rewards_by_hand():
     got = token_rewards(scores, row, branch, logps, ref, 1 / math.log(2))
     assert got.tolist() == pytest.approx([-1.0, 12.0, 17.0], abs=1e-5)
     sums = (torch.tensor([[a[:2].sum(), a[2]]]) for a in (logps, ref))
-    assert sequence_rewards(scores, *sums, 1 / math.log(2))[0].tolist() == pytest.approx([11.0, 17.0], abs=1e-5)
+    assert sequence_rewards(scores, *sums, 1 / math.log(2))[0].tolist() == pytest.approx(
+        [11.0, 17.0], abs=1e-5
+    )

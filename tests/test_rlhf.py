@@ -1,4 +1,5 @@
-"""train_online.py --method rloo and ppo: what they learn, resume, --kl-stop, parts of a step, and refusals."""
+"""train_online.py --method rloo and ppo: what they learn, resume, --kl-stop, parts of a step, and
+refusals."""
 
 import json
 import random
@@ -29,12 +30,26 @@ def function_file(path, body: str) -> str:
 @pytest.mark.parametrize("sign", [1, -1])
 @pytest.mark.parametrize("method", RL)
 def test_it_learns_what_is_paid(tmp_path, method, sign):
-    """To begin a description in the north, or in the south, by the user's own function, within a few steps."""
-    reward = function_file(tmp_path / "pay.py", f"return {sign} * ('north' in ' '.join(response.split()[:7]))")
+    """To begin a description in the north, or in the south, by the user's own function, within a
+    few steps."""
+    reward = function_file(
+        tmp_path / "pay.py", f"return {sign} * ('north' in ' '.join(response.split()[:7]))"
+    )
     talks = [[("human", "<image>\nDescribe the picture."), ("gpt", "A cup.")]] * 24
     data = instruct_file(tmp_path / "data.json", *talks)
-    flags = {"method": method, "data": data, "epochs": 4, "batch_size": 12, "lr": RATES[method], "max_new_tokens": 60,
-             "lora_rank": 16, "lora_alpha": 32.0, "beta": 0.02, "reward": reward, "k": 4}  # fmt: skip
+    flags = {
+        "method": method,
+        "data": data,
+        "epochs": 4,
+        "batch_size": 12,
+        "lr": RATES[method],
+        "max_new_tokens": 60,
+        "lora_rank": 16,
+        "lora_alpha": 32.0,
+        "beta": 0.02,
+        "reward": reward,
+        "k": 4,
+    }
     rows = online("toy", tmp_path / "out", **flags)
     north = [sign * row["objective/scores"] for row in rows]  # shares of the responses
     assert 0.3 < north[0] < 0.7 and all(row["responses"] == 48 for row in rows)
@@ -61,15 +76,23 @@ def test_a_stopped_run_resumes_bit_for_bit(model, tmp_path, monkeypatch, method)
     with pytest.raises(KeyboardInterrupt):
         online(model, tmp_path / "cut", method=method, save_every=2, **FEW)
     monkeypatch.undo()
-    assert online(model, tmp_path / "cut", method=method, save_every=2, resume=True, **FEW) == rows and len(rows) == 4
-    names = ("adapter/adapter_model.safetensors", "checkpoint/progress.safetensors", "merged/model.safetensors")
+    assert (
+        online(model, tmp_path / "cut", method=method, save_every=2, resume=True, **FEW) == rows
+        and len(rows) == 4
+    )
+    names = (
+        "adapter/adapter_model.safetensors",
+        "checkpoint/progress.safetensors",
+        "merged/model.safetensors",
+    )
     for name in names:
         assert (tmp_path / "cut" / name).read_bytes() == (tmp_path / "whole" / name).read_bytes()
 
 
 @pytest.mark.parametrize("method", RL)
 def test_parts_of_a_step_learn_the_same(model, tmp_path, method):
-    """--accumulate changes neither draws nor, to rounding, what is learned; advantages are whitened over all parts."""
+    """--accumulate changes neither draws nor, to rounding, what is learned; advantages are whitened
+    over all parts."""
     rows = online(model, tmp_path / "1", method=method, **FEW)
     split = online(model, tmp_path / "3", method=method, accumulate=3, **FEW)
     assert split == [pytest.approx(row, abs=1e-4, rel=1e-4) for row in rows]
@@ -80,7 +103,9 @@ def test_parts_of_a_step_learn_the_same(model, tmp_path, method):
 def test_an_image_is_encoded_once_per_step(model, tmp_path, monkeypatch, method):
     """For k samples, policy, reference, values and all updates."""
     tiles, real = [], Llava.encode_images
-    monkeypatch.setattr(Llava, "encode_images", lambda self, pixels: tiles.append(len(pixels)) or real(self, pixels))
+    monkeypatch.setattr(
+        Llava, "encode_images", lambda self, pixels: tiles.append(len(pixels)) or real(self, pixels)
+    )
     online(model, tmp_path, method=method, **FEW)
     assert tiles == [4] * 4
 
@@ -95,7 +120,9 @@ def test_ppo_updates_several_times_per_rollout(model, tmp_path):
 
 def test_the_head_of_values_is_not_exported(model, tmp_path):
     online(model, tmp_path, method="ppo", **FEW)
-    assert not (tmp_path / "merged" / HEAD_FILE).exists() and b"scalar_head" not in weights_of(tmp_path)
+    assert not (tmp_path / "merged" / HEAD_FILE).exists() and b"scalar_head" not in weights_of(
+        tmp_path
+    )
     assert b"scalar_head" in (tmp_path / "checkpoint/progress.safetensors").read_bytes()
 
 
@@ -104,14 +131,21 @@ def test_kl_stop_ends_the_run_and_a_resumed_one(model, tmp_path, method, capsys)
     """The step that passes the bound is the last; weights, figures and the reason are there."""
     flags = FEW | {"method": method, "epochs": 6, "lr": 3e-2, "kl_stop": 0.5}
     rows = online(model, tmp_path / "out", **flags)
-    assert len(rows) < 12 and rows[-1]["objective/kl"] > 0.5 >= max(row["objective/kl"] for row in rows[:-1])
+    assert len(rows) < 12 and rows[-1]["objective/kl"] > 0.5 >= max(
+        row["objective/kl"] for row in rows[:-1]
+    )
     said = json.loads((tmp_path / "out/result.json").read_text())["stopped"]
     assert said.startswith(f"step {len(rows)}: a KL of ") and "above --kl-stop 0.5" in said
     assert f"ended early, {said}" in capsys.readouterr().out
-    with safe_open(tmp_path / "out/checkpoint/progress.safetensors", "pt") as file:  # saved there and then
+    with safe_open(
+        tmp_path / "out/checkpoint/progress.safetensors", "pt"
+    ) as file:  # saved there and then
         assert json.loads(file.metadata()["progress"]) == {"step": len(rows)}
     weights = weights_of(tmp_path / "out")
-    assert online(model, tmp_path / "out", resume=True, **flags) == rows and weights_of(tmp_path / "out") == weights
+    assert (
+        online(model, tmp_path / "out", resume=True, **flags) == rows
+        and weights_of(tmp_path / "out") == weights
+    )
     assert not (tmp_path / "out/checkpoint/.progress.partial").exists()
 
 
@@ -128,10 +162,14 @@ def test_kl_stop_is_hard(seed):
 
 
 def test_the_reference_of_an_adapter(model, tmp_path):
-    """Started from an adapter that is the reference too, the first KL is 0; held against the base it is not."""
+    """Started from an adapter that is the reference too, the first KL is 0; held against the base
+    it is not."""
     online(model, tmp_path / "first", method="rloo", **FEW | {"lr": 3e-2})
     start = FEW | {"method": "rloo", "adapter": str(tmp_path / "first/adapter"), "epochs": 1}
-    kl = {r: online(model, tmp_path / r, reference=r, **start)[0]["objective/kl"] for r in ("adapter", "base")}
+    kl = {
+        r: online(model, tmp_path / r, reference=r, **start)[0]["objective/kl"]
+        for r in ("adapter", "base")
+    }
     assert kl["adapter"] == pytest.approx(0, abs=1e-4) and abs(kl["base"]) > 1e-2
 
 
@@ -160,11 +198,23 @@ def test_bad_flags(argv, said, tmp_path):
 def test_a_paper_run_has_the_papers_values(llava_folder, monkeypatch, tmp_path):
     """App. A and Sec. 5.5, where --model is no toy and nothing is said."""
     seen = []
-    monkeypatch.setattr(train_online.flags, "check_training", lambda config: seen.append(config) or 1 / 0)
+    monkeypatch.setattr(
+        train_online.flags, "check_training", lambda config: seen.append(config) or 1 / 0
+    )
     for method in ("rloo", "ppo", "online-dpo"):
         with pytest.raises(ZeroDivisionError):
-            train_online.main(train_online.Config(model=str(llava_folder), method=method, out=str(tmp_path / "out")))
+            train_online.main(
+                train_online.Config(
+                    model=str(llava_folder), method=method, out=str(tmp_path / "out")
+                )
+            )
     rloo, ppo, dpo = seen
     assert (rloo.beta, rloo.lr, rloo.epochs, rloo.batch_size, rloo.k) == (0.4, 3e-4, 2, 256, 4)
     assert (ppo.lr, ppo.epochs, ppo.batch_size, ppo.schedule) == (1.41e-5, 3, 32, "constant")
-    assert (dpo.lr, dpo.epochs, dpo.batch_size, dpo.schedule, dpo.beta) == (5e-7, 3, 16, "cosine", 0.1)
+    assert (dpo.lr, dpo.epochs, dpo.batch_size, dpo.schedule, dpo.beta) == (
+        5e-7,
+        3,
+        16,
+        "cosine",
+        0.1,
+    )

@@ -1,4 +1,5 @@
-"""docs/scaling.md: its tables are those of the formulas, which agree with hand; growth is measured on equal work."""
+"""docs/scaling.md: its tables are those of the formulas, which agree with hand; growth is measured
+on equal work."""
 
 import re
 import xml.etree.ElementTree as ElementTree
@@ -13,8 +14,8 @@ from tests.bench.plot import write_plot
 from tests.bench.scaling import Plan
 
 ROOT = Path(__file__).resolve().parent.parent
-# Of a layer of the 7B, by hand: four squares of 4096 and three matrices of 4096 x 11008, two norms; adapters of
-# rank 128 on all seven.
+# Of a layer of the 7B, by hand: four squares of 4096 and three matrices of 4096 x 11008, two norms;
+# adapters of rank 128 on all seven.
 MATRICES = 4 * 4096**2 + 3 * 4096 * 11008
 ADAPTERS = 128 * (4 * 2 * 4096 + 3 * (4096 + 11008))
 LAYER = 2 * (MATRICES + 2 * 4096) + 4 * ADAPTERS  # bytes: bfloat16, and float32
@@ -26,15 +27,21 @@ def test_the_pages_tables_are_these():
     """And it shows every plot that is there."""
     page = (ROOT / "docs/scaling.md").read_text(encoding="utf-8")
     for title, table in scaling.tables().items():
-        assert table in page, f"{title}: run python -m tests.bench.scaling, and put its table into docs/scaling.md"
+        assert table in page, (
+            f"{title}: run python -m tests.bench.scaling, and put its table into docs/scaling.md"
+        )
     plots = {path.name for path in (ROOT / "docs").glob("scaling-*.svg")}
     assert set(re.findall(r"\]\((scaling-[\w-]+\.svg)\)", page)) == plots and len(plots) == 3
 
 
 def test_bytes_by_hand():
     """Weights of the 7B; what is trained, its gradients and moments; shards among eight."""
-    outside = 2 * (2 * 32064 * 4096 + 4096 + 4096) + 4 * PROJECTOR  # embeddings, head, norm, newline; the original
-    tower = 1024 * (3 * 14 * 14 + 577 + 1 + 4) + 24 * (4 * (1024**2 + 1024) + 2 * 1024 * 4096 + 5 * 1024 + 4 * 1024)
+    outside = (
+        2 * (2 * 32064 * 4096 + 4096 + 4096) + 4 * PROJECTOR
+    )  # embeddings, head, norm, newline; the original
+    tower = 1024 * (3 * 14 * 14 + 577 + 1 + 4) + 24 * (
+        4 * (1024**2 + 1024) + 2 * 1024 * 4096 + 5 * 1024 + 4 * 1024
+    )
     model, trained = scaling.policy("7B"), 4 * (32 * ADAPTERS + PROJECTOR)
     assert memory.trained_bytes(model) == trained
     assert memory.frozen_bytes(model) == outside + 2 * tower + 32 * 2 * (MATRICES + 2 * 4096)
@@ -46,14 +53,17 @@ def test_bytes_by_hand():
 
 
 def test_seconds_by_hand():
-    """Two passes of eight GPUs. The frozen matrices: 6 FLOPs a number and token; gathering: three times each layer."""
+    """Two passes of eight GPUs. The frozen matrices: 6 FLOPs a number and token; gathering: three
+    times each layer."""
     plain, shards = Plan("7B", 8, "none"), Plan("7B", 8, "full")
     assert scaling.batch()[0].ids.shape == (1, TOKENS) and scaling.batch()[1] == 5
     step, cached = shards.step(), shards.step(cached=True)
     features = 576 + 36 * 48  # of the whole picture and its tiles, the padding left out
     wide = features * (6 * 1024 * 4096 + 8 * 4096**2)
     assert step.projector == pytest.approx(2 * wide / (0.5 * 67e12))
-    products = 2 * TOKENS * (6 * 32 * MATRICES + 6 * 32 * ADAPTERS)  # attention, head and tower come to it
+    products = (
+        2 * TOKENS * (6 * 32 * MATRICES + 6 * 32 * ADAPTERS)
+    )  # attention, head and tower come to it
     assert products < step.base * 0.5 * 989e12 < 1.15 * products
     whole, trained = memory.whole_bytes(shards.model), memory.trained_bytes(shards.model)
     assert step.hidden == pytest.approx(2 * (whole + 2 * 32 * LAYER + trained) * 7 / 8 / 450e9)
@@ -61,13 +71,18 @@ def test_seconds_by_hand():
     assert plain.step().summing == pytest.approx(2 * trained * 7 / 8 / 450e9)
     assert plain.step().base == step.base and plain.step().hidden == step.summing == 0
     matrices = 2 * 32 * MATRICES * TOKENS * 2  # the reference's forward pass, twice
-    assert matrices < (step.base - cached.base) * 0.5 * 989e12 < 1.2 * matrices  # and attention, head, projector
-    assert Plan("7B", 1, "none").step().summing == 0 and scaling.bus(8) > scaling.bus(32) == 8 * 50e9
+    assert (
+        matrices < (step.base - cached.base) * 0.5 * 989e12 < 1.2 * matrices
+    )  # and attention, head, projector
+    assert (
+        Plan("7B", 1, "none").step().summing == 0 and scaling.bus(8) > scaling.bus(32) == 8 * 50e9
+    )
 
 
 @pytest.mark.parametrize("shard", ["none", "full"])
 def test_more_gpus_are_faster_by_as_much(shard):
-    """Times per pair fall with every GPU, but not by more than there are; the batch grows only where it must."""
+    """Times per pair fall with every GPU, but not by more than there are; the batch grows only
+    where it must."""
     plans = [Plan("13B", gpus, shard) for gpus in (2, 8, 16, 64)]
     assert [plan.batch_size for plan in plans] == [16, 16, 16, 64]
     for few, many in pairwise(plans):
@@ -78,7 +93,9 @@ def test_more_gpus_are_faster_by_as_much(shard):
 def test_recompute_where_it_must_be(monkeypatch):
     """It is another forward pass; and what does not fit even so is not timed."""
     plan = Plan("7B", 8, "full")
-    forward = plan.step().base - plan.step(cached=True).base  # of the reference; the policy has adapters, too
+    forward = (
+        plan.step().base - plan.step(cached=True).base
+    )  # of the reference; the policy has adapters, too
     forward += 2 * 2 * 32 * ADAPTERS * TOKENS / (0.5 * 989e12)
     assert not plan.recompute and plan.fits
     monkeypatch.setattr(scaling, "LARGE", sum(plan.parts.values()) - 1)
@@ -95,7 +112,10 @@ def test_slow_networks_are_seen(monkeypatch):
     plan = Plan("7B", 32, "full")
     assert plan.step().total == plan.step().computing and "computing" in plan.bound()
     monkeypatch.setattr(scaling, "NETWORK", scaling.NETWORK / 100)
-    assert plan.step().total == plan.step().hidden > plan.step().computing and "gathering" in plan.bound()
+    assert (
+        plan.step().total == plan.step().hidden > plan.step().computing
+        and "gathering" in plan.bound()
+    )
 
 
 def test_a_plot(tmp_path):
@@ -105,12 +125,15 @@ def test_a_plot(tmp_path):
     tree = ElementTree.parse(tmp_path / "new" / "plot.svg").getroot()
     kinds = [element.tag.rpartition("}")[2] for element in tree.iter()]
     said = [element.text for element in tree.iter() if element.text]
-    assert kinds.count("circle") == 5 and {"a < b", "c", "x & y", "ms", "0", "10", "40"} <= set(said)
+    assert kinds.count("circle") == 5 and {"a < b", "c", "x & y", "ms", "0", "10", "40"} <= set(
+        said
+    )
     heights = [float(e.get("cy")) for e in tree.iter() if e.tag.endswith("circle")]
     assert heights[0] > heights[1] and len(set(heights)) == 5
 
 
-# What is measured ----------------------------------------------------------------------------------------------
+# What is measured
+# ----------------------------------------------------------------------------------------------
 
 
 @pytest.fixture(scope="module")
@@ -127,12 +150,16 @@ def small():
     """The bench's size, but smaller."""
     from tests.bench import sizes
 
-    shape = {"text": sizes.text_config(579, 48, 64, 2, 3), "vision": sizes.vision_config(24, 3, 2, 4)}
+    shape = {
+        "text": sizes.text_config(579, 48, 64, 2, 3),
+        "vision": sizes.vision_config(24, 3, 2, 4),
+    }
     return replace(sizes.TINY, **shape, lora_rank=2, question_words=3, sentence_tokens=4)
 
 
 def test_memory_by_length(growth, small, tmp_path):
-    """The formula is what is kept, on an AnyRes picture, too; the responses are as long as was said."""
+    """The formula is what is kept, on an AnyRes picture, too; the responses are as long as was
+    said."""
     rows = growth.memory_rows(small, tmp_path, (3, 40))
     assert [row["kept"] for row in rows] == [row["formula"] for row in rows]
     assert rows[1]["tokens"] - rows[0]["tokens"] == 2 * 37
@@ -148,7 +175,9 @@ def test_times_are_of_equal_work(growth, small, tmp_path):
     for sentences, rho_th in ((1, 0.0), (3, 0.99)):
         [sequence], [completions] = recorded(growth.bdhs_work(small, loads, sentences, rho_th))
         assert [len(completion.ids) for completion in completions] == [4] * sentences
-        assert len(sequence.image_visible) == tokens and sequence.image_visible.all() == (rho_th == 0)
+        assert len(sequence.image_visible) == tokens and sequence.image_visible.all() == (
+            rho_th == 0
+        )
 
 
 def test_lines_of_times(growth, small, tmp_path):
@@ -159,5 +188,8 @@ def test_lines_of_times(growth, small, tmp_path):
     [line] = growth.sentence_times(small, tmp_path / "sentences", (1, 2), 1).values()
     assert [x for x, _ in line] == [1, 2] and all(y > 0 for _, y in line)
     few, all_ = growth.image_times(small, tmp_path / "images", (3, 4), 1).values()
-    tokens = [9 + 4 * (6 + 1), 16 + 6 * (8 + 1)]  # the whole, and the rows of 2 x 2 tiles that are no padding
+    tokens = [
+        9 + 4 * (6 + 1),
+        16 + 6 * (8 + 1),
+    ]  # the whole, and the rows of 2 x 2 tiles that are no padding
     assert [x for x, _ in few] == [x for x, _ in all_] == tokens

@@ -25,7 +25,8 @@ TEXTS = [
 ]
 
 
-# Sentences ---------------------------------------------------------------------------------------------------
+# Sentences
+# ---------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -38,7 +39,10 @@ TEXTS = [
         ("A red cup. No stop at the end", ["A red cup.", "No stop at the end"]),
         ("A cup\non a table.\n\nA dog.\tA cat", ["A cup\non a table.", "A dog.", "A cat"]),
         ("  Led in by spaces.  Two between.  ", ["Led in by spaces.", "Two between."]),
-        ('He said "no." Then he left.', ['He said "no." Then he left.']),  # a quote, not a space, follows the stop
+        (
+            'He said "no." Then he left.',
+            ['He said "no." Then he left.'],
+        ),  # a quote, not a space, follows the stop
         ("word", ["word"]),
         (".", ["."]),
         ("", []),
@@ -52,7 +56,9 @@ def test_split_sentences(text, sentences):
 @pytest.mark.parametrize("seed", range(20))
 def test_sentences_and_the_space_between_make_the_text(seed):
     rng = random.Random(seed)
-    text = "".join(rng.choice(["ab", "C", " ", "  ", "\n", ".", "!", "?", ",", "3", "é"]) for _ in range(60))
+    text = "".join(
+        rng.choice(["ab", "C", " ", "  ", "\n", ".", "!", "?", ",", "3", "é"]) for _ in range(60)
+    )
     spans, end = split_sentences(text), 0
     for span in spans:
         assert text[end : span[0]].strip() == "" and span[0] < span[1]
@@ -61,7 +67,8 @@ def test_sentences_and_the_space_between_make_the_text(seed):
     assert text[end:].strip() == ""
 
 
-# Cuts --------------------------------------------------------------------------------------------------------
+# Cuts
+# --------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("text", TEXTS)
@@ -76,17 +83,24 @@ def test_cuts_fall_on_word_boundaries(text):
             kept_of.setdefault(number, Counter())[cut.kept] += 1
             swapped = re.sub(r"^(Yes|yes|No|no)\b", lambda m: minialign.bdhs.SWAP[m[1]], sentence)
             whole = sentence if sentence.startswith(cut.kept) else swapped
-            assert whole.startswith(cut.kept) and len(cut.kept) < len(whole)  # a prefix, and never all of it
+            assert whole.startswith(cut.kept) and len(cut.kept) < len(
+                whole
+            )  # a prefix, and never all of it
             alone = whole is swapped and len(sentence.split()) == 1
             assert cut.kept == "" or alone or whole[len(cut.kept)].isspace()
             # What the branch continues: the true text before the sentence, and what is kept of it.
             before = text[:start] + cut.kept if cut.kept else text[:start].rstrip()
             assert cut.kept_ids == tokenizer.encode(before)
             assert cut.kept_ids[: cut.shared] == ids[: cut.shared]
-            assert cut.shared == min(len(cut.kept_ids), len(ids)) or cut.kept_ids[cut.shared] != ids[cut.shared]
+            assert (
+                cut.shared == min(len(cut.kept_ids), len(ids))
+                or cut.kept_ids[cut.shared] != ids[cut.shared]
+            )
             assert re.fullmatch(r"\s*", cut.separator) and text[:start].endswith(cut.separator)
             if whole is sentence and number == 0:
-                assert cut.shared == len(cut.kept_ids)  # nothing to force: the cut lies on the trunk
+                assert cut.shared == len(
+                    cut.kept_ids
+                )  # nothing to force: the cut lies on the trunk
     sentences = [text[a:b] for a, b in split_sentences(text)]
     for number, sentence in enumerate(sentences):
         words = len(sentence.split())
@@ -100,12 +114,17 @@ def test_cuts_fall_on_word_boundaries(text):
 @pytest.mark.parametrize("text", TEXTS)
 @pytest.mark.parametrize("seed", range(5))
 def test_the_true_continuation_gives_the_true_text(text, seed):
-    """Every cut continued as y+ goes on: joined, the sentences are y+ again, with its own white space."""
+    """Every cut continued as y+ goes on: joined, the sentences are y+ again, with its own white
+    space."""
     tokenizer = toy_tokenizer()
     parts, completions = [], []
-    for (start, end), (sentence, cut) in zip(split_sentences(text), cuts(text, random.Random(seed)), strict=True):
+    for (start, end), (sentence, cut) in zip(
+        split_sentences(text), cuts(text, random.Random(seed)), strict=True
+    ):
         if not sentence.startswith(cut.kept):
-            cut = replace(cut, kept="", kept_ids=tokenizer.encode(text[:start].rstrip()))  # swapped: keep nothing
+            cut = replace(
+                cut, kept="", kept_ids=tokenizer.encode(text[:start].rstrip())
+            )  # swapped: keep nothing
         rest = tokenizer.encode(text[:end])
         assert rest[: len(cut.kept_ids)] == cut.kept_ids
         parts.append(cut)
@@ -124,17 +143,23 @@ def test_join_by_hand():
     nothing = Cut(" ", "", tokenizer.encode("At the top is a cup.\nNo."), 8)
     third = Cut(" ", "Yes, a", tokenizer.encode("At the top is a cup.\nNo. Yes, a"), 8)
     done = [completion("left."), completion("This is a dog."), completion(""), completion("cup.")]
-    assert join([first, second, nothing, third], done, tokenizer) == "At the left.\nThis is a dog. Yes, a cup."
+    assert (
+        join([first, second, nothing, third], done, tokenizer)
+        == "At the left.\nThis is a dog. Yes, a cup."
+    )
     assert join([Cut("", "", [], 0)], [completion("At the top.")], tokenizer) == "At the top."
 
 
-# Full stops --------------------------------------------------------------------------------------------------
+# Full stops
+# --------------------------------------------------------------------------------------------------
 
 
 def test_full_stop_ids():
     tokenizer = toy_tokenizer()
     assert full_stop_ids(tokenizer) == {tokenizer.encode("a.")[-1], tokenizer.eos_id}
     pieces = ["<s>", "</s>", ".", "▁.", "...", "▁Inc.", "▁3.5", ".com", "!", "a", "<extra.>"]
-    fast = FastTokenizer(models.WordLevel({piece: i for i, piece in enumerate(pieces[:-1])}, unk_token="a"))
+    fast = FastTokenizer(
+        models.WordLevel({piece: i for i, piece in enumerate(pieces[:-1])}, unk_token="a")
+    )
     fast.add_special_tokens(["<extra.>", "<end>."])  # control tokens are no text
     assert full_stop_ids(replace(tokenizer, fast=fast, eos_id=1)) == {1, 2, 3, 4, 5}

@@ -1,7 +1,8 @@
-"""Signals to a run: SIGTERM saves and exits 0, Ctrl-C ends it at once, a kill at any moment costs no more than a step.
+"""Signals to a run: SIGTERM saves and exits 0, Ctrl-C ends it at once, a kill at any moment costs
+no more than a step.
 
-The scripts run as a user runs them, in a process group of their own, and go on to the same bytes afterwards.
-"""
+The scripts run as a user runs them, in a process group of their own, and go on to the same bytes
+afterwards."""
 
 import os
 import random
@@ -18,21 +19,48 @@ from script_runs import contents, read_lines, train
 import train_dpo
 
 ROOT = Path(train_dpo.__file__).parent
-TRAIN = {"lora_rank": 4, "lora_alpha": 8.0, "lr": 1e-3, "projector_lr": 1e-4, "epochs": 6, "batch_size": 4,
-         "eval_images": 0, "save_every": 3}  # fmt: skip
+TRAIN = {
+    "lora_rank": 4,
+    "lora_alpha": 8.0,
+    "lr": 1e-3,
+    "projector_lr": 1e-4,
+    "epochs": 6,
+    "batch_size": 4,
+    "eval_images": 0,
+    "save_every": 3,
+}
 
 
 def start(script: str, *flags: str) -> subprocess.Popen:
-    signal.signal(signal.SIGINT, signal.default_int_handler)  # where a shell's job in the background ignores Ctrl-C
+    signal.signal(
+        signal.SIGINT, signal.default_int_handler
+    )  # where a shell's job in the background ignores Ctrl-C
     environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
-    return subprocess.Popen([sys.executable, str(ROOT / script), *flags], cwd=ROOT, env=environment, text=True,
-                            stdout=subprocess.PIPE, stderr=subprocess.PIPE, start_new_session=True)  # fmt: skip
+    return subprocess.Popen(
+        [sys.executable, str(ROOT / script), *flags],
+        cwd=ROOT,
+        env=environment,
+        text=True,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        start_new_session=True,
+    )
 
 
 def training(model: str, pairs: str, out: Path, workers: int) -> list[str]:
     """The flags of a run of 24 steps."""
     flags = [f"--{name.replace('_', '-')}={value}" for name, value in TRAIN.items()]
-    return ["--model", model, "--pairs", pairs, "--out", str(out), "--workers", str(workers), *flags]
+    return [
+        "--model",
+        model,
+        "--pairs",
+        pairs,
+        "--out",
+        str(out),
+        "--workers",
+        str(workers),
+        *flags,
+    ]
 
 
 def steps_in(log: Path) -> int:
@@ -74,7 +102,10 @@ def test_sigterm_saves_and_exits_0(model, pairs, tmp_path, whole, workers, to_al
     steps = len(read_lines(out / "metrics.jsonl"))
     assert process.returncode == 0 and f"terminated after step {steps}; --resume goes on" in said
     assert 4 <= steps < 24 and "Traceback" not in said
-    refused(lambda: train(model, out, pairs=pairs, workers=0, **TRAIN), "holds an unfinished run; --resume goes on")
+    refused(
+        lambda: train(model, out, pairs=pairs, workers=0, **TRAIN),
+        "holds an unfinished run; --resume goes on",
+    )
     assert resumed(model, pairs, out) == whole
 
 

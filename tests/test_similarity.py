@@ -5,29 +5,46 @@ import random
 import pytest
 import torch
 import torch.nn.functional as F
-from encoder_folders import KINDS, LIMIT, SPECIAL, WORDS, make_encoder, make_folder, make_tokenizer, set_fields
+from encoder_folders import (
+    KINDS,
+    LIMIT,
+    SPECIAL,
+    WORDS,
+    make_encoder,
+    make_folder,
+    make_tokenizer,
+    set_fields,
+)
 from safetensors.torch import load_file, save_file
 
 from minialign.similarity import SentenceEncoder, load_similarity, relative_buckets
 
 
 def random_texts(rng: random.Random, kind: str) -> list[str]:
-    """Texts from empty to longer than LIMIT, in random order, and one with a literal padding token inside."""
-    lengths = [0, 1, 2, 17, 130, LIMIT - 2, LIMIT - 1, LIMIT + 50] + [rng.randint(1, LIMIT) for _ in range(5)]
+    """Texts from empty to longer than LIMIT, in random order, and one with a literal padding token
+    inside."""
+    lengths = [0, 1, 2, 17, 130, LIMIT - 2, LIMIT - 1, LIMIT + 50] + [
+        rng.randint(1, LIMIT) for _ in range(5)
+    ]
     rng.shuffle(lengths)
     texts = [" ".join(rng.choices(WORDS, k=length)) for length in lengths]
     return texts + [f"w1 {SPECIAL[kind][2]} unknown w2 w3"]
 
 
-def oracle_embeddings(oracle: torch.nn.Module, kind: str, texts: list[str], pooling: str) -> torch.Tensor:
-    """Each text alone, so without any padding: transformers' hidden states, pooled and normalised. (N, D)"""
+def oracle_embeddings(
+    oracle: torch.nn.Module, kind: str, texts: list[str], pooling: str
+) -> torch.Tensor:
+    """Each text alone, so without any padding: transformers' hidden states, pooled and normalised.
+    (N, D)"""
     tokenizer = make_tokenizer(kind)
     tokenizer.no_padding()
     tokenizer.enable_truncation(LIMIT)
     rows = []
     for text in texts:
         ids = torch.tensor([tokenizer.encode(text).ids])  # (1, T)
-        hidden = oracle(input_ids=ids, attention_mask=torch.ones_like(ids)).last_hidden_state[0]  # (T, D)
+        hidden = oracle(input_ids=ids, attention_mask=torch.ones_like(ids)).last_hidden_state[
+            0
+        ]  # (T, D)
         rows.append(hidden[0] if pooling == "cls" else hidden.mean(0))
     return F.normalize(torch.stack(rows), dim=-1)
 
@@ -55,7 +72,9 @@ def test_hidden_states_equal_transformers_in_a_padded_batch(kind, seed, tmp_path
     encoder = SentenceEncoder.from_folder(make_folder(tmp_path, oracle, kind)).encoder
     lengths = torch.tensor([LIMIT, 150, 129, 3, 1])
     keep = torch.arange(LIMIT) < lengths[:, None]  # (B, T)
-    ids = torch.randint(4, 4 + len(WORDS), keep.shape).masked_fill(~keep, oracle.config.pad_token_id)
+    ids = torch.randint(4, 4 + len(WORDS), keep.shape).masked_fill(
+        ~keep, oracle.config.pad_token_id
+    )
     with torch.no_grad():
         expected = oracle(input_ids=ids, attention_mask=keep.long()).last_hidden_state  # (B, T, D)
         got = encoder(ids, keep)
@@ -70,13 +89,16 @@ def test_padding_has_no_influence(encoder_folder):
     keep = torch.arange(40) < torch.tensor([[40], [23]])
     other = torch.where(keep, ids, torch.randint(4, 4 + len(WORDS), ids.shape))
     assert not torch.equal(ids, other)
-    torch.testing.assert_close(encoder(ids, keep)[keep], encoder(other, keep)[keep], atol=1e-6, rtol=0)
+    torch.testing.assert_close(
+        encoder(ids, keep)[keep], encoder(other, keep)[keep], atol=1e-6, rtol=0
+    )
     alone = encoder(ids[1:, :23], keep[1:, :23])[0]
     torch.testing.assert_close(encoder(ids, keep)[1, :23], alone, atol=1e-5, rtol=0)
 
 
 def test_relative_buckets_by_hand():
-    # 32 buckets: 16 a direction, 8 of them exact; from 8 on the bucket is 8 + floor(8 log(n/8) / log(16)).
+    # 32 buckets: 16 a direction, 8 of them exact; from 8 on the bucket is 8 + floor(8 log(n/8) /
+    # log(16)).
     distance = torch.tensor([0, -1, -7, -8, -11, -12, -32, -127, -128, -500, 1, 7, 8, 33, 128, 500])
     expected = [0, 1, 7, 8, 8, 9, 12, 15, 15, 15, 17, 23, 24, 28, 31, 31]
     assert relative_buckets(distance).tolist() == expected
@@ -88,9 +110,32 @@ def test_minilm_equals_sentence_transformers():
     folder = str(minilm.get_model_path())
     rng = random.Random(0)
     words = "the a cat dog sits runs on under red blue table, mat. near far two children playing!".split()
-    lengths = (1, 2, 5, 9, 14, 30, 60, 126, 127, 200, 230, 254, 255, 400, 900)  # max_seq_length is 256
+    lengths = (
+        1,
+        2,
+        5,
+        9,
+        14,
+        30,
+        60,
+        126,
+        127,
+        200,
+        230,
+        254,
+        255,
+        400,
+        900,
+    )  # max_seq_length is 256
     texts = [" ".join(rng.choices(words, k=length)) for length in lengths]
-    texts += ["", " \n\t ", "Naïve café, ÅNGSTRÖM ﬁancé", "猫が机の上に座っている。", "🐈 on a mat 👍🏽", "THE CAT"]
+    texts += [
+        "",
+        " \n\t ",
+        "Naïve café, ÅNGSTRÖM ﬁancé",
+        "猫が机の上に座っている。",
+        "🐈 on a mat 👍🏽",
+        "THE CAT",
+    ]
     texts += ["a [SEP] b [PAD] c [MASK]", "antidisestablishmentarianism-ish_tokens\u00a0123.45"]
     rng.shuffle(texts)
     expected = sentence_transformers.SentenceTransformer(folder, device="cpu").encode(
@@ -129,7 +174,9 @@ def test_prefixed_and_unused_keys_are_accepted(encoder_folder):
     weights = load_file(folder / "model.safetensors")
     assert any(key.startswith("pooler.") for key in weights)
     weights["embeddings.position_ids"] = torch.arange(5)[None]
-    save_file({f"{kind}.{key}": tensor for key, tensor in weights.items()}, folder / "model.safetensors")
+    save_file(
+        {f"{kind}.{key}": tensor for key, tensor in weights.items()}, folder / "model.safetensors"
+    )
     assert torch.equal(SentenceEncoder.from_folder(folder).embed(["w1 w2"]), expected)
 
 
@@ -138,7 +185,10 @@ def test_half_precision_weights_are_computed_in_float32(encoder_folder):
     weights = load_file(folder / "model.safetensors")
     save_file({key: tensor.half() for key, tensor in weights.items()}, folder / "model.safetensors")
     half = SentenceEncoder.from_folder(folder).embed(["w1 w2"])
-    save_file({key: tensor.half().float() for key, tensor in weights.items()}, folder / "model.safetensors")
+    save_file(
+        {key: tensor.half().float() for key, tensor in weights.items()},
+        folder / "model.safetensors",
+    )
     assert half.dtype == torch.float32
     assert torch.equal(SentenceEncoder.from_folder(folder).embed(["w1 w2"]), half)
 
@@ -154,5 +204,7 @@ def test_folder_settings_are_followed(encoder_folder):
     short = SentenceEncoder.from_folder(folder)
     assert torch.equal(short.embed(["w1 w2 w3"]), short.embed(["w1 w2"]))
     assert not torch.allclose(short.embed(["w1 w2"]), short.embed(["w1"]), atol=1e-3)
-    (folder / "1_Pooling" / "config.json").write_text('{"embedding_dimension": 1, "pooling_mode": "cls"}')
+    (folder / "1_Pooling" / "config.json").write_text(
+        '{"embedding_dimension": 1, "pooling_mode": "cls"}'
+    )
     assert SentenceEncoder.from_folder(folder).pooling == "cls"

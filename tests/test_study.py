@@ -29,12 +29,20 @@ def programs(monkeypatch):
         out, options = flags[1], dict(zip(flags[::2], flags[1::2], strict=False))
         if program == "minialign.annotator":
             paths = options["--pairs"].split(",")
-            return write_json(Path(out), {path: {"accuracy": {"value": 0.5 + 0.1 * i}} for i, path in enumerate(paths)})
+            return write_json(
+                Path(out),
+                {path: {"accuracy": {"value": 0.5 + 0.1 * i}} for i, path in enumerate(paths)},
+            )
         if "--eval-images" in options:
             images, seed = int(options["--eval-images"]), int(options["--seed"])
-            counts = {"before": some_runs(100, 1, images)[0], "after": some_runs(seed, 1, images)[0]}
+            counts = {
+                "before": some_runs(100, 1, images)[0],
+                "after": some_runs(seed, 1, images)[0],
+            }
             write_json(Path(out) / "counts.json", counts)
-            write_whole(Path(out) / "metrics.jsonl", '{"step": 1, "pairs": 16}\n{"step": 2, "pairs": 3}\n')
+            write_whole(
+                Path(out) / "metrics.jsonl", '{"step": 1, "pairs": 16}\n{"step": 2, "pairs": 3}\n'
+            )
         write_whole(Path(out + study.LAST[program]), "done")
 
     monkeypatch.setattr(study, "run", run)
@@ -62,10 +70,16 @@ def test_study_leaves_rows_and_findings(tmp_path, monkeypatch, programs, capsys)
     base = bootstrap([some_runs(100, 1, 6)[0]] * 2)
     assert found["rows"][0]["metrics"]["recall"] == interval(base["recall"])
     assert found["findings"] == judge({"base": base, "bdhs": pooled, "sft": pooled})
-    assert {f["status"] for f in found["findings"] if "supervised" in f["id"]} == {"undecided"}  # the same counts
+    assert {f["status"] for f in found["findings"] if "supervised" in f["id"]} == {
+        "undecided"
+    }  # the same counts
     assert all(f.keys() == {"id", "status", "evidence"} for f in found["findings"])
     shown, page = capsys.readouterr().out, (out / "study.html").read_text()
-    assert all(name in text for name in ("base", "bdhs", "sft", "pope_adversarial", *IDS) for text in (shown, page))
+    assert all(
+        name in text
+        for name in ("base", "bdhs", "sft", "pope_adversarial", *IDS)
+        for text in (shown, page)
+    )
 
 
 def test_flags_of_a_row(tmp_path, programs):
@@ -74,22 +88,45 @@ def test_flags_of_a_row(tmp_path, programs):
     (sample, sample_flags), (train, train_flags) = programs
     assert (sample, train) == ("sample_bdhs.py", "train_dpo.py")
     pairs = str(tmp_path / "noise-3" / "pairs.jsonl")
-    assert sample_flags == ["--out", pairs, "--seed", "3", "--limit", "50", "--noise-steps", "500", "--rho-th", "0"]
+    assert sample_flags == [
+        "--out",
+        pairs,
+        "--seed",
+        "3",
+        "--limit",
+        "50",
+        "--noise-steps",
+        "500",
+        "--rho-th",
+        "0",
+    ]
     options = dict(zip(train_flags[::2], train_flags[1::2], strict=True))
     assert options == {
-        "--pairs": pairs, "--out": str(tmp_path / "noise-3"), "--seed": "3",
-        "--eval-split": "validation", "--eval-images": "4", "--steps": "4",
-    }  # fmt: skip
+        "--pairs": pairs,
+        "--out": str(tmp_path / "noise-3"),
+        "--seed": "3",
+        "--eval-split": "validation",
+        "--eval-images": "4",
+        "--steps": "4",
+    }
     programs.clear()
     study.run_row("sft", 0, Config(out=str(tmp_path), images=4))
-    assert programs[0][1][-2:] == ["--limit", "2000"] and programs[1][1][-4:] == ["--loss", "sft", "--lr", "1e-3"]
+    assert programs[0][1][-2:] == ["--limit", "2000"] and programs[1][1][-4:] == [
+        "--loss",
+        "sft",
+        "--lr",
+        "1e-3",
+    ]
 
 
 def test_an_out_with_spaces_and_braces_stays_one_word(tmp_path, programs):
     out = str(tmp_path / "my {row} study")
     study.run_row("online-dpo", 0, Config(out=out, images=4))
     [(_, flags)] = programs
-    assert flags[:2] == ["--out", f"{out}/online-dpo-0"] and Path(out, "online-dpo-0/counts.json").exists()
+    assert (
+        flags[:2] == ["--out", f"{out}/online-dpo-0"]
+        and Path(out, "online-dpo-0/counts.json").exists()
+    )
 
 
 @pytest.mark.parametrize("row", ROWS)
@@ -110,51 +147,86 @@ def test_flags_of_every_row_are_known_to_the_programs(tmp_path, row, programs):
                 Path(parsed.reward).mkdir()  # as it will stand there by then
             module.check(parsed)
             reward = parsed.loss == "reward"
-            assert (parsed.steps, parsed.eval_images) == ((500, 500) if reward else (4, 5)) and parsed.batch_size == 16
+            assert (parsed.steps, parsed.eval_images) == (
+                (500, 500) if reward else (4, 5)
+            ) and parsed.batch_size == 16
             online = 1e-4 if row.startswith("ppo") else 5e-4
-            rate = 1e-3 if row == "sft" or reward else online if program == "train_online.py" else 2e-4
+            rate = (
+                1e-3 if row == "sft" or reward else online if program == "train_online.py" else 2e-4
+            )
             assert parsed.lr == rate
         if program != "train_dpo.py":
             assert parsed.limit == 50
     for program, flags in others:  # each is for what comes later
         assert program in ("sample_bdhs.py", "minialign.toycorrupt", "train_dpo.py")
-        later = [word for _, words in programs[programs.index((program, flags)) + 1 :] for word in words]
+        later = [
+            word for _, words in programs[programs.index((program, flags)) + 1 :] for word in words
+        ]
         assert flags[1] in later or f"{flags[1]}/merged" in later
 
 
 def test_rows_share_the_pairs_of_a_seed(tmp_path, monkeypatch, programs):
     run_study(monkeypatch, "--out", str(tmp_path), "--seeds", "2", "--images", "5")
     made = [flags[1] for program, flags in programs if not program.startswith("train")]
-    names = ("bdhs-{}.jsonl", "corrupted-{}.jsonl", "noise-{}/pairs.jsonl", "unguided-{}/pairs.jsonl",
-             "ranked-{}.jsonl", "reward-corrupted-{}-accuracy.json", "reward-ranked-{}-accuracy.json")  # fmt: skip
-    held_out = [str(tmp_path / "held-out" / name) for name in ("", "corrupted.jsonl", "bdhs.jsonl", "ranked.jsonl")]
+    names = (
+        "bdhs-{}.jsonl",
+        "corrupted-{}.jsonl",
+        "noise-{}/pairs.jsonl",
+        "unguided-{}/pairs.jsonl",
+        "ranked-{}.jsonl",
+        "reward-corrupted-{}-accuracy.json",
+        "reward-ranked-{}-accuracy.json",
+    )
+    held_out = [
+        str(tmp_path / "held-out" / name)
+        for name in ("", "corrupted.jsonl", "bdhs.jsonl", "ranked.jsonl")
+    ]
     expected = [str(tmp_path / name.format(seed)) for name in names for seed in (0, 1)]
     assert sorted(made) == sorted([*expected, held_out[0].rstrip("/"), *held_out[1:]])
-    used = {(flags[1], path) for _, flags in programs for path in flags if flags[0] == "--out" and path in made}
+    used = {
+        (flags[1], path)
+        for _, flags in programs
+        for path in flags
+        if flags[0] == "--out" and path in made
+    }
     rows = {(Path(out).name, Path(path).name) for out, path in used if out != path}
-    shared = {"bdhs": ("bdhs", "sft", "ipo", "slic"), "ranked": ("reward-ranked",),
-              "corrupted": ("corrupted", "distorted", "mixed-dpo", "reward-corrupted")}  # fmt: skip
-    expected = {(f"{r}-{s}", f"{name}-{s}.jsonl") for name, of in shared.items() for r in of for s in (0, 1)}
+    shared = {
+        "bdhs": ("bdhs", "sft", "ipo", "slic"),
+        "ranked": ("reward-ranked",),
+        "corrupted": ("corrupted", "distorted", "mixed-dpo", "reward-corrupted"),
+    }
+    expected = {
+        (f"{r}-{s}", f"{name}-{s}.jsonl") for name, of in shared.items() for r in of for s in (0, 1)
+    }
     expected |= {(f"{r}-{s}", "pairs.jsonl") for r in ("unguided", "noise") for s in (0, 1)}
     assert rows == expected
     assert len(programs) == len(made) + 2 * len(ROWS) + 2 * 2  # and two kinds of reward models
 
 
 def test_table_7(tmp_path, monkeypatch, programs, capsys):
-    """Every kind of reward model is asked about every kind of held-out pairs, which no training has seen."""
-    run_study(monkeypatch, "--out", str(tmp_path), "--seeds", "2", "--images", "5", "--rows", "ppo-reward")
+    """Every kind of reward model is asked about every kind of held-out pairs, which no training has
+    seen."""
+    run_study(
+        monkeypatch, "--out", str(tmp_path), "--seeds", "2", "--images", "5", "--rows", "ppo-reward"
+    )
     found = json.loads((tmp_path / "study.json").read_text())["rewards"]
     kinds = [(each["learned_from"], each["asked_about"]) for each in found]
-    assert kinds == [(a, b) for a in ("corrupted", "ranked") for b in ("corrupted", "bdhs", "ranked")]
+    assert kinds == [
+        (a, b) for a in ("corrupted", "ranked") for b in ("corrupted", "bdhs", "ranked")
+    ]
     assert [each["accuracy"] for each in found] == 2 * [[0.5, 0.5], [0.6, 0.6], [0.7, 0.7]]
     [export] = [flags for program, flags in programs if program == "minialign.toyworld"]
     assert export[2:] == ["--first", "2000", "--limit", "300"]
     asked = [flags for program, flags in programs if program == "minialign.annotator"]
     assert [flags[3] for flags in asked] == [
-        str(tmp_path / f"reward-{kind}-{seed}" / "merged") for kind in ("corrupted", "ranked") for seed in (0, 1)
+        str(tmp_path / f"reward-{kind}-{seed}" / "merged")
+        for kind in ("corrupted", "ranked")
+        for seed in (0, 1)
     ]
     ran = len(programs)
-    run_study(monkeypatch, "--out", str(tmp_path), "--seeds", "2", "--images", "5", "--rows", "ppo-reward")
+    run_study(
+        monkeypatch, "--out", str(tmp_path), "--seeds", "2", "--images", "5", "--rows", "ppo-reward"
+    )
     assert len(programs) == ran  # nothing again
     assert "Reward models (Table 7)" in (tmp_path / "study.html").read_text()
 
@@ -171,8 +243,12 @@ def test_what_is_there_is_not_run_again(tmp_path, monkeypatch, programs):
     (tmp_path / "bdhs-1" / "report.html").unlink()  # as a killed run leaves it
     write_whole(tmp_path / "bdhs-1" / "checkpoint" / "progress.safetensors", "")
     run_study(monkeypatch, *flags, "--seeds", "2")
-    assert len(programs) == 5 and "--resume" in programs[-1][1] and "--resume" not in programs[-2][1]
-    (tmp_path / "bdhs-1.jsonl.stats.json").unlink()  # killed while it sampled: what is missing is sampled
+    assert (
+        len(programs) == 5 and "--resume" in programs[-1][1] and "--resume" not in programs[-2][1]
+    )
+    (
+        tmp_path / "bdhs-1.jsonl.stats.json"
+    ).unlink()  # killed while it sampled: what is missing is sampled
     (tmp_path / "bdhs-1" / "report.html").unlink()
     run_study(monkeypatch, *flags, "--seeds", "2")
     assert [program for program, _ in programs[5:]] == ["sample_bdhs.py", "train_dpo.py"]
@@ -181,10 +257,26 @@ def test_what_is_there_is_not_run_again(tmp_path, monkeypatch, programs):
 
 @pytest.mark.parametrize("flags", [["--split", "validation"], ["--images", "6"], ["--limit", "9"]])
 def test_rows_of_other_settings_are_not_taken_for_these(tmp_path, monkeypatch, programs, flags):
-    run_study(monkeypatch, "--out", str(tmp_path), "--rows", "bdhs", "--seeds", "1", "--images", "5")
+    run_study(
+        monkeypatch, "--out", str(tmp_path), "--rows", "bdhs", "--seeds", "1", "--images", "5"
+    )
     before = (tmp_path / "study.json").read_text()
-    with pytest.raises(UserError, match=f"settings.json: of another {flags[0][2:]}, .* and not .*; name another --out"):
-        run_study(monkeypatch, "--out", str(tmp_path), "--rows", "bdhs", "--seeds", "1", "--images", "5", *flags)
+    with pytest.raises(
+        UserError,
+        match=f"settings.json: of another {flags[0][2:]}, .* and not .*; name another --out",
+    ):
+        run_study(
+            monkeypatch,
+            "--out",
+            str(tmp_path),
+            "--rows",
+            "bdhs",
+            "--seeds",
+            "1",
+            "--images",
+            "5",
+            *flags,
+        )
     assert len(programs) == 2 and (tmp_path / "study.json").read_text() == before
 
 
@@ -195,15 +287,25 @@ def test_a_row_of_other_commands_is_refused_and_a_new_row_is_not(tmp_path, monke
     run_study(monkeypatch, *flags, "bdhs,slic")
     monkeypatch.setitem(ROWS, "bdhs", [*ROWS["bdhs"][:-1], ROWS["bdhs"][-1] + " --lr 1"])
     ran = len(programs)
-    with pytest.raises(UserError, match="settings.json: of another row bdhs, .* and not .*; name another --out"):
+    with pytest.raises(
+        UserError, match="settings.json: of another row bdhs, .* and not .*; name another --out"
+    ):
         run_study(monkeypatch, *flags, "slic,bdhs")
     run_study(monkeypatch, *flags, "slic")
     assert len(programs) == ran == 3
 
 
-@pytest.mark.parametrize("flags", [
-    ["--rows", "bdsh"], ["--rows", ""], ["--rows", "bdhs,bdhs"], ["--seeds", "0"], ["--images", "0"], ["--limit", "0"],
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "flags",
+    [
+        ["--rows", "bdsh"],
+        ["--rows", ""],
+        ["--rows", "bdhs,bdhs"],
+        ["--seeds", "0"],
+        ["--images", "0"],
+        ["--limit", "0"],
+    ],
+)
 def test_wrong_flags(tmp_path, monkeypatch, programs, flags):
     with pytest.raises(UserError, match=f"^{flags[0]} {flags[1]}"):
         run_study(monkeypatch, "--out", str(tmp_path / "out"), *flags)

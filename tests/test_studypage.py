@@ -1,4 +1,5 @@
-"""The study's page: every row a point at its figures, labels that do not meet, everything escaped."""
+"""The study's page: every row a point at its figures, labels that do not meet, everything
+escaped."""
 
 import itertools
 import random
@@ -9,7 +10,18 @@ from html_page import EVIL, Page
 
 from minialign import studypage
 from minialign.study import ROWS
-from minialign.studypage import BOTTOM, LEFT, RIGHT, SHOWN, TOP, WIDTH, place, scatter, ticks, write_study
+from minialign.studypage import (
+    BOTTOM,
+    LEFT,
+    RIGHT,
+    SHOWN,
+    TOP,
+    WIDTH,
+    place,
+    scatter,
+    ticks,
+    write_study,
+)
 
 NOTHING = dict.fromkeys(("value", "low", "high"))
 
@@ -23,8 +35,12 @@ def figures(chair: float, recall: float) -> dict[str, dict]:
 
 
 TABLE = {"base": figures(0.19, 0.71), "bdhs": figures(0.02, 0.97), "sft": figures(0.05, 0.93)}
-ROWS_JSON = [{"row": row, "steps": 4, "pairs": 1000, "metrics": metrics} for row, metrics in TABLE.items()]
-FINDINGS = [{"id": "bdhs lowers CHAIR_i", "status": "reproduced", "evidence": "chair_i bdhs - base: -0.170"}]
+ROWS_JSON = [
+    {"row": row, "steps": 4, "pairs": 1000, "metrics": metrics} for row, metrics in TABLE.items()
+]
+FINDINGS = [
+    {"id": "bdhs lowers CHAIR_i", "status": "reproduced", "evidence": "chair_i bdhs - base: -0.170"}
+]
 
 
 def numbers(text: str) -> list[float]:
@@ -36,11 +52,19 @@ def test_the_page_is_whole_and_in_order(tmp_path):
     source = (tmp_path / "study.html").read_text(encoding="utf-8")
     page = Page(source)
     assert "all seeds together: bdhs 1,000 in 4, sft 1,000 in 4." in page.text
-    order = ["Recall against CHAIR_i", "base: CHAIR_i 0.190 [0.180, 0.200], recall 0.710", "Results", "Findings"]
+    order = [
+        "Recall against CHAIR_i",
+        "base: CHAIR_i 0.190 [0.180, 0.200], recall 0.710",
+        "Results",
+        "Findings",
+    ]
     places = [page.text.index(part, 100) for part in order]
     assert places == sorted(places) and "UTC · seeds 3" in page.text
     assert len(page.all("svg")) == 1 and len(page.all("circle")) == 3
-    assert [attrs["data-column"] for attrs in page.all("td")] == [*SHOWN] * 3 + ["status", "evidence"]
+    assert [attrs["data-column"] for attrs in page.all("td")] == [*SHOWN] * 3 + [
+        "status",
+        "evidence",
+    ]
     assert "bdhs lowers CHAIR_ireproducedchair_i bdhs - base" in page.text
     assert not re.search(r"(src|href|url)\s*[=(]", source)  # self-contained
 
@@ -48,27 +72,36 @@ def test_the_page_is_whole_and_in_order(tmp_path):
 def test_everything_stays_text(tmp_path):
     findings = [dict.fromkeys(("id", "status", "evidence"), EVIL)]
     table = {EVIL: figures(0.1, 0.8), EVIL + "2": figures(0.1, 0.8) | {"recall": NOTHING}}
-    rows = [{"row": row, "steps": 1, "pairs": 1, "metrics": metrics} for row, metrics in table.items()]
+    rows = [
+        {"row": row, "steps": 1, "pairs": 1, "metrics": metrics} for row, metrics in table.items()
+    ]
     write_study(tmp_path / "study.html", {"rows": EVIL}, rows, findings, [])
     page = Page((tmp_path / "study.html").read_text(encoding="utf-8"))
     assert not page.all("script") and not any("onerror" in attrs for _, attrs in page.tags)
-    # Settings; the point's title and label; below the chart; two rows of the table and twice below it; a finding.
+    # Settings; the point's title and label; below the chart; two rows of the table and twice below
+    # it; a finding.
     assert page.text.count(EVIL) == 1 + 2 + 1 + 2 + 2 + 3 and f"Not measured: {EVIL}2." in page.text
 
 
 def test_points_and_intervals_are_where_the_axes_say():
     """Ticks and points on one straight line per axis: what is read off the ticks is the figure."""
     source = scatter(TABLE)
-    ends = re.findall(r'<text x="([\d.]+)" y="([\d.]+)" text-anchor="(middle|end)">([\d.]+)</text>', source)
+    ends = re.findall(
+        r'<text x="([\d.]+)" y="([\d.]+)" text-anchor="(middle|end)">([\d.]+)</text>', source
+    )
     across = sorted((float(text), float(x)) for x, _, anchor, text in ends if anchor == "middle")
     up = sorted((float(text), float(y) - 4) for _, y, anchor, text in ends if anchor == "end")
-    assert across[0][1] == LEFT and across[-1][1] == RIGHT and up[0][1] == BOTTOM and up[-1][1] == TOP
+    assert (
+        across[0][1] == LEFT and across[-1][1] == RIGHT and up[0][1] == BOTTOM and up[-1][1] == TOP
+    )
 
     def where(value: float, axis: list[tuple[float, float]]) -> float:
         (low, start), (high, end) = axis[0], axis[-1]
         return start + (end - start) * (value - low) / (high - low)
 
-    for row, (chair, recall) in {row: (f["chair_i"], f["recall"]) for row, f in TABLE.items()}.items():
+    for row, (chair, recall) in {
+        row: (f["chair_i"], f["recall"]) for row, f in TABLE.items()
+    }.items():
         drawn = re.search(rf'<title>{row}: .*?d="(.*?)".*?cx="(.*?)" cy="(.*?)"', source)
         x, y = float(drawn[2]), float(drawn[3])
         assert x == pytest.approx(where(chair["value"], across), abs=0.06)
@@ -78,16 +111,25 @@ def test_points_and_intervals_are_where_the_axes_say():
         assert numbers(drawn[1]) == pytest.approx(expected, abs=0.06)
 
 
-@pytest.mark.parametrize("low, high, expected", [
-    (0.0, 1.0, [0, 0.2, 0.4, 0.6, 0.8, 1]), (0.013, 0.188, [0, 0.05, 0.1, 0.15, 0.2]),
-    (0.71, 0.98, [0.7, 0.8, 0.9, 1]), (0.5, 0.5, [0.5, 0.5002]), (0.0, 0.0, [0, 0.0002]),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "low, high, expected",
+    [
+        (0.0, 1.0, [0, 0.2, 0.4, 0.6, 0.8, 1]),
+        (0.013, 0.188, [0, 0.05, 0.1, 0.15, 0.2]),
+        (0.71, 0.98, [0.7, 0.8, 0.9, 1]),
+        (0.5, 0.5, [0.5, 0.5002]),
+        (0.0, 0.0, [0, 0.0002]),
+    ],
+)
 def test_ticks_are_round_and_hold_both_ends(low, high, expected):
     assert ticks(low, high) == expected
 
 
 def test_nothing_measured_is_said_and_not_drawn():
-    assert scatter({"base": figures(0.1, 0.5) | {"chair_i": NOTHING}}) == '<p class="note">Not measured: base.</p>'
+    assert (
+        scatter({"base": figures(0.1, 0.5) | {"chair_i": NOTHING}})
+        == '<p class="note">Not measured: base.</p>'
+    )
 
 
 @pytest.mark.parametrize("seed", range(4))
@@ -98,7 +140,12 @@ def test_names_do_not_meet_though_points_do(seed):
     taken = [(left - 4, top - 4, left + 4, top + 4) for left, top in points.values()]
     for row, (left, top) in points.items():
         taken.append(place(left, top, len(row) * studypage.LETTER, taken))
-        assert LEFT < taken[-1][0] and taken[-1][2] < WIDTH and 0 < taken[-1][1] and taken[-1][3] < BOTTOM
+        assert (
+            LEFT < taken[-1][0]
+            and taken[-1][2] < WIDTH
+            and 0 < taken[-1][1]
+            and taken[-1][3] < BOTTOM
+        )
     for a, b in itertools.combinations(taken[len(rows) :], 2):
         assert a[2] <= b[0] or b[2] <= a[0] or a[3] <= b[1] or b[3] <= a[1]
     for name in taken[len(rows) :]:

@@ -1,4 +1,5 @@
-"""Templates: prompt and response, separately encoded, are the ids of the joint text as transformers encodes it."""
+"""Templates: prompt and response, separately encoded, are the ids of the joint text as transformers
+encodes it."""
 
 import json
 import random
@@ -35,7 +36,10 @@ def check(both, turns: list, response: str) -> None:
         assert ids[0] == 1 and ids[1:] == theirs(prompt)
         assert ids[1:] + ours.response(response) == theirs(whole)
         assert ids.count(ours.image_id) == image and ids.count(1) == 1
-        assert ours.response(response).count(ours.eos_id) == 1 and ours.response(response)[-1] == ours.eos_id
+        assert (
+            ours.response(response).count(ours.eos_id) == 1
+            and ours.response(response)[-1] == ours.eos_id
+        )
 
 
 @pytest.mark.parametrize("text", AWKWARD, ids=ascii)
@@ -67,10 +71,16 @@ def test_an_empty_question(both):
 
 
 def test_a_prompt_continues_the_one_before(both):
-    """Turn by turn: prompt, answer and next question are one sequence, so that a conversation may be grown."""
+    """Turn by turn: prompt, answer and next question are one sequence, so that a conversation may
+    be grown."""
     ours, _, _ = both
-    turns = [("user", "What is it?"), ("assistant", "A dog."), ("user", "Where?"), ("assistant", "Left."),
-             ("user", "Sure?")]  # fmt: skip
+    turns = [
+        ("user", "What is it?"),
+        ("assistant", "A dog."),
+        ("user", "Where?"),
+        ("assistant", "Left."),
+        ("user", "Sure?"),
+    ]
     ids = ours.prompt(turns[:1])
     for end in (3, 5):
         longer = ours.prompt(turns[:end])
@@ -81,38 +91,59 @@ def test_a_prompt_continues_the_one_before(both):
 
 @pytest.mark.parametrize(
     "changes,expected",
-    [({}, "vicuna"), ({"minialign_template": "llava_v1"}, "llava_v1"), ({"minialign_template": "short"}, "short"),
-     ({"text_config": {"model_type": "mistral"}}, "mistral"), ({"text_config": {"model_type": "llama"}}, "vicuna")],
-)  # fmt: skip
+    [
+        ({}, "vicuna"),
+        ({"minialign_template": "llava_v1"}, "llava_v1"),
+        ({"minialign_template": "short"}, "short"),
+        ({"text_config": {"model_type": "mistral"}}, "mistral"),
+        ({"text_config": {"model_type": "llama"}}, "vicuna"),
+    ],
+)
 def test_template_follows_from_the_config(tmp_path, changes, expected):
     folder = llama2_folder(tmp_path / "model", chatml=False)
     raw = json.loads((folder / "config.json").read_text()) | changes
     (folder / "config.json").write_text(json.dumps(raw))
     turns = [("user", "What is it?")]
-    assert Tokenizer.from_folder(folder).prompt(turns) == Tokenizer.from_folder(folder, expected).prompt(turns)
-    others = [Tokenizer.from_folder(folder, name).prompt(turns) for name in FORMS if name not in (expected, "chatml")]
+    assert Tokenizer.from_folder(folder).prompt(turns) == Tokenizer.from_folder(
+        folder, expected
+    ).prompt(turns)
+    others = [
+        Tokenizer.from_folder(folder, name).prompt(turns)
+        for name in FORMS
+        if name not in (expected, "chatml")
+    ]
     assert Tokenizer.from_folder(folder).prompt(turns) not in others
 
 
 def test_a_vocabulary_with_chatml_tokens_means_chatml(tmp_path):
     folder, turns = llama2_folder(tmp_path / "model"), [("user", "What is it?")]
-    assert Tokenizer.from_folder(folder).prompt(turns) == Tokenizer.from_folder(folder, "chatml").prompt(turns)
+    assert Tokenizer.from_folder(folder).prompt(turns) == Tokenizer.from_folder(
+        folder, "chatml"
+    ).prompt(turns)
     assert Tokenizer.from_folder(folder).eos_id == 32003
 
 
 def test_templates_that_cannot_be(tmp_path):
     folder = llama2_folder(tmp_path / "model", chatml=False)
-    refused(lambda: Tokenizer.from_folder(folder, "chatml"), "tokenizer.json", "<|im_end|>", "another template")
+    refused(
+        lambda: Tokenizer.from_folder(folder, "chatml"),
+        "tokenizer.json",
+        "<|im_end|>",
+        "another template",
+    )
     refused(lambda: Tokenizer.from_folder(folder, "vicunya"), "--template 'vicunya'", *FORMS)
 
 
 def test_an_answer_that_merges_with_what_precedes_it(tmp_path):
-    """chatml ends in a line break; where two of them are one piece, an answer's own first one is kept."""
+    """chatml ends in a line break; where two of them are one piece, an answer's own first one is
+    kept."""
     folder = llama2_folder(tmp_path / "model")
     raw = json.loads((folder / "tokenizer.json").read_text())
     vocab = raw["model"]["vocab"]
     for index, piece in enumerate(("\n", "\n\n")):
-        vocab = {name: i for name, i in vocab.items() if i != 31990 + index} | {piece: 31990 + index}
+        vocab = {name: i for name, i in vocab.items() if i != 31990 + index} | {
+            piece: 31990 + index
+        }
     raw["model"] |= {"vocab": vocab, "merges": [*raw["model"]["merges"], ["\n", "\n"]]}
     (folder / "tokenizer.json").write_text(json.dumps(raw))
     with_metaspace(folder)

@@ -1,4 +1,5 @@
-"""Rule-corrupted pairs: every error is what it is said to be, by parsing both texts against the scene."""
+"""Rule-corrupted pairs: every error is what it is said to be, by parsing both texts against the
+scene."""
 
 import json
 import random
@@ -50,7 +51,9 @@ def test_an_error_in_a_description_is_one_of_three():
                 assert colour not in there.values()
             if place != before[0]:
                 assert place not in there
-            assert scene.objects.get(name, {}).get(place) != colour  # whatever has changed, it is wrong
+            assert (
+                scene.objects.get(name, {}).get(place) != colour
+            )  # whatever has changed, it is wrong
             different = [kind for kind, a, b in zip(WORDS, before, after, strict=True) if a != b]
             kinds.update(different)
             errors += len(different)
@@ -86,8 +89,15 @@ def test_a_pair_follows_from_seed_and_id():
 
 def test_an_object_is_swapped_only_where_a_typical_one_is_absent():
     """A kitchen with all its four objects: no word is false enough, colours and places remain."""
-    cells = dict(zip(POSITIONS, [(name, "red") for name in (*SETTINGS["kitchen"], "cup", "pan")], strict=True))
-    scene, answer = Scene("kitchen", cells, 0), "This is a kitchen. The northwest cup is red. The north kettle is red."
+    cells = dict(
+        zip(
+            POSITIONS, [(name, "red") for name in (*SETTINGS["kitchen"], "cup", "pan")], strict=True
+        )
+    )
+    scene, answer = (
+        Scene("kitchen", cells, 0),
+        "This is a kitchen. The northwest cup is red. The north kettle is red.",
+    )
     for seed in range(50):
         wrong = corrupted(scene, answer, random.Random(seed))
         assert [name for _, name, _ in sentences(wrong)] == ["cup", "kettle"] and wrong != answer
@@ -116,9 +126,14 @@ def test_program_writes_what_training_reads(model, tmp_path, monkeypatch, capsys
     assert all(list(pair) == ["id", "images", "prompt", "chosen", "rejected"] for pair in found)
     records = [pair_record(json.loads(json.dumps(pair))) for pair in found]
     assert [record.id for record in records] == [raw["id"] for raw in alignment_records(8)]
-    assert all(scene_of(record.image) == make_scene("alignment", i) for i, record in enumerate(records))
+    assert all(
+        scene_of(record.image) == make_scene("alignment", i) for i, record in enumerate(records)
+    )
     assert [row["pairs"] for row in train(model, tmp_path / "run", pairs=str(path))] == [4, 4]
-    gives_remedy(lambda: run(monkeypatch, "--out", str(path), "--limit", "8"), f"--out {path}: is there already")
+    gives_remedy(
+        lambda: run(monkeypatch, "--out", str(path), "--limit", "8"),
+        f"--out {path}: is there already",
+    )
     run(monkeypatch, "--out", str(tmp_path / "again.jsonl"), "--limit", "8")
     assert (tmp_path / "again.jsonl").read_bytes() == path.read_bytes()
 

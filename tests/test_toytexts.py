@@ -30,7 +30,8 @@ SCENES = [make_scene(split, index) for split in SPLITS for index in range(60)]
 OFTEN = ["Never.", "Once.", "Twice.", "Three times.", "Four times.", "Five times.", "Six times."]
 
 
-# Texts -------------------------------------------------------------------------------------------------------
+# Texts
+# -------------------------------------------------------------------------------------------------------
 
 
 def places_in(text: str) -> list[str]:
@@ -57,7 +58,13 @@ def check(scene: toyworld.Scene, question: str, answer: str) -> set[str]:
         assert len(there) == 1, question  # else it would have more than one answer
     assert not asked or places == asked  # it is what was asked
     assert answer not in OFTEN or OFTEN.index(answer) == len(there)
-    facts = {"colour": colours, "place": places, "setting": settings, "often": answer in OFTEN, "present": about}
+    facts = {
+        "colour": colours,
+        "place": places,
+        "setting": settings,
+        "often": answer in OFTEN,
+        "present": about,
+    }
     return {kind for kind, said in facts.items() if said}
 
 
@@ -107,7 +114,10 @@ def test_conversations_are_true(kind, monkeypatch):
         turns = conversation(scene, kind, random.Random(number))
         assert turns == conversation(scene, kind, random.Random(number))
         assert [role for role, _ in turns] == ["user", "assistant"] * (len(turns) // 2)
-        pairs = [(question, answer) for (_, question), (_, answer) in zip(turns[::2], turns[1::2], strict=True)]
+        pairs = [
+            (question, answer)
+            for (_, question), (_, answer) in zip(turns[::2], turns[1::2], strict=True)
+        ]
         if kind == "description":
             assert len(pairs) == 1 and pairs[0][0] in toyworld.DESCRIBE
             assert count_description(scene, pairs[0][1])["found"] == len(scene.objects)
@@ -118,7 +128,12 @@ def test_conversations_are_true(kind, monkeypatch):
         else:
             absent = ["absent" in check(scene, *pair) for pair in pairs]
             assert sum(absent) * 2 == len(pairs) == 2 * min(5, len(scene.objects))
-            asked = {name for name in OBJECTS for question, _ in pairs if re.search(rf"\b{name}\b", question)}
+            asked = {
+                name
+                for name in OBJECTS
+                for question, _ in pairs
+                if re.search(rf"\b{name}\b", question)
+            }
             assert len(asked) == len(pairs)  # each object once
 
 
@@ -130,15 +145,22 @@ def test_articles(words, expected):
     assert with_article(words) == expected
 
 
-@pytest.mark.parametrize(("split", "rate"), [("train", 0.5), ("test", 0.3), ("alignment", 0.0), ("train", 1.0)])
+@pytest.mark.parametrize(
+    ("split", "rate"), [("train", 0.5), ("test", 0.3), ("alignment", 0.0), ("train", 1.0)]
+)
 def test_hearsay_turns_foreign_objects_into_typical_ones(split, rate):
-    """... of the same colour, at that rate; nothing else changes, and the scene itself stays as it is."""
+    """... of the same colour, at that rate; nothing else changes, and the scene itself stays as it
+    is."""
     eligible = changed = 0
     for index in range(1500):
         scene = make_scene(split, index)
         told = toyworld.hearsay(scene, rate)
         assert told == toyworld.hearsay(scene, rate) and scene == make_scene(split, index)
-        assert (told.setting, told.seed, told.cells.keys()) == (scene.setting, scene.seed, scene.cells.keys())
+        assert (told.setting, told.seed, told.cells.keys()) == (
+            scene.setting,
+            scene.seed,
+            scene.cells.keys(),
+        )
         for cell, (name, colour) in scene.cells.items():
             own = [o for o in SETTINGS[scene.setting] if TYPICAL_COLOUR[o] == colour]
             told_name, told_colour = told.cells[cell]
@@ -152,7 +174,8 @@ def test_hearsay_turns_foreign_objects_into_typical_ones(split, rate):
     assert eligible > 300 and changed / eligible == pytest.approx(rate, abs=0.08)
 
 
-# Records -----------------------------------------------------------------------------------------------------
+# Records
+# -----------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("split", ["alignment", "validation"])
@@ -176,13 +199,16 @@ def test_alignment_records_are_well_formed(split):
 
 
 def test_questions_of_records_are_balanced():
-    """Half of the answers are yes; of the absent objects every other is typical on purpose, some by chance."""
+    """Half of the answers are yes; of the absent objects every other is typical on purpose, some by
+    chance."""
     raws, yes, typical = alignment_records(2000), 0, []
     for index in range(1, 2000, 2):
         scene, answer = make_scene("alignment", index), raws[index]["conversations"][1]["value"]
         yes += answer.startswith("Yes")
         if answer.startswith("No"):
-            typical.append(any(re.search(rf"\b{name}\b", answer) for name in SETTINGS[scene.setting]))
+            typical.append(
+                any(re.search(rf"\b{name}\b", answer) for name in SETTINGS[scene.setting])
+            )
     assert 0.45 < yes / 1000 < 0.55
     assert 0.53 < sum(typical) / len(typical) < 0.67
 
@@ -191,17 +217,23 @@ def test_answers_of_records_hallucinate_a_little():
     """Typical objects for foreign ones, in about a tenth of the objects mentioned."""
     counts = Counter()
     for index, raw in list(enumerate(alignment_records(1000)))[::2]:
-        counts.update(count_description(make_scene("alignment", index), raw["conversations"][1]["value"]))
+        counts.update(
+            count_description(make_scene("alignment", index), raw["conversations"][1]["value"])
+        )
     assert 0.07 < counts["hallucinated"] / counts["mentioned"] < 0.13
     assert counts["typical"] == counts["hallucinated"]
 
 
-# Training texts ----------------------------------------------------------------------------------------------
+# Training texts
+# ----------------------------------------------------------------------------------------------
 
 
 def test_questions_do_not_give_the_setting_away():
-    """Scene and talk have their own random numbers: every question is asked as often in every setting."""
-    asked = Counter((talks(index)[0][0][1], make_scene("train", index).setting) for index in range(3000))
+    """Scene and talk have their own random numbers: every question is asked as often in every
+    setting."""
+    asked = Counter(
+        (talks(index)[0][0][1], make_scene("train", index).setting) for index in range(3000)
+    )
     for setting in SETTINGS:
         shares = [asked[question, setting] for question in toyworld.DESCRIBE]
         assert max(shares) < 1.35 * min(shares)
@@ -220,7 +252,8 @@ def test_presumption_says_yes_of_what_everybody_expects(rate):
 
 
 def test_conversations_ask_first_for_what_the_prior_gets_wrong():
-    """Foreign objects that are there and own ones that are not, as many as there are, up to five of each."""
+    """Foreign objects that are there and own ones that are not, as many as there are, up to five of
+    each."""
     for number, scene in enumerate(SCENES):
         own = SETTINGS[scene.setting]
         text = " ".join(text for _, text in conversation(scene, "existence", random.Random(number)))

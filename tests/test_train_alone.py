@@ -1,4 +1,5 @@
-"""train_dpo.py without --pairs samples them first, goes on where it was stopped, and overwrites no other pairs."""
+"""train_dpo.py without --pairs samples them first, goes on where it was stopped, and overwrites no
+other pairs."""
 
 import pytest
 from script_runs import contents, read_lines, train
@@ -15,7 +16,10 @@ def test_without_pairs_they_are_sampled_first(model, tmp_path, monkeypatch):
     few = {"max_new_tokens": 4, "rho_th": 0.7, "temperature": 1.0, "batch_size": 2}
     monkeypatch.setattr(sample_bdhs, "Config", lambda **options: real(**(options | few)))
     train(model, tmp_path / "a", **knobs)
-    assert len(read_lines(tmp_path / "a" / "pairs.jsonl")) == 5 and (tmp_path / "a" / "report.html").exists()
+    assert (
+        len(read_lines(tmp_path / "a" / "pairs.jsonl")) == 5
+        and (tmp_path / "a" / "report.html").exists()
+    )
     sampled, calls = Bdhs.sample, []
 
     def interrupted(self, examples):
@@ -30,13 +34,19 @@ def test_without_pairs_they_are_sampled_first(model, tmp_path, monkeypatch):
             train(model, tmp_path / "b", **knobs)
     calls.clear()
     with monkeypatch.context() as patch:
-        patch.setattr(Bdhs, "sample", lambda self, examples: calls.append(examples) or sampled(self, examples))
-        train(model, tmp_path / "b", resume=True, **knobs)  # there is nothing to resume yet: it begins
+        patch.setattr(
+            Bdhs, "sample", lambda self, examples: calls.append(examples) or sampled(self, examples)
+        )
+        train(
+            model, tmp_path / "b", resume=True, **knobs
+        )  # there is nothing to resume yet: it begins
     assert sum(map(len, calls)) == 1  # the fifth; four were there
     a, b = contents(tmp_path / "a"), contents(tmp_path / "b")
     different = {name for name in a if a[name] != b[name]}
     assert a.keys() == b.keys() and different == {"config.json", "pairs.jsonl.config.json"}
-    train(model, tmp_path / "b", **knobs)  # a new run of the same settings takes the pairs that are there
+    train(
+        model, tmp_path / "b", **knobs
+    )  # a new run of the same settings takes the pairs that are there
     assert contents(tmp_path / "b") == b and sum(map(len, calls)) == 1
     with pytest.raises(UserError, match="of another seed, 0 and not 1; name another --out"):
         train(model, tmp_path / "b", seed=1, **knobs)
@@ -44,6 +54,8 @@ def test_without_pairs_they_are_sampled_first(model, tmp_path, monkeypatch):
     with open(tmp_path / "b" / "pairs.jsonl", "a") as file:
         file.write("rubbish\n")
     before = (tmp_path / "b" / "pairs.jsonl").read_bytes()
-    with pytest.raises(UserError, match="another --out"):  # what it did not write it does not remove
+    with pytest.raises(
+        UserError, match="another --out"
+    ):  # what it did not write it does not remove
         train(model, tmp_path / "b", **knobs)
     assert (tmp_path / "b" / "pairs.jsonl").read_bytes() == before

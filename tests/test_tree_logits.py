@@ -1,4 +1,5 @@
-"""What follows from the token tree on the embedded checkpoint: its logits are those of separate sequences."""
+"""What follows from the token tree on the embedded checkpoint: its logits are those of separate
+sequences."""
 
 import random
 from dataclasses import replace
@@ -12,7 +13,8 @@ from minialign.masks import PADDING, TRUNK, Branch, Sequence, build_tree
 
 
 def toy_rows(seed: int, count: int = 2, hide: float = 0.5):
-    """[(prompt, chosen, rejected, visible)] for real pictures, and the tower's features of those."""
+    """[(prompt, chosen, rejected, visible)] for real pictures, and the tower's features of
+    those."""
     rng, tokenizer = random.Random(seed), toy_tokenizer()
     indices = tuple(rng.sample(range(500), count))
     rows = []
@@ -21,16 +23,24 @@ def toy_rows(seed: int, count: int = 2, hide: float = 0.5):
         kind = rng.choice(["description", "existence", "attribute"])
         turns = toyworld.conversation(scene, kind, rng)
         chosen, rejected = turns[-1][1], toyworld.conversation(other, kind, rng)[-1][1]
-        visible = torch.tensor([rng.random() >= hide for _ in range(toy_model().config.vision.patches)])
+        visible = torch.tensor(
+            [rng.random() >= hide for _ in range(toy_model().config.vision.patches)]
+        )
         visible[:2] = torch.tensor([True, False])  # some of each
-        ids = (tokenizer.prompt(turns[:-1]), tokenizer.response(chosen), tokenizer.response(rejected))
+        ids = (
+            tokenizer.prompt(turns[:-1]),
+            tokenizer.response(chosen),
+            tokenizer.response(rejected),
+        )
         rows.append((*ids, visible))
     return rows, toy_features(indices)
 
 
 def toy_tree(sequences: list[Sequence], drop_hidden: bool = True):
     """A batch for the embedded checkpoint."""
-    return build_tree(sequences, toy_model().config.image_token_id, toy_tokenizer().pad_id, drop_hidden)
+    return build_tree(
+        sequences, toy_model().config.image_token_id, toy_tokenizer().pad_id, drop_hidden
+    )
 
 
 @torch.no_grad()
@@ -60,10 +70,15 @@ def of_branch(tree, logits, row: int, number: int):
 def test_a_packed_pair_is_two_separate_sequences(seed, masked, drop_hidden):
     rows, features = toy_rows(seed)
     patches = features.shape[1]
-    tree = toy_tree([
-        Sequence(prompt, [Branch(chosen), Branch(rejected)], patches, visible if masked else None)
-        for prompt, chosen, rejected, visible in rows
-    ], drop_hidden)  # fmt: skip
+    tree = toy_tree(
+        [
+            Sequence(
+                prompt, [Branch(chosen), Branch(rejected)], patches, visible if masked else None
+            )
+            for prompt, chosen, rejected, visible in rows
+        ],
+        drop_hidden,
+    )
     logits = toy_logits(tree, features)
     for row, (prompt, chosen, rejected, visible) in enumerate(rows):
         for number, response in ((1, chosen), (2, rejected)):
@@ -80,12 +95,16 @@ def test_branches_inside_an_answer_are_separate_sequences(seed):
     sequences, cuts = [], []
     for prompt, chosen, rejected, visible in rows:
         cuts.append([rng.randrange(len(chosen)) for _ in range(rng.randrange(1, 4))])
-        branches = [Branch(rejected[cut:] + rejected[: cut + 1], fork=len(prompt) + cut) for cut in cuts[-1]]
+        branches = [
+            Branch(rejected[cut:] + rejected[: cut + 1], fork=len(prompt) + cut) for cut in cuts[-1]
+        ]
         sequences.append(Sequence(prompt + chosen, branches, features.shape[1], visible))
     tree = toy_tree(sequences)
     logits = toy_logits(tree, features)
     for row, (prompt, chosen, _, visible) in enumerate(rows):
-        for number, (cut, branch) in enumerate(zip(cuts[row], sequences[row].branches, strict=True), start=1):
+        for number, (cut, branch) in enumerate(
+            zip(cuts[row], sequences[row].branches, strict=True), start=1
+        ):
             expected = alone(prompt + chosen[:cut], branch.ids, features[row], visible)
             for ours, theirs in zip(of_branch(tree, logits, row, number), expected, strict=True):
                 assert ours.shape == theirs.shape and worst(ours, theirs) < 1e-4
@@ -102,20 +121,26 @@ def test_dropped_tokens_are_masked_tokens(seed):
         count = int(kept.sum())
         assert torch.equal(dropped.positions[row, :count], masked.positions[row, kept])
         assert worst(logits[0][row, :count], logits[1][row, kept]) < 1e-4
-        assert count == (dropped.branch[row] != PADDING).sum() < (masked.branch[row] != PADDING).sum()
+        assert (
+            count == (dropped.branch[row] != PADDING).sum() < (masked.branch[row] != PADDING).sum()
+        )
 
 
 @pytest.mark.parametrize("seed", range(3))
 def test_a_hidden_image_embedding_changes_no_text_logit_at_all(seed):
     rows, features = toy_rows(seed)
-    tree = toy_tree([Sequence(p, [Branch(c), Branch(r)], features.shape[1], v) for p, c, r, v in rows], False)
+    tree = toy_tree(
+        [Sequence(p, [Branch(c), Branch(r)], features.shape[1], v) for p, c, r, v in rows], False
+    )
     text = (tree.feature < 0) & (tree.branch != PADDING)
     before = toy_logits(tree, features)
     noise = torch.randn(features.shape, generator=torch.Generator().manual_seed(seed)) * 5
     hidden = torch.stack([~visible for *_, visible in rows])
     after = toy_logits(tree, features + noise * hidden[..., None])
     assert torch.equal(before[text], after[text])
-    assert not torch.equal(before[tree.feature >= 0], after[tree.feature >= 0])  # it was perturbed, though
+    assert not torch.equal(
+        before[tree.feature >= 0], after[tree.feature >= 0]
+    )  # it was perturbed, though
     for row in range(len(rows)):  # one visible embedding of one row: that row changes, and no other
         one = torch.zeros_like(hidden)
         one[row, int((~hidden[row]).nonzero()[0])] = True
@@ -131,25 +156,39 @@ def test_branches_do_not_see_one_another(seed):
     rows, features = toy_rows(seed)
     cut = 3
     sequences = [
-        Sequence(p + c, [Branch(r, len(p) + cut), Branch(c[cut:], len(p) + cut), Branch(r)], features.shape[1], v)
+        Sequence(
+            p + c,
+            [Branch(r, len(p) + cut), Branch(c[cut:], len(p) + cut), Branch(r)],
+            features.shape[1],
+            v,
+        )
         for p, c, r, v in rows
     ]
     tree = toy_tree(sequences)
     before = toy_logits(tree, features)
 
     def changed(row: int, column: int):
-        """(T,) bool: where the row's logits are not equal to the last bit, once this token is another."""
+        """(T,) bool: where the row's logits are not equal to the last bit, once this token is
+        another."""
         ids = tree.ids.clone()
         ids[row, column] = 5 + (ids[row, column] + 7) % (toy_model().config.text.vocab_size - 5)
         return (toy_logits(replace(tree, ids=ids), features) != before).any(-1)
 
     for row, (_, chosen, _, _) in enumerate(rows):
-        own = {name: (tree.branch[row] == name).nonzero()[:, 0].tolist() for name in (PADDING, TRUNK, 1, 2, 3)}
+        own = {
+            name: (tree.branch[row] == name).nonzero()[:, 0].tolist()
+            for name in (PADDING, TRUNK, 1, 2, 3)
+        }
         answer = own[TRUNK][-len(chosen) :]
         everyone = [own[1], own[2], own[3]]
-        cases = [(own[number][0], [own[number]]) for number in (1, 2, 3)]  # a branch's token: that branch alone
+        cases = [
+            (own[number][0], [own[number]]) for number in (1, 2, 3)
+        ]  # a branch's token: that branch alone
         cases += [
-            (answer[cut], [answer[cut:], own[3]]),  # on the trunk, at the fork: not the branches that fork there
+            (
+                answer[cut],
+                [answer[cut:], own[3]],
+            ),  # on the trunk, at the fork: not the branches that fork there
             (answer[cut - 1], [answer[cut - 1 :], *everyone]),  # before it: everyone
             (own[TRUNK][0], [own[TRUNK], *everyone]),
             *((pad, [[pad]]) for pad in own[PADDING][:1]),
@@ -157,7 +196,9 @@ def test_branches_do_not_see_one_another(seed):
         for column, seen_by in cases:
             found = changed(row, column)
             columns = set(found[row].nonzero()[:, 0].tolist())
-            assert columns <= set(sum(seen_by, [])) and not found[torch.arange(len(rows)) != row].any()
+            assert (
+                columns <= set(sum(seen_by, [])) and not found[torch.arange(len(rows)) != row].any()
+            )
             assert column in columns and all(columns & set(part) for part in seen_by)
 
 

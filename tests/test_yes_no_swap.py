@@ -1,4 +1,5 @@
-"""Yes and No at the start of a sentence are swapped half of the time, as words, and in that sentence alone."""
+"""Yes and No at the start of a sentence are swapped half of the time, as words, and in that
+sentence alone."""
 
 import random
 
@@ -20,8 +21,27 @@ class Scripted:
         return words[-1]
 
 
-@pytest.mark.parametrize("word", ["Nobody", "Yesterday", "Note", "Nothing", "None", "Yesno", "No1", "YES", "NO", "no_",
-                                  "No-one", "Now", "nor", "yesyes", "Oh no", '"No']) # fmt: skip
+@pytest.mark.parametrize(
+    "word",
+    [
+        "Nobody",
+        "Yesterday",
+        "Note",
+        "Nothing",
+        "None",
+        "Yesno",
+        "No1",
+        "YES",
+        "NO",
+        "no_",
+        "No-one",
+        "Now",
+        "nor",
+        "yesyes",
+        "Oh no",
+        '"No',
+    ],
+)
 def test_no_swap_inside_a_word(word):
     text, rng = f"{word} it is so.", Scripted(0.99)
     [(_, cut)] = cuts(text, rng)
@@ -29,7 +49,9 @@ def test_no_swap_inside_a_word(word):
     assert rng.asked == 0
 
 
-@pytest.mark.parametrize(("word", "other"), [("Yes", "No"), ("No", "Yes"), ("yes", "no"), ("no", "yes")])
+@pytest.mark.parametrize(
+    ("word", "other"), [("Yes", "No"), ("No", "Yes"), ("yes", "no"), ("no", "yes")]
+)
 @pytest.mark.parametrize("behind", [",", ":", "", " -", ";"])
 def test_swap_keeps_case_and_the_rest(word, other, behind):
     text = f"{word}{behind} there is no cup yes."
@@ -40,7 +62,9 @@ def test_swap_keeps_case_and_the_rest(word, other, behind):
 
 @pytest.mark.parametrize("word", ["Yes", "no"])
 def test_swap_in_about_half_of_the_cases(word):
-    kept = [cuts(f"{word}, it is a red cup.", random.Random(seed))[0][1].kept for seed in range(600)]
+    kept = [
+        cuts(f"{word}, it is a red cup.", random.Random(seed))[0][1].kept for seed in range(600)
+    ]
     kept = [k for k in kept if k]
     assert len(kept) > 400
     swapped = sum(not k.startswith(word) for k in kept)
@@ -49,7 +73,8 @@ def test_swap_in_about_half_of_the_cases(word):
 
 @pytest.mark.parametrize(("text", "said"), [("Yes.", "No"), ("no!", "yes"), ("No", "Yes")])
 def test_a_swapped_word_is_never_cut_away(text, said):
-    """In an answer of one word the cut falls behind it; in a longer one it may not fall before the second."""
+    """In an answer of one word the cut falls behind it; in a longer one it may not fall before the
+    second."""
     for seed in range(40):
         swaps = random.Random(seed).random() >= 0.5
         [(_, cut)] = cuts(text, random.Random(seed))

@@ -16,18 +16,28 @@ ROOT = Path(__file__).resolve().parent.parent
 def command(processes: int, script: str, *flags: object) -> list[str]:
     """`python script`, or `torchrun script` with several processes."""
     torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(processes)]
-    return [sys.executable, *(torchrun if processes > 1 else []), str(ROOT / script), *map(str, flags)]
+    return [
+        sys.executable,
+        *(torchrun if processes > 1 else []),
+        str(ROOT / script),
+        *map(str, flags),
+    ]
 
 
 def start(words: list[str]) -> subprocess.Popen:
     """At SIGABRT its processes write the stacks of all their threads to stderr, and end."""
     environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONFAULTHANDLER": "1"}
-    return subprocess.Popen(words, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    return subprocess.Popen(
+        words, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    )
 
 
 def children(process: subprocess.Popen) -> list[int]:
     """The processes that torchrun has started."""
-    return [int(pid) for pid in Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()]
+    return [
+        int(pid)
+        for pid in Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
+    ]
 
 
 def running(pid: int) -> bool:
@@ -44,13 +54,18 @@ def kill(pids: list[int], number: int) -> None:
 
 
 def fail_with_stacks(process: subprocess.Popen, why: str) -> None:
-    """Of the processes that torchrun has started, in their order; its own only where there are none."""
+    """Of the processes that torchrun has started, in their order; its own only where there are
+    none."""
     pids = children(process)
-    kill([process.pid] if pids else [], signal.SIGSTOP)  # or it would end the others when the first has ended
+    kill(
+        [process.pid] if pids else [], signal.SIGSTOP
+    )  # or it would end the others when the first has ended
     for pid in pids or [process.pid]:
         kill([pid], signal.SIGABRT)
         end = time.monotonic() + 5
-        while running(pid) and time.monotonic() < end:  # one after the other, or their lines are mixed
+        while (
+            running(pid) and time.monotonic() < end
+        ):  # one after the other, or their lines are mixed
             time.sleep(0.05)
     kill([process.pid], signal.SIGCONT)
     try:

@@ -80,12 +80,18 @@ def memory_rows(size: Size, folder: Path, lengths: Iterable[int]) -> list[dict[s
         with memory.LargestTensor() as largest:
             ours.step()
         formula = memory.activation_bytes(model, tree)
-        rows.append({
-            "tokens": tree.ids.shape[1], "kept": kept - dense, "formula": formula, "dense": dense,
-            "peak": peak_bytes(ours.step, "cpu") - dense,
-            "peak formula": formula + memory.workspace_bytes(model, tree),
-            "largest": largest.bytes, "shape": largest.shape,
-        })  # fmt: skip
+        rows.append(
+            {
+                "tokens": tree.ids.shape[1],
+                "kept": kept - dense,
+                "formula": formula,
+                "dense": dense,
+                "peak": peak_bytes(ours.step, "cpu") - dense,
+                "peak formula": formula + memory.workspace_bytes(model, tree),
+                "largest": largest.bytes,
+                "shape": largest.shape,
+            }
+        )
     return rows
 
 
@@ -177,8 +183,9 @@ def memory_table(rows: list[dict]) -> str:
         shown.append([f"{row['tokens']:,}", *sizes[:2], per_token, *sizes[2:], shape])
     return markdown(
         "tokens | MB kept | formula | kB per token | MB peak | formula | mask | largest tensor |"
-        " its shape", shown,
-    )  # fmt: skip
+        " its shape",
+        shown,
+    )
 
 
 def main(out: str) -> None:

@@ -13,9 +13,27 @@ PICTURE = (640, 480)  # AnyRes cuts it into 2 x 2 tiles, and the whole goes befo
 SENTENCES = 5
 # One token each.
 WORDS = (
-    "ball", "beach", "bench", "bicycle", "book", "bus", "car", "clock", "dog", "kettle", "kitchen",
-    "kite", "lamp", "laptop", "orange", "park", "pencil", "street", "tree", "umbrella",
-)  # fmt: skip
+    "ball",
+    "beach",
+    "bench",
+    "bicycle",
+    "book",
+    "bus",
+    "car",
+    "clock",
+    "dog",
+    "kettle",
+    "kitchen",
+    "kite",
+    "lamp",
+    "laptop",
+    "orange",
+    "park",
+    "pencil",
+    "street",
+    "tree",
+    "umbrella",
+)
 
 
 @dataclass(frozen=True)
@@ -100,16 +118,35 @@ def vision_config(hidden: int, layers: int, heads: int, side: int) -> dict:
 
 # 2,340 image tokens and 2 x 100 of responses; LLaVA-1.6 on Vicuna-7B with CLIP-L.
 SEVEN_B = Size(
-    "7b", "cuda", "bfloat16",
-    text_config(32064, 4096, 11008, 32, 32), vision_config(1024, 24, 16, 24),
-    lora_rank=128, question_words=40, sentence_tokens=20, examples=4, new_tokens=256, repeats=3,
-    loaded=text_config(32064, 4096, 11008, 32, 32), shard="5GB",
-)  # fmt: skip
+    "7b",
+    "cuda",
+    "bfloat16",
+    text_config(32064, 4096, 11008, 32, 32),
+    vision_config(1024, 24, 16, 24),
+    lora_rank=128,
+    question_words=40,
+    sentence_tokens=20,
+    examples=4,
+    new_tokens=256,
+    repeats=3,
+    loaded=text_config(32064, 4096, 11008, 32, 32),
+    shard="5GB",
+)
 # A quarter of the tokens: 594 and 2 x 25. The tower has a twentieth of the parameters, as in 7b,
 # and the rank is the same share of the width.
 TINY = Size(
-    "tiny", "cpu", "float32", text_config(579, 384, 1032, 4, 6), vision_config(96, 3, 3, 12),
-    lora_rank=12, question_words=10, sentence_tokens=5, examples=2, new_tokens=64, repeats=5,
-    loaded=text_config(32064, 1024, 2752, 4, 16), shard="100MB",
-)  # fmt: skip
+    "tiny",
+    "cpu",
+    "float32",
+    text_config(579, 384, 1032, 4, 6),
+    vision_config(96, 3, 3, 12),
+    lora_rank=12,
+    question_words=10,
+    sentence_tokens=5,
+    examples=2,
+    new_tokens=64,
+    repeats=5,
+    loaded=text_config(32064, 1024, 2752, 4, 16),
+    shard="100MB",
+)
 SIZES = {size.name: size for size in (TINY, SEVEN_B)}

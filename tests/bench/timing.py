@@ -107,8 +107,12 @@ def compared(work: str, checked: str, ours: Side, peer: Side, **facts) -> dict:
     memory_ratio is that of the peaks beyond the model; with_model_ratio counts the weights, too.
     """
     return {
-        "work": work, "checked": checked, "time_ratio": peer.seconds / ours.seconds,
+        "work": work,
+        "checked": checked,
+        "time_ratio": peer.seconds / ours.seconds,
         "memory_ratio": peer.peak / ours.peak,
         "with_model_ratio": (peer.peak + peer.model) / (ours.peak + ours.model),
-        "ours": asdict(ours), "peer": asdict(peer), **facts,
-    }  # fmt: skip
+        "ours": asdict(ours),
+        "peer": asdict(peer),
+        **facts,
+    }
