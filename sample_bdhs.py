@@ -3,64 +3,74 @@
     python sample_bdhs.py                       # the embedded world, its own checkpoint
     python sample_bdhs.py --model DIR --data FILE --images DIR --encoder DIR --out pairs.jsonl
 
-Reads records of any format in minialign/records.py, writes a pairs file: JSON Lines of id, images,
-prompt, chosen (the record's answer, or its chosen one), rejected (sampled), external (the record's
-own rejected one, if it has one) and bdhs (iterations, similarity, mask_seed, guided, truncated,
-rho_th, noise_steps). A killed run continues where it stopped: whole batches are appended, and what
-is there is not sampled again. An example's pair depends on --seed and its id alone, not on the
-batch size or --limit; repeated ids are numbered. Where a record has earlier turns, prompt, chosen
-and rejected are lists of messages in the whole file.
+The policy completes the chosen response y+ while most of the image is hidden from it (Eq. 6) or
+drowned in noise (Eq. 9). What it then says is what its language prior says: a plausible
+hallucination, and a rejected response that nobody had to write.
 
-Differs from the paper: see minialign/bdhs.py. Without --encoder the similarity is lexical, not
-MPNet's."""
+Reads records of any format in minialign/data/records.py and writes a pairs file
+(minialign/sampling/pairs_file.py). A killed run continues where it stopped: whole batches are
+appended, and what is there is not sampled again. An example's pair depends on --seed and its id
+alone, not on the batch size or --limit; repeated ids are numbered.
 
-from collections import Counter
+Differs from the paper: see minialign/sampling/bdhs.py. Without --encoder the similarity is lexical,
+not MPNet's. Silent in the paper, chosen here: a response that is empty or runs into the length
+limit is sampled again like one that is too similar; hidden tokens leave gaps in the RoPE positions
+rather than shifting the text; every draw is seeded per example.
+"""
+
+import random
 from contextlib import closing
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Literal
 
 import torch
+from PIL import Image
 from tqdm import tqdm
 
-from minialign import parallel
-from minialign.bdhs import Bdhs, BdhsConfig, Example, Sampled
-from minialign.chat import Tokenizer, announce
-from minialign.checkpoint import empty_model, fingerprint, load_weights, resolve_model
 from minialign.cli import (
-    fill,
     is_out_of_memory,
     require,
     require_at_least,
     require_device,
-    require_images,
     require_temperature,
+    require_torchrun,
     run_main,
+    with_defaults,
 )
-from minialign.data import collect, read_records, sift
+from minialign.data.images import ImageProcessor, PreparedImage
+from minialign.data.prefetch import load_ahead
+from minialign.data.record_files import sift
+from minialign.data.records import FormatName, Record
+from minialign.data.tokenizer import Tokenizer
 from minialign.errors import UserError
-from minialign.files import append_lines, read_lines, size_of, write_json
-from minialign.flags import require_torchrun
-from minialign.generate import Sampling
-from minialign.images import ImageProcessor, open_image
-from minialign.loader import load_ahead
-from minialign.records import BDHS_FIELDS, FormatName, Record, pair_record, preference_fields
-from minialign.resume import require_same_settings
-from minialign.similarity import load_similarity
+from minialign.files import append_lines, size_of, write_json
+from minialign.model.hf_folder import empty_model, fingerprint, load_weights
+from minialign.model.masks import Branch, Sequence, mask_of_seed
+from minialign.sampling.assistant import Assistant
+from minialign.sampling.bdhs import WHOLE_RESPONSE, cut_sentence, join, split_sentences
+from minialign.sampling.generate import Sampling, generate
+from minialign.sampling.noise import noise_of_seed
+from minialign.sampling.pairs_file import (
+    Sampled,
+    beside,
+    needs_messages,
+    pair_line,
+    pairs_of_earlier_run,
+    require_same_records,
+    resolved_curve,
+)
+from minialign.sampling.similarity import Similarity, load_similarity
+from minialign.seeds import stable_seed
+from minialign.toy import edge
+from minialign.training import parallel
 
-# What stands for a flag that is not given: the paper's value, or the toy model's, chosen on
-# validation.
-PAPER = {"rho_th": 0.99, "workers": 4}
-TOY = {"rho_th": 0.7, "workers": 0}
-MAY_CHANGE = (
-    "out",
-    "limit",
-    "batch_size",
-    "skip_bad_records",
-    "workers",
-    "shard",
-    "device",
-)  # when a run is continued
+# What stands for a flag that is not given: the paper's value, and the toy model's, which was chosen
+# on validation images.
+DEFAULTS = {
+    "rho_th": (0.99, 0.7),
+    "workers": (4, 0),
+}
 
 
 @dataclass(frozen=True)
@@ -68,7 +78,8 @@ class Config:
     """Flags."""
 
     model: str = "toy"  # Hugging Face LLaVA folder, or `toy`
-    data: str = "toy"  # data file (LLaVA-Instruct, POVID, ...), or `toy` for the embedded world's alignment split
+    # data file (LLaVA-Instruct, POVID, ...), or `toy` for the embedded world's alignment split
+    data: str = "toy"
     format: FormatName | None = None  # of the data file; else that of its first record
     images: str = "toy"  # folder of the pictures, or `toy`
     template: str | None = None  # vicuna, llava_v1, mistral, chatml or short; else the model's own
@@ -96,14 +107,129 @@ class Config:
     skip_bad_records: bool = False  # skip and count malformed records instead of stopping
 
 
+@dataclass(frozen=True)
+class Example:
+    """A record to sample for, with its picture."""
+
+    record: Record
+    picture: Image.Image
+    image: PreparedImage
+
+
+def mask_seed(seed: int, record: Record, iteration: int, step: int | None = None) -> int:
+    """The seed of an iteration's mask and cuts, which is stored with the pair, so that they can be
+    drawn again. In training `step` makes other draws of the same record."""
+    parts = [seed, record.id, iteration] if step is None else [seed, record.id, iteration, step]
+    return stable_seed(*parts) % 2**31
+
+
+def sample(
+    assistant: Assistant,
+    similarity: Similarity,
+    examples: list[Example],
+    config,
+    features: list[torch.Tensor] | None = None,
+    step: int | None = None,
+) -> list[Sampled]:
+    """Algorithm 1 for a batch of examples: a rejected response for each.
+
+    config has this script's flags of the same names. features (tiles, patches, D): of every
+    picture, where the tower has seen them already; noise needs its own. step: see `mask_seed`.
+    """
+    model, tokenizer, processor = assistant.model, assistant.tokenizer, assistant.processor
+    sampling = Sampling(config.max_new_tokens, config.temperature, config.top_p)
+    if features is None and not config.noise_steps:
+        tiles = [len(example.image.pixels) for example in examples]
+        features = assistant.encode([example.image for example in examples]).split(tiles)
+    results: list[Sampled | None] = [None] * len(examples)
+    pending = list(range(len(examples)))
+
+    for iteration in range(1, config.n_bdhs + 1):
+        # l. 5-7: the last iteration is unguided, a whole response.
+        last = iteration == config.n_bdhs
+        guided = config.guided and not (last and config.n_bdhs > 1)
+
+        seeds, noisy_images, all_cuts, sequences = [], [], [], []
+        for example in (examples[i] for i in pending):
+            record, image = example.record, example.image
+            seed = mask_seed(config.seed, record, iteration, step)
+            seeds.append(seed)
+
+            # Eq. 6: an image token is hidden with probability rho_th. Nobody attends to it, so that
+            # it is left out of the sequence; the others keep their positions.
+            visible = mask_of_seed(len(image.packing), config.rho_th, seed)
+            if config.noise_steps:  # Eq. 9 instead: noisy pixels
+                noisy = noise_of_seed(example.picture, config.noise_steps, seed)
+                noisy_images.append(processor.prepare(noisy))
+
+            # Eq. 7, l. 9-14: y+ cut in every sentence; a branch goes on from each cut.
+            prompt = tokenizer.prompt(record.turns)
+            if guided:
+                rng, trunk_ids = random.Random(seed), tokenizer.answer(record.chosen)
+                cuts = [
+                    cut_sentence(record.chosen, span, trunk_ids, tokenizer.answer, rng)
+                    for span in split_sentences(record.chosen)
+                ]
+            else:
+                trunk_ids, cuts = [], [WHOLE_RESPONSE]
+            all_cuts.append(cuts)
+            branches = [
+                Branch(cut.kept_ids[cut.shared :], len(prompt) + cut.shared) for cut in cuts
+            ]
+            trunk_ids = trunk_ids[: max(cut.shared for cut in cuts)]  # what no branch sees is left
+            patches = len(image.pixels) * processor.patches
+            sequences.append(
+                Sequence(prompt + trunk_ids, branches, patches, visible, image.packing)
+            )
+
+        # l. 15: all sentences of all examples are completed at once, from one prefill.
+        if config.noise_steps:
+            seen = assistant.encode(noisy_images)
+        else:
+            seen = torch.cat([features[i] for i in pending])
+        stops = tokenizer.sentence_ends if guided else {tokenizer.eos_id}
+        token_seeds = [
+            [stable_seed(seed, k) for k in range(len(cuts))]
+            for seed, cuts in zip(seeds, all_cuts, strict=True)
+        ]
+        completions = generate(
+            model, sequences, seen, sampling, stops, token_seeds, tokenizer.pad_id
+        )
+
+        # l. 16: the completed sentences joined.
+        responses = [
+            join(cuts, [completion.ids for completion in row], tokenizer.decode)
+            for cuts, row in zip(all_cuts, completions, strict=True)
+        ]
+
+        # l. 17-19: what is too similar to y+ is sampled again, with another mask and other cuts.
+        phis = similarity(responses, [examples[i].record.chosen for i in pending])
+        too_similar = []
+        for n, i in enumerate(pending):
+            truncated = not all(completion.stopped for completion in completions[n])
+            results[i] = Sampled(
+                rejected=responses[n],
+                iterations=iteration,
+                similarity=round(phis[n], 4),
+                mask_seed=seeds[n],
+                guided=guided,
+                truncated=truncated,
+            )
+            if phis[n] >= config.eps_s or truncated or not responses[n]:
+                too_similar.append(i)
+        pending = too_similar
+        if not pending:
+            break
+    return results
+
+
 def check_sampling(config) -> None:
     """Refuse values of the flags of Algorithm 1 and of sampling that make no sense."""
     require(0 <= config.rho_th <= 1, f"--rho-th {config.rho_th}: a probability between 0 and 1")
     require(config.n_bdhs >= 1, f"--n-bdhs {config.n_bdhs}: at least 1")
     require(0 <= config.eps_s <= 1, f"--eps-s {config.eps_s}: a similarity between 0 and 1")
-    require(
-        0 <= config.noise_steps <= 1000, f"--noise-steps {config.noise_steps}: between 0 and 1000"
-    )
+    steps = config.noise_steps
+    require(0 <= steps <= 1000, f"--noise-steps {steps}: between 0 and 1000")
     require_temperature(config.temperature)
     require(0 < config.top_p <= 1, f"--top-p {config.top_p}: above 0, at most 1")
     require(config.max_new_tokens >= 1, f"--max-new-tokens {config.max_new_tokens}: at least 1")
@@ -113,133 +239,43 @@ def check(config: Config) -> None:
     """Refuse values that make no sense, before anything is loaded."""
     check_sampling(config)
     require_at_least(config, batch_size=1, limit=1, workers=0)
-    require(
-        not Path(config.out).is_dir(),
-        f"--out {config.out}: is a folder; name the pairs file to write",
-    )
-    require_images(config.images)
-    same = Path(config.out).resolve() == Path(config.data).resolve()
-    require(
-        not same, f"--out {config.out}: is --data too, and would be overwritten; name another file"
-    )
+    out = Path(config.out)
+    require(not out.is_dir(), f"--out {out}: is a folder; name the pairs file to write")
+    same = out.resolve() == Path(config.data).resolve()
+    overwritten = "is --data too, and would be overwritten; name another file"
+    require(not same, f"--out {out}: {overwritten}")
     require_device(config.device)
     require_torchrun(config.shard)
 
 
-def beside(out: Path, what: str) -> Path:
-    """The file beside the pairs file that holds its settings or its statistics."""
-    return out.with_name(f"{out.name}.{what}.json")
-
-
-def pairs_of_earlier_run(out: Path, settings: dict) -> list[dict]:
-    """What an earlier run of the same settings left in the pairs file; any other file is left
-    alone."""
-    if not out.exists() or out.stat().st_size == 0:
-        return []
-    remedy = "name another --out"
-    require_same_settings(beside(out, "config"), settings, MAY_CHANGE, remedy)
-    pairs = read_lines(out, remedy)
-    collect(
-        ((f"{out}, line {number}", pair) for number, pair in enumerate(pairs, start=1)),
-        sampled_pair,
-        None,
-        False,
-    )
-    return pairs
-
-
-def sampled_pair(pair: dict) -> Record:
-    """A line that this script wrote: a pair, and all that is noted of its sampling."""
-    record = pair_record(pair)
-    missing = [name for name in BDHS_FIELDS if name not in record.bdhs]
-    if missing:
-        raise UserError(f"field 'bdhs.{missing[0]}' is missing")
-    return record
-
-
-def with_pictures(
-    records: list[Record], config: Config, bdhs: Bdhs
-) -> tuple[list[tuple[Record, Example]], list[str]]:
-    """The records with their pictures; and what is wrong with those left out, if --skip-bad-records
-    is given."""
-
-    def opened(record: Record) -> tuple[Record, Example]:
-        example = Example(
-            record.id, open_image(config.images, record.image), record.turns, record.chosen
-        )
-        bdhs.require_room(example)
-        return record, example
-
-    placed = ((record.place or f"record {record.id}", record) for record in records)
-    examples, refused = sift(placed, opened, config.skip_bad_records)
-    return examples, [f"{place}: {error}" for place, error in refused]
-
-
-def pair_line(record: Record, sampled: Sampled, config: Config, messages: bool) -> dict:
-    """One line of the pairs file; TRL reads it as it is."""
-    bdhs = asdict(sampled) | {"rho_th": config.rho_th, "noise_steps": config.noise_steps}
-    answers = {"chosen": record.chosen, "rejected": bdhs.pop("rejected")}
-    if record.rejected:
-        answers["external"] = record.rejected  # for Eq. 5
-    fields = preference_fields(record.turns, answers, messages)
-    return {"id": record.id, "images": [record.image], **fields, "bdhs": bdhs}
-
-
-def require_same_records(out: Path, pairs: list[dict], records: list[Record]) -> None:
-    """Refuse to continue a pairs file that was sampled from other data under the same ids."""
-    by_id = {record.id: record for record in records}
-    for number, pair in enumerate(pairs, start=1):
-        kept, record = pair_record(pair), by_id.get(pair["id"])
-        found, wanted = (kept.image, kept.turns, kept.chosen, kept.external), record
-        same = (
-            wanted is None or (wanted.image, wanted.turns, wanted.chosen, wanted.rejected) == found
-        )
-        require(
-            same,
-            f"{out}, line {number}: {pair['id']!r} is another record in --data; name another --out",
-        )
-
-
-def resolved_curve(pairs: list[dict], n_bdhs: int, eps_s: float) -> list[float]:
-    """Fig. 10: the share of the pairs that are whole and differ from y+ (below eps_s) after 1, 2,
-    ... iterations."""
-    found = [pair["bdhs"] for pair in pairs]
-    # Whatever is sampled last is kept, different and whole or not.
-    whole = (
-        b
-        for b in found
-        if b["iterations"] < n_bdhs or b["similarity"] < eps_s and not b["truncated"]
-    )
-    needed = Counter(b["iterations"] for b in whole)
-    return [
-        round(sum(needed[i] for i in range(1, n + 1)) / max(1, len(pairs)), 4)
-        for n in range(1, n_bdhs + 1)
-    ]
-
-
 def main(config: Config) -> None:
     """Sample every record that the pairs file does not hold yet."""
-    config = fill(config, TOY if config.model == "toy" else PAPER)
+    config = with_defaults(config, DEFAULTS, toy=config.model == "toy")
     check(config)
     parallel.start(config.device)
-    folder = resolve_model(config.model)
-    records = read_records(
+    folder, out = edge.model_folder(config.model), Path(config.out)
+    pictures = edge.picture_source(config.images)
+    records = edge.records_of(
         config.data, config.format, config.limit, config.seed, config.skip_bad_records
     )
-    messages = any(len(record.turns) > 1 for record in records)
-    out, settings = Path(config.out), asdict(config) | {"weights": fingerprint(folder)}
+
+    # What an earlier run has left is not sampled again.
+    settings = asdict(config) | {"weights": fingerprint(folder)}
     pairs = pairs_of_earlier_run(out, settings)
-    bare = bool(pairs) and isinstance(pairs[0]["prompt"], str)
-    said = "its prompts are texts, and some records have several turns, which need messages"
-    require(not (bare and messages), f"--out {out}: {said}; name another --out")
-    messages = messages or bool(pairs) and not bare
-    known, size = {pair["id"] for pair in pairs}, size_of(out)
     require_same_records(out, pairs, records)
+    messages = needs_messages(out, pairs, records)
+    known, size = {pair["id"] for pair in pairs}, size_of(out)
     todo = [record for record in records if record.id not in known]
     if known:
         print(f"{out}: {len(known)} pairs are there, {len(todo)} to go")
 
+    # The model, on the meta device at first: names, shapes and types, no memory yet.
     model = empty_model(folder, getattr(torch, config.dtype))
+    assistant = Assistant(
+        model, Tokenizer.from_folder(folder, config.template), ImageProcessor.from_folder(folder)
+    )
+
+    # FSDP2: a process keeps its rows of every tensor.
     if config.shard == "full":
         from torch.distributed.fsdp import fully_shard  # here, as it takes a second
 
@@ -247,61 +283,70 @@ def main(config: Config) -> None:
         for unit in (*model.language_model.layers, model.vision_tower, model):
             fully_shard(unit, mesh=mesh)
         parallel.after_sharding(model)
+
     load_weights(model, folder, config.device)  # each process reads its rows
-    tokenizer = Tokenizer.from_folder(folder, config.template)
-    knobs = {f.name: getattr(config, f.name) for f in fields(BdhsConfig) if f.name != "sampling"}
-    sampling = Sampling(config.max_new_tokens, config.temperature, config.top_p)
-    announce(folder, model, tokenizer)
+    assistant.announce(folder)
     similarity = load_similarity(config.encoder, config.device)
-    processor = ImageProcessor.from_folder(folder)
-    bdhs = Bdhs(model, tokenizer, processor, similarity, BdhsConfig(**knobs, sampling=sampling))
     parallel.on_rank0(lambda: write_json(beside(out, "config"), settings))
-    left_out, unreadable = 0, []  # an empty response is no pair; and what is wrong with pictures
-    parts = [
-        todo[first : first + config.batch_size] for first in range(0, len(todo), config.batch_size)
-    ]
-    mine = parallel.even(parallel.shard_batch(parts), [])
-    ahead = load_ahead(mine, lambda part: with_pictures(part, config, bdhs), config.workers)
-    with (
-        closing(ahead),
-        tqdm(total=len(todo), desc="bdhs", unit="pair", disable=parallel.rank() > 0) as bar,
-    ):
-        for batch, bad in ahead:
+
+    def load(record: Record) -> Example:
+        """A record with its picture; refused where these leave no position for a completion."""
+        picture = pictures(record.image)
+        image = assistant.processor.prepare(picture)
+        left = assistant.positions_left(record.turns, image)
+        taken = assistant.positions - left + len(assistant.tokenizer.answer(record.chosen))
+        if taken >= assistant.positions:
+            message = f"image, prompt and response take {taken} positions"
+            raise UserError(f"{message}, the decoder has {assistant.positions}; drop the record")
+        return Example(record, picture, image)
+
+    def load_batch(batch: list[Record]) -> tuple[list[Example], list[str]]:
+        """The examples of a batch, and what is wrong with records that are left out."""
+        places = ((record.place or f"record {record.id}", record) for record in batch)
+        examples, refused = sift(places, load, config.skip_bad_records)
+        return examples, [f"{place}: {error}" for place, error in refused]
+
+    # Each process samples every n-th batch; rank 0 appends what all have sampled, in order.
+    batches = [todo[i : i + config.batch_size] for i in range(0, len(todo), config.batch_size)]
+    mine = parallel.even(parallel.shard_batch(batches), [])
+    left_out, unreadable = 0, []
+    bar = tqdm(total=len(todo), desc="bdhs", unit="pair", disable=parallel.rank() > 0)
+    with closing(load_ahead(mine, load_batch, config.workers)) as loaded, bar:
+        for examples, refused in loaded:
             with parallel.unsharded(model):
-                sampled = bdhs.sample([example for _, example in batch]) if batch else []
-            both = zip((record for record, _ in batch), sampled, strict=True)
-            own = [pair_line(r, s, config, messages) for r, s in both if s.rejected]
-            for new, seen, others_bad in parallel.gather(
-                (own, len(batch) + len(bad), bad)
-            ):  # in the data's order
+                sampled = sample(assistant, similarity, examples, config) if examples else []
+            lines = [
+                pair_line(example.record, result, config, messages)
+                for example, result in zip(examples, sampled, strict=True)
+                if result.rejected  # an empty response is no pair
+            ]
+            seen = len(examples) + len(refused)
+            for new, count, bad in parallel.gather((lines, seen, refused)):
                 if parallel.rank() == 0:
                     size = append_lines(out, new, size)
                 pairs += new
-                unreadable += others_bad
-                left_out += seen - len(new)
-                bar.update(seen)
+                left_out += count - len(new)
+                unreadable += bad
+                bar.update(count)
+
     if unreadable and parallel.rank() == 0:
         tqdm.write(f"{len(unreadable)} pictures left out, the first: {unreadable[0]}")
-
-    require(
-        bool(pairs) or not unreadable,
-        f"none of {len(todo)} pictures could be read: {''.join(unreadable[:1])}",
-    )
+    first = "".join(unreadable[:1])
+    none = f"none of {len(todo)} pictures could be read: {first}"
+    require(bool(pairs) or not unreadable, none)
     curve = resolved_curve(pairs, config.n_bdhs, config.eps_s)
-    same = sum(pair["chosen"] == pair["rejected"] for pair in pairs)
-    truncated = sum(pair["bdhs"]["truncated"] for pair in pairs)
     stats = {
         "pairs": len(pairs),
         "resolved": curve,
-        "identical": same,
-        "truncated": truncated,
+        "identical": sum(pair["chosen"] == pair["rejected"] for pair in pairs),
+        "truncated": sum(pair["bdhs"]["truncated"] for pair in pairs),
         "left_out": left_out,
     }
     parallel.on_rank0(lambda: write_json(beside(out, "stats"), stats))
-    shown = ", ".join(f"{share:.1%} after {i}" for i, share in enumerate(curve, start=1))
+    shares = ", ".join(f"{share:.1%} after {i}" for i, share in enumerate(curve, start=1))
     print(
-        f"{out}: {len(pairs)} pairs, {left_out} left out; different from y+ (Fig. 10): {shown}; identical: {same}; "
-        f"truncated: {truncated}"
+        f"{out}: {len(pairs)} pairs, {left_out} left out; different from y+ (Fig. 10): {shares}; "
+        f"identical: {stats['identical']}; truncated: {stats['truncated']}"
     )
 
 
@@ -309,14 +354,24 @@ def sample_for(config, out: Path) -> Path:
     """BDHS pairs of the embedded world in `out`, from the model that is about to be trained with a
     script's flags."""
     pairs = out / "pairs.jsonl"
-    shared = ("model", "template", "seed", "device", "dtype", "limit", "shard")
+    own = Config(
+        model=config.model,
+        template=config.template,
+        out=str(pairs),
+        seed=config.seed,
+        device=config.device,
+        dtype=config.dtype,
+        limit=config.limit,
+        shard=config.shard,
+    )
     try:
-        main(Config(**{name: getattr(config, name) for name in shared}, out=str(pairs)))
+        main(own)
     except (MemoryError, RuntimeError) as error:
         if not is_out_of_memory(error):
             raise
-        said = f"run `sample_bdhs.py --batch-size 8 --out {pairs}` first, then this with --pairs {pairs}"
-        raise UserError(f"out of memory while pairs were sampled; {said}") from error
+        first = f"run `sample_bdhs.py --batch-size 8 --out {pairs}` first"
+        message = f"out of memory while pairs were sampled; {first}, then this with --pairs {pairs}"
+        raise UserError(message) from error
     return pairs
 
 

@@ -2,81 +2,91 @@
 
     python train_dpo.py                         # the whole road on the embedded world, in minutes
     python train_dpo.py --model DIR --pairs pairs.jsonl --images DIR --out runs/mine
-    torchrun --nproc-per-node 8 train_dpo.py --model DIR ... --device cuda --dtype bfloat16 --shard full
+    torchrun --nproc-per-node 8 train_dpo.py --model DIR ... --device cuda --shard full
 
 Without --pairs the pairs are sampled first (sample_bdhs.py). Each pair is ONE sequence: image and
-prompt once, then chosen and rejected as two branches (minialign/masks.py). The policy is the base
-model with LoRA adapters and a trainable copy of the projector; with both switched off it is the
-reference. The vision tower is frozen and sees each image once per step.
+prompt once, then chosen and rejected as two branches (minialign/model/masks.py). The policy is the
+base model with LoRA adapters and a trainable copy of the projector; with both switched off it is
+the reference. The vision tower is frozen and sees each image once per step.
 
 Left in --out: config.json, metrics.jsonl, result.json, adapter/ (PEFT), merged/ (Hugging Face),
 checkpoint/ (--resume), report.html. `--loss sft` is the supervised control: its loss knows y+
-alone, neither y- nor reference. `--loss reward` makes a reward model (Eq. 1) instead of a policy: a
-head on each response's last token, kept in merged/; unless given, it has lr 2e-5, 4,000 steps of
-32, 3 % warm-up, the projector as it is (toy: 1e-3, 500 steps of 16). `--rejected both` takes pairs
-that sample_bdhs.py made of data with rejected responses; distorted is Sec. 3.3's loss.
+alone, neither y- nor reference. `--rejected both` takes pairs that sample_bdhs.py made of data with
+rejected responses; distorted is Sec. 3.3's loss.
 
 Differs from the paper: AdamW without weight decay, warm-up and cosine decay by default (the paper
-is silent)."""
+is silent).
+"""
 
-import math
-from contextlib import closing, nullcontext
-from dataclasses import dataclass, replace
+from collections import Counter
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Literal
 
 import torch
 from torch.utils.checkpoint import checkpoint
-from tqdm import tqdm
 
 import sample_bdhs
-from minialign import flags, lora, parallel, resume
-from minialign.chat import Tokenizer, announce
-from minialign.checkpoint import fingerprint, resolve_model
-from minialign.cli import fill, require, require_outside, run_main
-from minialign.collate import PairBatch, PairCollator, StepLoader
-from minialign.config import read_config
-from minialign.data import Records, open_pairs, usable_pairs
-from minialign.distortion import distorted_tree
-from minialign.flags import COMPILE_OPTIONS
-from minialign.heads import branch_rewards
-from minialign.images import ImageProcessor
-from minialign.llava import Llava
-from minialign.loader import load_ahead
-from minialign.losses import (
-    branch_logps,
-    preference_loss,
-    preference_metrics,
-    reference_logps,
-    reward_metrics,
+from minialign.align.distortion import distorted_tree
+from minialign.align.logps import branch_logps
+from minialign.align.losses import dpo_loss, ipo_loss, preference_metrics, slic_loss
+from minialign.align.reference_cache import ReferenceCache
+from minialign.cli import require, require_outside, run_main, with_defaults
+from minialign.data.collate import PairCollator, StepLoader
+from minialign.data.images import ImageProcessor
+from minialign.data.record_files import open_pairs, usable_pairs
+from minialign.data.tokenizer import Tokenizer
+from minialign.model.hf_folder import fingerprint
+from minialign.model.lora import adapters_off
+from minialign.model.policy import empty_policy, load_policy_weights
+from minialign.sampling.assistant import Assistant
+from minialign.toy import edge
+from minialign.training import parallel
+from minialign.training.flags import (
+    COMPILE_OPTIONS,
+    TrainingFlags,
+    check_beta,
+    check_training,
+    with_shape_of_adapter,
 )
-from minialign.optimizer import make_optimizer, update
-from minialign.parallel import sum_across_ranks, unsharded
-from minialign.reference import ReferenceCache
-from minialign.results import save_results, save_weights
-from minialign.reward_model import measure_rewards
-from minialign.rewards import Whitening, reward_loss
-from minialign.schedule import batches_of_run, learning_rate
-from minialign.toybench import ToyBenchmark
+from minialign.training.optimizer import (
+    batches_of_run,
+    clip_gradients,
+    lr_factor,
+    make_optimizer,
+    require_finite,
+    set_learning_rate,
+    trained_parameters,
+)
+from minialign.training.outputs import report_pairs, save_results, save_weights
+from minialign.training.parallel import sum_across_ranks, sum_gradients_across_ranks, unsharded
+from minialign.training.progress import TrainingLog, begin, require_same_flags
 
-# A reward model's own values (Sec. 5.5), where neither --steps nor --epochs is given; the paper
-# trains adapters alone.
-PAPER_REWARD = {"lr": 2e-5, "projector_lr": 0.0, "batch_size": 32, "warmup": 0.03, "steps": 4000}
-TOY_REWARD = {"lr": 1e-3, "steps": 500}
-SHOWN = ("loss", "rewards/accuracies", "rewards/margins", "logps/chosen")  # in the progress bar
+# What stands for a flag that is not given: the paper's value (App. A), and the toy model's, which
+# was chosen on validation images.
+DEFAULTS = {
+    "beta": (0.1, 0.1),
+    "lr": (5e-7, 2e-4),
+    "projector_lr": (2e-6, 3e-5),
+    "lora_rank": (128, 64),
+    "epochs": (3, 1),
+    "batch_size": (16, 16),
+    "warmup": (0.1, 0.1),
+    "schedule": ("cosine", "cosine"),
+    "workers": (4, 0),
+}
 
 
 @dataclass(frozen=True)
-class Config(flags.TrainingFlags):
-    """Flags of its own; flags.py has those of both training scripts, and what stands for those that
-    are not given."""
+class Config(TrainingFlags):
+    """Flags of its own; minialign/training/flags.py has those of every training."""
 
     pairs: str | None = None  # pairs file; without it BDHS pairs are sampled into --out first
     out: str = "runs/dpo"  # folder to write
-    # sft: supervised on y+ alone; reward: Eq. 1
-    loss: Literal["dpo", "ipo", "slic", "sft", "reward"] = "dpo"
-    # y-; both: and that of the data sampled from (Eq. 5)
+    loss: Literal["dpo", "ipo", "slic", "sft"] = "dpo"  # sft: supervised on y+ alone
+    beta: float | None = None  # strength of the pull to the reference (0.1)
+    # y-; both: and that of the data sampled from (Eq. 5); distorted: and Sec. 3.3's
     rejected: Literal["stored", "both", "distorted"] = "stored"
     gamma: float = 0.5  # Eq. 5: weight of the external y- (distorted: of the stored one)
     noise_steps: int = 500  # distorted: diffusion steps of the noisy picture (Eq. 9)
@@ -86,59 +96,21 @@ class Config(flags.TrainingFlags):
 
 def check(config: Config) -> None:
     """Refuse values that make no sense, before anything is loaded."""
-    flags.check_training(config)
-    require(
-        1 <= config.noise_steps <= 1000, f"--noise-steps {config.noise_steps}: between 1 and 1000"
-    )
-    require(
-        config.adapter is None or config.pairs is not None,
-        "--adapter: give --pairs too; none are sampled from it",
-    )
+    check_training(config)
+    check_beta(config.beta)
+    require(0 <= config.gamma <= 1, f"--gamma {config.gamma}: between 0 and 1")
+    steps = config.noise_steps
+    require(1 <= steps <= 1000, f"--noise-steps {steps}: between 1 and 1000")
+    none = "give --pairs too; none are sampled from it"
+    require(config.adapter is None or config.pairs is not None, f"--adapter: {none}")
+    missing = "--pairs is missing; make one with sample_bdhs.py"
+    require(config.pairs is not None or config.images == "toy", missing)
     if config.ref_cache is not None:
-        said = "these responses are made anew at every step, and none is met twice; leave one of the two out"
-        require(
-            "distorted" not in rejected_weights(config),
-            f"--ref-cache with --rejected distorted: {said}",
-        )
-        said = f"--ref-cache with --loss {config.loss}: there is no reference; leave one of the two out"
-        require(config.loss != "reward", said)
+        anew = "these responses are made anew at every step, and none is met twice"
+        message = f"--ref-cache with --rejected distorted: {anew}; leave one of the two out"
+        require("distorted" not in rejected_weights(config), message)
         folder = bool(config.ref_cache) and not Path(config.ref_cache).is_file()
         require(folder, f"--ref-cache {config.ref_cache!r}: is no folder; name one")
-
-
-def pair_loss(
-    model: Llava,
-    batch: PairBatch,
-    config: Config,
-    length: float,
-    cache: ReferenceCache | None = None,
-) -> tuple[torch.Tensor, dict[str, float]]:
-    """The mean loss of a batch, and its metrics by TRL's names; `cache` may know what the reference
-    says.
-
-    `length` is for sft: the mean tokens of y+ in the whole step, of which `batch` is a part with
-    --accumulate."""
-    features = model.encode_images(batch.pixels)  # once, for policy and reference
-    tree = batch.tree
-    if batch.noisy is not None:
-        tree = distorted_tree(model, batch.sequences, model.encode_images(batch.noisy))
-    weights = torch.tensor(list(rejected_weights(config).values()), device=model.device)
-    tree = tree.to(model.device)
-    if config.loss == "reward":
-        rewards = branch_rewards(model, tree, features)
-        loss = (reward_loss(rewards[:, :1], rewards[:, 1:]) * weights).sum(1).mean()  # Eq. 1
-        return loss, {"loss": loss.item()} | reward_metrics(rewards, weights)
-    ref_logps = (
-        cache.logps(model, batch.keys, tree, features)
-        if cache
-        else reference_logps(model, tree, features)
-    )
-    logps = branch_logps(model, tree, features)  # (B, 1 + K), as of the reference
-    if config.loss == "sft":
-        loss = -logps[:, 0].mean() / length  # mean over y+'s tokens
-    else:
-        loss = preference_loss(logps, ref_logps, config.loss, config.beta, weights)
-    return loss, {"loss": loss.item()} | preference_metrics(logps, ref_logps, config.beta, weights)
 
 
 def rejected_weights(config: Config) -> dict[str, float]:
@@ -149,105 +121,52 @@ def rejected_weights(config: Config) -> dict[str, float]:
         "both": {"external": gamma, "rejected": 1 - gamma},
         "distorted": {"rejected": gamma, "distorted": 1 - gamma},
     }[config.rejected]
-    return {name: weight for name, weight in weights.items() if weight > 0}
-
-
-def train(
-    model: Llava, load: StepLoader, config: Config, out: Path, cache: ReferenceCache | None
-) -> list[dict]:
-    """The loop: from the first step, or from the last checkpoint with --resume; returns
-    metrics.jsonl's rows."""
-    optimizer = make_optimizer(model, config.lr, config.projector_lr)
-    steps = batches_of_run(
-        load.records.numbers, config.batch_size, config.seed, config.epochs, config.steps
-    )
-    run = resume.Run(out, model, optimizer, config.resume)
-    mine = [parallel.shard_batch(batch) for batch in steps[run.start :]]
-    idle, left_out = load.collate.idle(1 + len(load.collate.rejected)), []
-    with run, closing(load_ahead(mine, load, config.workers)) as loads:
-        bar = tqdm(
-            loads,
-            initial=run.start,
-            total=len(steps),
-            desc=config.loss,
-            disable=parallel.rank() > 0,
-        )
-        for step, (parts, bad) in enumerate(bar, start=run.start):
-            tokens = sum(part.chosen_tokens for part in parts)
-            counts = sum_across_ranks({"pairs": sum(map(len, parts)), "tokens": tokens})
-            pairs = counts[
-                "pairs"
-            ]  # of all processes; 0 where all are left out: nothing is learned
-            metrics: dict[str, float] = {}
-            for part in parallel.even(parts, idle):
-                loss, part_metrics = pair_loss(
-                    model, part, config, counts["tokens"] / max(1, pairs), cache
-                )
-                weight = len(part) / pairs
-                (loss * weight).backward()
-                for name, value in part_metrics.items():
-                    metrics[name] = metrics.get(name, 0.0) + weight * value
-            metrics = sum_across_ranks(metrics)
-            share = learning_rate(step, len(steps), config.warmup, config.schedule)
-            if pairs:
-                metrics["grad_norm"] = update(
-                    optimizer, share, config.clip, metrics["loss"], f"step {step + 1}"
-                )
-            facts = {"lr": share * config.lr, "pairs": pairs}
-            save = (step + 1) % config.save_every == 0 or step + 1 == len(steps)
-            run.add({"step": step + 1, **metrics, **facts}, save)
-            left_out += bad
-            bar.set_postfix({name: f"{metrics[name]:.3f}" for name in SHOWN if name in metrics})
-    parallel.tell_left_out(left_out, "pairs")
-    return run.rows
+    return {kind: weight for kind, weight in weights.items() if weight > 0}
 
 
 def main(config: Config) -> None:
     """Pairs, evaluation, training, evaluation, export, report."""
-    base, reward = (flags.TOY, TOY_REWARD) if config.model == "toy" else (flags.PAPER, PAPER_REWARD)
-    steps = reward["steps"] if config.epochs is None else None
-    config = fill(config, base | (reward | {"steps": steps} if config.loss == "reward" else {}))
-    config = fill(config, {"lora_alpha": 2.0 * config.lora_rank})
+    config = with_defaults(config, DEFAULTS, toy=config.model == "toy")
+    config = with_shape_of_adapter(config)
     check(config)
-    require(
-        config.pairs is not None or config.images == "toy",
-        "--pairs is missing; make one with sample_bdhs.py",
-    )
     parallel.start(config.device)
-    folder, out = resolve_model(config.model), Path(config.out)
+    folder, out = edge.model_folder(config.model), Path(config.out)
     require_outside(out, "the model", folder)
-    config = replace(config, **flags.adapter_shape(config))
-    resume.require_same_flags(out, config)
+    require_same_flags(out, config)
+
+    # The pairs, and what makes batches of them.
     pairs = Path(config.pairs) if config.pairs else sample_bdhs.sample_for(config, out)
+    policy = empty_policy(folder, config)  # adapters on a LLaVA; names and shapes, no memory yet
+    assistant = Assistant(
+        policy, Tokenizer.from_folder(folder, config.template), ImageProcessor.from_folder(folder)
+    )
+    kinds = rejected_weights(config)
+    collate = PairCollator(
+        assistant.tokenizer,
+        assistant.processor,
+        edge.picture_source(config.images),
+        config.max_response_tokens,
+        assistant.positions,
+        config.truncate,
+        rejected=tuple(kind for kind in kinds if kind != "distorted"),
+        noise_steps=config.noise_steps if "distorted" in kinds else 0,
+        keyed=config.ref_cache is not None,
+        device=config.device,
+    )
     records = open_pairs(str(pairs), config.format)
-    tokenizer, processor = (
-        Tokenizer.from_folder(folder, config.template),
-        ImageProcessor.from_folder(folder),
-    )
-    positions = read_config(folder).text.max_position_embeddings
-    limits = config.max_response_tokens, positions, config.truncate
-    kinds = list(rejected_weights(config))
-    fields, noise = (
-        tuple(k for k in kinds if k != "distorted"),
-        config.noise_steps if "distorted" in kinds else 0,
-    )
-    keyed = config.ref_cache is not None
-    means = {"keyed": keyed, "device": config.device}
-    collate = PairCollator(tokenizer, processor, config.images, *limits, fields, noise, **means)
     records = usable_pairs(
         records, collate.check, config.limit, config.seed, config.skip_bad_records
     )
-    head = "reward" if config.loss == "reward" else None
-    model = lora.empty_policy(folder, config, head)  # names, shapes and types: no memory yet
+    loader = StepLoader(records, collate, config.accumulate, config.skip_bad_records)
 
     # torch.compile, one decoder layer at a time: all share the code.
     if config.compile:
-        for layer in model.language_model.layers:
+        for layer in policy.language_model.layers:
             layer.forward = torch.compile(layer.forward, dynamic=True, options=COMPILE_OPTIONS)
 
     # Of a layer its input alone is kept for the backward pass, which runs the layer again.
     if config.recompute:
-        for layer in model.language_model.layers:
+        for layer in policy.language_model.layers:
             layer.forward = partial(
                 checkpoint, layer.forward, use_reentrant=False, preserve_rng_state=False
             )
@@ -257,78 +176,110 @@ def main(config: Config) -> None:
         from torch.distributed.fsdp import fully_shard  # here, as it takes a second
 
         mesh = parallel.mesh(config.device)
-        for unit in (*model.language_model.layers, model.vision_tower, model):
+        for unit in (*policy.language_model.layers, policy.vision_tower, policy):
             fully_shard(unit, mesh=mesh)
-        parallel.after_sharding(model)
+        parallel.after_sharding(policy)
 
-    lora.load_policy_weights(model, folder, config, head)  # each process reads its rows
-    announce(folder, model, tokenizer)
+    load_policy_weights(policy, folder, config)  # each process reads its rows
+    assistant.announce(folder)
     cache = None
-    if keyed:
-        with unsharded(model):
-            cache = ReferenceCache(Path(config.ref_cache), model)
-    resume.begin(out, config, records, fingerprint(folder, config.adapter))
-
-    benchmark = ToyBenchmark(config.eval_split, config.eval_images)
-    evaluate = config.images == "toy" and config.eval_images > 0 and config.loss != "reward"
+    if config.ref_cache is not None:
+        with unsharded(policy):
+            cache = ReferenceCache(Path(config.ref_cache), policy)
+    begin(out, config, records, fingerprint(folder, config.adapter))
+    benchmark = edge.benchmark_of(config.images, config.eval_split, config.eval_images)
     counts = {}
-    if evaluate:
-        # Fresh adapters do nothing: switched off, they cost nothing.
-        with unsharded(model), nullcontext() if config.adapter else lora.adapters_off(model):
-            counts["before"] = benchmark.run(model, tokenizer, processor, "before")
-    load = StepLoader(records, collate, config.accumulate, config.skip_bad_records)
-    rows = train(model, load, config, out, cache)
+    if benchmark:
+        counts["before"] = benchmark.run(assistant, "before")
 
-    whitening = measure_rewards(model, load, config.batch_size) if config.loss == "reward" else None
-    save_weights(model, folder, config, out, whitening)
-    if evaluate:
-        with unsharded(model):
-            counts["after"] = benchmark.run(model, tokenizer, processor, "after")
-    parallel.on_rank0(lambda: leave(rows, records, collate, counts, whitening, config, out))
-
-
-def leave(
-    rows: list[dict],
-    records: Records,
-    collate: PairCollator,
-    counts: dict,
-    whitening: Whitening | None,
-    config: Config,
-    out: Path,
-) -> None:
-    """Figures, report and a last word."""
-    if whitening:
-        last = [row["rewards/accuracies"] for row in rows[-50:] if row["pairs"]]
-        right = sum(last) / max(1, len(last))
-        facts = {
-            "reward_mean": whitening.mean,
-            "reward_std": whitening.std,
-            "accuracy_of_last_steps": right,
-        }
-        said = f"of which the last {len(last)} steps ranked {right:.1%} right; "
-        said += f"rewards {whitening.mean:.2f} on average, standard deviation {whitening.std:.2f}"
-    else:
-        first = rows[: math.ceil(len(records.numbers) / config.batch_size)]
-        ranked = sum(row["pairs"] * row["logps/ref_accuracies"] for row in first if row["pairs"])
-        ranked /= max(1, sum(row["pairs"] for row in first))
-        facts, said = (
-            {"base_preference_accuracy": ranked},
-            f"of which the reference ranked {ranked:.1%} right",
-        )
-    shown = [collate.report_pair(records.parse(number)) for number in records.numbers[:8]]
-    save_results(
-        out,
-        f"minialign: {config.loss} on {len(records.numbers)} pairs",
-        config,
-        shown,
-        rows,
-        counts,
-        facts,
+    optimizer = make_optimizer(policy, config.lr, config.projector_lr)
+    trained = trained_parameters(optimizer)
+    schedule = batches_of_run(
+        records.numbers, config.batch_size, config.seed, config.epochs, config.steps
     )
+    weights = torch.tensor(list(kinds.values()), device=config.device)  # (K,), of each y-
+    idle = loader.idle()
+    with TrainingLog(out, policy, optimizer, config) as log:
+        for step, batches in log.steps(schedule, loader):
+            # A step's pairs, dealt out to all processes, in --accumulate batches.
+            pairs_in_step = sum(len(batch) for batch in batches)
+            chosen_tokens = sum(batch.chosen_tokens for batch in batches)
+            total = sum_across_ranks({"pairs": pairs_in_step, "tokens": chosen_tokens})
+            metrics: Counter = Counter()
+
+            for batch in parallel.even(batches, idle):
+                features = policy.encode_images(batch.pixels)  # once, for policy and reference
+                tree = batch.tree
+                if batch.noisy is not None:  # Sec. 3.3: one more branch, made of the noisy picture
+                    noisy_features = policy.encode_images(batch.noisy)
+                    tree = distorted_tree(policy, batch.sequences, noisy_features)
+                tree = tree.to(policy.device)
+
+                # Log-probs of every response, (B, 1 + K): chosen first, then each rejected one. The
+                # reference is the policy with its adapters switched off.
+                if cache is None:
+                    with adapters_off(policy):
+                        ref_logps = branch_logps(policy, tree, features)
+                else:
+                    ref_logps = cache.logps(policy, batch.keys, tree, features)
+                logps = branch_logps(policy, tree, features)
+                chosen, rejected = logps[:, :1], logps[:, 1:]
+                ref_chosen, ref_rejected = ref_logps[:, :1], ref_logps[:, 1:]
+
+                if config.loss == "sft":  # the mean over y+'s tokens
+                    loss = -chosen.mean() / (total["tokens"] / max(1, total["pairs"]))
+                else:
+                    beta = config.beta
+                    if config.loss == "dpo":  # Eq. 3
+                        losses = dpo_loss(chosen, rejected, ref_chosen, ref_rejected, beta)
+                    elif config.loss == "ipo":  # Sec. 5.7
+                        losses = ipo_loss(chosen, rejected, ref_chosen, ref_rejected, beta)
+                    else:
+                        losses = slic_loss(chosen, rejected, ref_chosen, ref_rejected, beta)
+                    loss = (losses * weights).sum(1).mean()  # Eq. 5; one y- of weight 1 is Eq. 3
+
+                share = len(batch) / total["pairs"]
+                (loss * share).backward()
+                found = {"loss": loss.item()}
+                found |= preference_metrics(
+                    chosen, rejected, ref_chosen, ref_rejected, config.beta, weights
+                )
+                metrics.update({name: share * value for name, value in found.items()})
+
+            metrics = sum_across_ranks(metrics)
+            factor = lr_factor(step, len(schedule), config.warmup, config.schedule)
+            if total["pairs"]:
+                sum_gradients_across_ranks(trained)
+                metrics["grad_norm"] = clip_gradients(trained, config.clip)
+                require_finite(step, metrics["loss"], metrics["grad_norm"])
+                set_learning_rate(optimizer, factor)
+                optimizer.step()
+                optimizer.zero_grad()
+
+            lr = factor * config.lr
+            log.add({"step": step + 1, **metrics, "lr": lr, "pairs": total["pairs"]})
+
+    parallel.tell_left_out(loader.left_out, "pairs")
+    save_weights(policy, folder, config, out)
+    if benchmark:
+        counts["after"] = benchmark.run(assistant, "after")
+    ranked = base_accuracy(log.rows, len(records.numbers), config.batch_size)
+    shown = report_pairs(records, assistant.processor, collate.pictures)
+    title = f"minialign: {config.loss} on {len(records.numbers)} pairs"
+    facts = {"base_preference_accuracy": ranked}
+    parallel.on_rank0(lambda: save_results(out, title, config, shown, log.rows, counts, facts))
     print(
-        f"{len(rows)} steps on {len(records.numbers)} pairs, {said}; "
-        f"{out}/adapter (PEFT), {out}/merged (Hugging Face), {out}/report.html (pairs and curves)"
+        f"{len(log.rows)} steps on {len(records.numbers)} pairs, of which the reference ranked "
+        f"{ranked:.1%} right; {out}/adapter (PEFT), {out}/merged (Hugging Face), "
+        f"{out}/report.html (pairs and curves)"
     )
+
+
+def base_accuracy(rows: list[dict], pairs: int, batch_size: int) -> float:
+    """The share of the pairs that the reference ranks right, from the first epoch's rows."""
+    first_epoch = [row for row in rows[: -(-pairs // batch_size)] if row["pairs"]]
+    right = sum(row["pairs"] * row["logps/ref_accuracies"] for row in first_epoch)
+    return right / max(1, sum(row["pairs"] for row in first_epoch))
 
 
 if __name__ == "__main__":

@@ -1,118 +1,126 @@
-"""Online alignment of a LLaVA: online DPO, mixed DPO (Eq. 4), online BDHS (Eq. 5), and RLHF (Eq. 2)
-by RLOO or PPO.
+"""Online alignment of a LLaVA: online DPO (Sec. 2.3), mixed DPO (Eq. 4), online BDHS (Eq. 5).
 
     python train_online.py                              # online BDHS on the embedded world
-    python train_online.py --method rloo --reward runs/reward/merged --kl-stop 20
-    python train_online.py --model DIR --data PAIRS --images DIR --method mixed-dpo --annotator DIR --out runs/mixed
+    python train_online.py --method online-dpo --annotator oracle
+    python train_online.py --model DIR --data PAIRS --images DIR --method mixed-dpo --annotator DIR
 
-In every step the current policy answers first; then it learns from its own words (Sec. 2.3, 5.5,
-5.6):
+In every step the current policy answers first; then it learns from its own words:
   online-dpo   two responses to a prompt, the annotator's choice is y+ and the other y- (Eq. 3)
-  mixed-dpo    with probability --p the stored pair instead (Eq. 4): p = 1 is train_dpo.py, p = 0 online DPO
-  online-bdhs  y~- sampled by Algorithm 1; with --gamma the stored y- counts too (Eq. 5): gamma = 1 is train_dpo.py
-  rloo         --k responses to a prompt, each paid what the reward gives it beyond the mean of the others
-  ppo          a token is an action: --updates clipped updates per rollout, and a head that learns values
+  mixed-dpo    with probability --p the stored pair instead (Eq. 4): p = 1 is train_dpo.py, p = 0
+               online DPO
+  online-bdhs  y~- sampled by Algorithm 1; with --gamma the stored y- counts too (Eq. 5): gamma = 1
+               is train_dpo.py
 
 An image goes through the tower once per step, for sampling, annotator (if it is the policy's own
-base), policy and reference. Every draw follows from --seed, the step and the record's id, so that a
-resumed run goes on bit for bit. Where RLHF moves further from the reference than --kl-stop, the run
-ends and says so. Unless given, rloo has lr 3e-4, beta 0.4, 2 epochs of 256 prompts, --k 4 (toy:
-5e-4, 0.05, 1 of 16), ppo lr 1.41e-5 all along, 3 epochs of 32 (toy: 1e-4, beta 0.05, 1 of 16), and
-both leave the projector as it is (toy: 3e-5). Left in --out: what train_dpo.py leaves. Differs from
-the paper: see train_dpo.py, minialign/bdhs.py, ppo.py, rloo.py."""
+base), policy and reference. Every draw follows from --seed, the step and the record's id, so that
+a resumed run goes on bit for bit. RLHF (Eq. 2) is in minialign/rlhf.
+
+Left in --out: what train_dpo.py leaves. Differs from the paper: see train_dpo.py and
+minialign/sampling/bdhs.py.
+"""
 
 import random
 import time
 from collections import Counter
-from contextlib import closing, nullcontext
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Literal
 
 import torch
+from torch import Tensor
 from torch.utils.checkpoint import checkpoint
-from tqdm import tqdm
 
 import sample_bdhs
-from minialign import flags, lora, parallel, resume, rollout, toyworld
-from minialign.annotator import ModelAnnotator, load_annotator
-from minialign.bdhs import Bdhs, BdhsConfig
-from minialign.chat import Tokenizer, announce
-from minialign.checkpoint import fingerprint, resolve_model
-from minialign.cli import fill, require, require_outside, run_main
-from minialign.collate import PairCollator, StepLoader
-from minialign.config import read_config
-from minialign.data import TOY_RECORDS, open_records, usable_pairs
-from minialign.files import write_json
-from minialign.flags import COMPILE_OPTIONS, RL
-from minialign.generate import Sampling
-from minialign.images import ImageProcessor
-from minialign.learn import Ppo, Preferences, Rloo
-from minialign.llava import Llava
-from minialign.loader import load_ahead
-from minialign.optimizer import make_optimizer, update
-from minialign.parallel import sum_across_ranks, unsharded
-from minialign.results import save_results, save_weights, told
-from minialign.rollout import Answer, OwnRejected, RankedPairs, Sampler, Scored
-from minialign.schedule import batches_of_run, learning_rate
-from minialign.scoring import load_reward
-from minialign.similarity import load_similarity
-from minialign.toybench import ToyBenchmark
+from minialign.align.annotators import Comparison, ModelAnnotator, Verdict
+from minialign.align.logps import branch_logps
+from minialign.align.losses import dpo_loss, ipo_loss, preference_metrics, slic_loss
+from minialign.cli import require, require_outside, run_main, with_defaults
+from minialign.data.collate import Pair, PairCollator, StepLoader
+from minialign.data.images import ImageProcessor
+from minialign.data.record_files import open_records, usable_pairs
+from minialign.data.tokenizer import Tokenizer
+from minialign.model.hf_folder import fingerprint
+from minialign.model.lora import adapters_off
+from minialign.model.masks import Branch, Sequence, TokenTree
+from minialign.model.policy import empty_policy, load_policy_weights
+from minialign.sampling.assistant import Assistant
+from minialign.sampling.generate import Sampling, generate
+from minialign.sampling.similarity import load_similarity
+from minialign.seeds import stable_seed
+from minialign.toy import edge
+from minialign.training import parallel
+from minialign.training.flags import (
+    COMPILE_OPTIONS,
+    TrainingFlags,
+    check_beta,
+    check_training,
+    with_shape_of_adapter,
+)
+from minialign.training.optimizer import (
+    batches_of_run,
+    clip_gradients,
+    lr_factor,
+    make_optimizer,
+    require_finite,
+    set_learning_rate,
+    trained_parameters,
+)
+from minialign.training.outputs import report_pairs, save_results, save_weights
+from minialign.training.parallel import sum_across_ranks, sum_gradients_across_ranks, unsharded
+from minialign.training.progress import TrainingLog, begin, require_same_flags
 
-# What stands for a flag that is not given: the paper's value (App. A, Sec. 5.5), or the toy
-# model's.
-PAPER, TOY = flags.PAPER | {"rho_th": 0.99}, flags.TOY | {"rho_th": 0.7}
-PAPER_RL = {
-    "rloo": {"beta": 0.4, "lr": 3e-4, "projector_lr": 0.0, "epochs": 2, "batch_size": 256, "k": 4},
-    "ppo": {
-        "lr": 1.41e-5,
-        "projector_lr": 0.0,
-        "batch_size": 32,
-        "k": 1,
-        "warmup": 0.0,
-        "schedule": "constant",
-    },
+# What stands for a flag that is not given: the paper's value (App. A), and the toy model's, which
+# was chosen on validation images.
+DEFAULTS = {
+    "beta": (0.1, 0.1),
+    "lr": (5e-7, 2e-4),
+    "projector_lr": (2e-6, 3e-5),
+    "lora_rank": (128, 64),
+    "epochs": (3, 1),
+    "batch_size": (16, 16),
+    "warmup": (0.1, 0.1),
+    "schedule": ("cosine", "cosine"),
+    "rho_th": (0.99, 0.7),
+    "workers": (4, 0),
 }
-TOY_RL = {"rloo": {"beta": 0.05, "lr": 5e-4, "k": 4}, "ppo": {"beta": 0.05, "lr": 1e-4, "k": 1}}
-SHOWN = (
-    "loss",
-    "rewards/accuracies",
-    "objective/scores",
-    "objective/kl",
-    "sampled/length",
-)  # in the progress bar
+
+# What is logged of a step's sampling: name -> (what is counted, of what).
+LOGGED = {
+    "sampled/length": ("tokens", "responses"),
+    "sampled/truncated": ("truncated", "responses"),
+    "bdhs/iterations": ("iterations", "responses"),
+    "annotator/dropped": ("dropped", "judged"),
+    "annotator/agreement": ("decided", "asked twice"),  # of both orders
+    "annotator/ties": ("tie", "judged"),
+    "annotator/unparsable": ("unparsable", "judged"),
+    "annotator/first": ("first", "judged"),
+    # Of the policy's own pairs, per response: estimates of the KL to the reference, and the entropy.
+    "objective/kl": ("kl", "own"),
+    "objective/entropy": ("entropy", "own"),
+}
 
 
 @dataclass(frozen=True)
-class Config(flags.TrainingFlags):
-    """Flags of its own; flags.py has those of both training scripts."""
+class Config(TrainingFlags):
+    """Flags of its own; minialign/training/flags.py has those of every training."""
 
     # records or pairs; without it the embedded world's, for mixed-dpo and --gamma BDHS pairs
     data: str | None = None
     out: str = "runs/online"  # folder to write
-    # as listed above
-    method: Literal["online-dpo", "mixed-dpo", "online-bdhs", "rloo", "ppo"] = "online-bdhs"
-    # `oracle` (embedded world), `self` (the base, adapters off), or a LLaVA folder
+    method: Literal["online-dpo", "mixed-dpo", "online-bdhs"] = "online-bdhs"  # as listed above
+    # `oracle` (embedded world), `self` (the base, adapters off), or a LLaVA or reward model folder
     annotator: str = "oracle"
     orders: Literal["random", "both"] = "random"  # in which a model sees the two responses
     p: float = 0.5  # Eq. 4: probability of the stored pair
     gamma: float | None = None  # Eq. 5: weight of the stored y-; else the sampled one alone
     loss: Literal["dpo", "ipo", "slic"] = "dpo"  # Eq. 3, Sec. 5.7
-    reward: str = "oracle"  # rloo, ppo: `oracle`, a reward model's folder, or FILE.py:FUNCTION(image, prompt, response)
-    k: int | None = None  # rloo, ppo: responses to a prompt (rloo: 4, ppo: 1)
-    # rloo, ppo: end where the KL to the reference passes so many nats per response
-    kl_stop: float | None = None
-    updates: int = 4  # ppo: updates per rollout
-    gae_lambda: float = 0.95  # ppo: 1 is the return less the value, 0 one step ahead
-    ratio_clip: float = 0.2  # ppo: range of the ratio to the policy that has answered
-    value_clip: float = 0.2  # ppo: by how much a value may move per rollout, in units of the reward
-    value_coef: float = 0.1  # ppo: weight of the value loss
+    beta: float | None = None  # strength of the pull to the reference (0.1)
     temperature: float = 1.0  # of sampling; 0 is greedy
     top_p: float = 1.0  # nucleus sampling
     # limit of a sampled response, or of a completion; one that hits it is truncated
     max_new_tokens: int = 128
-    # Eq. 6, online-bdhs: an image token is hidden with this probability (0.99; toy: 0.7)
+    # online-bdhs, Eq. 6: an image token is hidden with this probability (0.99; toy: 0.7)
     rho_th: float | None = None
     n_bdhs: int = 5  # online-bdhs: iterations at most; the last one is unguided
     eps_s: float = 0.97  # online-bdhs: a response this similar to y+ or more is sampled again
@@ -124,209 +132,169 @@ class Config(flags.TrainingFlags):
 
 def check(config: Config) -> None:
     """Refuse values that make no sense, before anything is loaded."""
-    flags.check_training(config)
+    check_training(config)
+    check_beta(config.beta)
     require(0 <= config.p <= 1, f"--p {config.p}: a probability between 0 and 1")
-    sample_bdhs.check_sampling(config)
-    said = (
-        f"--gamma with --method {config.method}: weighs the stored y- of online-bdhs; leave it out"
+    gamma = config.gamma
+    require(gamma is None or 0 <= gamma <= 1, f"--gamma {gamma}: between 0 and 1")
+    weighs = "weighs the stored y- of online-bdhs; leave it out"
+    require(
+        gamma is None or config.method == "online-bdhs",
+        f"--gamma with --method {config.method}: {weighs}",
     )
-    require(config.gamma is None or config.method == "online-bdhs", said)
+    sample_bdhs.check_sampling(config)
     require(
         config.data is not None or config.images == "toy",
         "--data is missing; name a file of records or pairs",
     )
-    flags.check_rlhf(config)
+    if Path(config.annotator).is_dir():
+        require_outside(Path(config.out), "--annotator", Path(config.annotator))
 
 
-def make_respond(config: Config, model: Llava, tokenizer: Tokenizer, processor: ImageProcessor):
-    """Who answers: the policy, with an annotator or a reward behind it, or Algorithm 1."""
+@dataclass(frozen=True)
+class Rollout:
+    """Pairs that are learned from in one forward pass, chosen first, some of them the policy's own
+    words."""
+
+    tree: TokenTree
+    features: Tensor  # (tiles, patches, D), of their pictures
+    own: list[int]  # rows in which both responses are the policy's own
+    pairs: int  # 0: an idle one, which counts for nothing
+
+
+def ranked_samples(
+    assistant: Assistant,
+    annotator,
+    pairs: list[Pair],
+    features: list[Tensor],
+    config: Config,
+    step: int,
+    counts: Counter,
+) -> list[Sequence | None]:
+    """Online DPO: two responses of the policy to each prompt, the better one as chosen; None where
+    the annotator prefers neither. `counts` takes down all."""
+    if not pairs:
+        return []
+    tokenizer, seen = assistant.tokenizer, torch.cat(features)
+
+    # Both responses to a prompt are branches of one trunk.
+    forked = [replace(pair.sequence, branches=[Branch([]), Branch([])]) for pair in pairs]
+    seeds = [[stable_seed(config.seed, step, pair.record.id, n) for n in (0, 1)] for pair in pairs]
     sampling = Sampling(config.max_new_tokens, config.temperature, config.top_p)
-    if config.method == "online-bdhs":
-        knobs = {
-            f.name: getattr(config, f.name) for f in fields(BdhsConfig) if f.name != "sampling"
-        }
-        similarity = load_similarity(config.encoder, config.device)
-        return OwnRejected(
-            Bdhs(model, tokenizer, processor, similarity, BdhsConfig(**knobs, sampling=sampling))
-        )
-    sampler = Sampler(model, tokenizer, sampling, config.seed)
-    if config.method in RL:
-        return Scored(sampler, load_reward(config.reward, config), config.k)
+    samples = generate(
+        assistant.model, forked, seen, sampling, {tokenizer.eos_id}, seeds, tokenizer.pad_id
+    )
+
+    # Which one is better?
+    comparisons = []
+    for pair, row in zip(pairs, samples, strict=True):
+        texts = tuple(tokenizer.decode(sample.ids) for sample in row)
+        comparisons.append(Comparison(pair.record, texts, pair.picture))
     if config.annotator == "self":
-        annotator = ModelAnnotator(
-            model, tokenizer, processor, config.orders == "both", config.seed, policy_off=True
-        )
+        verdicts = annotator.choose(comparisons, ([pair.image for pair in pairs], seen))
     else:
-        annotator = load_annotator(config.annotator, config)
-    return RankedPairs(sampler, annotator)
+        verdicts = annotator.choose(comparisons)
+
+    sequences: list[Sequence | None] = []
+    both_orders = isinstance(annotator, ModelAnnotator) and annotator.both_orders
+    for pair, row, comparison, verdict in zip(pairs, samples, comparisons, verdicts, strict=True):
+        if comparison.responses[0] == comparison.responses[1]:
+            verdict = Verdict(None, "tie")
+        counts["responses"] += 2
+        counts["tokens"] += sum(len(sample.ids) for sample in row)
+        counts["truncated"] += sum(not sample.stopped for sample in row)
+        counts["judged"] += 1
+        counts["first"] += bool(verdict.first)
+        counts["dropped"] += verdict.better is None
+        counts[verdict.reason or "decided"] += 1
+        counts["asked twice"] += both_orders and verdict.reason != "unparsable"
+        if verdict.better is None:
+            sequences.append(None)
+        else:
+            chosen, rejected = row[verdict.better], row[1 - verdict.better]
+            branches = [Branch(chosen.ids), Branch(rejected.ids)]
+            sequences.append(replace(pair.sequence, branches=branches))
+    return sequences
 
 
-def make_learner(config: Config, model: Llava):
-    """How it learns; of pairs with the weights of what is rejected, the stored one first (Eq.
-    5)."""
-    if config.method == "rloo":
-        return Rloo(model, config.beta, config.k)
-    if config.method == "ppo":
-        knobs = (
-            config.updates,
-            config.gae_lambda,
-            config.ratio_clip,
-            config.value_clip,
-            config.value_coef,
-        )
-        return Ppo(model, config.beta, config.k, *knobs)
-    both = config.method == "online-bdhs" and config.gamma not in (None, 0, 1)
-    weights = torch.tensor(
-        [config.gamma, 1 - config.gamma] if both else [1.0], device=config.device
-    )
-    return Preferences(model, config.loss, config.beta, weights)
-
-
-def passed_kl_stop(rows: list[dict], kl_stop: float | None) -> str | None:
-    """Why RLHF has to end, read from metrics.jsonl's rows so that a resumed run ends there, too:
-    the KL of the latest step that sampled, in nats per response, is above --kl-stop. Else None."""
-    kls = [(row["step"], row["objective/kl"]) for row in rows if "objective/kl" in row]
-    if kl_stop is None or not kls or kls[-1][1] <= kl_stop:
-        return None
-    step, kl = kls[-1]
-    return f"step {step}: a KL of {kl:.2f} nats per response, above --kl-stop {kl_stop}"
-
-
-def train(
-    model: Llava, respond, learner, load: StepLoader, config: Config, out: Path
-) -> resume.Run:
-    """The loop: from the first step, or from the last checkpoint with --resume; its `rows` are
-    metrics.jsonl's."""
-    optimizer = make_optimizer(model, config.lr, config.projector_lr)
-    steps = batches_of_run(
-        load.records.numbers, config.batch_size, config.seed, config.epochs, config.steps
-    )
-    # Of how many records the stored pair is taken as it is.
-    p = {"mixed-dpo": config.p, "online-bdhs": float(config.gamma == 1)}.get(config.method, 0.0)
-    watch = partial(passed_kl_stop, kl_stop=config.kl_stop)
-    run = resume.Run(out, model, optimizer, config.resume, watch)
-    mine, left_out = [parallel.shard_batch(batch) for batch in steps[run.start :]], []
-    idle = rollout.idle_rollout(model, load.collate, learner.branches)
-    with run, closing(load_ahead(mine, load, config.workers)) as loads:
-        bar = tqdm(
-            loads,
-            initial=run.start,
-            total=len(steps),
-            desc=config.method,
-            disable=parallel.rank() > 0,
-        )
-        for step, (parts, bad) in enumerate(bar, start=run.start):
-            if run.stopped:
-                break
-            begin, counts, rollouts = time.perf_counter(), Counter(), []
-            with unsharded(model):  # 1. the policy answers, and is judged
-                for part in parts:
-                    features = rollout.features_of(
-                        model.encode_images(part.pixels), part.sequences
-                    )  # once
-                    draws = [
-                        random.Random(f"{config.seed} {step} {record.id}").random()
-                        for record in part.records
-                    ]
-                    alphas = [draw < p for draw in draws]  # Eq. 4: alpha ~ Bernoulli(p)
-                    asked = [i for i, alpha in enumerate(alphas) if not alpha]
-                    said = dict(
-                        zip(asked, respond(part, asked, features, step, counts), strict=True)
-                    )
-                    answers = [
-                        said.get(i, Answer(sequence)) for i, sequence in enumerate(part.sequences)
-                    ]
-                    own = (
-                        set() if config.method == "online-bdhs" else said.keys()
-                    )  # all branches are the policy's
-                    rollouts += rollout.rollout_of(model, load.collate, answers, features, own)
-            between, share = (
-                time.perf_counter(),
-                learning_rate(step, len(steps), config.warmup, config.schedule),
-            )
-            batches = learner.look(parallel.even(rollouts, idle), counts)  # 2. it learns from that
-            rows, count = sum(each.count for each in rollouts), sum(each.count for each in batches)
-            total = sum_across_ranks({"rows": rows, "count": count})
-            metrics: Counter = Counter()
-            for _ in range(learner.updates if total["count"] else 0):
-                found: Counter = Counter()
-                for batch in batches:
-                    loss, of_batch = learner.loss(batch, counts)
-                    weight = batch.count / total["count"]
-                    (loss * weight).backward()
-                    found.update({name: weight * value for name, value in of_batch.items()})
-                found = sum_across_ranks(found)
-                found["grad_norm"] = update(
-                    optimizer, share, config.clip, found["loss"], f"step {step + 1}"
-                )
-                metrics.update({name: value / learner.updates for name, value in found.items()})
-            seconds = {
-                "time/sampling": between - begin,
-                "time/training": time.perf_counter() - between,
-            }
-            facts = {"lr": share * config.lr, **learner.learned(total["rows"])} | seconds
-            row = (
-                {"step": step + 1}
-                | metrics
-                | rollout.shares(Counter(sum_across_ranks(counts)))
-                | facts
-            )
-            run.add(row, (step + 1) % config.save_every == 0 or step + 1 == len(steps))
-            left_out += bad
-            bar.set_postfix({name: f"{row[name]:.3f}" for name in SHOWN if name in row})
-    parallel.tell_left_out(left_out, "records")
-    return run
-
-
-def toy_data(config: Config, out: Path) -> Path:
-    """The embedded world's records; with BDHS pairs of the base where a stored y- is wanted."""
-    if config.method == "mixed-dpo" or config.gamma:
-        return sample_bdhs.sample_for(config, out)
-    records = toyworld.alignment_records(config.limit or TOY_RECORDS)
-    parallel.on_rank0(lambda: write_json(out / "data.json", records))
-    return out / "data.json"
+def own_rejected(
+    assistant: Assistant,
+    similarity,
+    pairs: list[Pair],
+    features: list[Tensor],
+    config: Config,
+    step: int,
+    counts: Counter,
+) -> list[Sequence | None]:
+    """Online BDHS: the policy's own y~- (Algorithm 1) as one more branch behind the stored ones;
+    None where it does not differ from y+. `counts` takes down all."""
+    if not pairs:
+        return []
+    examples = [sample_bdhs.Example(pair.record, pair.picture, pair.image) for pair in pairs]
+    sampled = sample_bdhs.sample(assistant, similarity, examples, config, features, step)
+    sequences: list[Sequence | None] = []
+    for pair, result in zip(pairs, sampled, strict=True):
+        ids = assistant.tokenizer.response(result.rejected)
+        counts["responses"] += 1
+        counts["tokens"] += len(ids)
+        counts["truncated"] += result.truncated
+        counts["iterations"] += result.iterations
+        if result.rejected in ("", pair.record.chosen):
+            sequences.append(None)
+        else:
+            branches = [*pair.sequence.branches, Branch(ids)]
+            sequences.append(replace(pair.sequence, branches=branches))
+    return sequences
 
 
 def main(config: Config) -> None:
     """Data, evaluation, training, evaluation, export, report."""
-    base, of_method = (TOY, TOY_RL) if config.model == "toy" else (PAPER, PAPER_RL)
-    config = fill(config, base | of_method.get(config.method, {}))
-    config = fill(config, {"lora_alpha": 2.0 * config.lora_rank})
+    config = with_defaults(config, DEFAULTS, toy=config.model == "toy")
+    config = with_shape_of_adapter(config)
     check(config)
     parallel.start(config.device)
-    folder, out = resolve_model(config.model), Path(config.out)
+    folder, out = edge.model_folder(config.model), Path(config.out)
     require_outside(out, "the model", folder)
-    config = replace(config, **flags.adapter_shape(config))
-    resume.require_same_flags(out, config)
-    records = open_records(
-        config.data or str(toy_data(config, out)), "--data", config.format, "give records or pairs"
-    )
-    tokenizer, processor = (
-        Tokenizer.from_folder(folder, config.template),
-        ImageProcessor.from_folder(folder),
-    )
+    require_same_flags(out, config)
+
+    # The records, and what makes batches of them.
     stored = ("rejected",) if config.method == "mixed-dpo" or config.gamma else ()
-    cut = config.truncate or config.method in (
-        "online-dpo",
-        *RL,
-    )  # there nobody reads the stored response
-    limits = config.max_response_tokens, read_config(folder).text.max_position_embeddings, cut
-    carried = {"keep_pictures": True, "device": config.device}
-    collate = PairCollator(tokenizer, processor, config.images, *limits, stored, **carried)
+    data = config.data
+    if data is None and stored:
+        data = str(sample_bdhs.sample_for(config, out))
+    elif data is None:
+        data = str(out / "data.json")
+        parallel.on_rank0(lambda: edge.write_records(Path(data), config.limit))
+    policy = empty_policy(folder, config)  # adapters on a LLaVA; names and shapes, no memory yet
+    assistant = Assistant(
+        policy, Tokenizer.from_folder(folder, config.template), ImageProcessor.from_folder(folder)
+    )
+    collate = PairCollator(
+        assistant.tokenizer,
+        assistant.processor,
+        edge.picture_source(config.images),
+        config.max_response_tokens,
+        assistant.positions,
+        # In online DPO nobody reads the stored response.
+        truncate=config.truncate or config.method == "online-dpo",
+        rejected=stored,
+        keep_pictures=True,
+        device=config.device,
+    )
+    records = open_records(data, "--data", config.format, "give records or pairs")
     records = usable_pairs(
         records, collate.check, config.limit, config.seed, config.skip_bad_records
     )
-    head = "value" if config.method == "ppo" else None
-    model = lora.empty_policy(folder, config, head)  # names, shapes and types: no memory yet
+    loader = StepLoader(records, collate, config.accumulate, config.skip_bad_records)
 
     # torch.compile, one decoder layer at a time: all share the code.
     if config.compile:
-        for layer in model.language_model.layers:
+        for layer in policy.language_model.layers:
             layer.forward = torch.compile(layer.forward, dynamic=True, options=COMPILE_OPTIONS)
 
     # Of a layer its input alone is kept for the backward pass, which runs the layer again.
     if config.recompute:
-        for layer in model.language_model.layers:
+        for layer in policy.language_model.layers:
             layer.forward = partial(
                 checkpoint, layer.forward, use_reentrant=False, preserve_rng_state=False
             )
@@ -336,42 +304,161 @@ def main(config: Config) -> None:
         from torch.distributed.fsdp import fully_shard  # here, as it takes a second
 
         mesh = parallel.mesh(config.device)
-        for unit in (*model.language_model.layers, model.vision_tower, model):
+        for unit in (*policy.language_model.layers, policy.vision_tower, policy):
             fully_shard(unit, mesh=mesh)
-        parallel.after_sharding(model)
+        parallel.after_sharding(policy)
 
-    lora.load_policy_weights(model, folder, config, head)  # each process reads its rows
-    announce(folder, model, tokenizer)
-    respond = make_respond(config, model, tokenizer, processor)
-    resume.begin(out, config, records, fingerprint(folder, config.adapter, config.reward))
-    benchmark = ToyBenchmark(config.eval_split, config.eval_images)
-    evaluate = config.images == "toy" and config.eval_images > 0
-    counts = {}
-    if evaluate:
-        # Fresh adapters do nothing: switched off, they cost nothing.
-        with unsharded(model), nullcontext() if config.adapter else lora.adapters_off(model):
-            counts["before"] = benchmark.run(model, tokenizer, processor, "before")
-    load = StepLoader(records, collate, config.accumulate, config.skip_bad_records)
-    run = train(model, respond, make_learner(config, model), load, config, out)
-    save_weights(model, folder, config, out)
-    if evaluate:
-        with unsharded(model):
-            counts["after"] = benchmark.run(model, tokenizer, processor, "after")
-    shown = (
-        [collate.report_pair(records.parse(number)) for number in records.numbers[:8]]
-        if stored
-        else []
+    load_policy_weights(policy, folder, config)  # each process reads its rows
+    assistant.announce(folder)
+
+    # Who ranks, or how similar is too similar.
+    annotator = similarity = None
+    if config.method == "online-bdhs":
+        similarity = load_similarity(config.encoder, config.device)
+    elif config.annotator == "self":
+        both_orders = config.orders == "both"
+        annotator = ModelAnnotator(assistant, both_orders, config.seed, adapters_off=True)
+    else:
+        annotator = edge.annotator_of(config.annotator, config)
+
+    begin(out, config, records, fingerprint(folder, config.adapter))
+    benchmark = edge.benchmark_of(config.images, config.eval_split, config.eval_images)
+    evaluations = {}
+    if benchmark:
+        evaluations["before"] = benchmark.run(assistant, "before")
+
+    optimizer = make_optimizer(policy, config.lr, config.projector_lr)
+    trained = trained_parameters(optimizer)
+    schedule = batches_of_run(
+        records.numbers, config.batch_size, config.seed, config.epochs, config.steps
     )
-    facts = {
-        unit: sum(row[unit] for row in run.rows)
-        for unit in ("pairs", "responses")
-        if unit in run.rows[0]
-    }
-    facts |= {"stopped": run.stopped} if run.stopped else {}
-    title = f"minialign: {config.method}" + (f", ended early: {run.stopped}" if run.stopped else "")
-    parallel.on_rank0(lambda: save_results(out, title, config, shown, run.rows, counts, facts))
+    # How often a stored pair is taken as it is.
+    p = config.p if config.method == "mixed-dpo" else float(config.gamma == 1)
+    # Eq. 5: the weights (K,) of each y-, the stored one first.
+    both = config.method == "online-bdhs" and config.gamma not in (None, 0, 1)
+    weights = [config.gamma, 1 - config.gamma] if both else [1.0]
+    weights = torch.tensor(weights, device=config.device)
+    idle_batch = loader.idle(1 + len(weights))
+    patches, width = assistant.processor.patches, policy.config.vision.hidden_size
+    no_features = torch.zeros(1, patches, width, device=config.device)
+    idle = Rollout(idle_batch.tree.to(config.device), no_features, [], 0)
+
+    with TrainingLog(out, policy, optimizer, config) as log:
+        for step, batches in log.steps(schedule, loader):
+            begun, counts, rollouts = time.perf_counter(), Counter(), []
+
+            # 1. The policy answers. Every process holds the whole of it meanwhile.
+            with unsharded(policy):
+                for batch in batches:
+                    tower_features = policy.encode_images(
+                        batch.pixels
+                    )  # once, for all that follows
+                    tiles = [len(pair.image.pixels) for pair in batch.pairs]
+                    features = list(tower_features.split(tiles))
+
+                    # Eq. 4: alpha ~ Bernoulli(p), 1 for the stored pair, 0 for one of its own.
+                    alphas = [
+                        random.Random(f"{config.seed} {step} {pair.record.id}").random() < p
+                        for pair in batch.pairs
+                    ]
+                    asked = [i for i, alpha in enumerate(alphas) if not alpha]
+                    pairs = [batch.pairs[i] for i in asked]
+                    seen = [features[i] for i in asked]
+                    if config.method == "online-bdhs":  # Eq. 5: Algorithm 1, by the current policy
+                        sampled = own_rejected(
+                            assistant, similarity, pairs, seen, config, step, counts
+                        )
+                    else:  # Sec. 2.3: two samples and a judge
+                        sampled = ranked_samples(
+                            assistant, annotator, pairs, seen, config, step, counts
+                        )
+
+                    sequences = dict(enumerate(batch.sequences)) | dict(
+                        zip(asked, sampled, strict=True)
+                    )
+                    kept = [i for i, sequence in sequences.items() if sequence is not None]
+                    if kept:
+                        ranked = set(asked) if config.method != "online-bdhs" else set()
+                        tree = collate.tree([sequences[i] for i in kept]).to(policy.device)
+                        own = [row for row, i in enumerate(kept) if i in ranked]
+                        kept_features = torch.cat([features[i] for i in kept])
+                        rollouts.append(Rollout(tree, kept_features, own, len(kept)))
+
+            # 2. It learns from that: train_dpo.py's step.
+            answered = time.perf_counter()
+            pairs_in_step = sum(rollout.pairs for rollout in rollouts)
+            pairs_in_step = sum_across_ranks({"pairs": pairs_in_step})["pairs"]
+            metrics: Counter = Counter()
+            for rollout in parallel.even(rollouts, idle) if pairs_in_step else ():
+                with adapters_off(policy):
+                    ref_logps = branch_logps(policy, rollout.tree, rollout.features)
+                logps = branch_logps(policy, rollout.tree, rollout.features)  # (B, 1 + K)
+                chosen, rejected = logps[:, :1], logps[:, 1:]
+                ref_chosen, ref_rejected = ref_logps[:, :1], ref_logps[:, 1:]
+
+                beta = config.beta
+                if config.loss == "dpo":  # Eq. 3
+                    losses = dpo_loss(chosen, rejected, ref_chosen, ref_rejected, beta)
+                elif config.loss == "ipo":  # Sec. 5.7
+                    losses = ipo_loss(chosen, rejected, ref_chosen, ref_rejected, beta)
+                else:
+                    losses = slic_loss(chosen, rejected, ref_chosen, ref_rejected, beta)
+                loss = (losses * weights).sum(1).mean()  # Eq. 5; one y- of weight 1 is Eq. 3
+
+                share = rollout.pairs / pairs_in_step
+                (loss * share).backward()
+                found = {"loss": loss.item()}
+                found |= preference_metrics(
+                    chosen, rejected, ref_chosen, ref_rejected, beta, weights
+                )
+                metrics.update({name: share * value for name, value in found.items()})
+                own_logps, own_ref_logps = logps[rollout.own], ref_logps[rollout.own]
+                counts["kl"] += (own_logps - own_ref_logps).sum().item()
+                counts["entropy"] += -own_logps.sum().item()
+                counts["own"] += own_logps.numel()
+
+            factor = lr_factor(step, len(schedule), config.warmup, config.schedule)
+            if pairs_in_step:
+                metrics = sum_across_ranks(metrics)
+                sum_gradients_across_ranks(trained)
+                metrics["grad_norm"] = clip_gradients(trained, config.clip)
+                require_finite(step, metrics["loss"], metrics["grad_norm"])
+                set_learning_rate(optimizer, factor)
+                optimizer.step()
+                optimizer.zero_grad()
+
+            totals = sum_across_ranks(counts)
+            sampled_metrics = {
+                name: totals[what] / totals[of]
+                for name, (what, of) in LOGGED.items()
+                if what in totals and totals.get(of)
+            }
+            log.add(
+                {
+                    "step": step + 1,
+                    **metrics,
+                    **sampled_metrics,
+                    "lr": factor * config.lr,
+                    "pairs": pairs_in_step,
+                    "time/sampling": answered - begun,
+                    "time/training": time.perf_counter() - answered,
+                }
+            )
+
+    parallel.tell_left_out(loader.left_out, "records")
+    save_weights(policy, folder, config, out)
+    if benchmark:
+        evaluations["after"] = benchmark.run(assistant, "after")
+    shown = report_pairs(records, assistant.processor, collate.pictures) if stored else []
+    pairs = sum(row["pairs"] for row in log.rows)
+    title = f"minialign: {config.method}"
+    parallel.on_rank0(
+        lambda: save_results(out, title, config, shown, log.rows, evaluations, {"pairs": pairs})
+    )
+    nothing = " (nothing was learned: metrics.jsonl says why answers were dropped)"
     print(
-        f"{told(run, facts)}; {out}/adapter (PEFT), {out}/merged (Hugging Face), {out}/report.html"
+        f"{len(log.rows)} steps, {pairs} pairs{'' if pairs else nothing}; {out}/adapter (PEFT), "
+        f"{out}/merged (Hugging Face), {out}/report.html"
     )
 
 

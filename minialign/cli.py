@@ -73,11 +73,11 @@ def field_comments(kind: type) -> dict[str, str]:
     return comments
 
 
-def fill(config, defaults: dict):
-    """The config with every flag that was not given (None) at its value in `defaults`."""
-    return dataclasses.replace(
-        config, **{k: v for k, v in defaults.items() if getattr(config, k) is None}
-    )
+def with_defaults(config, defaults: dict[str, tuple], toy: bool):
+    """The config with every flag that was not given at its value in `defaults`: the paper's, which
+    stands first, or the toy model's."""
+    absent = {name: pair[toy] for name, pair in defaults.items() if getattr(config, name) is None}
+    return dataclasses.replace(config, **absent)
 
 
 def require(condition: bool, message: str) -> None:
@@ -109,12 +109,6 @@ def require_new_file(out: Path) -> None:
     require(not out.exists(), f"--out {out}: is there already; name another file, or remove it")
 
 
-def require_images(images: str) -> None:
-    """Refuse a folder of pictures that is not there, before a model is loaded for them."""
-    message = f"--images {images}: no such folder; name that of the pictures, or `toy`"
-    require(images == "toy" or Path(images).is_dir(), message)
-
-
 def require_temperature(temperature: float) -> None:
     """Refuse a temperature by which logits cannot be divided."""
     message = f"--temperature {temperature}: 0 (greedy), or between 0.001 and 1000"
@@ -138,6 +132,12 @@ def require_device(device: str) -> None:
         raise UserError(
             f"--device {device}: not to be had here ({first}); `cpu` always is"
         ) from None
+
+
+def require_torchrun(shard: str) -> None:
+    """Refuse shards where there is one process to hold them."""
+    start = "start with torchrun, as in `torchrun --nproc-per-node 8 train_dpo.py ...`"
+    require(shard == "none" or under_torchrun(), f"--shard full: {start}, or leave it out")
 
 
 def under_torchrun() -> bool:

@@ -18,25 +18,33 @@ result.json in --out, and what a judge's script reads; when it was killed, the s
 import json
 import sys
 from contextlib import redirect_stdout
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import Literal
 
 import torch
 
-from minialign import benchmarks, judged
-from minialign.benchmarks import Asking, Benchmark
-from minialign.chair import read_chair
-from minialign.chat import Tokenizer, announce
-from minialign.checkpoint import fingerprint, load_model, resolve_model
-from minialign.cli import fill, require, require_at_least, require_device, require_seed, run_main
+from minialign.cli import require, require_at_least, require_device, require_seed, run_main
+from minialign.data.images import PictureFolder
 from minialign.errors import UserError
+from minialign.evaluation import judge_files
+from minialign.evaluation.chair import read_chair
+from minialign.evaluation.metrics import print_table, with_intervals
+from minialign.evaluation.pope import read_pope
+from minialign.evaluation.questions import (
+    Benchmark,
+    answers_of_earlier_run,
+    ask,
+    by_image,
+    counts_per_image,
+    digest,
+)
 from minialign.files import write_json
-from minialign.images import ImageProcessor
-from minialign.lora import load_adapter, read_adapter_config
-from minialign.metrics import print_table, with_intervals
-from minialign.pope import read_pope
-from minialign.toybench import ToyBenchmark
+from minialign.model.hf_folder import fingerprint
+from minialign.model.peft_folder import read_adapter_config
+from minialign.sampling.assistant import Assistant
+from minialign.toy import edge
+from minialign.toy.benchmark import ToyBenchmark
 
 # The flags that a benchmark takes beside those that all take, and what stands for those that are
 # not given.
@@ -117,9 +125,10 @@ def completed(config: Config) -> Config:
             raise UserError(
                 f"{flag} is missing; --benchmark {kind} needs --{' --'.join(NEEDED[kind])}"
             )
-    config = fill(
-        config, defaults | ({"workers": 0} if config.model == "toy" and kind != "toy" else {})
-    )
+    if config.model == "toy" and kind != "toy":
+        defaults = defaults | {"workers": 0}
+    absent = {name: value for name, value in defaults.items() if getattr(config, name) is None}
+    config = replace(config, **absent)
     require_at_least(config, batch_size=1, limit=1, max_new_tokens=1, workers=0)
     require_seed(config.seed or 0)
     require(
@@ -139,14 +148,12 @@ def completed(config: Config) -> Config:
     return config
 
 
-def loaded(config: Config, folder: Path) -> tuple:
-    """Model, tokenizer and preprocessing."""
-    model = load_model(folder, config.device, getattr(torch, config.dtype))
-    if config.adapter is not None:
-        load_adapter(model, Path(config.adapter))
-    tokenizer = Tokenizer.from_folder(folder, config.template)
-    announce(folder, model, tokenizer)
-    return model, tokenizer, ImageProcessor.from_folder(folder)
+def load_assistant(config: Config) -> Assistant:
+    """The model with what belongs to it."""
+    folder, dtype = edge.model_folder(config.model), getattr(torch, config.dtype)
+    assistant = Assistant.from_folder(folder, config.device, dtype, config.template, config.adapter)
+    assistant.announce(folder)
+    return assistant
 
 
 def read(config: Config) -> Benchmark:
@@ -157,9 +164,9 @@ def read(config: Config) -> Benchmark:
         files = (config.data, config.captions, config.synonyms)
         benchmark = read_chair(*files, config.question, config.seed, config.skip_bad_records)
     elif config.benchmark == "llava-bench":
-        benchmark = judged.read_llava_bench(config.data, config.skip_bad_records)
+        benchmark = judge_files.read_llava_bench(config.data, config.skip_bad_records)
     else:
-        benchmark = judged.read_mmhal(config.data, config.images, config.skip_bad_records)
+        benchmark = judge_files.read_mmhal(config.data, config.images, config.skip_bad_records)
     if not benchmark.questions:
         raise UserError(f"--data {config.data}: no usable question; give the benchmark's own file")
     return benchmark
@@ -167,44 +174,53 @@ def read(config: Config) -> Benchmark:
 
 def evaluate_toy(config: Config) -> dict:
     """The embedded world's figures."""
-    model, tokenizer, processor = loaded(config, resolve_model(config.model))
     benchmark = ToyBenchmark(config.split, int(config.images), config.batch_size)
-    return with_intervals([benchmark.run(model, tokenizer, processor)])
+    return with_intervals([benchmark.run(load_assistant(config))])
 
 
 def evaluate_files(config: Config) -> dict:
     """The figures of a benchmark on files, how many of its questions were answered, and what was
     written."""
-    out, folder = Path(config.out), resolve_model(config.model)
+    out, folder = Path(config.out), edge.model_folder(config.model)
     if config.adapter is not None:
         read_adapter_config(Path(config.adapter))
-    settings = asdict(config) | {"weights": fingerprint(folder, config.adapter)}
     benchmark = read(config)
-    settings["questions"] = benchmarks.digest(benchmark.questions)
-    found = benchmarks.answers_of_earlier_run(out, settings, benchmark.questions)
-    groups = benchmarks.by_image(benchmark.questions, config.limit)
+    settings = asdict(config) | {
+        "weights": fingerprint(folder, config.adapter),
+        "questions": digest(benchmark.questions),
+    }
+
+    # What an earlier run has answered is not asked again.
+    found = answers_of_earlier_run(out, settings)
+    groups = by_image(benchmark.questions, config.limit)
     questions = [question for group in groups.values() for question in group]
-    todo = benchmarks.by_image([question for question in questions if question.id not in found])
+    todo = by_image([question for question in questions if question.id not in found])
     if found:
         print(f"{out}: {len(found)} answers are there, {sum(map(len, todo.values()))} to go")
     if todo:
-        asking = Asking(*loaded(config, folder), config.max_new_tokens)
+        assistant = load_assistant(config)
         write_json(out / "config.json", settings)
-        skip = config.skip_bad_records
-        found |= benchmarks.ask(
-            asking, todo, out, config.images, config.batch_size, config.workers, skip
+        found |= ask(
+            assistant,
+            PictureFolder(config.images),
+            todo,
+            out,
+            config.max_new_tokens,
+            config.batch_size,
+            config.workers,
+            config.skip_bad_records,
         )
-    counts = benchmarks.counts_per_image(benchmark, groups, found)
+
+    counts = counts_per_image(benchmark, groups, found)
     if not counts:
-        raise UserError(
-            f"--images {config.images}: no picture could be read; is it the right folder?"
-        )
+        message = f"--images {config.images}: no picture could be read"
+        raise UserError(f"{message}; is it the right folder?")
+    answered = sum(question.id in found for question in questions)
     result = {
         "questions": len(questions),
-        "answered": sum(question.id in found for question in questions),
-    }
-    result |= with_intervals([counts], benchmark.figures) | {
-        "file": write_answers(config, benchmark, found).name
+        "answered": answered,
+        **with_intervals([counts], benchmark.figures),
+        "file": write_answers(config, benchmark, found).name,
     }
     write_json(out / "result.json", result)
     return result
@@ -217,10 +233,10 @@ def write_answers(config: Config, benchmark: Benchmark, found: dict[str, str]) -
     )
     if config.benchmark == "llava-bench":
         path = Path(config.out) / "llava-bench.jsonl"
-        judged.write_llava_bench(path, benchmark.questions, found, model_id)
+        judge_files.write_llava_bench(path, benchmark.questions, found, model_id)
     elif config.benchmark == "mmhal":
         path = Path(config.out) / "mmhal.json"
-        judged.write_mmhal(path, benchmark.questions, found)
+        judge_files.write_mmhal(path, benchmark.questions, found)
     else:
         path = Path(config.out) / "answers.jsonl"
     return path

@@ -8,9 +8,10 @@ from pathlib import Path
 
 from test_picture_files import photograph
 
-from minialign import evaluate, toyworld
+from minialign import evaluate
+from minialign.toy import world
 from minialign.cli import parse_config
-from minialign.toybench import pope_questions
+from minialign.toy.benchmark import pope_questions
 
 NAMES = ("astronaut.png", "coffee.png", "chelsea.png", "rocket.jpg")
 ASKED = (
@@ -140,8 +141,8 @@ def toy_pictures(folder: Path, count: int) -> Path:
     """Test pictures of the embedded world as PNG."""
     folder.mkdir()
     for number in range(count):
-        toyworld.picture(toyworld.make_scene("test", number)).save(
-            folder / toyworld.image_name("test", number)
+        world.picture(world.make_scene("test", number)).save(
+            folder / world.image_name("test", number)
         )
     return folder
 
@@ -152,10 +153,10 @@ def toy_pope(folder: Path, count: int) -> Path:
     for setting in ("random", "popular", "adversarial"):
         lines = []
         for number in range(count):
-            asked = pope_questions(toyworld.make_scene("test", number))
+            asked = pope_questions(world.make_scene("test", number))
             for label, names in (("yes", asked["present"]), ("no", asked[setting])):
-                texts = [toyworld.EXISTS[1].format(toyworld.with_article(name)) for name in names]
-                image = toyworld.image_name("test", number)
+                texts = [world.EXISTS[1].format(world.with_article(name)) for name in names]
+                image = world.image_name("test", number)
                 lines += [
                     pope_line(len(lines) + 1, image=image, text=text, label=label) for text in texts
                 ]

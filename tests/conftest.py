@@ -15,8 +15,9 @@ from oracle import Oracle
 from PIL import Image
 from script_runs import train
 
-from minialign import toyworld
-from minialign.checkpoint import TOY, save_model
+from minialign.toy import world
+from minialign.toy.edge import TOY
+from minialign.model.hf_folder import save_model
 
 os.environ["HF_HUB_OFFLINE"] = "1"
 # The models are tiny: on a busy machine a second thread costs minutes, and in the processes that
@@ -95,7 +96,7 @@ def pairs(tmp_path_factory) -> str:
             )  # so that the base ranks some pairs right
             pair = {
                 "id": f"pair-{i:02d}",
-                "images": [toyworld.image_name("alignment", i)],
+                "images": [world.image_name("alignment", i)],
                 "prompt": "What is there?",
             }
             file.write(json.dumps(pair | {"chosen": chosen, "rejected": rejected}) + "\n")

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from PIL import Image
 
-from minialign.records import Record
+from minialign.data.records import Record
 
 PHOTOGRAPHS = {  # file name -> (scikit-image's picture, width and height that it is fitted into)
     "coco/COCO_train2014_000000353952.jpg": ("coffee.png", (120, 80)),

@@ -11,16 +11,17 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from minialign import toyworld
-from minialign.bdhs import Cut, cut_sentence, split_sentences
-from minialign.chat import Tokenizer
-from minialign.checkpoint import TOY, load_model
-from minialign.clip import ClipConfig
+from minialign.toy import world
+from minialign.sampling.bdhs import Cut, cut_sentence, split_sentences
+from minialign.data.tokenizer import Tokenizer
+from minialign.toy.edge import TOY
+from minialign.model.hf_folder import load_model
+from minialign.model.clip import ClipConfig
 from minialign.errors import UserError
-from minialign.images import ImageProcessor
-from minialign.llama import LlamaConfig
-from minialign.llava import Llava, LlavaConfig
-from minialign.masks import Branch, Sequence
+from minialign.data.images import ImageProcessor
+from minialign.model.llama import LlamaConfig
+from minialign.model.llava import Llava, LlavaConfig
+from minialign.model.masks import Branch, Sequence
 
 IMAGE = 3  # the image token of the random models
 SIZES = {  # grouped-query attention, a head size of its own, widths that differ from one another
@@ -69,7 +70,7 @@ def toy_processor() -> ImageProcessor:
 @cache
 def toy_features(indices: tuple[int, ...], split: str = "validation") -> Tensor:
     """The toy tower's features of some pictures, (N, patches, D)."""
-    pixels = [toy_processor()(toyworld.picture(toyworld.make_scene(split, i))) for i in indices]
+    pixels = [toy_processor()(world.picture(world.make_scene(split, i))) for i in indices]
     return toy_model().encode_images(torch.cat(pixels))
 
 

@@ -9,11 +9,11 @@ from helpers import refused, toy_processor, toy_tokenizer
 
 import sample_bdhs
 import train_dpo
-from minialign import toyworld
+from minialign.toy import world
 from minialign.cli import parse_config
-from minialign.collate import PairCollator
-from minialign.data import open_pairs, read_records, usable_pairs
-from minialign.records import Record
+from minialign.data.collate import PairCollator
+from minialign.data.record_files import open_pairs, read_records, usable_pairs
+from minialign.data.records import Record
 
 MESSAGE = {"role": "user", "content": "Q"}
 REMEDIES = (
@@ -30,7 +30,7 @@ REMEDIES = (
 
 def instruct(number: int = 0, **changes) -> dict:
     """A good LLaVA-Instruct record with a picture of the embedded world; None deletes a field."""
-    raw = toyworld.alignment_records(1, first=number)[0] | changes
+    raw = world.alignment_records(1, first=number)[0] | changes
     return {name: value for name, value in raw.items() if value is not None}
 
 
@@ -39,7 +39,7 @@ def pair(number: int = 0, **changes) -> dict:
     bdhs = {"iterations": 1, "similarity": 0.5, "mask_seed": number, "guided": True, "rho_th": 0.7}
     raw = {
         "id": f"pair-{number}",
-        "images": [toyworld.image_name("alignment", number)],
+        "images": [world.image_name("alignment", number)],
         "prompt": "What is there?",
         "chosen": "A red cup.",
         "rejected": "A blue cup, perhaps.",

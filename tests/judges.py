@@ -1,16 +1,17 @@
 """A scripted judge in a model's place, and what may be asked of it."""
 
-from minialign import benchmarks, toyworld
-from minialign.toydraw import OBJECTS
+from minialign.evaluation import questions
+from minialign.toy import world
+from minialign.toy.drawing import OBJECTS
 
 
-def absent_objects(scene: toyworld.Scene) -> list[str]:
+def absent_objects(scene: world.Scene) -> list[str]:
     """What may be hallucinated of a scene."""
     return [name for name in OBJECTS if name not in scene.objects]
 
 
 def script(monkeypatch, say) -> list[list[str]]:
-    """`benchmarks.answers` says what `say(question, number of the question)` gives; the questions
+    """`questions.answers` says what `say(question, number of the question)` gives; the questions
     asked so far."""
     asked: list[list[str]] = []
 

@@ -4,7 +4,7 @@ import json
 from pathlib import Path
 
 import train_online
-from minialign.annotator import Comparison, Verdict
+from minialign.align.annotators import Comparison, Verdict
 
 # What `online` takes where a test says nothing else.
 DEFAULTS = {

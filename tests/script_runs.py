@@ -5,7 +5,7 @@ from pathlib import Path
 
 import sample_bdhs
 import train_dpo
-from minialign import toyworld
+from minialign.toy import world
 
 # What `train` takes where a test says nothing else.
 DEFAULTS = {
@@ -50,7 +50,7 @@ def instruct_file(path: Path, *talks: list[tuple[str, str]]) -> str:
     raws = [
         {
             "id": i,
-            "image": toyworld.image_name("alignment", i),
+            "image": world.image_name("alignment", i),
             "conversations": [{"from": role, "value": text} for role, text in talk],
         }
         for i, talk in enumerate(talks)

@@ -2,7 +2,7 @@
 
 import random
 
-from minialign.metrics import SETTINGS_OF_POPE
+from minialign.evaluation.metrics import SETTINGS_OF_POPE
 
 COUNTED = (
     "images",

@@ -10,16 +10,10 @@ from helpers import random_model, refused, toy_model, worst
 from script_runs import contents, read_lines, train
 from test_lora import adapted, answers, batch_of, transformers_model
 
-from minialign.checkpoint import TOY
+from minialign.toy.edge import TOY
 from minialign.cli import parse_config
-from minialign.lora import (
-    TARGETS,
-    adapter_state,
-    adapters_off,
-    keep_reference,
-    load_adapter,
-    save_adapter,
-)
+from minialign.model.lora import TARGETS, adapter_state, adapters_off, keep_reference
+from minialign.model.peft_folder import load_adapter, save_adapter
 from train_dpo import Config, check
 
 PATTERN = r".*language_model\.layers\.\d+\.(self_attn|mlp)\.({})"

@@ -8,11 +8,14 @@ import torch
 from helpers import plain_greedy, random_toy, toy_features, toy_processor, toy_tokenizer
 from judges import absent_objects, script, shown
 
-from minialign import benchmarks, lora, toyworld
-from minialign.annotator import Comparison, ModelAnnotator, OracleAnnotator, Verdict
-from minialign.llava import Llava
-from minialign.records import Record
-from minialign.toydraw import COLOURS
+from minialign.evaluation import questions
+from minialign.model import lora
+from minialign.toy import world
+from minialign.align.annotators import Comparison, ModelAnnotator, Verdict
+from minialign.toy.oracle import OracleAnnotator
+from minialign.model.llava import Llava
+from minialign.data.records import Record
+from minialign.toy.drawing import COLOURS
 
 SEEDS = range(8)
 NOWHERE = torch.zeros(0)  # features that nobody looks at
@@ -21,10 +24,10 @@ NOWHERE = torch.zeros(0)  # features that nobody looks at
 def comparison(*responses: str, index: int = 0, turns=(("user", "What is there?"),)) -> Comparison:
     """Two responses about a scene of the validation split."""
     record = Record(
-        f"id-{index}", toyworld.image_name("validation", index), list(turns), "chosen", "rejected"
+        f"id-{index}", world.image_name("validation", index), list(turns), "chosen", "rejected"
     )
-    scene = toyworld.scene_of(record.image)
-    return Comparison(record, responses, toyworld.picture(scene))
+    scene = world.scene_of(record.image)
+    return Comparison(record, responses, world.picture(scene))
 
 
 # The embedded world's truth
@@ -43,9 +46,9 @@ def better(a: str, b: str, index: int) -> Verdict:
 
 def ladder(index: int) -> list[str]:
     """Descriptions of a scene, every one truer than the next."""
-    scene, rng = toyworld.make_scene("validation", index), random.Random(index)
+    scene, rng = world.make_scene("validation", index), random.Random(index)
     places = {
-        place: thing for cell, thing in scene.cells.items() for place in [toyworld.POSITIONS[cell]]
+        place: thing for cell, thing in scene.cells.items() for place in [world.POSITIONS[cell]]
     }
     said = [f"The {place} {name} is {colour}." for place, (name, colour) in places.items()]
     place, (name, colour) = rng.choice(list(places.items()))
@@ -56,7 +59,7 @@ def ladder(index: int) -> list[str]:
         f"The {other_place} {name} is {colour}.",
     )
     dreamt = [
-        f"There is {toyworld.with_article(thing)}."
+        f"There is {world.with_article(thing)}."
         for thing in rng.sample(absent_objects(scene), 2)
     ]
     rng.shuffle(said)
@@ -88,11 +91,11 @@ def test_hallucinations_count_first_then_attributes_then_recall(index):
 def test_yes_and_no_by_hand(index):
     """A true Yes beats a false No, and a true No beats a false Yes; what is denied is not
     mentioned."""
-    scene, rng = toyworld.make_scene("validation", index), random.Random(index)
+    scene, rng = world.make_scene("validation", index), random.Random(index)
     there, missing = rng.choice(list(scene.objects)), rng.choice(absent_objects(scene))
     yes, no = "Yes, there is {}.".format, "No, there is no {}.".format
-    assert better(yes(toyworld.with_article(there)), no(there), index) == Verdict(0)
-    assert better(no(missing), yes(toyworld.with_article(missing)), index) == Verdict(0)
+    assert better(yes(world.with_article(there)), no(there), index) == Verdict(0)
+    assert better(no(missing), yes(world.with_article(missing)), index) == Verdict(0)
     assert better(no(missing), "It is a picture.", index) == Verdict(
         None, "tie"
     )  # no hallucinated object
@@ -102,7 +105,7 @@ def test_yes_and_no_by_hand(index):
         None, "tie"
     )  # nor a found one
     assert better(
-        f"There is {toyworld.with_article(there)} but no {missing}.", no(missing), index
+        f"There is {world.with_article(there)} but no {missing}.", no(missing), index
     ) == Verdict(0)
 
 
@@ -115,7 +118,7 @@ def test_equally_true_responses_tie(index):
         assert better(text, text, index) == Verdict(None, "tie")
         turned = ". ".join(s.rstrip(".") for s in rng.sample(sentences, len(sentences))) + "."
         assert better(text, turned, index) == Verdict(None, "tie")
-    first, second = absent_objects(toyworld.make_scene("validation", index))[:2]
+    first, second = absent_objects(world.make_scene("validation", index))[:2]
     assert better(f"The {first}.", f"The {second}.", index) == Verdict(None, "tie")
 
 
@@ -260,7 +263,7 @@ def test_the_question_has_everything_in_it(monkeypatch):
 def test_typed_control_tokens_stay_data(monkeypatch):
     """One image token, no end token, and the text of the responses as it was typed."""
     seen, tokenizer = [], toy_tokenizer()
-    real = benchmarks.generate
+    real = questions.generate
     monkeypatch.setattr(
         benchmarks, "generate", lambda *args, **kw: seen.extend(args[1]) or real(*args, **kw)
     )
@@ -292,7 +295,7 @@ def said_by(
     monkeypatch, judge: ModelAnnotator, comparisons: list[Comparison], features
 ) -> list[list[str]]:
     """What the judge's model answers."""
-    said, real = [], benchmarks.answers
+    said, real = [], questions.answers
     with monkeypatch.context() as patch:
         patch.setattr(benchmarks, "answers", lambda *args: said.extend(real(*args)) or said)
         judge.choose(comparisons, features)

@@ -1,4 +1,4 @@
-"""`python -m minialign.annotator`: its figures by hand, what it prints, and what it refuses."""
+"""`python -m minialign.annotate`: its figures by hand, what it prints, and what it refuses."""
 
 import json
 import random
@@ -11,7 +11,8 @@ from helpers import refused
 from input_files import array, instruct, lines, pair
 from judges import absent_objects, script, shown
 
-from minialign import annotator, toyworld
+from minialign.align import annotators
+from minialign.toy import world
 from minialign.cli import parse_config
 
 TALK = {"prompt": "Is it there?"}
@@ -20,7 +21,7 @@ TALK = {"prompt": "Is it there?"}
 def run(monkeypatch, capsys, *argv: object) -> dict:
     """The object that --json prints, and nothing else on stdout."""
     monkeypatch.setattr(sys, "argv", ["annotator", *map(str, argv), "--json"])
-    annotator.main(parse_config(annotator.Config, ""))
+    annotators.main(parse_config(annotators.Config, ""))
     out, err = capsys.readouterr()
     assert out.count("\n") == 1 and "read as" in err
     return json.loads(out)
@@ -29,7 +30,7 @@ def run(monkeypatch, capsys, *argv: object) -> dict:
 def refuse(monkeypatch, *argv: object, parts=()) -> None:
     """The flags end in one line that names these things."""
     monkeypatch.setattr(sys, "argv", ["annotator", *map(str, argv)])
-    refused(lambda: annotator.main(parse_config(annotator.Config, "")), *parts)
+    refused(lambda: annotators.main(parse_config(annotators.Config, "")), *parts)
 
 
 def values(result: dict) -> dict:
@@ -45,8 +46,8 @@ def values(result: dict) -> dict:
 def yes_no(number: int, right: bool) -> dict:
     """A pair about an object that is there: the chosen response says so, or (not `right`) the
     rejected one."""
-    name = next(iter(toyworld.make_scene("alignment", number).objects))
-    two = [f"Yes, there is {toyworld.with_article(name)}.", f"No, there is no {name}."]
+    name = next(iter(world.make_scene("alignment", number).objects))
+    two = [f"Yes, there is {world.with_article(name)}.", f"No, there is no {name}."]
     chosen, rejected = two if right else two[::-1]
     return pair(number, chosen=chosen, rejected=rejected, **TALK)
 
@@ -59,7 +60,7 @@ def file_of(path: Path, *raws: dict) -> Path:
 def test_the_oracles_figures_by_hand(monkeypatch, capsys, tmp_path):
     """Four right of five that it decides, two ties of seven; it reads no positions, and all can be
     read."""
-    first, second = absent_objects(toyworld.make_scene("alignment", 5))[:2]
+    first, second = absent_objects(world.make_scene("alignment", 5))[:2]
     ties = (
         pair(5, chosen=f"A {first}.", rejected=f"A {second}.", **TALK),
         pair(6, chosen="A.", rejected="B.", **TALK),
@@ -150,10 +151,10 @@ def test_the_table(monkeypatch, capsys, tmp_path):
     """Without --json every figure is a line, under the annotator's name."""
     path = file_of(tmp_path / "pairs.jsonl", *(yes_no(i, i > 0) for i in range(4)))
     monkeypatch.setattr(sys, "argv", ["annotator", "--pairs", str(path)])
-    annotator.main(parse_config(annotator.Config, ""))
+    annotators.main(parse_config(annotators.Config, ""))
     rows = capsys.readouterr().out.splitlines()
     assert rows[0].split() == ["oracle"] and [row.split()[0] for row in rows[1:]] == list(
-        annotator.FIGURES
+        annotators.FIGURES
     )
     assert rows[1].split()[1] == "0.750" and "not measured" in rows[2]
 

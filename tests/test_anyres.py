@@ -9,9 +9,9 @@ import pytest
 import torch
 from PIL import Image
 
-from minialign.anyres import PINPOINTS, best_resolution, packing
-from minialign.images import ImageProcessor
-from minialign.masks import NEWLINE
+from minialign.data.anyres import PINPOINTS, best_resolution, packing
+from minialign.data.images import ImageProcessor
+from minialign.model.masks import NEWLINE
 
 # Height, width, the best resolution, the kept grid and the number of image embeddings at 336
 # pixels, 14 per patch.

@@ -15,7 +15,7 @@ from script_runs import read_lines, sample, train
 
 import train_dpo
 from minialign.errors import UserError
-from minialign.losses import preference_loss, preference_metrics
+from minialign.align.losses import preference_loss, preference_metrics
 
 SEEDS = range(5)
 ADAPTER = "adapter/adapter_model.safetensors"

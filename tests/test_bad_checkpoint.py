@@ -6,7 +6,8 @@ import torch
 from helpers import refused
 from llava_folders import edit_json, laid_out, replace_weights
 
-from minialign.checkpoint import TOY, load_model, resolve_model
+from minialign.toy.edge import TOY, resolve_model
+from minialign.model.hf_folder import load_model
 
 TENSORS = [
     "lm_head.weight",

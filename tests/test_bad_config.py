@@ -7,10 +7,10 @@ import shutil
 import pytest
 from helpers import refused
 
-from minialign.chat import Tokenizer
-from minialign.checkpoint import TOY
-from minialign.config import read_config
-from minialign.images import ImageProcessor
+from minialign.data.tokenizer import Tokenizer
+from minialign.toy.edge import TOY
+from minialign.model.config import read_config
+from minialign.data.images import ImageProcessor
 
 PREPROCESSOR, CONFIG = "preprocessor_config.json", "config.json"
 CASES = [

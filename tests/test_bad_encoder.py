@@ -11,7 +11,8 @@ from helpers import refused
 from safetensors.torch import load_file, save_file
 from tokenizers import processors
 
-from minialign.similarity import SentenceEncoder, load_similarity
+from minialign.sampling.sentence_encoder import SentenceEncoder
+from minialign.sampling.similarity import load_similarity
 
 
 def check_error(folder: Path, *words: str) -> None:

@@ -5,7 +5,9 @@ import pytest
 from input_files import gives_remedy, left_in, lines, pair, sample, train
 
 import sample_bdhs
-from minialign import chat, evaluate, study, toyworld
+from minialign import chat, evaluate
+from minialign.study import __main__
+from minialign.toy import world
 from minialign.cli import parse_config
 from minialign.errors import UserError
 

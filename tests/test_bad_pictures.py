@@ -8,7 +8,7 @@ from PIL import Image
 
 from minialign import chat
 from minialign.errors import UserError
-from minialign.images import open_image
+from minialign.data.images import open_image
 
 BAD_PICTURES = [
     ("none.png", "no such file; names of pictures are below --images"),

@@ -8,22 +8,22 @@ import pytest
 import torch
 from helpers import cuts, plain_greedy, random_toy, toy_model, toy_processor, toy_tokenizer, worst
 
-import minialign.bdhs
-from minialign import toyworld
-from minialign.bdhs import Bdhs, BdhsConfig, Example, full_stop_ids, join, split_sentences
-from minialign.generate import Sampling, generate
-from minialign.images import noise_of_seed
-from minialign.masks import image_attention_mask
+import minialign.sampling.bdhs
+from minialign.toy import world
+from minialign.sampling.bdhs import Bdhs, BdhsConfig, Example, full_stop_ids, join, split_sentences
+from minialign.sampling.generate import Sampling, generate
+from minialign.sampling.noise import noise_of_seed
+from minialign.model.masks import image_attention_mask
 
 
 def examples(count: int, first: int = 0) -> list[Example]:
     """Records of the embedded world with their pictures."""
     found = []
-    for raw in toyworld.alignment_records(count, "validation", first):
+    for raw in world.alignment_records(count, "validation", first):
         question, answer = (
             turn["value"].removeprefix("<image>\n") for turn in raw["conversations"]
         )
-        picture = toyworld.picture(toyworld.scene_of(raw["image"]))
+        picture = world.picture(world.scene_of(raw["image"]))
         found.append(Example(raw["id"], picture, [("user", question)], answer))
     return found
 

@@ -13,11 +13,12 @@ import torch
 from helpers import IMAGE, random_ids, random_model, refused
 from torch.utils.flop_counter import FlopCounterMode
 
-from minialign.generate import Sampling, generate
-from minialign.llama import LlamaConfig
-from minialign.lora import add_adapters
-from minialign.losses import both_logps, branch_logps, preference_loss
-from minialign.masks import Branch, Sequence, build_tree
+from minialign.sampling.generate import Sampling, generate
+from minialign.model.llama import LlamaConfig
+from minialign.model.lora import add_adapters
+from minialign.align.logps import both_logps, branch_logps
+from minialign.align.losses import preference_loss
+from minialign.model.masks import Branch, Sequence, build_tree
 
 pytest.importorskip("transformers")
 pytest.importorskip("peft")

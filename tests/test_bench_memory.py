@@ -14,12 +14,12 @@ from helpers import IMAGE, random_ids, random_model
 from test_layers_in_training import wrap_layers
 from torchruns import run
 
-from minialign import losses
-from minialign.llama import KVCache
-from minialign.lora import add_adapters
-from minialign.losses import branch_logps
-from minialign.masks import Branch, Sequence, build_tree
-from minialign.optimizer import make_optimizer, update
+from minialign.align import losses
+from minialign.model.llama import KVCache
+from minialign.model.lora import add_adapters
+from minialign.align.logps import branch_logps
+from minialign.model.masks import Branch, Sequence, build_tree
+from minialign.training.optimizer import make_optimizer, update
 from tests.bench import memory
 from tests.bench.timing import peak_bytes
 

@@ -19,7 +19,7 @@ from benchmark_files import (
 from helpers import refused
 from script_runs import contents
 
-from minialign import benchmarks
+from minialign.evaluation import questions
 
 KINDS = ("pope", "chair", "llava-bench", "mmhal")
 
@@ -67,7 +67,7 @@ def same_result(out, other) -> bool:
 @pytest.mark.parametrize("written", [False, True])
 def test_killed_at_each_batch(flags, undisturbed, tmp_path, monkeypatch, kind, batch, written):
     """Before a batch's lines are on the disk, or right after."""
-    real, calls = benchmarks.append_lines, []
+    real, calls = questions.append_lines, []
 
     def killing(path, lines):
         calls.append(lines)
@@ -113,7 +113,7 @@ def test_a_finished_run_asks_nothing(flags, undisturbed, tmp_path, monkeypatch, 
 
 
 def test_a_longer_run_goes_on(flags, undisturbed, tmp_path, monkeypatch):
-    out, real, asked = tmp_path / "out", benchmarks.answers, []
+    out, real, asked = tmp_path / "out", questions.answers, []
     assert run(*flags["chair"], "--out", out, "--limit", 2)["questions"] == 2
     monkeypatch.setattr(benchmarks, "answers", lambda *a: asked.append(len(a[4])) or real(*a))
     assert run(*flags["chair"], "--out", out, "--limit", 4)["questions"] == 4 and asked == [2]

@@ -22,12 +22,14 @@ from benchmark_files import (
 )
 from helpers import plain_greedy, random_toy, toy_model, toy_processor, toy_tokenizer
 
-from minialign import benchmarks, evaluate, toyworld
+from minialign.evaluation import questions
+from minialign import evaluate
+from minialign.toy import world
 from minialign.cli import parse_config
-from minialign.images import open_image
-from minialign.metrics import with_intervals
-from minialign.toybench import ToyBenchmark
-from minialign.toydraw import OBJECTS
+from minialign.data.images import open_image
+from minialign.evaluation.metrics import with_intervals
+from minialign.toy.benchmark import ToyBenchmark
+from minialign.toy.drawing import OBJECTS
 
 
 def saved(out) -> list[dict]:
@@ -259,8 +261,8 @@ def test_the_embedded_world_from_files(tmp_path):
     assert len(same) == 9 and {name: pope[name] for name in same} == {
         name: toy[name] for name in same
     }
-    scenes = {number: toyworld.make_scene("test", number) for number in range(count)}
-    files = {number: toyworld.image_name("test", number) for number in scenes}
+    scenes = {number: world.make_scene("test", number) for number in range(count)}
+    files = {number: world.image_name("test", number) for number in scenes}
     there = [(number, name) for number, scene in scenes.items() for name in scene.objects]
     (tmp_path / "i.json").write_text(json.dumps(coco(files, there, list(OBJECTS))))
     (tmp_path / "c.json").write_text(json.dumps(captions([(0, "A picture.")])))
@@ -279,7 +281,7 @@ def test_the_embedded_world_from_files(tmp_path):
         "--out",
         tmp_path / "chair",
         "--question",
-        toyworld.DESCRIBE[0],
+        world.DESCRIBE[0],
         "--max-new-tokens",
         128,
     )

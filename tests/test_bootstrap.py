@@ -7,8 +7,8 @@ import numpy as np
 import pytest
 from study_counts import POPE, some_runs
 
-from minialign.findings import judge
-from minialign.metrics import SETTINGS_OF_POPE, bootstrap
+from minialign.study.findings import judge
+from minialign.evaluation.metrics import SETTINGS_OF_POPE, bootstrap
 
 RECALL = "bdhs misses fewer objects"
 

@@ -11,9 +11,9 @@ from test_masks import random_batch
 from test_tree_logits import toy_rows, toy_tree
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from minialign.generate import Sampling, generate
-from minialign.llava import Llava
-from minialign.masks import PADDING, Branch, Sequence, TokenTree, build_tree, dense_mask
+from minialign.sampling.generate import Sampling, generate
+from minialign.model.llava import Llava
+from minialign.model.masks import PADDING, Branch, Sequence, TokenTree, build_tree, dense_mask
 
 SEEDS = range(8)
 LAYERS = 2  # of the random models

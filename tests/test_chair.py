@@ -7,9 +7,9 @@ import pytest
 from benchmark_files import captions, coco
 from coco_words import DOUBLE, LINES, PLURALS
 
-from minialign.benchmarks import by_image, counts_per_image
-from minialign.chair import ObjectWords, count_caption, read_chair, read_synonyms
-from minialign.metrics import with_intervals
+from minialign.evaluation.questions import by_image, counts_per_image
+from minialign.evaluation.chair import ObjectWords, count_caption, read_chair, read_synonyms
+from minialign.evaluation.metrics import with_intervals
 
 
 @pytest.fixture(scope="module")

@@ -12,8 +12,8 @@ from llama_tokenizer import AWKWARD, VICUNA, llama2_folder, random_text
 from tokenizers import AddedToken
 from tokenizers import Tokenizer as FastTokenizer
 
-from minialign.chat import Tokenizer
-from minialign.checkpoint import TOY
+from minialign.data.tokenizer import Tokenizer
+from minialign.toy.edge import TOY
 from minialign.errors import UserError
 
 CONTROL = ["<s>", "</s>", "<image>", "<pad>", "<unk>"]

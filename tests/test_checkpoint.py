@@ -11,9 +11,9 @@ from llava_folders import LAYOUTS, SEED, edit_json, laid_out, replace_weights
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
-from minialign.checkpoint import load_model, save_changed, save_model, weight_files
-from minialign.config import read_config
-from minialign.masks import Sequence, build_tree
+from minialign.model.hf_folder import load_model, save_changed, save_model, weight_files
+from minialign.model.config import read_config
+from minialign.model.masks import Sequence, build_tree
 
 
 @pytest.fixture(scope="module")

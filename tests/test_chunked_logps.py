@@ -6,9 +6,9 @@ import torch
 from helpers import IMAGE, random_case, worst
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from minialign import losses
-from minialign.losses import token_logps
-from minialign.masks import build_tree
+from minialign.align import losses
+from minialign.align.logps import token_logps
+from minialign.model.masks import build_tree
 
 SEEDS = range(6)
 VOCAB = 97  # no other width of the random models

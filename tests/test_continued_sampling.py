@@ -10,8 +10,8 @@ import pytest
 from script_runs import contents, instruct_file, read_lines, sample
 
 import sample_bdhs
-from minialign import toyworld
-from minialign.bdhs import Bdhs
+from minialign.toy import world
+from minialign.sampling.bdhs import Bdhs
 from minialign.errors import UserError
 
 
@@ -68,7 +68,7 @@ def test_what_is_there_is_not_sampled_again(model, tmp_path, monkeypatch):
     )
     more = sample(model, tmp_path / "pairs.jsonl", limit=6)  # a longer run goes on
     assert more[:4] == first and ids == [
-        record["id"] for record in toyworld.alignment_records(6)[4:]
+        record["id"] for record in world.alignment_records(6)[4:]
     ]
 
 
@@ -168,7 +168,7 @@ def test_data_that_changed_under_the_same_ids(model, tmp_path, change):
     def record(number: int, **changes) -> dict:
         raw = {
             "id": number,
-            "image": toyworld.image_name("alignment", number),
+            "image": world.image_name("alignment", number),
             "question": "What is there?",
             "chosen": "A red cup.",
             "rejected": "A car.",
@@ -182,7 +182,7 @@ def test_data_that_changed_under_the_same_ids(model, tmp_path, change):
     other = {
         "question": {"question": "What is here?"},
         "answer": {"chosen": "A blue cup."},
-        "image": {"image": toyworld.image_name("alignment", 7)},
+        "image": {"image": world.image_name("alignment", 7)},
         "rejected": {"rejected": "A dog."},
     }
     data.write_text(

@@ -17,13 +17,14 @@ from script_runs import read_lines
 
 import sample_bdhs
 import train_dpo
-from minialign.chat import Tokenizer
-from minialign.checkpoint import TOY, load_model
-from minialign.data import order_of
-from minialign.images import ImageProcessor, open_image
-from minialign.lora import load_adapter
-from minialign.masks import Branch, Sequence, build_tree
-from minialign.records import FORMATS, instruct_record
+from minialign.data.tokenizer import Tokenizer
+from minialign.toy.edge import TOY
+from minialign.model.hf_folder import load_model
+from minialign.data.record_files import order_of
+from minialign.data.images import ImageProcessor, open_image
+from minialign.model.peft_folder import load_adapter
+from minialign.model.masks import Branch, Sequence, build_tree
+from minialign.data.records import FORMATS, instruct_record
 
 PAIRED = [form for form in RAW if form != "instruct"]
 

@@ -11,10 +11,10 @@ from helpers import IMAGE, random_ids, random_model, worst
 from test_generate import SEEDS, random_rows, seeds_of
 from test_layers_in_training import wrap_layers
 
-from minialign import generate
-from minialign.generate import Completion, Sampling, pick
-from minialign.llama import KVCache
-from minialign.masks import PADDING, Branch, Sequence, TokenTree, dense_mask
+from minialign.sampling import generate
+from minialign.sampling.generate import Completion, Sampling, pick
+from minialign.model.llama import KVCache
+from minialign.model.masks import PADDING, Branch, Sequence, TokenTree, dense_mask
 
 STOPS = set(range(4, 14))  # of 50 ids: branches end after some five tokens, at different times
 SAMPLINGS = [Sampling(16, 0.0), Sampling(16, 0.6), Sampling(16, 1.3, 0.9)]

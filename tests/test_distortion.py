@@ -27,15 +27,16 @@ from PIL import Image
 from script_runs import read_lines, stop_at, train
 
 import train_dpo
-from minialign import lora, toyworld
-from minialign.clip import Clip
-from minialign.collate import PairCollator
-from minialign.distortion import distorted_tree
+from minialign.model import lora
+from minialign.toy import world
+from minialign.model.clip import Clip
+from minialign.data.collate import PairCollator
+from minialign.align.distortion import distorted_tree
 from minialign.errors import UserError
-from minialign.generate import stable_seed
-from minialign.llama import Llama
-from minialign.masks import COLUMNS, Branch, Sequence, build_tree
-from minialign.records import Record, instruct_record
+from minialign.sampling.generate import stable_seed
+from minialign.model.llama import Llama
+from minialign.model.masks import COLUMNS, Branch, Sequence, build_tree
+from minialign.data.records import Record, instruct_record
 
 SEEDS = range(6)
 ADAPTER = "adapter/adapter_model.safetensors"
@@ -188,7 +189,7 @@ def plain_noise(record: Record, steps: int) -> Image.Image:
     abar = 1.0
     for k in range(1, steps + 1):
         abar *= 1 - (1 / (1 + math.exp(6 - 12 * k / 1000)) * (0.5e-2 - 1e-5) + 1e-5)
-    pixels = np.asarray(toyworld.picture(toyworld.scene_of(record.image))) / 255
+    pixels = np.asarray(world.picture(world.scene_of(record.image))) / 255
     stream = torch.Generator().manual_seed(stable_seed(record.id) % 2**31 + 1)
     eps = torch.randn(pixels.shape, generator=stream, dtype=torch.float64).numpy()
     noisy = np.clip(math.sqrt(abar) * pixels + math.sqrt(1 - abar) * eps, 0, 1)
@@ -198,7 +199,7 @@ def plain_noise(record: Record, steps: int) -> Image.Image:
 def world_records(count: int, first: int) -> list[Record]:
     """True answers, the next picture's as rejected ones."""
     answers = [
-        instruct_record(raw) for raw in toyworld.alignment_records(count + 1, "validation", first)
+        instruct_record(raw) for raw in world.alignment_records(count + 1, "validation", first)
     ]
     return [
         Record(a.id, a.image, a.turns, a.chosen, b.chosen)
@@ -265,7 +266,7 @@ def test_the_first_step_by_hand(model, pairs, tmp_path, gamma, steps):
     for record in few(pairs, 5):
         prompt, stored = tokenizer.prompt(record.turns), tokenizer.response(record.rejected)
         clean = base.encode_images(
-            toy_processor()(toyworld.picture(toyworld.scene_of(record.image)))
+            toy_processor()(world.picture(world.scene_of(record.image)))
         )[0]
         noisy = base.encode_images(toy_processor()(plain_noise(record, steps)))[0]
         own = plain_distorted(

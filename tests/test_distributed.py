@@ -18,11 +18,11 @@ from safetensors.torch import load_file, save_file
 from script_runs import read_lines
 from torchruns import children, command, finish, killed, launch, run, start, wait_for
 
-from minialign import parallel
-from minialign.checkpoint import TOY
+from minialign.training import parallel
+from minialign.toy.edge import TOY
 from minialign.cli import parse_config
-from minialign.reward_model import load_reward_model
-from minialign.schedule import batches_of_run
+from minialign.rlhf.reward_model import load_reward_model
+from minialign.training.optimizer import batches_of_run
 
 SIZES = ["--lora-rank", "4", "--batch-size", "5", "--seed", "3"]
 TIMES = ("time/sampling", "time/training")

@@ -11,8 +11,9 @@ from safetensors.torch import load_file
 from script_runs import read_lines, sample, train
 
 import train_dpo
-from minialign.checkpoint import NAMES, TOY, load_model, rename, save_model
-from minialign.lora import TARGETS
+from minialign.model.hf_folder import NAMES, load_model, rename, save_model
+from minialign.toy.edge import TOY
+from minialign.model.lora import TARGETS
 
 
 @pytest.fixture(scope="module")

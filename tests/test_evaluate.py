@@ -9,20 +9,14 @@ import pytest
 import torch
 from helpers import plain_greedy, random_toy, toy_features, toy_model, toy_processor, toy_tokenizer
 
-from minialign import toyworld
-from minialign.metrics import bootstrap, print_table, with_intervals
-from minialign.pope import pope_verdict
-from minialign.toybench import (
-    ToyBenchmark,
-    count_description,
-    count_pope,
-    pope_questions,
-    popular_objects,
-)
-from minialign.toydraw import OBJECTS, SETTINGS
+from minialign.toy import world
+from minialign.evaluation.metrics import bootstrap, print_table, with_intervals
+from minialign.evaluation.pope import pope_verdict
+from minialign.toy.benchmark import ToyBenchmark, count_description, count_pope, pope_questions, popular_objects
+from minialign.toy.drawing import OBJECTS, SETTINGS
 
-NW, N, NE, SW, S, SE = toyworld.POSITIONS.values()
-KITCHEN = toyworld.Scene("kitchen", {(0, 0): ("cup", "red"), (1, 2): ("dog", "black")}, 0)
+NW, N, NE, SW, S, SE = world.POSITIONS.values()
+KITCHEN = world.Scene("kitchen", {(0, 0): ("cup", "red"), (1, 2): ("dog", "black")}, 0)
 POPE = ("random", "popular", "adversarial")
 NOTHING = {f"{setting}_{part}": 0 for setting in POPE for part in ("tp", "fp", "fn", "tn")}
 TEXTS = [
@@ -113,7 +107,7 @@ def test_counts_by_hand(text, expected):
     ],
 )
 def test_an_object_may_be_there_twice(text, wrong_colour, wrong_place):
-    scene = toyworld.Scene("kitchen", {(0, 0): ("cup", "red"), (0, 1): ("cup", "blue")}, 0)
+    scene = world.Scene("kitchen", {(0, 0): ("cup", "red"), (0, 1): ("cup", "blue")}, 0)
     counts = count_description(scene, text)
     assert (counts["wrong_colour"], counts["wrong_place"]) == (wrong_colour, wrong_place)
     assert counts["objects"] == counts["found"] == 1 and counts["hallucinated"] == 0
@@ -227,7 +221,7 @@ def test_pope_by_hand():
 def test_pope_questions(split):
     exhausted = 0
     for index in range(150):
-        scene = toyworld.make_scene(split, index)
+        scene = world.make_scene(split, index)
         questions = pope_questions(scene)
         assert questions == pope_questions(scene)
         assert list(questions) == ["present", "random", "popular", "adversarial"]
@@ -255,7 +249,7 @@ def test_pope_questions(split):
 
 
 def test_popular_objects_are_those_of_the_training_split():
-    things = [name for i in range(2000) for name in toyworld.make_scene("train", i).objects]
+    things = [name for i in range(2000) for name in world.make_scene("train", i).objects]
     counts = [things.count(name) for name in popular_objects()]
     assert sorted(popular_objects()) == sorted(OBJECTS)
     assert counts == sorted(counts, reverse=True)
@@ -338,12 +332,12 @@ class Scripted(ToyBenchmark):
     truthful = True
 
     def answers(self, model, tokenizer, features, layouts, questions, limit):
-        scenes = [toyworld.make_scene(self.split, i) for i in range(self.images)]
+        scenes = [world.make_scene(self.split, i) for i in range(self.images)]
         scenes = [scene for scene in scenes if scene.seed in features.tolist()]
         assert len(scenes) == len(questions)
-        if questions[0] == [toyworld.DESCRIBE[0]]:
+        if questions[0] == [world.DESCRIBE[0]]:
             absent = [next(o for o in OBJECTS if o not in scene.objects) for scene in scenes]
-            true = [toyworld.description(scene, random.Random(0)) for scene in scenes]
+            true = [world.description(scene, random.Random(0)) for scene in scenes]
             return [
                 [text] if self.truthful else [f"A {name}."]
                 for text, name in zip(true, absent, strict=True)

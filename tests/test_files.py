@@ -9,15 +9,7 @@ import pytest
 
 from minialign import files
 from minialign.errors import UserError
-from minialign.files import (
-    append_lines,
-    read_json,
-    read_lines,
-    whole_lines,
-    write_folder_whole,
-    write_json,
-    write_whole,
-)
+from minialign.files import append_lines, read_json, read_lines, whole_lines, write_folder_whole, write_json, write_whole
 
 ODD = 'Zürich 東京 🚲 \u2028 \u2029 \x85 \x0b \x0c \x1c \t " \\ \r\n </script>'  # what str.splitlines would split
 

@@ -4,9 +4,9 @@ compared."""
 import numpy as np
 import pytest
 
-from minialign.findings import BEATS, FIGURES, FINDINGS, MATCHES, NO_BETTER, ON_PAR, judge
-from minialign.metrics import interval
-from minialign.study import ROWS
+from minialign.study.findings import BEATS, FIGURES, FINDINGS, MATCHES, NO_BETTER, ON_PAR, judge
+from minialign.evaluation.metrics import interval
+from minialign.study.__main__ import ROWS
 
 MARGINS = {"adversarial POPE": 0.02, "recall": 0.02, "CHAIR_i": 0.01}
 METRICS = ("pope_adversarial", "recall", "chair_i")

@@ -8,9 +8,9 @@ import torch
 from helpers import random_model, worst
 from test_lora import adapted
 
-from minialign.lora import trainable_groups
-from minialign.optimizer import make_optimizer, update
-from minialign.resume import progress_tensors
+from minialign.model.lora import trainable_groups
+from minialign.training.optimizer import make_optimizer, update
+from minialign.training.progress import progress_tensors
 
 
 @pytest.mark.parametrize("seed", range(4))

@@ -20,11 +20,11 @@ from helpers import (
     worst,
 )
 
-from minialign import toyworld
-from minialign.checkpoint import TOY
-from minialign.generate import Sampling, generate, pick, stable_seed
-from minialign.losses import branch_logps
-from minialign.masks import Branch, Sequence, build_tree
+from minialign.toy import world
+from minialign.toy.edge import TOY
+from minialign.sampling.generate import Sampling, generate, pick, stable_seed
+from minialign.align.logps import branch_logps
+from minialign.model.masks import Branch, Sequence, build_tree
 
 GREEDY = Sampling(max_new_tokens=24, temperature=0.0)
 PATCHES = 9
@@ -74,7 +74,7 @@ def test_greedy_equals_transformers(oracle, first):
     tokenizer, model = toy_tokenizer(), toy_model()
     patches = model.config.vision.patches
     questions = [
-        *toyworld.DESCRIBE,
+        *world.DESCRIBE,
         "Is there a cup?",
         "Do you see an umbrella?",
         "What place is this?",
@@ -97,7 +97,7 @@ def test_greedy_equals_transformers(oracle, first):
         expanded = [
             t for token in prompt for t in [token] * (patches if token == tokenizer.image_id else 1)
         ]
-        pixels = toy_processor()(toyworld.picture(toyworld.make_scene("validation", i)))
+        pixels = toy_processor()(world.picture(world.make_scene("validation", i)))
         ids = torch.tensor([expanded])
         theirs = peer.generate(
             input_ids=ids,
@@ -168,7 +168,7 @@ def test_recorded_logps_on_the_embedded_world(temperature):
         Sequence(
             tokenizer.prompt([("user", q)]), [Branch([]), Branch(tokenizer.encode("This is"))], 36
         )
-        for q in toyworld.DESCRIBE
+        for q in world.DESCRIBE
     ]
     done = generate(
         model, rows, features, Sampling(30, temperature), {tokenizer.eos_id}, seeds_of(rows)

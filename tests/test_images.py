@@ -13,10 +13,11 @@ import pytest
 import torch
 from PIL import Image
 
-from minialign import toyworld
-from minialign.checkpoint import TOY
+from minialign.toy import world
+from minialign.toy.edge import TOY
 from minialign.errors import UserError
-from minialign.images import ImageProcessor, add_noise, noise_level, open_image
+from minialign.data.images import ImageProcessor, open_image
+from minialign.sampling.noise import add_noise, noise_level
 
 SIZES = [96, 336]
 PHOTOGRAPHS = [
@@ -111,7 +112,7 @@ def test_photographs(oracle, name):
 
 @pytest.mark.parametrize("split,index", [("train", 0), ("test", 5), ("alignment", 77)])
 def test_pictures_of_the_embedded_world(oracle, split, index):
-    picture = toyworld.picture(toyworld.make_scene(split, index))
+    picture = world.picture(world.make_scene(split, index))
     check(oracle, picture)
     whole = oracle.transformers.CLIPImageProcessorPil.from_pretrained(TOY)
     ours = ImageProcessor.from_folder(TOY)

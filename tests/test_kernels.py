@@ -8,12 +8,12 @@ import torch
 import torch.nn.functional as F
 from helpers import random_ids, worst
 
-from minialign.checkpoint import load_model
-from minialign.generate import Sampling, generate
-from minialign.llama import RMSNorm, attend, attention_bias, rotary_tables, rotate
-from minialign.lora import LoraLinear
-from minialign.losses import branch_logps
-from minialign.masks import Branch, Sequence, build_tree
+from minialign.model.hf_folder import load_model
+from minialign.sampling.generate import Sampling, generate
+from minialign.model.llama import RMSNorm, attend, attention_bias, rotary_tables, rotate
+from minialign.model.lora import LoraLinear
+from minialign.align.logps import branch_logps
+from minialign.model.masks import Branch, Sequence, build_tree
 
 SEEDS = range(6)
 TYPES = {torch.float32: 1e-6, torch.float64: 1e-12, torch.bfloat16: 4e-2}

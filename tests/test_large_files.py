@@ -13,11 +13,11 @@ from input_files import array, instruct, lines, pair, pairs_in, records_in
 from online_runs import online
 from script_runs import contents, read_lines, sample, train
 
-from minialign import data
-from minialign.data import open_file, open_pairs, usable_pairs
+from minialign.data import record_files
+from minialign.data.record_files import open_file, open_pairs, usable_pairs
 from minialign.errors import UserError
-from minialign.loader import load_ahead
-from minialign.schedule import batches_of_epoch
+from minialign.data.prefetch import load_ahead
+from minialign.training.optimizer import batches_of_epoch
 
 SEED = 1  # of the runs that meet a bad picture late
 
@@ -26,7 +26,7 @@ SEED = 1  # of the runs that meet a bad picture late
 def parsed(monkeypatch) -> list:
     """What `data` has parsed as JSON so far."""
     texts, real = [], json.loads
-    monkeypatch.setattr(data.json, "loads", lambda text: texts.append(text) or real(text))
+    monkeypatch.setattr(record_files.json, "loads", lambda text: texts.append(text) or real(text))
     return texts
 
 
@@ -57,8 +57,8 @@ def test_a_large_file_is_not_parsed(tmp_path, parsed):
         and len(parsed) == 101
     )
     assert len(usable_pairs(pairs, lambda record: None, None, 0, False).numbers) == 20_000
-    assert len(parsed) == 101 + data.CHECKED
-    assert len(records_in(path, 10)) == 10 and len(parsed) == 101 + data.CHECKED + 11
+    assert len(parsed) == 101 + record_files.CHECKED
+    assert len(records_in(path, 10)) == 10 and len(parsed) == 101 + record_files.CHECKED + 11
 
 
 def test_limit_is_a_fair_subset(tmp_path):
@@ -69,15 +69,15 @@ def test_limit_is_a_fair_subset(tmp_path):
     drawn = {}
     for seed in (0, 1):
         for limit in (40, 80):
-            records = data.read_records(str(path), None, limit, seed)
+            records = record_files.read_records(str(path), None, limit, seed)
             numbers = [int(record.id) for record in records]
             assert numbers == sorted(numbers) and len(set(numbers)) == limit
-            assert records == data.read_records(str(path), None, limit, seed)
+            assert records == record_files.read_records(str(path), None, limit, seed)
             drawn[seed, limit] = set(numbers)
         assert drawn[seed, 40] < drawn[seed, 80]
     assert len(drawn[0, 40] & drawn[1, 40]) < 12  # 4 are to be expected
     assert all(max(each) > 350 and min(each) < 50 for each in drawn.values())
-    many = [number for seed in range(200) for number in data.order_of(400, seed)[:40]]
+    many = [number for seed in range(200) for number in record_files.order_of(400, seed)[:40]]
     counts = [sum(low <= number < low + 100 for number in many) for low in range(0, 400, 100)]
     assert all(
         abs(count - 2000) < 150 for count in counts

@@ -17,10 +17,11 @@ from torch.utils.checkpoint import checkpoint
 
 import train_dpo
 import train_online
-from minialign.flags import COMPILE_OPTIONS
-from minialign.generate import Sampling, generate
-from minialign.losses import both_logps, branch_logps, preference_loss
-from minialign.masks import Branch, Sequence, build_tree
+from minialign.training.flags import COMPILE_OPTIONS
+from minialign.sampling.generate import Sampling, generate
+from minialign.align.logps import both_logps, branch_logps
+from minialign.align.losses import preference_loss
+from minialign.model.masks import Branch, Sequence, build_tree
 
 SEEDS = range(6)
 PLAIN, RECOMPUTE, COMPILED = (False, False), (True, False), (False, True)

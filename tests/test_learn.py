@@ -10,13 +10,13 @@ import pytest
 import torch
 from helpers import IMAGE, plain_logits, random_ids, random_model, worst
 
-from minialign import heads, lora
-from minialign.learn import Ppo, Rloo
-from minialign.losses import both_logps, token_logps
-from minialign.masks import Branch, Sequence, build_tree
-from minialign.parallel import gather
-from minialign.rewards import last_tokens
-from minialign.rollout import Rollout
+from minialign.model import scalar_head, lora
+from minialign.rlhf.learn import Ppo, Rloo
+from minialign.align.logps import both_logps, token_logps
+from minialign.model.masks import Branch, Sequence, build_tree
+from minialign.training.parallel import gather
+from minialign.rlhf.rewards import last_tokens
+from minialign.rlhf.rollout import Rollout
 
 SEEDS = range(4)
 
@@ -28,7 +28,7 @@ def policy_of(seed: int, head: bool = True):
     torch.manual_seed(seed)
     lora.add_adapters(model, 3, 6.0)
     if head:
-        heads.set_head(model, torch.randn(1, model.config.text.hidden_size))
+        scalar_head.set_head(model, torch.randn(1, model.config.text.hidden_size))
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for name, parameter in lora.adapter_state(model).items():

@@ -12,12 +12,12 @@ from input_files import lines, pair
 from script_runs import train
 
 import train_dpo
-from minialign import lora
-from minialign.collate import PairCollator, StepLoader
-from minialign.data import open_pairs
-from minialign.images import ImageProcessor, open_image
-from minialign.masks import NEWLINE
-from minialign.records import Record
+from minialign.model import lora
+from minialign.data.collate import PairCollator, StepLoader
+from minialign.data.record_files import open_pairs
+from minialign.data.images import ImageProcessor, open_image
+from minialign.model.masks import NEWLINE
+from minialign.data.records import Record
 
 CUP = Record(
     "1", "alignment-000000.png", [("user", "What is there?")], "A cup. " * 9 + "Yes.", "A ball."

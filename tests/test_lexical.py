@@ -5,8 +5,8 @@ import random
 
 import pytest
 
-from minialign.lexical import lexical_cosine
-from minialign.similarity import load_similarity
+from minialign.sampling.similarity import lexical_cosine
+from minialign.sampling.similarity import load_similarity
 
 
 @pytest.mark.parametrize(

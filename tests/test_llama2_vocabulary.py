@@ -12,7 +12,7 @@ from llama2_vocabulary import fetch, read_package
 from llama_tokenizer import AWKWARD, FORMS, joint, random_text, with_metaspace, write_llama2
 from tokenizers import Tokenizer as FastTokenizer
 
-from minialign.chat import Tokenizer
+from minialign.data.tokenizer import Tokenizer
 
 CONTROL = {
     "<unk>": 0,

@@ -10,10 +10,10 @@ import torch
 from helpers import refused, worst
 from PIL import Image
 
-from minialign.checkpoint import load_model
-from minialign.config import read_config
-from minialign.images import ImageProcessor
-from minialign.masks import Sequence, build_tree
+from minialign.model.hf_folder import load_model
+from minialign.model.config import read_config
+from minialign.data.images import ImageProcessor
+from minialign.model.masks import Sequence, build_tree
 
 FAMILIES = ["vicuna", "mistral", "34b"]
 SIZES = [

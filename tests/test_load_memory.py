@@ -13,9 +13,9 @@ import torch
 from safetensors.torch import save_file
 from torchruns import run
 
-from minialign.checkpoint import HUB_NAMES, load_model, rename
-from minialign.config import read_config
-from minialign.llava import Llava
+from minialign.model.hf_folder import HUB_NAMES, load_model, rename
+from minialign.model.config import read_config
+from minialign.model.llava import Llava
 
 CONFIG = {
     "model_type": "llava",

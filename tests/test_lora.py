@@ -20,22 +20,15 @@ from helpers import (
 )
 from safetensors.torch import load_file, save_file
 
-from minialign import toyworld
-from minialign.checkpoint import TOY, load_model, save_changed, save_model
+from minialign.toy import world
+from minialign.toy.edge import TOY
+from minialign.model.hf_folder import load_model, save_changed, save_model
 from minialign.errors import UserError
-from minialign.llava import Llava
-from minialign.lora import (
-    LoraLinear,
-    adapter_state,
-    adapters_off,
-    add_adapters,
-    load_adapter,
-    merged,
-    save_adapter,
-    trainable_groups,
-)
-from minialign.losses import branch_logps
-from minialign.masks import Branch, Sequence, build_tree
+from minialign.model.llava import Llava
+from minialign.model.lora import LoraLinear, adapter_state, adapters_off, add_adapters, trainable_groups
+from minialign.model.peft_folder import load_adapter, merged, save_adapter
+from minialign.align.logps import branch_logps
+from minialign.model.masks import Branch, Sequence, build_tree
 
 SHAPES = [(1, 1.0), (4, 8.0), (16, 4.0)]  # rank, alpha
 
@@ -74,7 +67,7 @@ def answers(model) -> list[torch.Tensor]:
     """All logits of two toy conversations: by the plain way for our model, by its own for
     transformers'."""
     tokenizer, logits = toy_tokenizer(), []
-    for i, raw in enumerate(toyworld.alignment_records(2, "validation")):
+    for i, raw in enumerate(world.alignment_records(2, "validation")):
         question, answer = (
             turn["value"].removeprefix("<image>\n") for turn in raw["conversations"]
         )
@@ -89,7 +82,7 @@ def answers(model) -> list[torch.Tensor]:
                 for token in ids
                 for t in [token] * (patches if token == tokenizer.image_id else 1)
             ]
-            pixels = toy_processor()(toyworld.picture(toyworld.make_scene("validation", i)))
+            pixels = toy_processor()(world.picture(world.make_scene("validation", i)))
             logits.append(model(input_ids=torch.tensor([expanded]), pixel_values=pixels).logits[0])
     return logits
 

@@ -21,19 +21,12 @@ from helpers import (
     worst,
 )
 
-from minialign import toyworld
-from minialign.collate import PairCollator
-from minialign.losses import (
-    LOSSES,
-    branch_logps,
-    dpo_loss,
-    ipo_loss,
-    log_ratio_difference,
-    slic_loss,
-    token_logps,
-)
-from minialign.masks import Branch, Sequence, build_tree
-from minialign.records import Record, instruct_record
+from minialign.toy import world
+from minialign.data.collate import PairCollator
+from minialign.align.losses import LOSSES, dpo_loss, ipo_loss, log_ratio_difference, slic_loss
+from minialign.align.logps import branch_logps, token_logps
+from minialign.model.masks import Branch, Sequence, build_tree
+from minialign.data.records import Record, instruct_record
 
 SEEDS = range(6)
 
@@ -232,7 +225,7 @@ def test_pairs_of_the_embedded_world_equal_the_plain_way(first):
     """A collated batch of true answers, others' as rejected ones: log-probs, and IPO's gradients
     (never near 0)."""
     model, tokenizer = copy.deepcopy(toy_model()).requires_grad_(True), toy_tokenizer()
-    answers = [instruct_record(raw) for raw in toyworld.alignment_records(4, "validation", first)]
+    answers = [instruct_record(raw) for raw in world.alignment_records(4, "validation", first)]
     records = [
         Record(a.id, a.image, a.turns, a.chosen, b.chosen)
         for a, b in zip(answers, answers[2:] + answers[:2], strict=True)

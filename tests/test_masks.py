@@ -7,15 +7,7 @@ import pytest
 import torch
 from helpers import toy_model
 
-from minialign.masks import (
-    PADDING,
-    TRUNK,
-    Branch,
-    Sequence,
-    build_tree,
-    dense_mask,
-    image_attention_mask,
-)
+from minialign.model.masks import PADDING, TRUNK, Branch, Sequence, build_tree, dense_mask, image_attention_mask
 
 IMAGE, PAD = 3, 0
 SEEDS = range(12)

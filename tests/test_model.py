@@ -8,13 +8,14 @@ import pytest
 import torch
 from helpers import randomize, toy_model, toy_processor, toy_tokenizer, worst
 
-from minialign import toyworld
-from minialign.checkpoint import TOY, load_model
-from minialign.clip import Clip, ClipConfig
-from minialign.config import read_config
-from minialign.llama import KVCache, Llama, LlamaConfig
-from minialign.llava import Projector
-from minialign.masks import Sequence, build_tree, dense_mask
+from minialign.toy import world
+from minialign.toy.edge import TOY
+from minialign.model.hf_folder import load_model
+from minialign.model.clip import Clip, ClipConfig
+from minialign.model.config import read_config
+from minialign.model.llama import KVCache, Llama, LlamaConfig
+from minialign.model.llava import Projector
+from minialign.model.masks import Sequence, build_tree, dense_mask
 
 SEEDS = range(6)
 
@@ -252,16 +253,16 @@ def toy_case(index: int, answer: bool = True):
     """(ids, pixels by transformers' preprocessing, visible patches) of a real picture, question and
     answer."""
     rng = random.Random(index)
-    scene = toyworld.make_scene("test", index)
+    scene = world.make_scene("test", index)
     kind = rng.choice(["description", "existence", "attribute"])
-    turns = toyworld.conversation(scene, kind, rng)
+    turns = world.conversation(scene, kind, rng)
     tokenizer = toy_tokenizer()
     ids = tokenizer.prompt(turns[:-1]) + tokenizer.response(turns[-1][1])
     patches = toy_model().config.vision.patches
     hidden = rng.choice([0.3, 0.9, 1.0])
     return (
         ids,
-        toy_processor()(toyworld.picture(scene))[0],
+        toy_processor()(world.picture(scene))[0],
         [rng.random() >= hidden for _ in range(patches)],
     )
 
@@ -305,8 +306,8 @@ def test_toy_at_other_feature_layers(oracle, toy_oracle, layer):
 def test_toy_folder_end_to_end(oracle, toy_oracle):
     """Text and picture in, logits out, by transformers' own processor on one side and ours on the
     other."""
-    scene = toyworld.make_scene("test", 11)
-    picture, question = toyworld.picture(scene), "Where is the cup?\nSay it."
+    scene = world.make_scene("test", 11)
+    picture, question = world.picture(scene), "Where is the cup?\nSay it."
     tokenizer = oracle.transformers.AutoTokenizer.from_pretrained(TOY)
     processor = oracle.transformers.CLIPImageProcessorPil.from_pretrained(TOY)
     ids = tokenizer(f"<s>USER: <image>\n{question} ASSISTANT:", add_special_tokens=False).input_ids

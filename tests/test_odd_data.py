@@ -4,8 +4,8 @@ question."""
 import pytest
 from input_files import array, instruct, lines, pair, pairs_in, records_in
 
-from minialign.data import number_repeats
-from minialign.records import Record, instruct_record
+from minialign.data.record_files import number_repeats
+from minialign.data.records import Record, instruct_record
 
 
 @pytest.mark.parametrize("write", [array, lines])

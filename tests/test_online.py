@@ -11,11 +11,12 @@ from online_runs import TIMES, Scripted, online, weights_of
 from script_runs import contents, instruct_file, train
 
 import train_online
-from minialign import learn, lora
-from minialign.generate import Sampling, generate
-from minialign.llava import Llava
-from minialign.losses import token_logps
-from minialign.masks import Branch, Sequence, build_tree
+from minialign.rlhf import learn
+from minialign.model import lora
+from minialign.sampling.generate import Sampling, generate
+from minialign.model.llava import Llava
+from minialign.align.logps import token_logps
+from minialign.model.masks import Branch, Sequence, build_tree
 
 # ---------------------------------------------------------------- limits
 

@@ -17,7 +17,8 @@ from torchruns import ROOT
 import sample_bdhs
 import train_dpo
 import train_online
-from minialign import chat, toyworld
+from minialign import chat
+from minialign.toy import world
 from minialign.cli import is_out_of_memory, out_of_memory, run_main
 from minialign.errors import UserError
 
@@ -53,7 +54,7 @@ def long_pairs(tmp_path) -> Path:
         for i in range(48):
             pair = {
                 "id": str(i),
-                "images": [toyworld.image_name("alignment", i)],
+                "images": [world.image_name("alignment", i)],
                 "prompt": "What is there?",
             }
             texts = {

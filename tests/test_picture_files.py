@@ -11,8 +11,8 @@ from data_sets import photograph
 from helpers import refused
 from PIL import Image, ImageOps
 
-from minialign.anyres import PINPOINTS
-from minialign.images import ImageProcessor, read_picture
+from minialign.data.anyres import PINPOINTS
+from minialign.data.images import ImageProcessor, read_picture
 
 PHOTOGRAPHS = ["astronaut.png", "coffee.png", "chelsea.png", "rocket.jpg"]
 SHAPES = [(640, 427), (427, 640), (300, 300), (600, 150), (150, 600), (37, 41)]

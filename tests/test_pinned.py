@@ -11,9 +11,10 @@ from input_files import pair
 from script_runs import contents, train
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from minialign import flags, lora
-from minialign.collate import PairCollator
-from minialign.records import pair_record
+from minialign.training import flags
+from minialign.model import lora
+from minialign.data.collate import PairCollator
+from minialign.data.records import pair_record
 
 
 @pytest.fixture

@@ -7,8 +7,8 @@ import pytest
 import torch
 from bandit import Bandit, decaying_adam
 
-from minialign.ppo import gae, policy_loss, ppo_metrics, value_loss
-from minialign.rewards import Whitening, last_tokens, token_rewards
+from minialign.rlhf.ppo import gae, policy_loss, ppo_metrics, value_loss
+from minialign.rlhf.rewards import Whitening, last_tokens, token_rewards
 
 SEEDS = range(5)
 

@@ -12,9 +12,9 @@ from data_sets import RAW, expected
 from helpers import toy_processor, toy_tokenizer
 from input_files import MESSAGE, array, instruct, lines, pair, pairs_in, records_in
 
-from minialign.collate import PairCollator
+from minialign.data.collate import PairCollator
 from minialign.errors import UserError
-from minialign.report import write_report
+from minialign.evaluation.report import write_report
 
 RUBBISH = [
     None,

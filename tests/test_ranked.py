@@ -9,8 +9,10 @@ from helpers import refused
 from online_runs import Scripted
 from script_runs import instruct_file
 
-from minialign import ranked, toyworld
-from minialign.annotator import OracleAnnotator, Verdict
+from minialign import ranked
+from minialign.toy import world
+from minialign.toy.oracle import OracleAnnotator
+from minialign.align.annotators import Verdict
 from minialign.cli import parse_config
 
 
@@ -27,7 +29,7 @@ def test_the_truth_ranks_the_toys_answers(tmp_path, monkeypatch, capsys):
     assert 3 <= len(pairs) < 12
     for pair in pairs:
         assert pair.keys() == {"id", "images", "prompt", "chosen", "rejected"}
-        scene = toyworld.scene_of(pair["images"][0])
+        scene = world.scene_of(pair["images"][0])
         assert OracleAnnotator.score(scene, pair["chosen"]) > OracleAnnotator.score(
             scene, pair["rejected"]
         )

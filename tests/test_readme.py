@@ -14,7 +14,7 @@ import pytest
 from data_sets import RAW, expected, photographs
 from input_files import pairs_in
 
-from minialign.images import open_image
+from minialign.data.images import open_image
 
 ROOT = Path(__file__).resolve().parent.parent
 README = (ROOT / "README.md").read_text(encoding="utf-8")
@@ -32,7 +32,7 @@ COMMANDS = [
 def config_fields(path: str) -> set[str]:
     """The field names of a program's `Config`, and of the flags that both training scripts
     share."""
-    wanted = {"Config": path, "TrainingFlags": "minialign/flags.py"}
+    wanted = {"Config": path, "TrainingFlags": "minialign/training/flags.py"}
     sources = {
         name: ast.parse((ROOT / file).read_text(encoding="utf-8")) for name, file in wanted.items()
     }

@@ -13,9 +13,10 @@ from input_files import pair
 from safetensors.torch import load_file, save_file
 from script_runs import contents, read_lines, stop_at, train
 
-from minialign import lora
-from minialign.checkpoint import TOY, fingerprint
-from minialign.llama import Llama
+from minialign.model import lora
+from minialign.toy.edge import TOY
+from minialign.model.hf_folder import fingerprint
+from minialign.model.llama import Llama
 
 ADAPTER = "adapter/adapter_model.safetensors"
 

@@ -12,9 +12,9 @@ from helpers import IMAGE, plain_logp, random_ids, random_model, refused, worst
 from script_runs import read_lines
 from test_lora import adapted
 
-from minialign import reference
-from minialign.masks import Branch, Sequence, build_tree
-from minialign.reference import ReferenceCache, pair_key
+from minialign.align import reference_cache
+from minialign.model.masks import Branch, Sequence, build_tree
+from minialign.align.reference_cache import ReferenceCache, pair_key
 
 Pair = tuple[Sequence, torch.Tensor]
 
@@ -43,7 +43,7 @@ def ask(cache: ReferenceCache, model, pairs: list[Pair]) -> torch.Tensor:
 @pytest.fixture
 def computed(monkeypatch) -> list[int]:
     """How many pairs each forward pass of the reference has had."""
-    counts, real = [], reference.reference_logps
+    counts, real = [], reference_cache.reference_logps
 
     def counting(model, tree, features):
         counts.append(len(tree.ids))

@@ -12,14 +12,15 @@ from helpers import random_model, toy_processor
 from test_lora import adapted
 from test_reference import random_pairs
 
-from minialign import reference, toyworld
-from minialign.chat import Tokenizer
-from minialign.checkpoint import TOY
-from minialign.collate import PairCollator
-from minialign.lora import adapter_modules, adapter_state, keep_reference
-from minialign.masks import Branch
-from minialign.records import Record
-from minialign.reference import pair_key, reference_key
+from minialign.align import reference_cache
+from minialign.toy import world
+from minialign.data.tokenizer import Tokenizer
+from minialign.toy.edge import TOY
+from minialign.data.collate import PairCollator
+from minialign.model.lora import adapter_modules, adapter_state, keep_reference
+from minialign.model.masks import Branch
+from minialign.data.records import Record
+from minialign.align.reference_cache import pair_key, reference_key
 
 
 def test_each_part_of_a_reference_counts(tmp_path, monkeypatch):
@@ -146,7 +147,7 @@ def test_a_pairs_key_in_a_batch():
     first, second = (
         Record(
             str(i),
-            toyworld.image_name("alignment", i),
+            world.image_name("alignment", i),
             [("user", "What is there?")],
             "A red cup.",
             "A blue car.",

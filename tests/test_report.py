@@ -11,9 +11,9 @@ import pytest
 from html_page import EVIL, Page
 from PIL import Image
 
-from minialign import report
+from minialign.evaluation import report
 from minialign.errors import UserError
-from minialign.report import ReportPair, write_report
+from minialign.evaluation.report import ReportPair, write_report
 
 
 def make_pair(**changes) -> ReportPair:

@@ -14,13 +14,15 @@ from safetensors.torch import load_file, save_file
 from script_runs import contents, read_lines, train
 
 import train_dpo
-from minialign import annotator, heads, lora, toyworld
-from minialign.annotator import Comparison, RewardAnnotator
-from minialign.checkpoint import load_model
+from minialign.align import annotators
+from minialign.model import scalar_head, lora
+from minialign.toy import world
+from minialign.align.annotators import Comparison, RewardAnnotator
+from minialign.model.hf_folder import load_model
 from minialign.cli import parse_config
-from minialign.masks import Branch, Sequence, build_tree
-from minialign.records import Record
-from minialign.reward_model import HEAD_FILE, load_reward_model
+from minialign.model.masks import Branch, Sequence, build_tree
+from minialign.data.records import Record
+from minialign.rlhf.reward_model import HEAD_FILE, load_reward_model
 
 TEXTS = ("The north cup is red.", "Yes, there is a boat.", "A lamp.", "")
 
@@ -39,7 +41,7 @@ def test_a_reward_is_the_head_on_the_last_token(oracle, tmp_path, seed):
         model.config.text.vocab_size,
     )
     generator = torch.Generator().manual_seed(seed)
-    heads.set_head(model, torch.randn(1, model.config.text.hidden_size, generator=generator))
+    scalar_head.set_head(model, torch.randn(1, model.config.text.hidden_size, generator=generator))
     size = theirs.config.vision_config.image_size
     pixels = torch.randn(1, 3, size, size, generator=generator)
 
@@ -53,7 +55,7 @@ def test_a_reward_is_the_head_on_the_last_token(oracle, tmp_path, seed):
         [words(1 + rng.randrange(7)) for _ in range(3)],
     )
     tree = build_tree([Sequence(prompt, [Branch(each) for each in responses], patches)], image, 0)
-    rewards = heads.branch_rewards(model, tree, model.encode_images(pixels))[0]
+    rewards = scalar_head.branch_rewards(model, tree, model.encode_images(pixels))[0]
     place = prompt.index(image)
     for reward, response in zip(rewards, responses, strict=True):
         ids = torch.tensor([prompt[:place] + [image] * patches + prompt[place + 1 :] + response])
@@ -92,11 +94,11 @@ def scores_by_hand(trained: Path, pairs: str) -> torch.Tensor:
     tokenizer, processor = toy_tokenizer(), toy_processor()
     model = load_model(trained / "merged")
     state = load_file(trained / "checkpoint/progress.safetensors")
-    heads.set_head(model, state[f"model.{heads.HEAD}"])
+    scalar_head.set_head(model, state[f"model.{scalar_head.HEAD}"])
     found = []
     for line in read_lines(Path(pairs)):
         features = model.encode_images(
-            processor(toyworld.picture(toyworld.scene_of(line["images"][0])))
+            processor(world.picture(world.scene_of(line["images"][0])))
         )
         prompt = tokenizer.prompt([("user", line["prompt"])])
         for name in ("chosen", "rejected"):
@@ -105,7 +107,7 @@ def scores_by_hand(trained: Path, pairs: str) -> torch.Tensor:
                 [Sequence(prompt, [branch], features.shape[1])], tokenizer.image_id, 0
             )
             with torch.no_grad():
-                found.append(heads.branch_rewards(model, tree, features).item())
+                found.append(scalar_head.branch_rewards(model, tree, features).item())
     return torch.tensor(found).view(-1, 2)
 
 
@@ -119,10 +121,10 @@ def test_the_folder_holds_head_mean_and_deviation(trained, pairs):
         Record(x["id"], x["images"][0], [("user", x["prompt"])], x["chosen"], x["rejected"])
         for x in lines
     ]
-    pictures = [toyworld.picture(toyworld.scene_of(record.image)) for record in records]
+    pictures = [world.picture(world.scene_of(record.image)) for record in records]
     scores = loaded(records, pictures, [(record.chosen, record.rejected) for record in records])
     assert worst(scores, (rewards - rewards.mean()) / rewards.std(correction=0)) < 1e-3
-    both = annotator.RewardAnnotator(loaded).choose(
+    both = annotators.RewardAnnotator(loaded).choose(
         [Comparison(r, (r.rejected, r.chosen), p) for r, p in zip(records, pictures, strict=True)]
     )
     assert [verdict.better for verdict in both] == (rewards[:, 0] > rewards[:, 1]).long().tolist()
@@ -236,7 +238,7 @@ def test_a_damaged_head_is_refused(trained, tmp_path):
 def test_a_model_that_ranks_nothing_is_refused(model, pairs, tmp_path, monkeypatch):
     """From a head of zeros, at a rate of next to nothing: all rewards are the same, and nobody
     could whiten them."""
-    monkeypatch.setattr(lora, "new_head", lambda model, kind: heads.new_head(model, "value"))
+    monkeypatch.setattr(lora, "new_head", lambda model, kind: scalar_head.new_head(model, "value"))
     flags = {"pairs": pairs, "loss": "reward", "lr": 1e-30, "projector_lr": 0.0}
     refused(
         lambda: train(model, tmp_path, **flags),
@@ -275,7 +277,7 @@ def test_accuracy_across_data_sets(trained, pairs, tmp_path, monkeypatch, capsys
         str(out),
     ]
     monkeypatch.setattr("sys.argv", argv)
-    annotator.main(parse_config(annotator.Config, ""))
+    annotators.main(parse_config(annotators.Config, ""))
     found = json.loads(out.read_text())
     right = (rewards[:, 0] > rewards[:, 1]).float().mean().item()
     assert found[pairs]["accuracy"]["value"] == pytest.approx(right, abs=1e-5)

@@ -8,16 +8,10 @@ import pytest
 import torch
 from helpers import IMAGE, random_ids, random_model, refused, worst
 
-from minialign.losses import branch_logps, dpo_loss, token_logps
-from minialign.masks import Branch, Sequence, build_tree
-from minialign.rewards import (
-    Whitening,
-    last_tokens,
-    reward_loss,
-    score_whitening,
-    sequence_rewards,
-    token_rewards,
-)
+from minialign.align.logps import branch_logps, token_logps
+from minialign.align.losses import dpo_loss
+from minialign.model.masks import Branch, Sequence, build_tree
+from minialign.rlhf.rewards import Whitening, last_tokens, reward_loss, score_whitening, sequence_rewards, token_rewards
 
 SEEDS = range(5)
 

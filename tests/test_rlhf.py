@@ -12,8 +12,8 @@ from script_runs import instruct_file
 
 import train_online
 from minialign.cli import parse_config
-from minialign.llava import Llava
-from minialign.reward_model import HEAD_FILE
+from minialign.model.llava import Llava
+from minialign.rlhf.reward_model import HEAD_FILE
 from train_online import passed_kl_stop
 
 RL = ("rloo", "ppo")

@@ -7,8 +7,8 @@ import pytest
 import torch
 from bandit import Bandit, decaying_adam
 
-from minialign.rewards import sequence_rewards
-from minialign.rloo import leave_one_out, rloo_loss
+from minialign.rlhf.rewards import sequence_rewards
+from minialign.rlhf.rloo import leave_one_out, rloo_loss
 
 SEEDS = range(5)
 

@@ -11,15 +11,15 @@ from input_files import pairs_in
 from script_runs import contents, instruct_file, sample, train
 
 import sample_bdhs
-from minialign import toyworld
-from minialign.bdhs import Bdhs, Sampled
-from minialign.collate import PairCollator
-from minialign.masks import image_attention_mask
+from minialign.toy import world
+from minialign.sampling.bdhs import Bdhs, Sampled
+from minialign.data.collate import PairCollator
+from minialign.model.masks import image_attention_mask
 
 
 def test_pairs_file(model, tmp_path):
     pairs = sample(model, tmp_path / "deep" / "pairs.jsonl")
-    records = toyworld.alignment_records(7)
+    records = world.alignment_records(7)
     assert len(pairs) == 7
     for pair, record in zip(pairs, records, strict=True):
         assert list(pair) == ["id", "images", "prompt", "chosen", "rejected", "bdhs"]

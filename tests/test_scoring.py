@@ -9,10 +9,11 @@ import torch
 from helpers import refused
 from online_runs import online
 
-from minialign import toyworld
-from minialign.records import Record
-from minialign.scoring import OracleReward, load_reward
-from minialign.toyworld import Scene
+from minialign.toy import world
+from minialign.data.records import Record
+from minialign.toy.oracle import OracleReward
+from minialign.rlhf.scorers import load_reward
+from minialign.toy.world import Scene
 from train_online import Config
 
 ROOT = Path(__file__).resolve().parent.parent

@@ -10,9 +10,9 @@ from helpers import cuts, toy_tokenizer
 from tokenizers import Tokenizer as FastTokenizer
 from tokenizers import models
 
-import minialign.bdhs
-from minialign.bdhs import Cut, full_stop_ids, join, split_sentences
-from minialign.generate import Completion
+import minialign.sampling.bdhs
+from minialign.sampling.bdhs import Cut, full_stop_ids, join, split_sentences
+from minialign.sampling.generate import Completion
 
 TEXTS = [
     "This is a park. At the top left is a red cup. The bottom middle shows nothing.",

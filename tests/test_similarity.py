@@ -17,7 +17,8 @@ from encoder_folders import (
 )
 from safetensors.torch import load_file, save_file
 
-from minialign.similarity import SentenceEncoder, load_similarity, relative_buckets
+from minialign.sampling.sentence_encoder import SentenceEncoder, relative_buckets
+from minialign.sampling.similarity import load_similarity
 
 
 def random_texts(rng: random.Random, kind: str) -> list[str]:

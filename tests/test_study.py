@@ -7,14 +7,14 @@ from pathlib import Path
 import pytest
 from study_counts import some_runs
 
-from minialign import flags as flags_of_both
-from minialign import study
+from minialign.training import flags as flags_of_both
+from minialign.study import __main__
 from minialign.cli import fill, parse_config
 from minialign.errors import UserError
 from minialign.files import write_json, write_whole
-from minialign.findings import judge
-from minialign.metrics import SETTINGS_OF_POPE, bootstrap, interval
-from minialign.study import ROWS, Config
+from minialign.study.findings import judge
+from minialign.evaluation.metrics import SETTINGS_OF_POPE, bootstrap, interval
+from minialign.study.__main__ import ROWS, Config
 
 IDS = ("bdhs lowers adversarial POPE error", "bdhs misses fewer objects", "bdhs lowers CHAIR_i")
 
@@ -27,7 +27,7 @@ def programs(monkeypatch):
     def run(program: str, flags: list[str]) -> None:
         calls.append((program, flags))
         out, options = flags[1], dict(zip(flags[::2], flags[1::2], strict=False))
-        if program == "minialign.annotator":
+        if program == "minialign.annotate":
             paths = options["--pairs"].split(",")
             return write_json(
                 Path(out),
@@ -43,7 +43,7 @@ def programs(monkeypatch):
             write_whole(
                 Path(out) / "metrics.jsonl", '{"step": 1, "pairs": 16}\n{"step": 2, "pairs": 3}\n'
             )
-        write_whole(Path(out + study.LAST[program]), "done")
+        write_whole(Path(out + __main__.LAST[program]), "done")
 
     monkeypatch.setattr(study, "run", run)
     return calls
@@ -51,7 +51,7 @@ def programs(monkeypatch):
 
 def run_study(monkeypatch, *argv: str) -> None:
     monkeypatch.setattr("sys.argv", ["study", *argv])
-    study.main(parse_config(study.Config, ""))
+    __main__.main(parse_config(__main__.Config, ""))
 
 
 def test_study_leaves_rows_and_findings(tmp_path, monkeypatch, programs, capsys):
@@ -84,7 +84,7 @@ def test_study_leaves_rows_and_findings(tmp_path, monkeypatch, programs, capsys)
 
 def test_flags_of_a_row(tmp_path, programs):
     config = Config(out=str(tmp_path), seeds=1, split="validation", images=4, limit=50)
-    study.run_row("noise", 3, config)
+    __main__.run_row("noise", 3, config)
     (sample, sample_flags), (train, train_flags) = programs
     assert (sample, train) == ("sample_bdhs.py", "train_dpo.py")
     pairs = str(tmp_path / "noise-3" / "pairs.jsonl")
@@ -110,7 +110,7 @@ def test_flags_of_a_row(tmp_path, programs):
         "--steps": "4",
     }
     programs.clear()
-    study.run_row("sft", 0, Config(out=str(tmp_path), images=4))
+    __main__.run_row("sft", 0, Config(out=str(tmp_path), images=4))
     assert programs[0][1][-2:] == ["--limit", "2000"] and programs[1][1][-4:] == [
         "--loss",
         "sft",
@@ -121,7 +121,7 @@ def test_flags_of_a_row(tmp_path, programs):
 
 def test_an_out_with_spaces_and_braces_stays_one_word(tmp_path, programs):
     out = str(tmp_path / "my {row} study")
-    study.run_row("online-dpo", 0, Config(out=out, images=4))
+    __main__.run_row("online-dpo", 0, Config(out=out, images=4))
     [(_, flags)] = programs
     assert (
         flags[:2] == ["--out", f"{out}/online-dpo-0"]
@@ -133,7 +133,7 @@ def test_an_out_with_spaces_and_braces_stays_one_word(tmp_path, programs):
 def test_flags_of_every_row_are_known_to_the_programs(tmp_path, row, programs):
     """And all make as many steps."""
     config = Config(out=str(tmp_path), images=5, limit=50)
-    study.run_row(row, 1, config)
+    __main__.run_row(row, 1, config)
     *others, (_, train_flags) = programs
     for program, flags in programs:
         module = importlib.import_module(program.removesuffix(".py"))
@@ -158,7 +158,7 @@ def test_flags_of_every_row_are_known_to_the_programs(tmp_path, row, programs):
         if program != "train_dpo.py":
             assert parsed.limit == 50
     for program, flags in others:  # each is for what comes later
-        assert program in ("sample_bdhs.py", "minialign.toycorrupt", "train_dpo.py")
+        assert program in ("sample_bdhs.py", "minialign.toy.corrupt", "train_dpo.py")
         later = [
             word for _, words in programs[programs.index((program, flags)) + 1 :] for word in words
         ]
@@ -215,9 +215,9 @@ def test_table_7(tmp_path, monkeypatch, programs, capsys):
         (a, b) for a in ("corrupted", "ranked") for b in ("corrupted", "bdhs", "ranked")
     ]
     assert [each["accuracy"] for each in found] == 2 * [[0.5, 0.5], [0.6, 0.6], [0.7, 0.7]]
-    [export] = [flags for program, flags in programs if program == "minialign.toyworld"]
+    [export] = [flags for program, flags in programs if program == "minialign.toy"]
     assert export[2:] == ["--first", "2000", "--limit", "300"]
-    asked = [flags for program, flags in programs if program == "minialign.annotator"]
+    asked = [flags for program, flags in programs if program == "minialign.annotate"]
     assert [flags[3] for flags in asked] == [
         str(tmp_path / f"reward-{kind}-{seed}" / "merged")
         for kind in ("corrupted", "ranked")
@@ -316,9 +316,9 @@ def test_a_script_that_fails_ends_the_study(tmp_path, monkeypatch):
     monkeypatch.setattr(study, "SCRIPTS", tmp_path)
     (tmp_path / "sample_bdhs.py").write_text("raise SystemExit(2)")
     with pytest.raises(UserError, match=r"^sample_bdhs\.py --out .* ended with exit code 2"):
-        study.run_row("bdhs", 0, Config(out=str(tmp_path / "out")))
+        __main__.run_row("bdhs", 0, Config(out=str(tmp_path / "out")))
 
 
 def test_modules_run_as_scripts_do(tmp_path):
-    study.run("minialign.toycorrupt", ["--out", str(tmp_path / "pairs.jsonl"), "--limit", "2"])
+    __main__.run("minialign.toy.corrupt", ["--out", str(tmp_path / "pairs.jsonl"), "--limit", "2"])
     assert len((tmp_path / "pairs.jsonl").read_text().splitlines()) == 2

@@ -8,20 +8,9 @@ import re
 import pytest
 from html_page import EVIL, Page
 
-from minialign import studypage
-from minialign.study import ROWS
-from minialign.studypage import (
-    BOTTOM,
-    LEFT,
-    RIGHT,
-    SHOWN,
-    TOP,
-    WIDTH,
-    place,
-    scatter,
-    ticks,
-    write_study,
-)
+from minialign.study import page
+from minialign.study.__main__ import ROWS
+from minialign.study.page import BOTTOM, LEFT, RIGHT, SHOWN, TOP, WIDTH, place, scatter, ticks, write_study
 
 NOTHING = dict.fromkeys(("value", "low", "high"))
 
@@ -139,7 +128,7 @@ def test_names_do_not_meet_though_points_do(seed):
     points = {row: (rng.gauss(90, 8), rng.gauss(40, 8)) for row in rows}  # all in one corner
     taken = [(left - 4, top - 4, left + 4, top + 4) for left, top in points.values()]
     for row, (left, top) in points.items():
-        taken.append(place(left, top, len(row) * studypage.LETTER, taken))
+        taken.append(place(left, top, len(row) * page.LETTER, taken))
         assert (
             LEFT < taken[-1][0]
             and taken[-1][2] < WIDTH

@@ -8,9 +8,9 @@ import pytest
 from helpers import refused
 from llama_tokenizer import AWKWARD, FORMS, joint, llama2_folder, random_text, with_metaspace
 
-from minialign import toyworld
-from minialign.chat import Tokenizer
-from minialign.checkpoint import TOY
+from minialign.toy import world
+from minialign.data.tokenizer import Tokenizer
+from minialign.toy.edge import TOY
 
 
 @pytest.fixture(scope="module", params=["toy", *FORMS, "chatml-metaspace", "vicuna-metaspace"])
@@ -61,7 +61,7 @@ def test_random_conversations(both, seed):
 @pytest.mark.parametrize("kind", ["description", "existence", "attribute"])
 @pytest.mark.parametrize("index", range(3))
 def test_conversations_of_the_embedded_world(both, kind, index):
-    turns = toyworld.conversation(toyworld.make_scene("train", index), kind, random.Random(index))
+    turns = world.conversation(world.make_scene("train", index), kind, random.Random(index))
     for end in range(1, len(turns), 2):
         check(both, turns[:end], turns[end][1])
 

@@ -10,13 +10,13 @@ import pytest
 from input_files import gives_remedy
 from script_runs import read_lines, train
 
-from minialign import toycorrupt
+from minialign.toy import corrupt
 from minialign.cli import parse_config
-from minialign.data import TOY_RECORDS, read_records
-from minialign.records import pair_record
-from minialign.toycorrupt import WORDS, corrupted, pair_line
-from minialign.toydraw import COLOURS, OBJECTS, SETTINGS
-from minialign.toyworld import POSITIONS, Scene, alignment_records, make_scene, scene_of
+from minialign.data.record_files import TOY_RECORDS, read_records
+from minialign.data.records import pair_record
+from minialign.toy.corrupt import WORDS, corrupted, pair_line
+from minialign.toy.drawing import COLOURS, OBJECTS, SETTINGS
+from minialign.toy.world import POSITIONS, Scene, alignment_records, make_scene, scene_of
 
 PAIRS = [pair_line(record, 0) for record in read_records("toy", None, 600, 0)]
 DESCRIPTIONS = [pair for pair in PAIRS if pair["chosen"].startswith("This is")]
@@ -114,7 +114,7 @@ def test_no_alignment_answer_says_a_number():
 
 def run(monkeypatch, *argv: str) -> None:
     monkeypatch.setattr("sys.argv", ["toycorrupt", *argv])
-    toycorrupt.main(parse_config(toycorrupt.Config, ""))
+    corrupt.main(parse_config(corrupt.Config, ""))
 
 
 def test_program_writes_what_training_reads(model, tmp_path, monkeypatch, capsys):

@@ -6,25 +6,13 @@ from collections import Counter
 
 import pytest
 
-from minialign import toyworld
-from minialign.pope import pope_verdict
-from minialign.records import instruct_record
-from minialign.toybench import MENTION, count_description
-from minialign.toydraw import COLOURS, OBJECTS, SETTINGS
-from minialign.toypretrain import talks
-from minialign.toyworld import (
-    POSITIONS,
-    SPLITS,
-    TYPICAL_COLOUR,
-    alignment_records,
-    attribute,
-    conversation,
-    description,
-    existence,
-    make_scene,
-    scene_of,
-    with_article,
-)
+from minialign.toy import world
+from minialign.evaluation.pope import pope_verdict
+from minialign.data.records import instruct_record
+from minialign.toy.benchmark import MENTION, count_description
+from minialign.toy.drawing import COLOURS, OBJECTS, SETTINGS
+from minialign.toy.pretrain import talks
+from minialign.toy.world import POSITIONS, SPLITS, TYPICAL_COLOUR, alignment_records, attribute, conversation, description, existence, make_scene, scene_of, with_article
 
 SCENES = [make_scene(split, index) for split in SPLITS for index in range(60)]
 OFTEN = ["Never.", "Once.", "Twice.", "Three times.", "Four times.", "Five times.", "Six times."]
@@ -38,7 +26,7 @@ def places_in(text: str) -> list[str]:
     return [place for place in POSITIONS.values() if re.search(rf"\b{place}\b", text)]
 
 
-def check(scene: toyworld.Scene, question: str, answer: str) -> set[str]:
+def check(scene: world.Scene, question: str, answer: str) -> set[str]:
     """An answer against the scene, whatever its wording; returns what kinds of facts it states."""
     counts, words = count_description(scene, answer), re.findall(r"\w+", answer)
     about = [name for name in OBJECTS if name in words + re.findall(r"\w+", question)]
@@ -119,7 +107,7 @@ def test_conversations_are_true(kind, monkeypatch):
             for (_, question), (_, answer) in zip(turns[::2], turns[1::2], strict=True)
         ]
         if kind == "description":
-            assert len(pairs) == 1 and pairs[0][0] in toyworld.DESCRIBE
+            assert len(pairs) == 1 and pairs[0][0] in world.DESCRIBE
             assert count_description(scene, pairs[0][1])["found"] == len(scene.objects)
         elif kind == "attribute":
             assert len(pairs) == 4
@@ -154,8 +142,8 @@ def test_hearsay_turns_foreign_objects_into_typical_ones(split, rate):
     eligible = changed = 0
     for index in range(1500):
         scene = make_scene(split, index)
-        told = toyworld.hearsay(scene, rate)
-        assert told == toyworld.hearsay(scene, rate) and scene == make_scene(split, index)
+        told = world.hearsay(scene, rate)
+        assert told == world.hearsay(scene, rate) and scene == make_scene(split, index)
         assert (told.setting, told.seed, told.cells.keys()) == (
             scene.setting,
             scene.seed,
@@ -186,12 +174,12 @@ def test_alignment_records_are_well_formed(split):
     for index, raw in enumerate(raws):
         record, scene = instruct_record(raw), make_scene(split, index)
         assert record.id == raw["id"] and scene_of(record.image) == scene
-        scene = toyworld.hearsay(scene, toyworld.ALIGNMENT_HEARSAY)  # as its answer tells it
+        scene = world.hearsay(scene, world.ALIGNMENT_HEARSAY)  # as its answer tells it
         assert raw["conversations"][0]["value"].startswith("<image>\n")
         [(role, question)] = record.turns
         assert role == "user" and "<image>" not in question
         if index % 2 == 0:
-            assert question in toyworld.DESCRIBE
+            assert question in world.DESCRIBE
             assert count_description(scene, record.chosen)["found"] == len(scene.objects)
         else:
             assert record.chosen.startswith(("Yes, ", "No, "))
@@ -235,7 +223,7 @@ def test_questions_do_not_give_the_setting_away():
         (talks(index)[0][0][1], make_scene("train", index).setting) for index in range(3000)
     )
     for setting in SETTINGS:
-        shares = [asked[question, setting] for question in toyworld.DESCRIBE]
+        shares = [asked[question, setting] for question in world.DESCRIBE]
         assert max(shares) < 1.35 * min(shares)
 
 

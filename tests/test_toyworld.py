@@ -4,19 +4,10 @@ import random
 
 import pytest
 
-from minialign import toyworld
+from minialign.toy import world
 from minialign.errors import UserError
-from minialign.toydraw import COLOURS, OBJECTS, SETTINGS
-from minialign.toyworld import (
-    FREQUENCY,
-    POSITIONS,
-    SPLITS,
-    TYPICAL_COLOUR,
-    image_name,
-    make_scene,
-    picture,
-    scene_of,
-)
+from minialign.toy.drawing import COLOURS, OBJECTS, SETTINGS
+from minialign.toy.world import FREQUENCY, POSITIONS, SPLITS, TYPICAL_COLOUR, image_name, make_scene, picture, scene_of
 
 SCENES = [make_scene(split, index) for split in SPLITS for index in range(60)]
 
@@ -117,7 +108,7 @@ def test_every_object_and_colour_shows():
     """A change of one thing, of its colour or of the setting changes the picture."""
 
     def drawn(setting, cells):
-        return picture(toyworld.Scene(setting, cells, 7)).tobytes()
+        return picture(world.Scene(setting, cells, 7)).tobytes()
 
     shown = [drawn("park", {(0, 0): (name, colour)}) for name in OBJECTS for colour in COLOURS]
     shown += [drawn("park", {cell: ("cup", "red")}) for cell in POSITIONS if cell != (0, 0)]

@@ -5,7 +5,7 @@ import pytest
 from script_runs import contents, read_lines, train
 
 import sample_bdhs
-from minialign.bdhs import Bdhs
+from minialign.sampling.bdhs import Bdhs
 from minialign.errors import UserError
 
 

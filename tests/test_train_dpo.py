@@ -11,15 +11,16 @@ from input_files import pairs_in
 from safetensors.torch import load_file
 from script_runs import contents, read_lines, train
 
-from minialign import toyworld
-from minialign.checkpoint import TOY, load_model, save_model
-from minialign.clip import Clip
+from minialign.toy import world
+from minialign.toy.edge import TOY
+from minialign.model.hf_folder import load_model, save_model
+from minialign.model.clip import Clip
 from minialign.errors import UserError
-from minialign.images import ImageProcessor
-from minialign.llama import Llama
-from minialign.lora import load_adapter
-from minialign.masks import Branch, Sequence, build_tree
-from minialign.schedule import batches_of_epoch, batches_of_run, learning_rate
+from minialign.data.images import ImageProcessor
+from minialign.model.llama import Llama
+from minialign.model.peft_folder import load_adapter
+from minialign.model.masks import Branch, Sequence, build_tree
+from minialign.training.optimizer import batches_of_epoch, batches_of_run, learning_rate
 
 TRL_NAMES = {
     "loss",
@@ -237,7 +238,7 @@ def some_logits(model) -> torch.Tensor:
     tokenizer = toy_tokenizer()
     answer = Branch(tokenizer.response("A red cup is at the top left."))
     sequence = Sequence(tokenizer.prompt([("user", "What is there?")]), [answer], 36)
-    pixels = ImageProcessor.from_folder(TOY)(toyworld.picture(toyworld.make_scene("test", 0)))
+    pixels = ImageProcessor.from_folder(TOY)(world.picture(world.make_scene("test", 0)))
     tree = build_tree([sequence], tokenizer.image_id, tokenizer.pad_id)
     with torch.no_grad():
         return model.lm_head(model(tree, model.encode_images(pixels)))

@@ -8,8 +8,8 @@ import pytest
 import torch
 from helpers import toy_features, toy_model, toy_tokenizer, worst
 
-from minialign import toyworld
-from minialign.masks import PADDING, TRUNK, Branch, Sequence, build_tree
+from minialign.toy import world
+from minialign.model.masks import PADDING, TRUNK, Branch, Sequence, build_tree
 
 
 def toy_rows(seed: int, count: int = 2, hide: float = 0.5):
@@ -19,10 +19,10 @@ def toy_rows(seed: int, count: int = 2, hide: float = 0.5):
     indices = tuple(rng.sample(range(500), count))
     rows = []
     for index in indices:
-        scene, other = (toyworld.make_scene("validation", i) for i in (index, index + 1000))
+        scene, other = (world.make_scene("validation", i) for i in (index, index + 1000))
         kind = rng.choice(["description", "existence", "attribute"])
-        turns = toyworld.conversation(scene, kind, rng)
-        chosen, rejected = turns[-1][1], toyworld.conversation(other, kind, rng)[-1][1]
+        turns = world.conversation(scene, kind, rng)
+        chosen, rejected = turns[-1][1], world.conversation(other, kind, rng)[-1][1]
         visible = torch.tensor(
             [rng.random() >= hide for _ in range(toy_model().config.vision.patches)]
         )

@@ -12,8 +12,8 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from minialign.checkpoint import NAMES, load_model, rename
-from minialign.llava import Llava
+from minialign.model.hf_folder import NAMES, load_model, rename
+from minialign.model.llava import Llava
 from tests.bench.models import load_peer, make_folder
 from tests.bench.rows import Facts
 from tests.bench.sizes import Size

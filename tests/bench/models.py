@@ -8,10 +8,11 @@ from pathlib import Path
 
 import torch
 
-from minialign.chat import Tokenizer
-from minialign.checkpoint import TOY, load_model
-from minialign.images import ImageProcessor
-from minialign.llava import Llava
+from minialign.data.tokenizer import Tokenizer
+from minialign.toy.edge import TOY
+from minialign.model.hf_folder import load_model
+from minialign.data.images import ImageProcessor
+from minialign.model.llava import Llava
 from tests.bench.rows import Facts
 from tests.bench.sizes import Size
 

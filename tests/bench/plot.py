@@ -4,8 +4,8 @@ reader's system is."""
 from pathlib import Path
 
 from minialign.files import write_whole
-from minialign.report import STYLE, escape, show
-from minialign.studypage import ticks
+from minialign.evaluation.report import STYLE, escape, show
+from minialign.study.page import ticks
 
 # The chart and its frame, in SVG units.
 WIDTH, HEIGHT = 560, 300

@@ -11,10 +11,10 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
-from minialign.llama import LlamaConfig
-from minialign.llava import Llava
-from minialign.lora import LoraLinear
-from minialign.masks import PADDING, Sequence, TokenTree, dense_mask
+from minialign.model.llama import LlamaConfig
+from minialign.model.llava import Llava
+from minialign.model.lora import LoraLinear
+from minialign.model.masks import PADDING, Sequence, TokenTree, dense_mask
 
 
 @dataclass(frozen=True)

@@ -16,13 +16,13 @@ from unittest import mock
 import torch
 from torch import Tensor
 
-import minialign.bdhs
-from minialign.bdhs import Bdhs, BdhsConfig, Example
-from minialign.chat import Tokenizer
-from minialign.generate import Completion, Sampling, generate
-from minialign.images import ImageProcessor
-from minialign.llava import Llava
-from minialign.masks import Branch, Sequence
+import minialign.sampling.bdhs
+from minialign.sampling.bdhs import Bdhs, BdhsConfig, Example
+from minialign.data.tokenizer import Tokenizer
+from minialign.sampling.generate import Completion, Sampling, generate
+from minialign.data.images import ImageProcessor
+from minialign.model.llava import Llava
+from minialign.model.masks import Branch, Sequence
 from tests.bench import roofline
 from tests.bench.models import load_ours, load_peer, quiet_transformers
 from tests.bench.rows import Facts

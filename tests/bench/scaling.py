@@ -13,13 +13,13 @@ from functools import cache, cached_property
 
 import torch
 
-from minialign.anyres import PINPOINTS, packing
+from minialign.data.anyres import PINPOINTS, packing
 from minialign.cli import run_main
-from minialign.clip import ClipConfig
-from minialign.llama import LlamaConfig
-from minialign.llava import Llava, LlavaConfig
-from minialign.lora import LoraLinear
-from minialign.masks import Branch, Sequence, TokenTree, build_tree
+from minialign.model.clip import ClipConfig
+from minialign.model.llama import LlamaConfig
+from minialign.model.llava import Llava, LlavaConfig
+from minialign.model.lora import LoraLinear
+from minialign.model.masks import Branch, Sequence, TokenTree, build_tree
 from tests.bench import memory, roofline
 from tests.bench.sizes import PICTURE
 

@@ -10,18 +10,20 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from minialign import toyworld
-from minialign.bdhs import Bdhs, BdhsConfig, Example
-from minialign.chat import Tokenizer
-from minialign.checkpoint import TOY, load_model
-from minialign.collate import PairCollator
-from minialign.data import read_records
-from minialign.generate import Completion, Sampling, generate
-from minialign.images import ImageProcessor
-from minialign.llava import Llava
-from minialign.losses import both_logps, preference_loss
-from minialign.masks import Branch, Sequence
-from minialign.similarity import load_similarity
+from minialign.toy import world
+from minialign.sampling.bdhs import Bdhs, BdhsConfig, Example
+from minialign.data.tokenizer import Tokenizer
+from minialign.toy.edge import TOY
+from minialign.model.hf_folder import load_model
+from minialign.data.collate import PairCollator
+from minialign.data.record_files import read_records
+from minialign.sampling.generate import Completion, Sampling, generate
+from minialign.data.images import ImageProcessor
+from minialign.model.llava import Llava
+from minialign.align.logps import both_logps
+from minialign.align.losses import preference_loss
+from minialign.model.masks import Branch, Sequence
+from minialign.sampling.similarity import load_similarity
 from tests.bench.dpo import with_adapters
 from tests.bench.rows import Facts
 from tests.bench.sizes import Size
@@ -39,9 +41,9 @@ def prompts(tokenizer: Tokenizer, processor: ImageProcessor) -> tuple[list[Seque
     """Questions about pictures, two samples of each, and the pictures' pixels."""
     sequences, pixels = [], []
     for i in range(PICTURES):
-        picture = toyworld.picture(toyworld.make_scene("validation", i))
+        picture = world.picture(world.make_scene("validation", i))
         patches, packing = processor.layout(picture)
-        ids = tokenizer.prompt([("user", toyworld.DESCRIBE[i % len(toyworld.DESCRIBE)])])
+        ids = tokenizer.prompt([("user", world.DESCRIBE[i % len(world.DESCRIBE)])])
         sequences.append(Sequence(ids, [Branch([]), Branch([])], patches, packing=packing))
         pixels.append(processor(picture))
     return sequences, torch.cat(pixels)
@@ -91,7 +93,7 @@ def sampled_pairs(model: Llava) -> list[str]:
     config = BdhsConfig(rho_th=0.7, sampling=Sampling(TOKENS))
     bdhs = Bdhs(model, tokenizer, processor, load_similarity(None), config)
     examples = [
-        Example(r.id, toyworld.picture(toyworld.scene_of(r.image)), r.turns, r.chosen)
+        Example(r.id, world.picture(world.scene_of(r.image)), r.turns, r.chosen)
         for r in read_records("toy", None, PICTURES, 0)
     ]
     return [sampled.rejected for sampled in bdhs.sample(examples)]

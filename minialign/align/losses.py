@@ -1,0 +1,98 @@
+"""The paper's preference losses: four tensors of summed log-probs in, a loss out.
+
+A log-prob here is that of a whole response, summed over its tokens (align/logps.py). chosen is y+,
+(B, 1); rejected holds K responses y- to the same prompt, (B, K), and so does a loss. This file
+imports torch and nothing else.
+"""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+
+def log_ratio_difference(
+    chosen_logps: Tensor,
+    rejected_logps: Tensor,
+    ref_chosen_logps: Tensor,
+    ref_rejected_logps: Tensor,
+) -> Tensor:
+    """h of Eq. 3: log[pi(y+|x) ref(y-|x) / (ref(y+|x) pi(y-|x))]."""
+    return (chosen_logps - ref_chosen_logps) - (rejected_logps - ref_rejected_logps)
+
+
+def dpo_loss(
+    chosen_logps: Tensor,
+    rejected_logps: Tensor,
+    ref_chosen_logps: Tensor,
+    ref_rejected_logps: Tensor,
+    beta: float,
+) -> Tensor:
+    """Eq. 3, DPO: -log sigmoid(beta h)."""
+    h = log_ratio_difference(chosen_logps, rejected_logps, ref_chosen_logps, ref_rejected_logps)
+    return -F.logsigmoid(beta * h)
+
+
+def ipo_loss(
+    chosen_logps: Tensor,
+    rejected_logps: Tensor,
+    ref_chosen_logps: Tensor,
+    ref_rejected_logps: Tensor,
+    beta: float,
+) -> Tensor:
+    """Sec. 5.7, IPO: (h - 1 / (2 beta))^2 on sums, as the IPO paper has it."""
+    h = log_ratio_difference(chosen_logps, rejected_logps, ref_chosen_logps, ref_rejected_logps)
+    return (h - 1 / (2 * beta)) ** 2
+
+
+def slic_loss(
+    chosen_logps: Tensor,
+    rejected_logps: Tensor,
+    ref_chosen_logps: Tensor,
+    ref_rejected_logps: Tensor,
+    beta: float,
+) -> Tensor:
+    """Sec. 5.7, SLiC: max(0, 1 - beta h), the hinge as GPO (Tang et al. 2024) writes it."""
+    h = log_ratio_difference(chosen_logps, rejected_logps, ref_chosen_logps, ref_rejected_logps)
+    return torch.relu(1 - beta * h)
+
+
+def preference_metrics(
+    chosen_logps: Tensor,
+    rejected_logps: Tensor,
+    ref_chosen_logps: Tensor,
+    ref_rejected_logps: Tensor,
+    beta: float,
+    weights: Tensor,
+) -> dict[str, float]:
+    """What is plotted of a batch, by TRL's names; several y- count by their `weights` (K,)."""
+    rejected, ref_rejected = (
+        (rejected_logps * weights).sum(1),
+        (ref_rejected_logps * weights).sum(1),
+    )
+    chosen, ref_chosen = chosen_logps[:, 0], ref_chosen_logps[:, 0]
+    metrics = {
+        "logps/chosen": chosen,
+        "logps/rejected": rejected,
+        # Does the reference rank the pair already?
+        "logps/ref_accuracies": (ref_chosen > ref_rejected).float(),
+    }
+
+    # The implicit rewards, beta log(pi / ref).
+    chosen_rewards = beta * (chosen_logps - ref_chosen_logps)
+    rejected_rewards = beta * (rejected_logps - ref_rejected_logps)
+    rewards = reward_metrics(chosen_rewards, rejected_rewards, weights)
+    return rewards | {name: value.mean().item() for name, value in metrics.items()}
+
+
+def reward_metrics(
+    chosen_rewards: Tensor, rejected_rewards: Tensor, weights: Tensor
+) -> dict[str, float]:
+    """The same of rewards, (B, 1) and (B, K): a reward model's, or DPO's implicit ones."""
+    chosen, rejected = chosen_rewards[:, 0], (rejected_rewards * weights).sum(1)
+    metrics = {
+        "rewards/chosen": chosen,
+        "rewards/rejected": rejected,
+        "rewards/accuracies": (chosen > rejected).float(),
+        "rewards/margins": chosen - rejected,
+    }
+    return {name: value.mean().item() for name, value in metrics.items()}

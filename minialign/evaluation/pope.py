@@ -1,0 +1,75 @@
+"""POPE: is there such a thing in the picture? Yes or no, in three settings of absent things.
+
+A file holds JSON Lines (also where its name ends in .json): {"question_id", "image", "text",
+"label"}. The questions are asked as they stand there, without a request for one word behind them.
+"""
+
+import re
+from pathlib import Path
+
+from minialign.errors import UserError
+from minialign.evaluation.metrics import SETTINGS_OF_POPE, Counts, Figures, pope_figures
+from minialign.evaluation.questions import Benchmark, Question, question_of, read_questions
+
+
+def pope_verdict(answer: str) -> bool:
+    """POPE's reading of an answer: in its first sentence, without commas, the word No, no or not
+    means no."""
+    words = answer.split(".")[0].replace(",", "").split(" ")
+    return not any(word in ("No", "no", "not") for word in words)
+
+
+def setting_of(path: Path) -> str:
+    """The setting that a file's name tells, or ""."""
+    return next((setting for setting in SETTINGS_OF_POPE if setting in path.name), "")
+
+
+def pope_files(data: Path) -> dict[str, Path]:
+    """{setting: file}: a file by itself, or the three of a folder."""
+    if not data.is_dir():
+        return {setting_of(data): data}
+    files = sorted(path for path in data.iterdir() if path.suffix in (".json", ".jsonl"))
+    found = {}
+    for setting in SETTINGS_OF_POPE:
+        named = [path for path in files if setting_of(path) == setting]
+        if len(named) != 1:
+            many = ", ".join(path.name for path in named) or "no file"
+            raise UserError(
+                f"--data {data}: for the {setting} setting there is {many}; give a folder with one file of "
+                "each setting, or one file"
+            )
+        found[setting] = named[0]
+    return found
+
+
+def read_pope(data: str, skip_bad: bool) -> Benchmark:
+    """The questions of a POPE file or folder, and what an answer counts."""
+    questions: list[Question] = []
+    figures: Figures = {}
+    for setting, path in pope_files(Path(data)).items():
+
+        def parse(raw: object, line: int, path=path, setting=setting) -> Question:
+            question = question_of(raw, f"{path.name}:{line}")
+            if question.raw.get("label") not in ("yes", "no"):
+                raise UserError(
+                    f"field 'label' is {str(question.raw.get('label'))[:40]!r}, neither 'yes' nor 'no'"
+                )
+            question.raw["setting"] = setting
+            return question
+
+        questions += read_questions(path, parse, skip_bad)
+        figures |= pope_figures(setting)
+    return Benchmark(questions, count_answer, figures)
+
+
+def count_answer(question: Question, answer: str) -> Counts:
+    """One true or false yes or no, and whether it is neither in so many words."""
+    yes, right = pope_verdict(answer), pope_verdict(answer) == (question.raw["label"] == "yes")
+    setting, unclear = (
+        question.raw["setting"],
+        not re.search(r"\b(yes|no|not)\b", answer, re.IGNORECASE),
+    )
+    return {
+        f"{setting}_{'t' if right else 'f'}{'p' if yes else 'n'}": 1,
+        f"{setting}_unclear": unclear,
+    }

@@ -1,0 +1,290 @@
+"""Hugging Face LLaVA folders in and out.
+
+A folder holds config.json, model.safetensors (or shards with an index), tokenizer.json and
+preprocessor_config.json. `NAMES` is the whole mapping between Hugging Face's keys and this code's.
+"""
+
+import hashlib
+import re
+import shutil
+from collections.abc import Callable
+from contextlib import contextmanager
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from minialign.errors import UserError
+from minialign.files import read_json, write_folder_whole, write_json
+from minialign.model.config import read_config
+from minialign.model.llava import Llava
+from minialign.training import parallel
+
+# Hugging Face's key (any of the layouts in use) -> ours. The first pattern that matches is applied.
+NAMES = [
+    (r"^(model\.)?vision_tower\.(vision_tower\.)?(vision_model\.)?", "vision_tower."),
+    (r"^(model\.)?multi_modal_projector\.", "multi_modal_projector."),
+    (r"^model\.mm_projector\.0\.", "multi_modal_projector.linear_1."),
+    (r"^model\.mm_projector\.2\.", "multi_modal_projector.linear_2."),
+    (r"^(model\.)?image_newline$", "image_newline"),
+    (r"^language_model\.lm_head\.", "lm_head."),
+    (r"^(language_model\.model|model\.language_model|model)\.", "language_model."),
+]
+# Ours -> the layout of the hub's llava-hf folders, for a new model.
+HUB_NAMES = [
+    (r"^vision_tower\.", "vision_tower.vision_model."),
+    (r"^lm_head\.", "language_model.lm_head."),
+    (r"^language_model\.", "language_model.model."),
+]
+IGNORED = re.compile(r"(position_ids|\.inv_freq)$")
+COMPANIONS = (
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "tokenizer.model",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "preprocessor_config.json",
+    "processor_config.json",
+    "generation_config.json",
+    "chat_template.json",
+    "chat_template.jinja",
+)
+
+
+def rename(key: str, table: list[tuple[str, str]]) -> str:
+    """Apply the first pattern of `table` that matches."""
+    for pattern, replacement in table:
+        renamed, count = re.subn(pattern, replacement, key, count=1)
+        if count:
+            return renamed
+    return key
+
+
+def fingerprint(folder: Path, adapter: str | None = None, reward: str = "") -> str:
+    """A short name of the folder's weights, of an adapter's, and of a reward model's where `reward`
+    is a folder.
+
+    From sizes, first and last MiB of the files, as 14 GB take long to read.
+    """
+    digest = hashlib.sha256()
+    extra = [] if adapter is None else [Path(adapter) / "adapter_model.safetensors"]
+    if reward and Path(reward).is_dir():
+        extra += sorted(Path(reward).glob("*.safetensors"))
+    for path in weight_files(folder) + extra:
+        size = path.stat().st_size
+        digest.update(f"{path.name} {size} ".encode())
+        with open(path, "rb") as file:
+            digest.update(file.read(2**20))
+            file.seek(max(0, size - 2**20))
+            digest.update(file.read())
+    return digest.hexdigest()[:16]
+
+
+def weight_files(folder: Path) -> list[Path]:
+    """The folder's safetensors files. Pickle is never loaded."""
+    index = folder / "model.safetensors.index.json"
+    if index.exists():
+        names = read_json(index, "download the folder again").get("weight_map", {}).values()
+        files = [folder / name for name in sorted(set(names))]
+    else:
+        files = [folder / "model.safetensors"]
+    for file in files:
+        if file.exists():
+            continue
+        if any(folder.glob("*.bin")) or any(folder.glob("*.pt")) or any(folder.glob("*.pth")):
+            raise UserError(
+                f"{folder}: only pickle weights (.bin, .pt), which are never loaded; convert them to safetensors"
+            )
+        raise UserError(
+            f"{file}: no such file; a model folder needs model.safetensors or its shards with an index"
+        )
+    return files
+
+
+@contextmanager
+def opened(file: Path):
+    """A safetensors file, open for reading; a damaged one is a `UserError`."""
+    try:
+        with safe_open(file, framework="pt") as tensors:
+            yield tensors
+    except SafetensorError as error:
+        raise UserError(
+            f"{file}: not a whole safetensors file ({error}); download or save it again"
+        ) from None
+
+
+def read_tensors(file: Path):
+    """Yield (key, tensor) one tensor at a time."""
+    with opened(file) as tensors:
+        for key in tensors.keys():  # noqa: SIM118 (safe_open is no dict)
+            yield key, tensors.get_tensor(key)
+
+
+def read_shapes(file: Path) -> dict[str, torch.Size]:
+    """The shapes of a file's tensors, read from its header."""
+    with opened(file) as tensors:
+        keys = [key for key in tensors.keys() if not IGNORED.search(key)]  # noqa: SIM118
+        return {key: torch.Size(tensors.get_slice(key).get_shape()) for key in keys}
+
+
+def load_model(folder: Path, device: str = "cpu", dtype: torch.dtype = torch.float32) -> Llava:
+    """Read a LLaVA folder onto `device` in `dtype`, frozen and in eval mode."""
+    model = empty_model(folder, dtype)
+    load_weights(model, folder, device)
+    return model
+
+
+def empty_model(folder: Path, dtype: torch.dtype) -> Llava:
+    """The model of a folder on the meta device: names, shapes and types, and no memory yet.
+
+    It is frozen; the projector, which is trained, is in float32 at least.
+    """
+    with torch.device("meta"):
+        model = Llava(read_config(folder)).to(dtype)
+    if dtype.itemsize < 4:
+        model.multi_modal_projector.float()
+    return model.requires_grad_(False).eval()
+
+
+def load_weights(model: Llava, folder: Path, device: str) -> None:
+    """Read the folder's tensors into a model of the meta device, one after another.
+
+    Of a model in shards a process keeps its rows of each and lets go of the rest. Adapters and a
+    head are not read: the caller fills them in. A missing, unexpected or wrongly shaped tensor is a
+    `UserError` that names the keys.
+    """
+    # What is stored once may stand twice in the model: the projector, and the copy that is trained.
+    places: dict[str, list[str]] = {}
+    for name in parameter_names(model):
+        places.setdefault(stored_name(name), []).append(name)
+    shapes = {}
+    for file in weight_files(folder):
+        shapes |= {rename(key, NAMES): shape for key, shape in read_shapes(file).items()}
+    if model.config.text.tie_word_embeddings:
+        shapes.pop("lm_head.weight", None)
+    wanted = {name: model.get_parameter(names[0]).shape for name, names in places.items()}
+    check_tensors(folder, wanted, shapes)
+
+    if parallel.units(model):
+        model.to_empty(device=device)  # this process's rows
+    for file in weight_files(folder):
+        for key, tensor in read_tensors(file):
+            for name in places.get(rename(key, NAMES), []):
+                set_parameter(model, name, tensor, device)
+    model.tie_weights()
+
+
+def parameter_names(model: Llava) -> list[str]:
+    """Of the parameters that a model folder holds: all but adapters and a scalar head."""
+    return [
+        name for name, _ in model.named_parameters() if not re.search("lora_|scalar_head", name)
+    ]
+
+
+def stored_name(name: str) -> str:
+    """Our name of a parameter in a model with adapters -> its name in one without."""
+    return name.replace(".base.", ".").replace(".copy.", ".")
+
+
+def set_parameter(model: nn.Module, name: str, value: Tensor, device: str) -> None:
+    """Give a parameter its value, in the parameter's own type: of a model in shards its rows, and
+    else the tensor itself takes the place of one on the meta device."""
+    parameter = model.get_parameter(name)
+    if parallel.in_shards(parameter):
+        parallel.fill_in(parameter, value)
+        return
+    # What is trained needs memory of its own, not its frozen twin's or the mapped file's.
+    value = value.to(device, parameter.dtype, copy=parameter.requires_grad)
+    module, _, leaf = name.rpartition(".")
+    value = nn.Parameter(value, requires_grad=parameter.requires_grad)
+    setattr(model.get_submodule(module), leaf, value)
+
+
+def check_tensors(where: Path, wanted: dict[str, torch.Size], found: dict[str, torch.Size]) -> None:
+    """Refuse missing, unexpected and wrongly shaped tensors, by name and shape."""
+    problems = []
+    for title, keys in (
+        ("missing", wanted.keys() - found.keys()),
+        ("unexpected", found.keys() - wanted.keys()),
+    ):
+        if keys:
+            shown = ", ".join(sorted(keys)[:5]) + (
+                f" and {len(keys) - 5} more" if len(keys) > 5 else ""
+            )
+            problems.append(f"{title} tensors: {shown}")
+    other = [key for key in sorted(wanted.keys() & found.keys()) if wanted[key] != found[key]]
+    if other:
+        shapes = f"{list(found[other[0]])}, the model's config.json says {list(wanted[other[0]])}"
+        problems.append(
+            f"{other[0]} has shape {shapes}"
+            + (f", and {len(other) - 1} more" if len(other) > 1 else "")
+        )
+    if problems:
+        raise UserError(f"{where}: {'; '.join(problems)}; these weights belong to another model")
+
+
+def copy_companions(source: Path, folder: Path, raw_config: dict) -> None:
+    """What belongs to the weights: the config, and the files of tokenizer and preprocessing."""
+    write_json(folder / "config.json", raw_config)
+    for name in COMPANIONS:
+        if (source / name).exists():
+            shutil.copyfile(source / name, folder / name)
+
+
+def save_model(
+    state: dict[str, Tensor], raw_config: dict, source: Path, folder: Path, dtype: torch.dtype
+) -> None:
+    """Write a new model as a Hugging Face folder, whole: `state` by our names, companions from
+    `source`."""
+
+    def write(partial: Path) -> None:
+        """Tensors, config and companions into the folder that takes its place when it is whole."""
+        tied = (
+            state["lm_head.weight"].data_ptr()
+            == state["language_model.embed_tokens.weight"].data_ptr()
+        )
+        kept = {k: v for k, v in state.items() if not (tied and k == "lm_head.weight")}
+        tensors = {
+            rename(k, HUB_NAMES): v.detach().to("cpu", dtype).contiguous() for k, v in kept.items()
+        }
+        save_file(tensors, partial / "model.safetensors", metadata={"format": "pt"})
+        copy_companions(source, partial, raw_config | {"dtype": str(dtype).removeprefix("torch.")})
+
+    write_folder_whole(folder, write)
+
+
+def save_changed(
+    source: Path,
+    change: Callable[[str, Tensor], Tensor],
+    raw_config: dict,
+    folder: Path,
+    add: Callable[[Path], None] | None = None,
+) -> None:
+    """Write the folder `source` anew with `change(our name, tensor)` in each tensor's place, whole.
+
+    `add(folder)` puts files of its own beside.
+
+    File by file, as they were read: the layout of the keys, the shards and the types stay, so that
+    whatever reads `source` reads the result, and what did not change has the same bytes."""
+
+    def write(partial: Path) -> None:
+        """The files into the folder that takes its place when it is whole."""
+        for file in weight_files(source):
+            with opened(file) as tensors:
+                metadata = tensors.metadata()
+            changed = {}
+            for key, tensor in read_tensors(file):
+                changed[key] = (
+                    change(rename(key, NAMES), tensor).detach().to("cpu", tensor.dtype).contiguous()
+                )
+            save_file(changed, partial / file.name, metadata=metadata)
+        index = source / "model.safetensors.index.json"
+        if index.exists():
+            shutil.copyfile(index, partial / index.name)
+        copy_companions(source, partial, raw_config)
+        if add is not None:
+            add(partial)
+
+    write_folder_whole(folder, write)

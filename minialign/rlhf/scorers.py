@@ -1,0 +1,141 @@
+"""Who says how good a response is: a reward model, or a function of the user's.
+
+All are called with records, pictures and k texts for each, and give scores (B, k): r(x, y) of
+Eq. 2.
+
+A reward model's folder is one like any other; `reward_head.safetensors` in it holds its head, and
+the mean and standard deviation of its rewards on pairs that it learned from.
+"""
+
+import importlib.util
+import json
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from PIL import Image
+from safetensors.torch import save_file
+from torch import Tensor
+
+from minialign.cli import require
+from minialign.data.records import Record
+from minialign.errors import UserError
+from minialign.model.hf_folder import opened, read_tensors
+from minialign.model.masks import build_tree
+from minialign.model.scalar_head import branch_rewards, set_head
+from minialign.rlhf.rewards import Whitening
+from minialign.sampling.assistant import Assistant
+
+HEAD_FILE = "reward_head.safetensors"
+
+
+@dataclass(frozen=True)
+class RewardModel:
+    """r(x, y), whitened. It reads the responses as texts, with a tokenizer and a template of its
+    own."""
+
+    assistant: Assistant
+    whitening: Whitening
+
+    @torch.no_grad()
+    def __call__(
+        self, records: list[Record], pictures: list[Image.Image], texts: list[tuple[str, ...]]
+    ) -> Tensor:
+        """Scores (B, k) of the k responses to each record's prompt: k branches of one trunk."""
+        model, tokenizer = self.assistant.model, self.assistant.tokenizer
+        images = [self.assistant.processor.prepare(picture) for picture in pictures]
+        sequences = []
+        for record, image, responses in zip(records, images, texts, strict=True):
+            room = self.assistant.positions_left(record.turns, image)
+            if room < 1:
+                full = "image and prompt fill the reward model's positions"
+                raise UserError(f"{record.place}: {full}; use another one")
+            # A response that leaves the decoder's positions is cut at its end.
+            ids = [tokenizer.response(text)[:room] for text in responses]
+            sequences.append(self.assistant.sequence(record.turns, image, ids))
+
+        features = self.assistant.encode(images)
+        tree = build_tree(sequences, tokenizer.image_id, tokenizer.pad_id).to(model.device)
+        return self.whitening(branch_rewards(model, tree, features)).cpu()
+
+
+def save_head(weight: Tensor, whitening: Whitening, folder: Path) -> None:
+    """Write a reward model's head into a folder that is being made."""
+    facts = {"mean": whitening.mean, "std": whitening.std}
+    save_file({"weight": weight.contiguous()}, folder / HEAD_FILE, {"whitening": json.dumps(facts)})
+
+
+def load_reward_model(folder: Path, device: str, dtype: torch.dtype) -> RewardModel:
+    """A folder that `minialign.rlhf.reward_model` has left as `merged`, with the template that it
+    was trained in."""
+    path = folder / HEAD_FILE
+    remedy = "give the `merged` that minialign.rlhf.reward_model leaves"
+    if not path.is_file():
+        raise UserError(f"{folder}: no reward model, as {HEAD_FILE} is missing; {remedy}")
+    assistant = Assistant.from_folder(folder, device, dtype)
+    assistant.announce(folder)
+    weight = dict(read_tensors(path)).get("weight")
+    with opened(path) as file:
+        noted = (file.metadata() or {}).get("whitening", "")
+    try:
+        facts = json.loads(noted)
+        whitening = Whitening(float(facts["mean"]), float(facts["std"]))
+    except (ValueError, TypeError, KeyError):
+        raise UserError(
+            f"{path}: no mean and standard deviation beside the head; {remedy}"
+        ) from None
+    shape = (1, assistant.model.config.text.hidden_size)
+    if weight is None or weight.shape != shape or weight.dtype != torch.float32:
+        raise UserError(f"{path}: no head of this model; {remedy}")
+    set_head(assistant.model, weight.to(assistant.model.device))
+    return RewardModel(assistant, whitening)
+
+
+@dataclass(frozen=True)
+class UserReward:
+    """A Python function (image, prompt, response) -> number; `name` says where it stands.
+
+    Of several turns the prompt is all that was said before the response, a line each.
+    """
+
+    function: Callable[[Image.Image, str, str], float]
+    name: str
+
+    def __call__(
+        self, records: list[Record], pictures: list[Image.Image], texts: list[tuple[str, ...]]
+    ) -> Tensor:
+        """Scores (B, k)."""
+        scores = []
+        for record, picture, responses in zip(records, pictures, texts, strict=True):
+            scores.append([self.score(record, picture, text) for text in responses])
+        return torch.tensor(scores)
+
+    def score(self, record: Record, picture: Image.Image, text: str) -> float:
+        """What it says of one response; what is no number of float32's, or raises, is a
+        `UserError`."""
+        try:
+            score = float(self.function(picture, record.asked, text))
+        except (Exception, SystemExit) as error:  # the user's own code may raise anything
+            message = f"{self.name}: raised {error!r}, of record {record.id}; mend it"
+            raise UserError(message) from error
+        message = f"{self.name}: {score} of record {record.id}, which is no finite number; mend it"
+        require(abs(score) <= 1e30, message)
+        return score
+
+
+def load_function(path: Path, name: str) -> Callable:
+    """A function of a Python file of the user's, which is run."""
+    require(path.is_file(), f"--reward {path}: no such file; give FILE.py:FUNCTION")
+    spec = importlib.util.spec_from_file_location(f"reward_{path.stem}", path)
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[spec.name] = module  # as dataclasses look it up there
+    sys.path.insert(0, str(path.parent))  # as for a script: what stands beside it can be imported
+    try:
+        spec.loader.exec_module(module)
+    except (Exception, SystemExit) as error:  # the user's own code may raise anything
+        raise UserError(f"--reward {path}: raised {error!r}; mend it") from error
+    function = getattr(module, name, None)
+    require(callable(function), f"--reward {path}: has no function {name!r}; give FILE.py:FUNCTION")
+    return function

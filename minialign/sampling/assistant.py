@@ -1,0 +1,102 @@
+"""A LLaVA with what belongs to it: its tokenizer, under a template, and its image preprocessing."""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from minialign.data.images import ImageProcessor, PreparedImage
+from minialign.data.tokenizer import Tokenizer, Turn
+from minialign.model.hf_folder import load_model
+from minialign.model.llava import Llava
+from minialign.model.masks import Branch, Sequence
+from minialign.model.peft_folder import load_adapter
+from minialign.sampling.generate import Sampling, generate
+
+
+@dataclass(frozen=True)
+class Assistant:
+    """Model, tokenizer and preprocessing of one folder."""
+
+    model: Llava
+    tokenizer: Tokenizer
+    processor: ImageProcessor
+
+    @classmethod
+    def from_folder(
+        cls,
+        folder: Path,
+        device: str = "cpu",
+        dtype: torch.dtype = torch.float32,
+        template: str | None = None,
+        adapter: str | None = None,
+    ) -> "Assistant":
+        """Read a LLaVA folder, perhaps with a PEFT adapter on top."""
+        tokenizer = Tokenizer.from_folder(folder, template)
+        processor = ImageProcessor.from_folder(folder)
+        model = load_model(folder, device, dtype)
+        if adapter is not None:
+            load_adapter(model, Path(adapter))
+        return cls(model, tokenizer, processor)
+
+    def announce(self, folder: Path) -> None:
+        """Say which model is used, and how."""
+        size = sum(p.numel() for p in self.model.parameters()) / 1e6
+        weight = self.model.lm_head.weight
+        kind = f"{self.model.config.raw.get('model_type')}, {size:,.0f} M parameters"
+        where = f"{weight.dtype} on {weight.device}"
+        print(f"{folder}: {kind}, {where}, template {self.tokenizer.name}")
+
+    @property
+    def positions(self) -> int:
+        """How many positions the decoder has."""
+        return self.model.config.text.max_position_embeddings
+
+    def positions_left(self, turns: list[Turn], image: PreparedImage) -> int:
+        """Of these, how many a prompt and its picture leave for a response."""
+        prompt = self.tokenizer.prompt(turns)
+        return self.positions - (len(prompt) - 1 + len(image.packing))
+
+    def sequence(
+        self,
+        turns: list[Turn],
+        image: PreparedImage,
+        responses: list[list[int]],
+        image_visible: Tensor | None = None,
+    ) -> Sequence:
+        """A prompt, and a branch for each response's ids behind it."""
+        prompt = self.tokenizer.prompt(turns)
+        branches = [Branch(ids) for ids in responses]
+        patches = len(image.pixels) * self.processor.patches
+        return Sequence(prompt, branches, patches, image_visible, image.packing)
+
+    def encode(self, images: list[PreparedImage]) -> Tensor:
+        """What the tower sees of some pictures: (tiles, patches, D)."""
+        return self.model.encode_images(torch.cat([image.pixels for image in images]))
+
+    def answers(
+        self,
+        features: Tensor,
+        images: list[PreparedImage],
+        questions: list[list[str]],
+        max_new_tokens: int,
+    ) -> list[list[str]]:
+        """Greedy answers to several questions per picture: it is the trunk, each question a branch.
+
+        features (tiles, patches, D): of all the pictures, as `encode` gives them.
+        """
+        sequences = []
+        for image, asked in zip(images, questions, strict=True):
+            prompts = [self.tokenizer.prompt([("user", question)]) for question in asked]
+            shared = prompts[0].index(self.tokenizer.image_id) + 1  # up to the picture
+            branches = [Branch(prompt[shared:]) for prompt in prompts]
+            patches = len(image.pixels) * self.processor.patches
+            trunk = prompts[0][:shared]
+            sequences.append(Sequence(trunk, branches, patches, packing=image.packing))
+
+        greedy, stops = Sampling(max_new_tokens, temperature=0.0), {self.tokenizer.eos_id}
+        rows = generate(
+            self.model, sequences, features, greedy, stops, pad_id=self.tokenizer.pad_id
+        )
+        return [[self.tokenizer.decode(completion.ids) for completion in row] for row in rows]

@@ -1,0 +1,85 @@
+"""Eq. 7 and Algorithm 1, l. 9-16: y+ cut into beginnings of sentences, and joined with what the
+policy makes of them. Pure functions of strings and token ids; the loop is in sample_bdhs.py.
+
+Differs from the paper: the yes/no pattern ends with its word, so that `Nobody`, `No-one` and
+`Yesterday` stay whole. Silent in the paper, chosen here: a cut falls on a word boundary and may
+keep nothing, but never takes a swapped word away.
+"""
+
+import random
+import re
+from collections.abc import Callable
+from dataclasses import dataclass
+
+YES_NO = re.compile(r"(Yes|yes|No|no)\b(?!-)")  # Alg. 1 l. 12
+SWAP = {"Yes": "No", "yes": "no", "No": "Yes", "no": "yes"}
+
+
+@dataclass(frozen=True)
+class Cut:
+    """One sentence of y+ cut in two: the white space before it, what is kept of it, and where it
+    forks."""
+
+    separator: str
+    kept: str
+    kept_ids: list[int]  # of all of y+ before the sentence, and of what is kept
+    shared: int  # leading tokens of kept_ids that are y+'s, so that the trunk holds them already
+
+
+WHOLE_RESPONSE = Cut("", "", [], 0)  # nothing is kept: what l. 6 samples, unguided
+
+
+def split_sentences(text: str) -> list[tuple[int, int]]:
+    """Character spans of the sentences: each ends behind `.`, `!` or `?` that a space or the end
+    follows."""
+    return [
+        match.span()
+        for match in re.finditer(r"\S.*?(?:[.!?]+(?=\s|$)|$)", text.rstrip(), re.DOTALL)
+    ]
+
+
+def cut_sentence(
+    text: str,
+    span: tuple[int, int],
+    ids: list[int],
+    encode: Callable[[str], list[int]],
+    rng: random.Random,
+) -> Cut:
+    """Alg. 1 l. 11-14 for one sentence of y+: perhaps swap Yes and No, then cut at a random word.
+
+    ids: those of all of y+. encode: a response's beginning to its ids, as they follow a prompt.
+    """
+    start, end = span
+    sentence = text[start:end]
+
+    # l. 12-13: a sentence that begins with Yes or No begins with the other every other time.
+    match = YES_NO.match(sentence)
+    swapped = SWAP[match[1]] if match and rng.random() >= 0.5 else ""
+    if swapped:
+        sentence = swapped + sentence[match.end() :]
+
+    # l. 14: keep what is before a random word; a swapped word stays.
+    places = [word.start() for word in re.finditer(r"\S+", sentence)]
+    if swapped:
+        places = places[1:] or [len(swapped)]
+    kept = sentence[: rng.choice(places)].rstrip()
+
+    # A swapped word belongs to its own sentence: the text before it is always the true one (Eq. 7).
+    before = text[:start] if kept else text[:start].rstrip()
+    kept_ids = encode(before + kept)
+    shared = 0
+    while shared < min(len(kept_ids), len(ids)) and kept_ids[shared] == ids[shared]:
+        shared += 1
+    separator = text[len(text[:start].rstrip()) : start]
+    return Cut(separator, kept, kept_ids, shared)
+
+
+def join(cuts: list[Cut], completions: list[list[int]], decode: Callable[[list[int]], str]) -> str:
+    """Alg. 1 l. 15-16: every kept part with the ids of its completion, in order, as one text."""
+    parts = []
+    for cut, new_ids in zip(cuts, completions, strict=True):
+        tail = decode(cut.kept_ids + new_ids)[len(decode(cut.kept_ids)) :]
+        sentence = cut.kept + (tail if cut.kept else tail.lstrip())
+        if sentence:
+            parts.append(cut.separator + sentence)
+    return "".join(parts).strip()

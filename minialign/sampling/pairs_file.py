@@ -1,0 +1,103 @@
+"""The pairs file that sample_bdhs.py writes: its lines, and how a killed run goes on in it.
+
+JSON Lines of id, images, prompt, chosen, rejected, external (the record's own rejected response, if
+it has one) and bdhs, which says how the pair came about. Beside it stand FILE.config.json, the
+settings that it was sampled with, and FILE.stats.json.
+"""
+
+from collections import Counter
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+from minialign.cli import require
+from minialign.data.records import Record, pair_record, preference_fields
+from minialign.files import read_lines
+from minialign.training.progress import require_same_settings
+
+# When a run is continued.
+MAY_CHANGE = (
+    "out",
+    "limit",
+    "batch_size",
+    "skip_bad_records",
+    "workers",
+    "shard",
+    "device",
+)
+
+
+@dataclass(frozen=True)
+class Sampled:
+    """A rejected response y- and how it came about; `truncated`: the length limit ended a
+    completion."""
+
+    rejected: str
+    iterations: int
+    similarity: float
+    mask_seed: int
+    guided: bool
+    truncated: bool
+
+
+def beside(out: Path, what: str) -> Path:
+    """The file beside the pairs file that holds its settings or its statistics."""
+    return out.with_name(f"{out.name}.{what}.json")
+
+
+def pairs_of_earlier_run(out: Path, settings: dict) -> list[dict]:
+    """What an earlier run of the same settings left in the pairs file; any other file is left
+    alone."""
+    if not out.exists() or out.stat().st_size == 0:
+        return []
+    remedy = "name another --out"
+    require_same_settings(beside(out, "config"), settings, MAY_CHANGE, remedy)
+    return read_lines(out, remedy)
+
+
+def require_same_records(out: Path, pairs: list[dict], records: list[Record]) -> None:
+    """Refuse to continue a pairs file that was sampled from other data under the same ids."""
+    by_id = {record.id: record for record in records}
+    for number, pair in enumerate(pairs, start=1):
+        wanted, kept = by_id.get(pair["id"]), pair_record(pair)
+        if wanted is None:
+            continue
+        same = (kept.image, kept.turns, kept.chosen) == (wanted.image, wanted.turns, wanted.chosen)
+        where = f"{out}, line {number}: {pair['id']!r} is another record in --data"
+        require(same and kept.external == wanted.rejected, f"{where}; name another --out")
+
+
+def needs_messages(out: Path, pairs: list[dict], records: list[Record]) -> bool:
+    """Whether prompts and responses are lists of messages, in the whole file: where a record has
+    earlier turns, or pairs that are there have them."""
+    turns = any(len(record.turns) > 1 for record in records)
+    bare = bool(pairs) and isinstance(pairs[0]["prompt"], str)
+    message = "its prompts are texts, and some records have several turns, which need messages"
+    require(not (bare and turns), f"--out {out}: {message}; name another --out")
+    return turns or bool(pairs) and not bare
+
+
+def pair_line(record: Record, sampled: Sampled, config, messages: bool) -> dict:
+    """One line of the pairs file; TRL reads it as it is."""
+    bdhs = asdict(sampled) | {"rho_th": config.rho_th, "noise_steps": config.noise_steps}
+    responses = {"chosen": record.chosen, "rejected": bdhs.pop("rejected")}
+    if record.rejected:
+        responses["external"] = record.rejected  # for Eq. 5
+    fields = preference_fields(record.turns, responses, messages)
+    return {"id": record.id, "images": [record.image], **fields, "bdhs": bdhs}
+
+
+def resolved_curve(pairs: list[dict], n_bdhs: int, eps_s: float) -> list[float]:
+    """Fig. 10: the share of the pairs that are whole and differ from y+ (below eps_s) after 1, 2,
+    ... iterations."""
+    needed: Counter[int] = Counter()
+    for pair in pairs:
+        bdhs = pair["bdhs"]
+        # Whatever is sampled last is kept, different and whole or not.
+        different = bdhs["similarity"] < eps_s and not bdhs["truncated"]
+        if bdhs["iterations"] < n_bdhs or different:
+            needed[bdhs["iterations"]] += 1
+    shares = []
+    for last in range(1, n_bdhs + 1):
+        resolved = sum(needed[iteration] for iteration in range(1, last + 1))
+        shares.append(round(resolved / max(1, len(pairs)), 4))
+    return shares

@@ -1,0 +1,178 @@
+"""The comparison on the embedded world: every row trained from several seeds, one table, one
+verdict per finding.
+
+    python -m minialign.study --out runs/study            # all rows, three seeds, on the test split
+    python -m minialign.study --rows bdhs,sft --seeds 1 --split validation
+
+A row is a list of commands, run in order; what of them --out already holds is not run again. So
+rows that begin with the same command share its pairs; where several studies run side by side in one
+--out, such rows belong to the same one, and a last one, of all rows, makes the table. All rows draw
+on the same records and make the same number of steps, in batches of the same size (ppo with four
+updates in each), unless a run of rloo or ppo passes its --kl-stop. Intervals are bootstrapped over
+images and seeds; differences between rows are paired by image. Leaves study.html and study.json:
+{"rows": [...], "findings": [{"id", "status", "evidence"}], "rewards": [...]}, the last being Table
+7 where a row has a reward model."""
+
+import json
+import math
+import subprocess
+import sys
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Literal
+
+from tqdm import tqdm
+
+from minialign.cli import require, require_at_least, run_main
+from minialign.errors import UserError
+from minialign.evaluation.metrics import TOY, Counts, bootstrap, interval, print_table
+from minialign.files import read_json, read_lines, write_json
+from minialign.model.hf_folder import fingerprint
+from minialign.study.findings import judge
+from minialign.study.page import SHOWN, write_study
+from minialign.study.rows import EXPORT, HELD, HELD_OUT, LAST, PAID, REWARD_MODELS, ROWS
+from minialign.toy.edge import TOY_RECORDS
+from minialign.training.progress import require_same_settings
+
+SCRIPTS = Path(__file__).resolve().parent.parent
+
+
+@dataclass(frozen=True)
+class Config:
+    """Flags."""
+
+    out: str = "runs/study"  # folder to write, or to continue
+    rows: str = ",".join(ROWS)  # comma-separated rows to run
+    seeds: int = 3  # training seeds of every row: 0, 1, ...
+    # choices are made on validation; test is looked at last
+    split: Literal["test", "validation"] = "test"
+    images: int = 500  # images of the split
+    limit: int = TOY_RECORDS  # records that every row is trained on
+
+
+def run(program: str, flags: list[str]) -> None:
+    """A top-level script or a module, as a user would run it."""
+    start = [str(SCRIPTS / program)] if program.endswith(".py") else ["-m", program]
+    done = subprocess.run([sys.executable, *start, *flags], check=False)
+    if done.returncode:
+        raise UserError(
+            f"{program} {' '.join(flags)} ended with exit code {done.returncode}; run again to continue"
+        )
+
+
+def run_row(row: str, seed: int, config: Config) -> dict[str, list[Counts]]:
+    """Run a row's commands; the evaluation's counts per image, before and after, of the last one,
+    which trains."""
+    out = run_commands(ROWS[row], row, seed, config)
+    return read_json(out / "counts.json", f"remove {out} and run again")
+
+
+def run_commands(commands: list[str], row: str, seed: int, config: Config) -> Path:
+    """Run those of the commands that are not done; returns what the last one writes, which its
+    first flag names."""
+    steps = math.ceil(
+        config.limit / 16
+    )  # once over the records; rows that lost pairs see some of theirs again
+    places = asdict(config) | {"study": config.out, "row": row, "seed": seed, "steps": steps}
+    for command in commands:
+        program, *flags = (word.format(**places) for word in command.split())
+        out = flags[1]
+        if not Path(out + LAST[program]).exists():
+            resume = ["--resume"] if Path(out, "checkpoint/progress.safetensors").exists() else []
+            run(program, flags + resume)
+    return Path(out)
+
+
+def table_7(config: Config) -> list[dict]:
+    """Accuracy of reward models on held-out pairs: what they learned from, what they are asked
+    about, by seed."""
+    run_commands([EXPORT, *HELD_OUT.values()], "held-out", 0, config)
+    held, rows = ",".join(f"{HELD}/{kind}.jsonl" for kind in HELD_OUT), []
+    for learned, commands in REWARD_MODELS.items():
+        accuracies: dict[str, list[float]] = {kind: [] for kind in HELD_OUT}
+        for seed in range(config.seeds):
+            model = f"{{study}}/reward-{learned}-{seed}"
+            ask = f"minialign.annotate --out {model}-accuracy.json --annotator {model}/merged --pairs {held}"
+            found = read_json(
+                run_commands([*commands, ask], learned, seed, config), "remove it and run again"
+            )
+            for kind, values in accuracies.items():
+                values.append(
+                    found[f"{HELD}/{kind}.jsonl".format(study=config.out)]["accuracy"]["value"]
+                )
+        rows += [
+            {"learned_from": learned, "asked_about": kind, "accuracy": each}
+            for kind, each in accuracies.items()
+        ]
+    return rows
+
+
+def learned(row: str, config: Config) -> dict[str, int]:
+    """The steps, and the pairs or responses that were learned from, all seeds together; some may
+    have been dropped."""
+    logs = [
+        Path(config.out) / f"{row}-{seed}" / "metrics.jsonl"
+        for seed in range(config.seeds)
+        if row != "base"
+    ]
+    steps = [step for log in logs for step in read_lines(log, f"remove {log.parent} and run again")]
+    return {
+        "steps": len(steps),
+        "pairs": sum(step.get("pairs", step.get("responses")) for step in steps),
+    }
+
+
+def same_settings(config: Config) -> None:
+    """Refuse an --out made with another split, other images, limit or weights, or these rows by
+    other commands."""
+    path, settings = Path(config.out) / "settings.json", asdict(config)
+    kept = {name: settings[name] for name in ("split", "images", "limit")} | {
+        "weights": fingerprint(TOY)
+    }
+    rows = {f"row {row}": ROWS[row] for row in config.rows.split(",")}
+    noted = read_json(path, "name another --out") if path.exists() else {}
+    if noted:
+        asked = kept | {row: commands for row, commands in rows.items() if row in noted}
+        require_same_settings(path, asked, (), "name another --out")
+    write_json(path, noted | kept | rows)
+
+
+def main(config: Config) -> None:
+    """Run what is missing, then print and write the table and the findings."""
+    rows = config.rows.split(",")
+    for row in rows:
+        require(row in ROWS, f"--rows {row}: no such row; there are {', '.join(ROWS)}")
+    require(
+        len(set(rows)) == len(rows), f"--rows {config.rows}: a row stands twice; name each once"
+    )
+    require_at_least(config, seeds=1, images=1, limit=1)
+    same_settings(config)
+    runs: dict[str, list[list[Counts]]] = {}
+    for row in tqdm(rows, desc="rows"):
+        for seed in range(config.seeds):
+            counts = run_row(row, seed, config)
+            runs.setdefault(row, []).append(counts["after"])
+            base = counts["before"]
+    runs = {"base": [base] * config.seeds} | runs
+    metrics = {row: bootstrap(each) for row, each in runs.items()}
+    table = {row: {name: interval(v) for name, v in m.items()} for row, m in metrics.items()}
+    print_table({name: {row: each[name] for row, each in table.items()} for name in SHOWN})
+    findings = judge(metrics)
+    for finding in findings:
+        print(f"{finding['status']:15} {finding['id']}: {finding['evidence']}")
+    settings = {name: getattr(config, name) for name in ("seeds", "split", "images", "limit")}
+    facts = {"seeds": config.seeds, "images": config.images}
+    rewards = (
+        table_7(config) if any(PAID in command for row in rows for command in ROWS[row]) else []
+    )
+    rows_json = [
+        {"row": row, **facts, **learned(row, config), "metrics": m} for row, m in table.items()
+    ]
+    out = Path(config.out)
+    write_json(out / "study.json", {"rows": rows_json, "findings": findings, "rewards": rewards})
+    write_study(out / "study.html", settings, rows_json, findings, rewards)
+    print(json.dumps({"wrote": [str(out / "study.json"), str(out / "study.html")]}))
+
+
+if __name__ == "__main__":
+    run_main(main, Config, __doc__)

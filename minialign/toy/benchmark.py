@@ -1,0 +1,135 @@
+"""The embedded world's benchmark: descriptions and answers, counted against exact ground truth.
+
+POPE's questions ask for three objects that are there and three that are not: random, popular
+(frequent in the training split) or adversarial (typical of the setting; where fewer than three of
+its four objects are missing, others fill up)."""
+
+import random
+import re
+from collections import Counter
+from dataclasses import dataclass
+from functools import cache
+from typing import Literal
+
+from tqdm import tqdm
+
+from minialign.evaluation.metrics import SETTINGS_OF_POPE, Counts
+from minialign.evaluation.pope import pope_verdict
+from minialign.sampling.assistant import Assistant
+from minialign.toy.drawing import COLOURS, OBJECTS, SETTINGS
+from minialign.toy.world import (
+    DESCRIBE,
+    EXISTS,
+    POSITIONS,
+    Scene,
+    make_scene,
+    picture,
+    with_article,
+)
+from minialign.training.parallel import gather, rank, shard_batch, unsharded
+
+MENTION = re.compile(rf"\b({'|'.join(OBJECTS)})\b(?: is ({'|'.join(COLOURS)})\b)?")
+POSITION = re.compile(rf"\b({'|'.join(POSITIONS.values())})\b")
+
+
+@cache
+def popular_objects() -> tuple[str, ...]:
+    """The objects in order of their frequency in the first 2,000 training scenes."""
+    counts = Counter(name for i in range(2000) for name in make_scene("train", i).objects)
+    return tuple(name for name, _ in counts.most_common())
+
+
+def pope_questions(scene: Scene) -> dict[str, list[str]]:
+    """Up to three present objects, and as many absent ones for each of POPE's three settings."""
+    rng = random.Random(scene.seed + 3)
+    absent = [o for o in OBJECTS if o not in scene.objects]
+    typical = [o for o in absent if o in SETTINGS[scene.setting]]
+    others = [o for o in absent if o not in typical]
+    present = rng.sample(list(scene.objects), min(3, len(scene.objects)))
+    n = len(present)
+    adversarial = rng.sample(typical, len(typical)) + rng.sample(others, len(others))
+    popular = [o for o in popular_objects() if o in absent]
+    return {
+        "present": present,
+        "random": rng.sample(absent, n),
+        "popular": popular[:n],
+        "adversarial": adversarial[:n],
+    }
+
+
+def count_description(scene: Scene, text: str) -> Counts:
+    """What one description says, against what is there."""
+    counts = Counter({"images": 1, "length": len(text.split()), "objects": len(scene.objects)})
+    for sentence in re.split(r"(?<=\.)\s", text):
+        place = POSITION.search(sentence)
+        for name, colour in MENTION.findall(sentence):
+            counts["mentioned"] += 1
+            if name not in scene.objects:
+                counts["hallucinated"] += 1
+                counts["typical"] += name in SETTINGS[scene.setting]
+                continue
+            places = scene.objects[name]  # {position: colour}
+            here = places.get(place[1]) if place else None
+            counts["true"] += 1
+            counts["placed"] += bool(place)
+            counts["coloured"] += bool(colour)
+            counts["wrong_place"] += bool(place) and here is None
+            counts["wrong_colour"] += bool(colour) and colour not in (
+                [here] if here else places.values()
+            )
+    counts["hallucinating"] = counts["hallucinated"] > 0
+    counts["found"] = sum(bool(re.search(rf"\b{name}\b", text)) for name in scene.objects)
+    return counts
+
+
+def count_pope(questions: dict[str, list[str]], answers: dict[tuple[str, str], str]) -> Counts:
+    """True and false yeses and noes of one image, for each of POPE's settings."""
+    counts: Counts = Counter()
+    said = {key: pope_verdict(answer) for key, answer in answers.items()}
+    for setting in SETTINGS_OF_POPE:
+        counts[f"{setting}_tp"] = sum(said["present", name] for name in questions["present"])
+        counts[f"{setting}_fn"] = len(questions["present"]) - counts[f"{setting}_tp"]
+        counts[f"{setting}_fp"] = sum(said[setting, name] for name in questions[setting])
+        counts[f"{setting}_tn"] = len(questions[setting]) - counts[f"{setting}_fp"]
+    return counts
+
+
+@dataclass(frozen=True)
+class ToyBenchmark:
+    """The embedded world's test or validation images, described and questioned."""
+
+    split: Literal["test", "validation"] = "test"
+    images: int = 500
+    batch_size: int = 50
+
+    def run(self, assistant: Assistant, title: str = "evaluate") -> list[Counts]:
+        """Greedy answers for every image, counted against its scene; `with_intervals` makes figures
+        of them. Of a model in shards every process holds the whole meanwhile."""
+        counts: dict[int, list[Counts]] = {}  # by the first image of a batch
+        firsts = shard_batch([*range(0, self.images, self.batch_size)])
+        with unsharded(assistant.model):
+            for first in tqdm(firsts, desc=title, leave=False, disable=rank() > 0):
+                last = min(first + self.batch_size, self.images)
+                scenes = [make_scene(self.split, index) for index in range(first, last)]
+                counts[first] = self.count_batch(assistant, scenes)
+        batches = {first: batch for each in gather(counts) for first, batch in each.items()}
+        return [each for first in sorted(batches) for each in batches[first]]
+
+    def count_batch(self, assistant: Assistant, scenes: list[Scene]) -> list[Counts]:
+        """A description of each scene and the answers to POPE's questions, counted."""
+        images = [assistant.processor.prepare(picture(scene)) for scene in scenes]
+        features = assistant.encode(images)
+        described = [[DESCRIBE[0]] for _ in scenes]
+        texts = assistant.answers(features, images, described, max_new_tokens=128)
+
+        objects = [pope_questions(scene) for scene in scenes]  # by what they are asked for
+        keys = [[(kind, name) for kind, names in q.items() for name in names] for q in objects]
+        asked = [[EXISTS[1].format(with_article(name)) for _, name in each] for each in keys]
+        replies = assistant.answers(features, images, asked, max_new_tokens=16)
+
+        counts = []
+        for i, scene in enumerate(scenes):
+            answers = dict(zip(keys[i], replies[i], strict=True))
+            pope = count_pope(objects[i], answers)
+            counts.append({**count_description(scene, texts[i][0]), **pope})
+        return counts

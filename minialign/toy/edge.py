@@ -1,0 +1,97 @@
+"""Where programs meet the embedded world: what `toy` and `oracle` stand for as a flag's value.
+
+The core knows none of this: from here it is given what it understands already, a folder of a
+model, a source of pictures, records, a benchmark, an annotator, a reward.
+"""
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+from PIL import Image
+
+from minialign.align.annotators import ModelAnnotator, RewardAnnotator
+from minialign.cli import require
+from minialign.data.images import PictureFolder
+from minialign.data.record_files import read_records
+from minialign.data.records import Record, instruct_record
+from minialign.rlhf.scorers import HEAD_FILE, UserReward, load_function, load_reward_model
+from minialign.sampling.assistant import Assistant
+from minialign.toy.benchmark import ToyBenchmark
+from minialign.toy.oracle import OracleAnnotator, oracle_reward
+from minialign.toy.world import alignment_records, open_picture
+
+CHECKPOINT = Path(__file__).parent / "checkpoint"
+TOY_RECORDS = 2000  # alignment records, unless --limit says otherwise
+
+
+def model_folder(name: str, flag: str = "--model") -> Path:
+    """`toy` names the embedded checkpoint; anything else is a folder."""
+    folder = CHECKPOINT if name == "toy" else Path(name)
+    remedy = "give a Hugging Face LLaVA folder (names on the hub are not fetched), or `toy`"
+    require(folder.is_dir(), f"{flag} {name}: no such folder; {remedy}")
+    return folder
+
+
+def picture_source(images: str) -> Callable[[str], Image.Image]:
+    """What opens a picture by its name: `toy` draws the scene of that name, anything else is a
+    folder."""
+    if images == "toy":
+        return open_picture
+    message = f"--images {images}: no such folder; name that of the pictures, or `toy`"
+    require(Path(images).is_dir(), message)
+    return PictureFolder(images)
+
+
+def records_of(
+    data: str, form: str | None, limit: int | None, seed: int, skip_bad: bool
+) -> list[Record]:
+    """Records to sample for: a file's, or for `toy` the first of the alignment split."""
+    if data != "toy":
+        return read_records(data, form, limit, seed, skip_bad)
+    raws = alignment_records(TOY_RECORDS if limit is None else limit)
+    return [instruct_record(raw) for raw in raws]
+
+
+def write_records(path: Path, limit: int | None) -> None:
+    """The first records of the alignment split as a data file."""
+    from minialign.files import write_whole
+
+    raws = alignment_records(TOY_RECORDS if limit is None else limit)
+    write_whole(path, json.dumps(raws, indent=2, ensure_ascii=False) + "\n")
+
+
+def benchmark_of(images: str, split: str, count: int) -> ToyBenchmark | None:
+    """What a run on the embedded world's pictures is evaluated by, before and after: `count`
+    images of a split; none for other pictures."""
+    return ToyBenchmark(split, count) if images == "toy" and count > 0 else None
+
+
+def annotator_of(name: str, config) -> OracleAnnotator | ModelAnnotator | RewardAnnotator:
+    """`oracle`, or a folder's model; `config` has the flags images, template, orders, seed, device
+    and dtype."""
+    if name == "oracle":
+        knows = "knows the embedded world alone; name a LLaVA folder"
+        require(config.images == "toy", f"--annotator oracle: {knows}")
+        return OracleAnnotator()
+    folder, dtype = model_folder(name, "--annotator"), getattr(torch, config.dtype)
+    if (folder / HEAD_FILE).exists():
+        return RewardAnnotator(load_reward_model(folder, config.device, dtype))
+    assistant = Assistant.from_folder(folder, config.device, dtype, config.template)
+    assistant.announce(folder)
+    return ModelAnnotator(assistant, config.orders == "both", config.seed)
+
+
+def scorer_of(name: str, config) -> Callable:
+    """`oracle`, FILE.py:FUNCTION, or the folder of a reward model; `config` has the flags images,
+    device and dtype."""
+    if name == "oracle":
+        knows = "knows the embedded world alone; give a reward model's folder"
+        require(config.images == "toy", f"--reward oracle: {knows}")
+        return oracle_reward
+    path, _, function = name.rpartition(":")
+    if path.endswith(".py"):
+        return UserReward(load_function(Path(path), function), f"--reward {name}")
+    folder = model_folder(name, "--reward")
+    return load_reward_model(folder, config.device, getattr(torch, config.dtype))

@@ -1,0 +1,53 @@
+"""The embedded world's exact truth, as an annotator and as a reward."""
+
+import re
+
+import torch
+from PIL import Image
+from torch import Tensor
+
+from minialign.align.annotators import Comparison, Verdict
+from minialign.data.records import Record
+from minialign.toy.benchmark import count_description
+from minialign.toy.drawing import COLOURS, OBJECTS
+from minialign.toy.world import Scene, scene_of
+
+# `there is no cup`, `no red cup`: mentions none.
+DENIED = re.compile(rf"\bno (?:(?:{'|'.join(COLOURS)}) )?(?:{'|'.join(OBJECTS)})\b", re.IGNORECASE)
+
+
+def truth(scene: Scene, text: str) -> tuple[float, float, float]:
+    """How true a text is of a scene, the higher the better: hallucinated objects and wrong
+    attributes, which count against it, then the objects that it names."""
+    counts = count_description(scene, DENIED.sub("", text))
+    wrong_attributes = counts["wrong_colour"] + counts["wrong_place"]
+    return -counts["hallucinated"], -wrong_attributes, counts["found"]
+
+
+class OracleAnnotator:
+    """Fewer hallucinated objects, then fewer wrong attributes, then more recall."""
+
+    def choose(self, comparisons: list[Comparison]) -> list[Verdict]:
+        """A verdict on each; responses that are equally true are a tie."""
+        verdicts = []
+        for comparison in comparisons:
+            scene = scene_of(comparison.record.image)
+            first, second = (truth(scene, text) for text in comparison.responses)
+            tie = Verdict(None, "tie")
+            verdicts.append(tie if first == second else Verdict(int(second > first)))
+        return verdicts
+
+
+def oracle_reward(
+    records: list[Record], pictures: list[Image.Image], texts: list[tuple[str, ...]]
+) -> Tensor:
+    """Scores (B, k) of k texts for each record, in objects: those named that are there, less those
+    that are not and wrong attributes.
+
+    So an object is worth naming from one chance in two on, and silence is worth nothing.
+    """
+    scores = []
+    for record, responses in zip(records, texts, strict=True):
+        scene = scene_of(record.image)
+        scores.append([float(sum(truth(scene, text))) for text in responses])
+    return torch.tensor(scores)
