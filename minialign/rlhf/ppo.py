@@ -1,78 +1,278 @@
 """PPO: a token is an action; GAE gives its advantage, and clipped losses let a rollout serve
-several updates.
+several updates (Eq. 2, Sec. 5.5).
 
-The order of a step: sample; `token_rewards`, reference and values, once, by the policy that
-sampled; `gae`; whiten the advantages of the whole batch, of all processes; then some epochs of
-`policy_loss` + value_coef * `value_loss` over its parts. All are flat, (branch tokens,) in the
-order of `token_logps`: there is no padding to mask, and parts of a batch concatenate.
+    python -m minialign.rlhf.ppo                                  # the embedded world's truth pays
+    python -m minialign.rlhf.ppo --model DIR --data FILE --images DIR --reward DIR --out runs/ppo
 
-What matters and stands elsewhere or with the caller:
-  value of a token   of the state before it: the head on the hidden state that predicts the token (`tree.parent`)
-  value head         starts at zero, so that the first advantages are the returns; a random one adds noise to them
-  old log-probs      of the training pass, not of the sampler: in the first update the ratio is 1 to the last bit
-  sampling           temperature 1 and top-p 1: log-probs and their gradient are those of the plain distribution
-  reward             KL per token by k1, the score on the last token, whitened by the data set: minialign/rlhf/rewards.py
-Left out: a value network of its own (the paper trains adapters alone: a head on the policy's body
-costs one vector); rewards whitened per batch (they are by the data set); a value of the state
-behind a truncated response (it ends there, like one that stops); a penalty for it; stopping a
-rollout's epochs at a KL; a ratio per response (the clip is per token); an entropy bonus; the mean
-per response before that over the batch (here a long one counts for more, as every token is an
-action); dropout, which would make the ratio noisy."""
+A step: sample; look back, by the policy that has sampled, at log-probs, values and advantages;
+whiten the advantages over the whole batch, of all processes; then --updates times go through its
+parts. Where the KL to the reference passes --kl-stop, the run ends and says so.
+
+What matters:
+  value of a token  of the state before it: the head on the hidden state that predicts the token
+  value head        on the policy's own body; it starts at zero, so that the first advantages are
+                    the returns, where a random one would add noise to them
+  old log-probs     of the training pass, not of the sampler: in the first update the ratio is 1 to
+                    the last bit
+  sampling          temperature 1 and top-p 1: log-probs and their gradient are those of the plain
+                    distribution
+  reward            KL per token by k1, the score on the last token, whitened by the data set
+
+Left out: a value network of its own (the paper trains adapters alone: a head costs one vector);
+rewards whitened per batch; a value of the state behind a truncated response (it ends there, like
+one that stops) and a penalty for it; stopping a rollout's updates at a KL; a ratio per response;
+an entropy bonus; the mean per response before that over the batch (here a long one counts for
+more, as every token is an action); dropout, which would make the ratio noisy.
+Left in --out: what train_dpo.py leaves.
+"""
+
+import time
+from collections import Counter
+from dataclasses import dataclass, replace
+from pathlib import Path
 
 import torch
 from torch import Tensor
 
+from minialign.align.logps import logps_of, predicting, summed, token_logps
+from minialign.cli import require, require_at_least, run_main, with_defaults
+from minialign.model.llava import Llava
+from minialign.model.lora import adapters_off
+from minialign.model.scalar_head import scalars
+from minialign.rlhf.losses import gae, policy_loss, ppo_metrics, value_loss
+from minialign.rlhf.rewards import Whitening, last_tokens, token_rewards
+from minialign.rlhf.rollouts import (
+    Rollout,
+    check_rlhf,
+    idle_rollout,
+    last_word,
+    logged,
+    sample_rollout,
+)
+from minialign.rlhf.setup import prepare
+from minialign.toy import edge
+from minialign.training import parallel
+from minialign.training.flags import TrainingFlags, check_training, with_shape_of_adapter
+from minialign.training.optimizer import (
+    clip_gradients,
+    lr_factor,
+    make_optimizer,
+    require_finite,
+    set_learning_rate,
+    trained_parameters,
+)
+from minialign.training.outputs import save_results, save_weights
+from minialign.training.parallel import sum_across_ranks, sum_gradients_across_ranks, unsharded
+from minialign.training.progress import TrainingLog, require_same_flags
+
+# What stands for a flag that is not given: the paper's value (Sec. 5.5), and the toy model's, which
+# was chosen on validation images.
+DEFAULTS = {
+    "beta": (0.1, 0.05),
+    "lr": (1.41e-5, 1e-4),
+    "projector_lr": (0.0, 3e-5),  # the paper trains adapters alone
+    "lora_rank": (128, 64),
+    "epochs": (3, 1),
+    "batch_size": (32, 16),
+    "warmup": (0.0, 0.1),
+    "schedule": ("constant", "cosine"),
+    "workers": (4, 0),
+}
+
+
+@dataclass(frozen=True)
+class Config(TrainingFlags):
+    """Flags of its own; minialign/training/flags.py has those of every training."""
+
+    data: str | None = None  # records or pairs; without it the embedded world's
+    out: str = "runs/ppo"  # folder to write
+    # `oracle`, a reward model's folder, or FILE.py:FUNCTION(image, prompt, response)
+    reward: str = "oracle"
+    k: int = 1  # responses to a prompt
+    beta: float | None = None  # Eq. 2: price of the KL to the reference (0.1; toy: 0.05)
+    # end where the KL to the reference passes so many nats per response
+    kl_stop: float | None = None
+    max_new_tokens: int = 128  # limit of a response; one that hits it is truncated
+    updates: int = 4  # updates per rollout
+    gae_lambda: float = 0.95  # 1 is the return less the value, 0 one step ahead
+    ratio_clip: float = 0.2  # range of the ratio to the policy that has answered
+    value_clip: float = 0.2  # by how much a value may move per rollout, in units of the reward
+    value_coef: float = 0.1  # weight of the value loss
+
+
+def check(config: Config) -> None:
+    """Refuse values that make no sense, before anything is loaded."""
+    check_training(config)
+    check_rlhf(config)
+    require_at_least(config, k=1, updates=1)
+    require(config.ratio_clip > 0, f"--ratio-clip {config.ratio_clip}: above 0")
+    require(config.value_clip > 0, f"--value-clip {config.value_clip}: above 0")
+    lam, coef = config.gae_lambda, config.value_coef
+    require(0 <= lam <= 1, f"--gae-lambda {lam}: between 0 and 1")
+    require(0 <= coef <= 1e6, f"--value-coef {coef}: 0 or more, at most a million")
+
+
+@dataclass(frozen=True)
+class PpoBatch:
+    """A rollout as the policy that has answered sees it: flat, (branch tokens,) each, in
+    `token_logps`' order."""
+
+    rollout: Rollout
+    logps: Tensor
+    values: Tensor
+    advantages: Tensor
+    # What the values should have been: advantages, before they are whitened, plus values.
+    returns: Tensor
+
+    @property
+    def tokens(self) -> int:
+        """How many actions count."""
+        return len(self.logps) if self.rollout.count else 0
+
+
+def logps_and_values(policy: Llava, rollout: Rollout) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Row, branch, log-prob of every branch token, and the value of the state that it was drawn in:
+    (branch tokens,) each."""
+    row, branch, ids, hidden = predicting(policy, rollout.tree, rollout.features)
+    return row, branch, logps_of(policy.lm_head, ids, hidden), scalars(policy, hidden)
+
 
 @torch.no_grad()
-def gae(rewards: Tensor, values: Tensor, last: Tensor, gamma: float, lam: float) -> Tensor:
-    """Generalised advantage estimate A_t = delta_t + gamma lam A_t+1, delta_t = r_t + gamma V_t+1 -
-    V_t, per token.
+def look_back(
+    policy: Llava, rollout: Rollout, beta: float, gae_lambda: float, counts: Counter
+) -> PpoBatch:
+    """Log-probs, values and advantages of a rollout, before anything is learned from it."""
+    tree = rollout.tree
+    with adapters_off(policy):
+        _, _, ref_logps = token_logps(policy, tree, rollout.features)
+    row, branch, logps, values = logps_and_values(policy, rollout)
+    rewards = token_rewards(rollout.scores, row, branch, logps, ref_logps, beta)  # Eq. 2
+    ends = last_tokens(row, branch)
+    advantages = gae(rewards, values, ends, gamma=1.0, lam=gae_lambda)
 
-    rewards, values, last (tokens,): responses one behind another, `last` True on the last token of
-    each, behind which both A and V are 0. lam = 1: the return less the value, unbiased; lam = 0:
-    delta_t. The value's target is A + V, taken before A is whitened."""
-    advantages: list[float] = []
-    advantage = value_after = 0.0
-    tokens = zip(rewards.tolist(), values.tolist(), last.tolist(), strict=True)
-    for reward, value, ends in reversed(list(tokens)):
-        if ends:
-            advantage = value_after = 0.0
-        advantage = reward + gamma * value_after - value + gamma * lam * advantage
-        value_after = value
-        advantages.append(advantage)
-    return rewards.new_tensor(advantages[::-1])
-
-
-def policy_loss(logps: Tensor, old_logps: Tensor, advantages: Tensor, clip: float) -> Tensor:
-    """The clipped loss -min(q A, clamp(q, 1 - clip, 1 + clip) A), q = pi / pi_old per token; the
-    mean over tokens.
-
-    The smaller of both: a token that has moved far enough the way A points has no gradient, one
-    that has moved the wrong way keeps it. In the first update q = 1, and the gradient is
-    REINFORCE's, -A grad log pi."""
-    ratio = (logps - old_logps).exp()
-    return -torch.min(ratio * advantages, ratio.clamp(1 - clip, 1 + clip) * advantages).mean()
+    if rollout.count:
+        responses = summed(tree, row, branch, logps)  # (B, k)
+        ref_responses = summed(tree, row, branch, ref_logps)
+        counts["rlhf"] += rewards.sum().item()
+        counts["kl"] += (responses - ref_responses).sum().item()
+        counts["entropy"] += -responses.sum().item()
+        counts["answers"] += responses.numel()
+    return PpoBatch(rollout, logps, values, advantages, returns=advantages + values)
 
 
-def value_loss(values: Tensor, old_values: Tensor, returns: Tensor, clip: float) -> Tensor:
-    """The clipped loss of values against A + V: half the square error, the mean over tokens.
-
-    The larger of both errors, so that a value which has moved by more than `clip` towards its
-    target has no gradient. `clip` is in units of the reward, whatever they are; infinity takes the
-    clipping away."""
-    near = old_values + (values - old_values).clamp(-clip, clip)
-    return 0.5 * torch.max((values - returns) ** 2, (near - returns) ** 2).mean()
+def whitened(batches: list[PpoBatch]) -> list[PpoBatch]:
+    """The batches with their advantages whitened over all of them, of all processes."""
+    mine = [each for batch in batches if batch.tokens for each in batch.advantages.tolist()]
+    everyone = sum(parallel.gather(mine), []) or [0.0]
+    whitening = Whitening.of(torch.tensor(everyone, dtype=torch.float64))
+    return [replace(batch, advantages=whitening(batch.advantages)) for batch in batches]
 
 
-@torch.no_grad()
-def ppo_metrics(logps: Tensor, old_logps: Tensor, clip: float) -> dict[str, float]:
-    """Of one update, by TRL's names: the share of tokens out of the clip's range, and the KL from
-    the old policy.
+def main(config: Config) -> None:
+    """Data, evaluation, training, evaluation, export, report."""
+    config = with_defaults(config, DEFAULTS, toy=config.model == "toy")
+    config = with_shape_of_adapter(config)
+    check(config)
+    parallel.start(config.device)
+    folder, out = edge.model_folder(config.model), Path(config.out)
+    require_same_flags(out, config)
 
-    The KL is half the mean square log-ratio (k2), here to look at and not to learn from.
-    """
-    log_ratio = logps - old_logps
-    return {
-        "policy/clipfrac_avg": ((log_ratio.exp() - 1).abs() > clip).float().mean().item(),
-        "policy/approxkl_avg": 0.5 * (log_ratio**2).mean().item(),
-    }
+    records = edge.training_records(config)
+    reward = edge.scorer_of(config.reward, config)
+    pictures = edge.picture_source(config.images)
+    setup = prepare(config, folder, records, pictures, head="value", reward=config.reward)
+    assistant, policy = setup.assistant, setup.assistant.model
+    benchmark = edge.benchmark_of(config.images, config.eval_split, config.eval_images)
+    evaluations = {"before": benchmark.run(assistant, "before")} if benchmark else {}
+
+    optimizer = make_optimizer(policy, config.lr, config.projector_lr)
+    trained = trained_parameters(optimizer)
+    idle = idle_rollout(assistant, setup.loader, config.k)
+    with TrainingLog(out, policy, optimizer, config) as log:
+        for step, batches in log.steps(setup.schedule, setup.loader):
+            begun, counts = time.perf_counter(), Counter()
+
+            # 1. The policy answers every prompt k times, and is scored.
+            with unsharded(policy):
+                rollouts = [
+                    sample_rollout(
+                        assistant,
+                        reward,
+                        batch,
+                        config.k,
+                        config.max_new_tokens,
+                        config.seed,
+                        step,
+                        counts,
+                    )
+                    for batch in batches
+                ]
+
+            # 2. It looks back at what it has said.
+            answered = time.perf_counter()
+            looked = [
+                look_back(policy, rollout, config.beta, config.gae_lambda, counts)
+                for rollout in parallel.even(rollouts, idle)
+            ]
+            looked = whitened(looked)
+            totals = {
+                "prompts": sum(rollout.count for rollout in rollouts),
+                "tokens": sum(batch.tokens for batch in looked),
+            }
+            totals = sum_across_ranks(totals)
+
+            # 3. Some updates on the same rollouts.
+            factor = lr_factor(step, len(setup.schedule), config.warmup, config.schedule)
+            set_learning_rate(optimizer, factor)
+            metrics: Counter = Counter()  # the mean of all updates
+            for _ in range(config.updates if totals["tokens"] else 0):
+                found: Counter = Counter()
+                for batch in looked:
+                    _, _, logps, values = logps_and_values(policy, batch.rollout)
+                    actor = policy_loss(logps, batch.logps, batch.advantages, config.ratio_clip)
+                    critic = value_loss(values, batch.values, batch.returns, config.value_clip)
+                    loss = actor + config.value_coef * critic
+                    share = batch.tokens / totals["tokens"]
+                    (loss * share).backward()
+
+                    found["loss"] += share * loss.item()
+                    found["loss/policy_avg"] += share * actor.item()
+                    found["loss/value_avg"] += share * critic.item()
+                    for name, value in ppo_metrics(logps, batch.logps, config.ratio_clip).items():
+                        found[name] += share * value
+
+                found = sum_across_ranks(found)
+                sum_gradients_across_ranks(trained)
+                found["grad_norm"] = clip_gradients(trained, config.clip)
+                require_finite(step, found["loss"], found["grad_norm"])
+                optimizer.step()
+                optimizer.zero_grad()
+                for name, value in found.items():
+                    metrics[name] += value / config.updates
+
+            log.add(
+                {
+                    "step": step + 1,
+                    **metrics,
+                    **logged(sum_across_ranks(counts)),
+                    "lr": factor * config.lr,
+                    "responses": totals["prompts"] * config.k,
+                    "time/sampling": answered - begun,
+                    "time/training": time.perf_counter() - answered,
+                }
+            )
+
+    parallel.tell_left_out(setup.loader.left_out, "records")
+    save_weights(policy, folder, config, out)  # the head of values is nobody's afterwards
+    if benchmark:
+        evaluations["after"] = benchmark.run(assistant, "after")
+    facts = {"responses": sum(row["responses"] for row in log.rows)}
+    if log.stopped:
+        facts["stopped"] = log.stopped
+    title = "minialign: ppo" + (f", ended early: {log.stopped}" if log.stopped else "")
+    parallel.on_rank0(lambda: save_results(out, title, config, [], log.rows, evaluations, facts))
+    last_word(log, out)
+
+
+if __name__ == "__main__":
+    run_main(main, Config, __doc__)

@@ -1,40 +1,175 @@
-"""RLOO: REINFORCE on whole responses, the baseline of each being the mean reward of its prompt's
-others.
+"""RLOO: REINFORCE on whole responses (Eq. 2), the baseline of each being the mean reward of its
+prompt's others (Sec. 5.5).
 
-The k responses to a prompt are k branches of one trunk, sampled and scored in one pass each. A
-response is one action: its log-prob is the sum over its tokens, not their mean, or long responses
-would count for less. The samples serve one update, by the policy that drew them: the ratio to that
-policy is 1, and so there is nothing to clip. Draw at temperature 1 and top-p 1, since the gradient
-is that of the plain distribution.
+    python -m minialign.rlhf.rloo                                 # the embedded world's truth pays
+    python -m minialign.rlhf.rloo --reward runs/reward/merged --kl-stop 20
+    python -m minialign.rlhf.rloo --model DIR --data FILE --images DIR --reward DIR --out runs/rloo
+
+A step: --k responses to every prompt, sampled as branches of one trunk and scored; then one update
+by the policy that drew them, so that the ratio to it is 1 and there is nothing to clip. Where the
+KL to the reference passes --kl-stop, the run ends and says so.
 
 Left out: several updates per rollout with a clipped ratio (per response), advantages divided by
 their standard deviation (by the group's it would be GRPO, which weighs prompts by how little their
-rewards differ), an entropy bonus."""
+rewards differ), an entropy bonus. Left in --out: what train_dpo.py leaves.
+"""
 
-from torch import Tensor
+import time
+from collections import Counter
+from dataclasses import dataclass
+from pathlib import Path
 
+from minialign.align.logps import branch_logps
+from minialign.cli import require_at_least, run_main, with_defaults
+from minialign.model.lora import adapters_off
+from minialign.rlhf.losses import rloo_loss
 from minialign.rlhf.rewards import sequence_rewards
+from minialign.rlhf.rollouts import check_rlhf, idle_rollout, last_word, logged, sample_rollout
+from minialign.rlhf.setup import prepare
+from minialign.toy import edge
+from minialign.training import parallel
+from minialign.training.flags import TrainingFlags, check_training, with_shape_of_adapter
+from minialign.training.optimizer import (
+    clip_gradients,
+    lr_factor,
+    make_optimizer,
+    require_finite,
+    set_learning_rate,
+    trained_parameters,
+)
+from minialign.training.outputs import save_results, save_weights
+from minialign.training.parallel import sum_across_ranks, sum_gradients_across_ranks, unsharded
+from minialign.training.progress import TrainingLog, require_same_flags
+
+# What stands for a flag that is not given: the paper's value (Sec. 5.5), and the toy model's, which
+# was chosen on validation images.
+DEFAULTS = {
+    "beta": (0.4, 0.05),
+    "lr": (3e-4, 5e-4),
+    "projector_lr": (0.0, 3e-5),  # the paper trains adapters alone
+    "lora_rank": (128, 64),
+    "epochs": (2, 1),
+    "batch_size": (256, 16),
+    "warmup": (0.1, 0.1),
+    "schedule": ("cosine", "cosine"),
+    "workers": (4, 0),
+}
 
 
-def leave_one_out(rewards: Tensor) -> Tensor:
-    """Advantage of every response: its reward less the mean of its prompt's others. (B, k) -> (B,
-    k).
+@dataclass(frozen=True)
+class Config(TrainingFlags):
+    """Flags of its own; minialign/training/flags.py has those of every training."""
 
-    The baseline does not depend on the response that it is taken from, so that the gradient stays
-    unbiased. With the mean of all k in its place every advantage would be (k - 1) / k of this."""
-    k = rewards.shape[1]
-    if k < 2:
-        raise ValueError("one response per prompt: there are no others to compare it with")
-    return rewards - (rewards.sum(1, keepdim=True) - rewards) / (k - 1)
+    data: str | None = None  # records or pairs; without it the embedded world's
+    out: str = "runs/rloo"  # folder to write
+    # `oracle`, a reward model's folder, or FILE.py:FUNCTION(image, prompt, response)
+    reward: str = "oracle"
+    k: int = 4  # responses to a prompt
+    beta: float | None = None  # Eq. 2: price of the KL to the reference (0.4; toy: 0.05)
+    # end where the KL to the reference passes so many nats per response
+    kl_stop: float | None = None
+    max_new_tokens: int = 128  # limit of a response; one that hits it is truncated
 
 
-def rloo_loss(logps: Tensor, ref_logps: Tensor, scores: Tensor, beta: float) -> Tensor:
-    """The loss whose gradient is minus the policy gradient of Eq. 2; the mean over all responses.
+def main(config: Config) -> None:
+    """Data, evaluation, training, evaluation, export, report."""
+    config = with_defaults(config, DEFAULTS, toy=config.model == "toy")
+    config = with_shape_of_adapter(config)
+    check_training(config)
+    check_rlhf(config)
+    require_at_least(config, k=2)
+    parallel.start(config.device)
+    folder, out = edge.model_folder(config.model), Path(config.out)
+    require_same_flags(out, config)
 
-    logps, ref_logps (B, k): summed over tokens, by the policy that has sampled and by the
-    reference. scores (B, k). Its value tells nothing; what is maximised is the mean of
-    `sequence_rewards`."""
-    rewards = sequence_rewards(
-        scores, logps, ref_logps, beta
-    )  # constant to the gradient, its KL too
-    return -(leave_one_out(rewards) * logps).mean()
+    records = edge.training_records(config)
+    reward = edge.scorer_of(config.reward, config)
+    setup = prepare(
+        config, folder, records, edge.picture_source(config.images), reward=config.reward
+    )
+    assistant, policy = setup.assistant, setup.assistant.model
+    benchmark = edge.benchmark_of(config.images, config.eval_split, config.eval_images)
+    evaluations = {"before": benchmark.run(assistant, "before")} if benchmark else {}
+
+    optimizer = make_optimizer(policy, config.lr, config.projector_lr)
+    trained = trained_parameters(optimizer)
+    idle = idle_rollout(assistant, setup.loader, config.k)
+    with TrainingLog(out, policy, optimizer, config) as log:
+        for step, batches in log.steps(setup.schedule, setup.loader):
+            begun, counts = time.perf_counter(), Counter()
+
+            # 1. The policy answers every prompt k times, and is scored.
+            with unsharded(policy):
+                rollouts = [
+                    sample_rollout(
+                        assistant,
+                        reward,
+                        batch,
+                        config.k,
+                        config.max_new_tokens,
+                        config.seed,
+                        step,
+                        counts,
+                    )
+                    for batch in batches
+                ]
+
+            # 2. One update.
+            answered = time.perf_counter()
+            prompts = sum(rollout.count for rollout in rollouts)
+            prompts = sum_across_ranks({"prompts": prompts})["prompts"]
+            loss_of_step = 0.0
+            for rollout in parallel.even(rollouts, idle) if prompts else ():
+                # Summed log-probs of the responses, (B, k).
+                with adapters_off(policy):
+                    ref_logps = branch_logps(policy, rollout.tree, rollout.features)
+                logps = branch_logps(policy, rollout.tree, rollout.features)
+
+                loss = rloo_loss(logps, ref_logps, rollout.scores, config.beta)
+                share = rollout.count / prompts
+                (loss * share).backward()
+                loss_of_step += share * loss.item()
+                if rollout.count:
+                    rewards = sequence_rewards(rollout.scores, logps, ref_logps, config.beta)
+                    counts["rlhf"] += rewards.sum().item()
+                    counts["kl"] += (logps - ref_logps).sum().item()
+                    counts["entropy"] += -logps.sum().item()
+                    counts["answers"] += logps.numel()
+
+            factor = lr_factor(step, len(setup.schedule), config.warmup, config.schedule)
+            metrics = {}
+            if prompts:
+                metrics = sum_across_ranks({"loss": loss_of_step})
+                sum_gradients_across_ranks(trained)
+                metrics["grad_norm"] = clip_gradients(trained, config.clip)
+                require_finite(step, metrics["loss"], metrics["grad_norm"])
+                set_learning_rate(optimizer, factor)
+                optimizer.step()
+                optimizer.zero_grad()
+
+            log.add(
+                {
+                    "step": step + 1,
+                    **metrics,
+                    **logged(sum_across_ranks(counts)),
+                    "lr": factor * config.lr,
+                    "responses": prompts * config.k,
+                    "time/sampling": answered - begun,
+                    "time/training": time.perf_counter() - answered,
+                }
+            )
+
+    parallel.tell_left_out(setup.loader.left_out, "records")
+    save_weights(policy, folder, config, out)
+    if benchmark:
+        evaluations["after"] = benchmark.run(assistant, "after")
+    facts = {"responses": sum(row["responses"] for row in log.rows)}
+    if log.stopped:
+        facts["stopped"] = log.stopped
+    title = "minialign: rloo" + (f", ended early: {log.stopped}" if log.stopped else "")
+    parallel.on_rank0(lambda: save_results(out, title, config, [], log.rows, evaluations, facts))
+    last_word(log, out)
+
+
+if __name__ == "__main__":
+    run_main(main, Config, __doc__)

@@ -25,13 +25,14 @@ from tqdm import tqdm
 
 from minialign.cli import require, require_at_least, run_main
 from minialign.errors import UserError
-from minialign.evaluation.metrics import TOY, Counts, bootstrap, interval, print_table
+from minialign.evaluation.metrics import Counts, bootstrap, interval, print_table
 from minialign.files import read_json, read_lines, write_json
 from minialign.model.hf_folder import fingerprint
 from minialign.study.findings import judge
 from minialign.study.page import SHOWN, write_study
 from minialign.study.rows import EXPORT, HELD, HELD_OUT, LAST, PAID, REWARD_MODELS, ROWS
-from minialign.toy.edge import TOY_RECORDS
+from minialign.toy.edge import CHECKPOINT
+from minialign.toy.world import TOY_RECORDS
 from minialign.training.progress import require_same_settings
 
 SCRIPTS = Path(__file__).resolve().parent.parent
@@ -77,7 +78,7 @@ def run_commands(commands: list[str], row: str, seed: int, config: Config) -> Pa
     for command in commands:
         program, *flags = (word.format(**places) for word in command.split())
         out = flags[1]
-        if not Path(out + LAST[program]).exists():
+        if not Path(out + LAST[f"{program} {flags[0]}"]).exists():
             resume = ["--resume"] if Path(out, "checkpoint/progress.safetensors").exists() else []
             run(program, flags + resume)
     return Path(out)
@@ -127,7 +128,7 @@ def same_settings(config: Config) -> None:
     other commands."""
     path, settings = Path(config.out) / "settings.json", asdict(config)
     kept = {name: settings[name] for name in ("split", "images", "limit")} | {
-        "weights": fingerprint(TOY)
+        "weights": fingerprint(CHECKPOINT)
     }
     rows = {f"row {row}": ROWS[row] for row in config.rows.split(",")}
     noted = read_json(path, "name another --out") if path.exists() else {}

@@ -1,48 +1,74 @@
-"""The embedded world as files, and its checkpoint made anew."""
+"""The embedded world as files: pictures and records, rule-corrupted pairs, its checkpoint anew.
+
+python -m minialign.toy --export runs/toy-pictures           # pictures, data.json (LLaVA-Instruct)
+python -m minialign.toy --export runs/slides --split test --limit 3 --scale 4
+python -m minialign.toy --corrupted runs/corrupted/pairs.jsonl
+python -m minialign.toy --pretrain /tmp/toy-llava
+"""
 
 import json
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
-from minialign.cli import require, run_main
+from minialign.cli import require, require_at_least, require_new_file, run_main
 from minialign.files import write_whole
-from minialign.toy.world import alignment_records, picture, scene_of
+from minialign.toy import edge
+from minialign.toy.world import TOY_RECORDS, alignment_records, picture, scene_of
 
 
 @dataclass(frozen=True)
 class Config:
     """Flags of `python -m minialign.toy`."""
 
-    pretrain: bool = False  # make the toy checkpoint: tower, prior, then both joined
-    out: str | None = None  # folder that --pretrain writes
-    export: str | None = None  # folder for pictures and data.json
-    limit: int = 500  # how many records --export writes
-    first: int = 0  # number of the first one; training has those up to 1,999
+    export: str | None = None  # folder for pictures and their records, data.json
+    # of which split; train and alignment are told from hearsay, as the model learns them
+    split: Literal["train", "alignment", "validation", "test"] = "alignment"
+    scale: int = 1  # pictures so many times as large as the model sees them, up to 4
+    first: int = 0  # number of the first one; training has those of alignment up to 1,999
+    corrupted: str | None = None  # pairs file to write: y- by rule
+    # LLaVA-Instruct file on pictures of the embedded world; `toy`: its alignment split
+    data: str = "toy"
+    seed: int = 0  # where the errors are and what they are follows from it
+    limit: int | None = None  # so many records (--export: 500, --corrupted: 2000)
+    pretrain: str | None = None  # folder for the toy checkpoint: tower, prior, then both joined
+
+
+def export(config: Config) -> None:
+    """Pictures, and their records in LLaVA-Instruct form."""
+    folder, limit = Path(config.export), 500 if config.limit is None else config.limit
+    records = alignment_records(limit, config.split, config.first)
+    folder.mkdir(parents=True, exist_ok=True)
+    for record in records:
+        picture(scene_of(record["image"]), config.scale).save(folder / record["image"])
+    write_whole(folder / "data.json", json.dumps(records, indent=1) + "\n")
+    print(f"{folder}: {len(records)} pictures and data.json")
+
+
+def corrupt(config: Config) -> None:
+    """A pairs file of which the rejected responses are spoilt by rule."""
+    limit = TOY_RECORDS if config.limit is None else config.limit
+    records = edge.records_of(config.data, None, limit, config.seed, skip_bad=False)
+    edge.write_corrupted(Path(config.corrupted), records, config.seed)
+    print(f"{config.corrupted}: {len(records)} pairs")
 
 
 def main(config: Config) -> None:
-    """Make the checkpoint, or write files."""
-    require(
-        config.pretrain or config.export is not None,
-        "nothing to do; give --pretrain or --export DIR",
-    )
-    require(
-        config.out is not None or not config.pretrain,
-        "--out is missing; name the folder that --pretrain writes",
-    )
-    require(config.limit >= 1, f"--limit {config.limit}: at least 1")
+    """Write what is asked for."""
+    nothing = "nothing to do; give --export DIR, --corrupted FILE or --pretrain DIR"
+    require(any((config.export, config.corrupted, config.pretrain)), nothing)
+    require_at_least(config, limit=1, scale=1)
+    require(config.scale <= 4, f"--scale {config.scale}: at most 4")
     require(0 <= config.first < 10**8, f"--first {config.first}: between 0 and a hundred million")
-    if config.pretrain:
-        from minialign.toy.pretrain import pretrain
-
-        pretrain(Path(config.out))
+    if config.corrupted:
+        require_new_file(Path(config.corrupted))
+        corrupt(config)
     if config.export:
-        folder, records = Path(config.export), alignment_records(config.limit, first=config.first)
-        folder.mkdir(parents=True, exist_ok=True)
-        for record in records:
-            picture(scene_of(record["image"])).save(folder / record["image"])
-        write_whole(folder / "data.json", json.dumps(records, indent=1) + "\n")
-        print(f"{folder}: {len(records)} pictures and data.json")
+        export(config)
+    if config.pretrain:
+        from minialign.toy.pretrain import pretrain  # here, as all else needs no model
+
+        pretrain(Path(config.pretrain))
 
 
 if __name__ == "__main__":

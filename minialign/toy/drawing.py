@@ -252,44 +252,49 @@ class _Objects:
 
 
 @functools.cache
-def _sprite(name, colour, scale=1.0, mirrored=False):
-    """One object in one colour at its final size, as RGBA with its contour."""
+def _sprite(name, colour, size=1.0, mirrored=False, scale=1):
+    """One object in one colour at its final size, `scale` times, as RGBA with its contour."""
     main, ink = COLOURS[colour], (214, 214, 222) if colour == "black" else (44, 38, 52)
     paint = Paint(main, mix(main, (255, 255, 255), 0.22), mix(main, (40, 36, 60), 0.22), ink)
     shape = Image.new("RGBA", _CANVAS, CLEAR)
     vars(_Objects)[name](ImageDraw.Draw(shape), paint)
     sprite = Image.new("RGBA", _CANVAS, ink)
-    sprite.putalpha(
-        shape.getchannel("A").filter(ImageFilter.MaxFilter(7))
-    )  # the contour: 3 units more
+    contour = shape.getchannel("A").filter(ImageFilter.MaxFilter(7))  # 3 units more
+    sprite.putalpha(contour)
     sprite.alpha_composite(shape)
     if mirrored:
         sprite = sprite.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
-    return sprite.resize([round(side * scale / _SUPER) for side in _CANVAS], Image.Resampling.BOX)
+    pixels = [scale * round(side * size / _SUPER) for side in _CANVAS]
+    return sprite.resize(pixels, Image.Resampling.BOX)
 
 
 @functools.cache
-def _background(setting, brightness=1.0):
+def _background(setting, brightness=1.0, scale=1):
     picture = Image.new("RGB", (SIZE * _SUPER, SIZE * _SUPER))
     PLACES[setting](ImageDraw.Draw(picture), SIZE * _SUPER)
-    return picture.resize((SIZE, SIZE), Image.Resampling.BOX).point(
-        lambda v: min(255, round(v * brightness))
-    )
+    picture = picture.resize((SIZE * scale, SIZE * scale), Image.Resampling.BOX)
+    return picture.point(lambda value: min(255, round(value * brightness)))
 
 
 def draw_scene(
-    setting: str, cells: dict[tuple[int, int], tuple[str, str]], rng: random.Random
+    setting: str,
+    cells: dict[tuple[int, int], tuple[str, str]],
+    rng: random.Random,
+    scale: int = 1,
 ) -> Image.Image:
-    """Draw one 96x96 RGB picture; cells maps (row, column) to (object, colour).
+    """Draw one 96x96 RGB picture, or `scale` times as large; cells maps (row, column) to (object,
+    colour).
 
     rng varies the place, size and direction of each object, inside its cell, and the light a
-    little."""
-    picture = _background(setting, rng.choice(_BRIGHTNESS)).copy()
+    little.
+    """
+    picture = _background(setting, rng.choice(_BRIGHTNESS), scale).copy()
     width, height = SIZE // COLUMNS, SIZE // ROWS
     for (row, column), (name, colour) in sorted(cells.items()):
-        sprite = _sprite(name, colour, rng.choice(_SCALES), rng.random() < 0.5)
-        spare = width - sprite.width
+        sprite = _sprite(name, colour, rng.choice(_SCALES), rng.random() < 0.5, scale)
+        sprite_width, sprite_height = sprite.width // scale, sprite.height // scale
+        spare = width - sprite_width
         x = column * width + max(0, min(spare, spare // 2 + rng.randint(-2, 2)))
-        y = (row + 1) * height - 3 + rng.randint(-2, 2) - sprite.height
-        picture.paste(sprite, (x, y), sprite)
+        y = (row + 1) * height - 3 + rng.randint(-2, 2) - sprite_height
+        picture.paste(sprite, (scale * x, scale * y), sprite)
     return picture

@@ -14,16 +14,18 @@ from PIL import Image
 from minialign.align.annotators import ModelAnnotator, RewardAnnotator
 from minialign.cli import require
 from minialign.data.images import PictureFolder
-from minialign.data.record_files import read_records
+from minialign.data.record_files import Records, open_records, read_records
 from minialign.data.records import Record, instruct_record
+from minialign.files import write_whole
 from minialign.rlhf.scorers import HEAD_FILE, UserReward, load_function, load_reward_model
 from minialign.sampling.assistant import Assistant
 from minialign.toy.benchmark import ToyBenchmark
+from minialign.toy.corrupt import corrupted_pair
 from minialign.toy.oracle import OracleAnnotator, oracle_reward
-from minialign.toy.world import alignment_records, open_picture
+from minialign.toy.world import TOY_RECORDS, alignment_records, open_picture
+from minialign.training.parallel import on_rank0
 
 CHECKPOINT = Path(__file__).parent / "checkpoint"
-TOY_RECORDS = 2000  # alignment records, unless --limit says otherwise
 
 
 def model_folder(name: str, flag: str = "--model") -> Path:
@@ -60,6 +62,22 @@ def write_records(path: Path, limit: int | None) -> None:
 
     raws = alignment_records(TOY_RECORDS if limit is None else limit)
     write_whole(path, json.dumps(raws, indent=2, ensure_ascii=False) + "\n")
+
+
+def training_records(config) -> Records:
+    """The records that RLHF takes prompts from: --data, or without it the embedded world's, which
+    are written into --out."""
+    data = config.data
+    if data is None:
+        data = str(Path(config.out) / "data.json")
+        on_rank0(lambda: write_records(Path(data), config.limit))
+    return open_records(data, "--data", config.format, "give records or pairs")
+
+
+def write_corrupted(path: Path, records: list[Record], seed: int) -> None:
+    """Rule-corrupted pairs of some records, as a pairs file."""
+    lines = [json.dumps(corrupted_pair(record, seed)) + "\n" for record in records]
+    write_whole(path, "".join(lines))
 
 
 def benchmark_of(images: str, split: str, count: int) -> ToyBenchmark | None:

@@ -23,6 +23,7 @@ from minialign.errors import UserError
 from minialign.toy.drawing import COLOURS, COLUMNS, OBJECTS, ROWS, SETTINGS, draw_scene
 
 # how often a training scene's object, and a typical object's colour, is the typical one
+TOY_RECORDS = 2000  # alignment records, unless --limit says otherwise
 BIAS = 0.85
 FREQUENCY = (5, 4, 4, 3, 3)  # of the settings in training scenes
 HEARSAY = 0.75  # how often a training text takes a foreign object for the setting's own one of that colour
@@ -109,9 +110,9 @@ def make_scene(split: str, index: int) -> Scene:
     return Scene(setting, cells, seed)
 
 
-def picture(scene: Scene) -> Image.Image:
-    """The scene drawn, 96 x 96."""
-    return draw_scene(scene.setting, scene.cells, random.Random(scene.seed + 1))
+def picture(scene: Scene, scale: int = 1) -> Image.Image:
+    """The scene drawn, 96 x 96, or up to four times as large."""
+    return draw_scene(scene.setting, scene.cells, random.Random(scene.seed + 1), scale)
 
 
 def image_name(split: str, index: int) -> str:

@@ -21,17 +21,17 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 import train_dpo
-from minialign.data.tokenizer import Tokenizer
-from minialign.model.hf_folder import NAMES, rename
+from minialign.align.logps import both_logps, branch_logps
+from minialign.align.losses import preference_loss
 from minialign.data.collate import PairBatch, PairCollator
 from minialign.data.images import ImageProcessor
+from minialign.data.records import Record
+from minialign.data.tokenizer import Tokenizer
+from minialign.model.hf_folder import NAMES, rename
 from minialign.model.llava import Llava
 from minialign.model.lora import adapter_state, add_adapters
 from minialign.model.peft_folder import save_adapter
-from minialign.align.logps import both_logps, branch_logps
-from minialign.align.losses import preference_loss
 from minialign.training.optimizer import make_optimizer, update
-from minialign.data.records import Record
 from tests.bench import roofline
 from tests.bench.models import load_ours, load_peer, peer_processor
 from tests.bench.rows import Facts

@@ -15,12 +15,12 @@ from unittest import mock
 
 import torch
 
-from minialign.data.anyres import PINPOINTS
-from minialign.sampling.bdhs import Bdhs, BdhsConfig, Example
-from minialign.data.collate import PairBatch, PairCollator
-from minialign.sampling.generate import Sampling
-from minialign.data.images import ImageProcessor
 from minialign.align.logps import branch_logps
+from minialign.data.anyres import PINPOINTS
+from minialign.data.collate import PairBatch, PairCollator
+from minialign.data.images import ImageProcessor
+from minialign.sampling.bdhs import Bdhs, BdhsConfig, Example
+from minialign.sampling.generate import Sampling
 from tests.bench import memory
 from tests.bench.dpo import Ours, collator, record, with_adapters
 from tests.bench.models import load_ours, make_folder

@@ -26,10 +26,10 @@ from torch.autograd.graph import saved_tensors_hooks
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+from minialign.align.logps import CHUNK
 from minialign.model.llama import LlamaConfig
 from minialign.model.llava import Llava, LlavaConfig
 from minialign.model.lora import add_adapters
-from minialign.align.logps import CHUNK
 from minialign.model.masks import TokenTree
 
 # ---------------------------------------------------------------- weights and optimizer

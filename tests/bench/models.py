@@ -8,10 +8,10 @@ from pathlib import Path
 
 import torch
 
-from minialign.data.tokenizer import Tokenizer
-from minialign.toy.edge import TOY
-from minialign.model.hf_folder import load_model
 from minialign.data.images import ImageProcessor
+from minialign.data.tokenizer import Tokenizer
+from minialign.evaluation.metrics import TOY
+from minialign.model.hf_folder import load_model
 from minialign.model.llava import Llava
 from tests.bench.rows import Facts
 from tests.bench.sizes import Size

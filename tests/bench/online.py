@@ -11,11 +11,11 @@ from dataclasses import asdict
 from pathlib import Path
 
 import torch
+from minialign.rlhf.rollout import OwnRejected, features_of
 
 from minialign.align.logps import both_logps
 from minialign.align.losses import preference_loss
 from minialign.model.masks import build_tree
-from minialign.rlhf.rollout import OwnRejected, features_of
 from tests.bench.dpo import CONFIG, Ours, collator, record, require_same_work, with_adapters
 from tests.bench.models import load_ours
 from tests.bench.rows import Facts

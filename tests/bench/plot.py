@@ -3,8 +3,8 @@ reader's system is."""
 
 from pathlib import Path
 
-from minialign.files import write_whole
 from minialign.evaluation.report import STYLE, escape, show
+from minialign.files import write_whole
 from minialign.study.page import ticks
 
 # The chart and its frame, in SVG units.

@@ -24,7 +24,7 @@ from pathlib import Path
 
 from minialign.files import write_json
 
-ROOT = Path(__file__).resolve().parent.parent.parent
+ROOT = Path(__file__).resolve().parents[2]
 LINES, LETTERS = 60, 6000  # at most so much is kept of what a process said last, where it failed
 EXCEPTION = re.compile(
     r"(\[rank\d+\]: )?[\w.]*(Error|Exception|Interrupt|error)\b.*:"

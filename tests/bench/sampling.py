@@ -17,12 +17,12 @@ import torch
 from torch import Tensor
 
 import minialign.sampling.bdhs
-from minialign.sampling.bdhs import Bdhs, BdhsConfig, Example
-from minialign.data.tokenizer import Tokenizer
-from minialign.sampling.generate import Completion, Sampling, generate
 from minialign.data.images import ImageProcessor
+from minialign.data.tokenizer import Tokenizer
 from minialign.model.llava import Llava
 from minialign.model.masks import Branch, Sequence
+from minialign.sampling.bdhs import Bdhs, BdhsConfig, Example
+from minialign.sampling.generate import Completion, Sampling, generate
 from tests.bench import roofline
 from tests.bench.models import load_ours, load_peer, quiet_transformers
 from tests.bench.rows import Facts

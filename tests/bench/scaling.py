@@ -13,8 +13,8 @@ from functools import cache, cached_property
 
 import torch
 
-from minialign.data.anyres import PINPOINTS, packing
 from minialign.cli import run_main
+from minialign.data.anyres import PINPOINTS, packing
 from minialign.model.clip import ClipConfig
 from minialign.model.llama import LlamaConfig
 from minialign.model.llava import Llava, LlavaConfig

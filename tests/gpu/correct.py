@@ -10,20 +10,20 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from minialign.toy import world
-from minialign.sampling.bdhs import Bdhs, BdhsConfig, Example
-from minialign.data.tokenizer import Tokenizer
-from minialign.toy.edge import TOY
-from minialign.model.hf_folder import load_model
-from minialign.data.collate import PairCollator
-from minialign.data.record_files import read_records
-from minialign.sampling.generate import Completion, Sampling, generate
-from minialign.data.images import ImageProcessor
-from minialign.model.llava import Llava
 from minialign.align.logps import both_logps
 from minialign.align.losses import preference_loss
+from minialign.data.collate import PairCollator
+from minialign.data.images import ImageProcessor
+from minialign.data.record_files import read_records
+from minialign.data.tokenizer import Tokenizer
+from minialign.evaluation.metrics import TOY
+from minialign.model.hf_folder import load_model
+from minialign.model.llava import Llava
 from minialign.model.masks import Branch, Sequence
+from minialign.sampling.bdhs import Bdhs, BdhsConfig, Example
+from minialign.sampling.generate import Completion, Sampling, generate
 from minialign.sampling.similarity import load_similarity
+from minialign.toy import world
 from tests.bench.dpo import with_adapters
 from tests.bench.rows import Facts
 from tests.bench.sizes import Size

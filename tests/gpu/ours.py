@@ -11,9 +11,9 @@ from unittest import mock
 import torch
 from torch.utils.checkpoint import checkpoint
 
-from minialign.training.flags import COMPILE_OPTIONS
-from minialign.sampling.generate import FixedContext
 from minialign.model.llava import Llava
+from minialign.sampling.generate import FixedContext
+from minialign.training.flags import COMPILE_OPTIONS
 from tests.bench import roofline
 from tests.bench.dpo import Ours, collator, record, require_same_work, with_adapters
 from tests.bench.models import load_ours

@@ -1,0 +1,341 @@
+"""POVID's image distortion (Sec. 3.3): y~- against the plain computation, and train_dpo.py
+--rejected distorted."""
+
+import copy
+import json
+import math
+import random
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from helpers import (
+    IMAGE,
+    plain_logits,
+    plain_logp,
+    random_ids,
+    random_model,
+    random_toy,
+    toy_model,
+    toy_processor,
+    toy_tokenizer,
+    worst,
+)
+from input_files import pairs_in
+from PIL import Image
+from script_runs import read_lines, stop_at, train
+
+import train_dpo
+from minialign.align.distortion import distorted_tree
+from minialign.data.collate import PairCollator
+from minialign.data.records import Record, instruct_record
+from minialign.errors import UserError
+from minialign.model import lora
+from minialign.model.clip import Clip
+from minialign.model.llama import Llama
+from minialign.model.masks import COLUMNS, Branch, Sequence, build_tree
+from minialign.seeds import stable_seed
+from minialign.toy import world
+
+SEEDS = range(6)
+ADAPTER = "adapter/adapter_model.safetensors"
+
+
+# The plain computation
+# ---------------------------------------------------------------------------------------
+
+
+@torch.no_grad()
+def plain_distorted(model, trunk: list[int], chosen: list[int], noisy, image_id: int) -> list[int]:
+    """Sec. 3.3: each token is the likeliest one given the noisy picture, the prompt and the true
+    tokens before it."""
+    said = []
+    for t in range(len(chosen)):
+        last = plain_logits(model, trunk + chosen[:t], noisy)[-1].clone()
+        last[image_id] = -torch.inf
+        said.append(int(last.argmax()))
+    return said
+
+
+def random_pairs(seed: int, patches: int) -> list[Sequence]:
+    """Rows of unlike lengths with one to three stored branches, some of them without a picture."""
+    rng = random.Random(seed)
+    rows = []
+    for row in range(3 + seed % 3):
+        image = row == 0 or rng.random() < 0.7
+        trunk = (
+            random_ids(rng, 1 + rng.randrange(3))
+            + [IMAGE] * image
+            + random_ids(rng, 2 + rng.randrange(6))
+        )
+        branches = [
+            Branch(random_ids(rng, 1 + rng.randrange(9))) for _ in range(1 + rng.randrange(3))
+        ]
+        rows.append(Sequence(trunk, branches, patches if image else 0))
+    return rows
+
+
+def random_features(rows: list[Sequence], patches: int, seed: int) -> torch.Tensor:
+    """Of the pictures that some rows have."""
+    pictures = sum(row.image_tokens > 0 for row in rows)
+    return 2 * torch.randn(pictures, patches, 16, generator=torch.Generator().manual_seed(seed))
+
+
+def with_distorted(
+    model, rows: list[Sequence], noisy: torch.Tensor, image_id: int
+) -> list[Sequence]:
+    """The rows with y~- behind their branches, by the plain way."""
+    pictures, longer = iter(noisy), []
+    for row in rows:
+        picture = next(pictures) if row.image_tokens else None
+        own = plain_distorted(model, row.trunk, row.branches[0].ids, picture, image_id)
+        longer.append(
+            Sequence(
+                row.trunk, [*row.branches, Branch(own)], row.image_features, packing=row.packing
+            )
+        )
+    return longer
+
+
+def assert_same_tree(found, expected) -> None:
+    """Column by column; padding is 0."""
+    for name in (*COLUMNS, "tip"):
+        assert torch.equal(getattr(found, name), getattr(expected, name)), name
+    assert found.features_expected == expected.features_expected
+
+
+def adapted(model, seed: int):
+    """A copy with adapters that matter."""
+    model, generator = copy.deepcopy(model), torch.Generator().manual_seed(seed)
+    lora.add_adapters(model, 4, 8.0)
+    with torch.no_grad():
+        for name, tensor in lora.adapter_state(model).items():
+            tensor.add_(
+                torch.randn(tensor.shape, generator=generator) * (0.5 if "lora_B" in name else 0.1)
+            )
+    return model
+
+
+@pytest.mark.parametrize("seed", SEEDS)
+def test_distortion_equals_the_plain_computation(seed):
+    """One more branch per row, and nothing else: the whole tree is that of the plainly made
+    sequences."""
+    model = random_model(seed)
+    patches = model.config.vision.patches
+    rows = random_pairs(seed, patches)
+    noisy = random_features(rows, patches, seed)
+    longer = with_distorted(model, rows, noisy, IMAGE)
+    assert_same_tree(distorted_tree(model, rows, noisy), build_tree(longer, IMAGE, 0))
+    others = with_distorted(model, rows, random_features(rows, patches, seed + 100), IMAGE)
+    assert [row.branches for row in others] != [
+        row.branches for row in longer
+    ]  # the picture matters
+
+
+@pytest.mark.parametrize("seed", SEEDS)
+def test_it_is_the_current_policys(seed):
+    """The adapters take part, switched on."""
+    base = random_model(seed)
+    model, patches = adapted(base, seed), base.config.vision.patches
+    rows = random_pairs(seed, patches)
+    noisy = random_features(rows, patches, seed)
+    longer = with_distorted(model, rows, noisy, IMAGE)
+    assert_same_tree(distorted_tree(model, rows, noisy), build_tree(longer, IMAGE, 0))
+    assert [row.branches for row in longer] != [
+        row.branches for row in with_distorted(base, rows, noisy, IMAGE)
+    ]
+
+
+@pytest.mark.parametrize("seed", SEEDS)
+def test_the_image_token_is_never_predicted(seed):
+    """By a model whose likeliest token it often is; then the second likeliest is taken."""
+    model = copy.deepcopy(random_model(seed))
+    patches = model.config.vision.patches
+    with torch.no_grad():
+        model.lm_head.weight[IMAGE] *= 30
+    rows = random_pairs(seed, patches)
+    noisy = random_features(rows, patches, seed)
+    unbound = with_distorted(model, rows, noisy, image_id=0)  # 0 is forbidden instead
+    assert any(IMAGE in row.branches[-1].ids for row in unbound)
+    longer = with_distorted(model, rows, noisy, IMAGE)
+    assert_same_tree(distorted_tree(model, rows, noisy), build_tree(longer, IMAGE, 0))
+
+
+def test_no_graph_is_kept(monkeypatch):
+    """The prediction runs without gradients, also of a model in training, and leaves none on any
+    parameter."""
+    model = adapted(random_model(0), 0)
+    rows = random_pairs(0, model.config.vision.patches)
+    noisy = random_features(rows, model.config.vision.patches, 0).requires_grad_()
+    hidden, real = [], Llama.forward
+    monkeypatch.setattr(
+        Llama, "forward", lambda *args, **kw: hidden.append(real(*args, **kw)) or hidden[-1]
+    )
+    tree = distorted_tree(model.train(), rows, noisy)
+    assert torch.is_grad_enabled() and len(hidden) == 1  # one pass
+    assert not hidden[0].requires_grad and hidden[0].grad_fn is None
+    assert not any(getattr(tree, name).requires_grad for name in COLUMNS)
+    assert noisy.grad is None and all(parameter.grad is None for parameter in model.parameters())
+    assert any(parameter.requires_grad for parameter in model.parameters())
+
+
+# Eq. 9
+# -------------------------------------------------------------------------------------------------------
+
+
+def plain_noise(record: Record, steps: int) -> Image.Image:
+    """Eq. 8-9 by a loop, on [0, 1], clamped; eps is drawn from the record's own seed."""
+    abar = 1.0
+    for k in range(1, steps + 1):
+        abar *= 1 - (1 / (1 + math.exp(6 - 12 * k / 1000)) * (0.5e-2 - 1e-5) + 1e-5)
+    pixels = np.asarray(world.picture(world.scene_of(record.image))) / 255
+    stream = torch.Generator().manual_seed(stable_seed(record.id) % 2**31 + 1)
+    eps = torch.randn(pixels.shape, generator=stream, dtype=torch.float64).numpy()
+    noisy = np.clip(math.sqrt(abar) * pixels + math.sqrt(1 - abar) * eps, 0, 1)
+    return Image.fromarray(np.round(noisy * 255).astype(np.uint8))
+
+
+def world_records(count: int, first: int) -> list[Record]:
+    """True answers, the next picture's as rejected ones."""
+    answers = [
+        instruct_record(raw) for raw in world.alignment_records(count + 1, "validation", first)
+    ]
+    return [
+        Record(a.id, a.image, a.turns, a.chosen, b.chosen)
+        for a, b in zip(answers, answers[1:], strict=False)
+    ]
+
+
+@pytest.mark.parametrize("steps", [1, 137, 500, 1000])
+def test_the_noise_is_that_of_eq_9(steps):
+    """Beside the clean pixels, which are what they are without noise; at 500 sqrt(abar) is
+    0.863."""
+    records = world_records(3, 10)
+    batch = PairCollator(toy_tokenizer(), toy_processor(), "toy", 200, noise_steps=steps)(records)
+    clean = PairCollator(toy_tokenizer(), toy_processor(), "toy", 200)(records)
+    assert clean.noisy is None and torch.equal(batch.pixels, clean.pixels)
+    expected = torch.cat([toy_processor()(plain_noise(record, steps)) for record in records])
+    assert worst(batch.noisy, expected) < 0.02  # a byte that was rounded the other way
+    assert (batch.noisy != expected).float().mean() < 1e-3 and worst(
+        batch.noisy, batch.pixels
+    ) > 0.02
+
+
+@pytest.mark.parametrize("first", [0, 7])
+def test_pairs_of_the_embedded_world(first):
+    """The toy model on noisy pictures: the plain computation, and that it is misled."""
+    model, tokenizer, records = toy_model(), toy_tokenizer(), world_records(3, first)
+    batch = PairCollator(tokenizer, toy_processor(), "toy", 200, noise_steps=500)(records)
+    noisy = torch.cat(
+        [model.encode_images(toy_processor()(plain_noise(record, 500))) for record in records]
+    )
+    longer = with_distorted(model, batch.sequences, noisy, tokenizer.image_id)
+    assert_same_tree(
+        distorted_tree(model, batch.sequences, model.encode_images(batch.noisy)),
+        build_tree(longer, tokenizer.image_id, 0),
+    )
+    clean = with_distorted(
+        model, batch.sequences, model.encode_images(batch.pixels), tokenizer.image_id
+    )
+    assert [row.branches[-1] for row in clean] != [row.branches[-1] for row in longer]
+    assert all(
+        len(row.branches) == 3 and len(row.branches[2].ids) == len(row.branches[0].ids)
+        for row in longer
+    )
+
+
+# train_dpo.py
+# ------------------------------------------------------------------------------------------------
+
+
+def few(pairs: str, count: int) -> list[Record]:
+    """The first records of a pairs file."""
+    return pairs_in(Path(pairs))[:count]
+
+
+@pytest.mark.parametrize(("gamma", "steps"), [(0.0, 500), (0.25, 500), (0.5, 60)])
+def test_the_first_step_by_hand(model, pairs, tmp_path, gamma, steps):
+    """Both rejected responses are scored on the clean picture and weighted; fresh adapters leave h
+    at 0."""
+    path, base, tokenizer = tmp_path / "pairs.jsonl", random_toy(1), toy_tokenizer()
+    path.write_text("".join(Path(pairs).read_text().splitlines(keepends=True)[:5]))
+    options = {"rejected": "distorted", "gamma": gamma, "noise_steps": steps, "batch_size": 5}
+    row = train(model, tmp_path / "out", pairs=str(path), **options)[0]
+    expected = 0.0
+    for record in few(pairs, 5):
+        prompt, stored = tokenizer.prompt(record.turns), tokenizer.response(record.rejected)
+        clean = base.encode_images(toy_processor()(world.picture(world.scene_of(record.image))))[0]
+        noisy = base.encode_images(toy_processor()(plain_noise(record, steps)))[0]
+        own = plain_distorted(
+            base, prompt, tokenizer.response(record.chosen), noisy, tokenizer.image_id
+        )
+        with torch.no_grad():
+            logps = [plain_logp(base, prompt, ids, clean).item() for ids in (stored, own)]
+        expected += (gamma * logps[0] + (1 - gamma) * logps[1]) / 5
+    assert row["logps/rejected"] == pytest.approx(expected, rel=1e-4)
+    assert row["loss"] == pytest.approx(math.log(2), rel=1e-5) and row["grad_norm"] > 0
+
+
+def test_gamma_1_is_the_stored_response_alone(model, pairs, tmp_path):
+    """Byte for byte, as if --rejected were not given; another gamma or noise is another adapter."""
+    runs = {
+        "stored": {},
+        "one": {"rejected": "distorted", "gamma": 1.0},
+        "half": {"rejected": "distorted"},
+        "less noise": {"rejected": "distorted", "noise_steps": 50},
+    }
+    found = {}
+    for name, options in runs.items():
+        train(model, tmp_path / name, pairs=pairs, limit=8, **options)
+        found[name] = (tmp_path / name / ADAPTER).read_bytes()
+    assert found["one"] == found["stored"]
+    assert len(set(found.values())) == 3
+    rows = [read_lines(tmp_path / name / "metrics.jsonl") for name in ("stored", "one", "half")]
+    assert rows[0] == rows[1] != rows[2]
+
+
+def test_gamma_1_spares_the_noise(model, pairs, tmp_path, monkeypatch):
+    """The tower sees each picture once, and else twice; y~- is one more pass of the decoder."""
+    pictures, passes, real_tower, real_decoder = [], [], Clip.forward, Llama.forward
+    monkeypatch.setattr(
+        Clip, "forward", lambda *a, **kw: pictures.append(len(a[1])) or real_tower(*a, **kw)
+    )
+    monkeypatch.setattr(
+        Llama, "forward", lambda *a, **kw: passes.append(1) or real_decoder(*a, **kw)
+    )
+    for gamma, seen, count in ((1.0, [4], 2), (0.5, [4, 4], 3), (0.0, [4, 4], 3)):
+        pictures.clear()
+        passes.clear()
+        train(model, tmp_path / str(gamma), pairs=pairs, limit=4, rejected="distorted", gamma=gamma)
+        assert pictures == seen and len(passes) == count
+
+
+@pytest.mark.parametrize(("where", "count"), [("pair_loss", 2), ("append_lines", 3)])
+def test_a_stopped_run_resumes_bit_for_bit(model, pairs, tmp_path, monkeypatch, where, count):
+    """y~- is made anew from the policy of that step: it follows from the checkpoint."""
+    options = {"pairs": pairs, "rejected": "distorted", "lr": 3e-3, "save_every": 2}
+    train(model, tmp_path / "whole", **options)
+    with monkeypatch.context() as patch:
+        stop_at(patch, where, count)
+        with pytest.raises(KeyboardInterrupt):
+            train(model, tmp_path / "stopped", **options)
+    train(model, tmp_path / "stopped", resume=True, **options)
+    for name in (ADAPTER, "metrics.jsonl", "checkpoint/progress.safetensors", "result.json"):
+        assert (tmp_path / "whole" / name).read_bytes() == (
+            tmp_path / "stopped" / name
+        ).read_bytes(), name
+    assert json.loads((tmp_path / "stopped" / "config.json").read_text())["rejected"] == "distorted"
+
+
+@pytest.mark.parametrize(
+    "changes", [{"noise_steps": 0}, {"noise_steps": 1001}, {"gamma": -0.1}, {"gamma": 1.1}], ids=str
+)
+def test_bad_values_are_refused(model, pairs, tmp_path, changes):
+    """Before anything is read."""
+    name, value = next(iter(changes.items()))
+    with pytest.raises(UserError, match=f"--{name.replace('_', '-')} {value}: between"):
+        train_dpo.main(
+            train_dpo.Config(model=model, pairs="none.jsonl", out=str(tmp_path / "out"), **changes)
+        )
+    assert not (tmp_path / "out").exists()

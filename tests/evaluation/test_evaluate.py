@@ -1,0 +1,421 @@
+"""The toy benchmark against figures counted by hand."""
+
+import random
+import re
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+from helpers import plain_greedy, random_toy, toy_features, toy_model, toy_processor, toy_tokenizer
+
+from minialign.evaluation.metrics import bootstrap, print_table, with_intervals
+from minialign.evaluation.pope import pope_verdict
+from minialign.toy import world
+from minialign.toy.benchmark import (
+    ToyBenchmark,
+    count_description,
+    count_pope,
+    pope_questions,
+    popular_objects,
+)
+from minialign.toy.drawing import OBJECTS, SETTINGS
+
+NW, N, NE, SW, S, SE = world.POSITIONS.values()
+KITCHEN = world.Scene("kitchen", {(0, 0): ("cup", "red"), (1, 2): ("dog", "black")}, 0)
+POPE = ("random", "popular", "adversarial")
+NOTHING = {f"{setting}_{part}": 0 for setting in POPE for part in ("tp", "fp", "fn", "tn")}
+TEXTS = [
+    # A kettle that is not there (typical), the cup's colour wrong, the dog's place wrong.
+    f"This is a kitchen. The {NW} cup is blue. The {N} kettle is green. "
+    f"The {SW} dog is black. The {SE} is empty.",
+    # A crab that is not there, twice (not typical); the cup twice; the dog is not mentioned.
+    f"The {NW} cup is red. The {NE} crab is orange. A crab. A cup.",
+    "The picture shows nothing.",
+]
+
+
+# Descriptions
+# ------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        (
+            TEXTS[0],
+            {
+                "mentioned": 3,
+                "hallucinated": 1,
+                "typical": 1,
+                "true": 2,
+                "wrong_colour": 1,
+                "wrong_place": 1,
+                "hallucinating": 1,
+                "found": 2,
+            },
+        ),
+        (
+            TEXTS[1],
+            {
+                "mentioned": 4,
+                "hallucinated": 2,
+                "typical": 0,
+                "true": 2,
+                "wrong_colour": 0,
+                "wrong_place": 0,
+                "hallucinating": 1,
+                "found": 1,
+            },
+        ),
+        (
+            TEXTS[2],
+            {
+                "length": 4,
+                "mentioned": 0,
+                "hallucinated": 0,
+                "typical": 0,
+                "true": 0,
+                "wrong_colour": 0,
+                "wrong_place": 0,
+                "hallucinating": 0,
+                "found": 0,
+            },
+        ),
+        ("", {"length": 0, "mentioned": 0, "hallucinated": 0, "hallucinating": 0, "found": 0}),
+        # No colour or place said: neither can be wrong. A true object twice is found once.
+        (
+            "A cup. The cup.",
+            {"length": 4, "mentioned": 2, "true": 2, "coloured": 0, "placed": 0, "found": 1},
+        ),
+        # Whole words only: no tree in a street, no pan in a panda, no car in a scar; orange alone
+        # is no object.
+        ("This is a street. A panda with a scar is orange.", {"mentioned": 0, "hallucinating": 0}),
+        # A place belongs to its own sentence.
+        (f"The {SW} is empty. The cup is red.", {"wrong_place": 0, "true": 1}),
+    ],
+)
+def test_counts_by_hand(text, expected):
+    counts = count_description(KITCHEN, text)
+    assert counts["images"] == 1 and counts["objects"] == 2
+    assert {name: counts[name] for name in expected} == expected
+
+
+@pytest.mark.parametrize(
+    ("text", "wrong_colour", "wrong_place"),
+    [
+        (f"The {NW} cup is red. The {N} cup is blue.", 0, 0),
+        (f"The {N} cup is red.", 1, 0),  # a cup, but that one is blue
+        ("The cup is red. The cup is blue. The cup.", 0, 0),  # no place: one of them has the colour
+        ("The cup is green.", 1, 0),
+        (f"The {SW} cup is red.", 0, 1),
+        (f"The {SW} cup is green.", 1, 1),
+    ],
+)
+def test_an_object_may_be_there_twice(text, wrong_colour, wrong_place):
+    scene = world.Scene("kitchen", {(0, 0): ("cup", "red"), (0, 1): ("cup", "blue")}, 0)
+    counts = count_description(scene, text)
+    assert (counts["wrong_colour"], counts["wrong_place"]) == (wrong_colour, wrong_place)
+    assert counts["objects"] == counts["found"] == 1 and counts["hallucinated"] == 0
+    assert counts["mentioned"] == counts["true"] == text.count("cup")
+
+
+def test_metrics_by_hand():
+    counts = [{**count_description(KITCHEN, text), **NOTHING} for text in TEXTS]
+    values = {name: figure["value"] for name, figure in with_intervals([counts]).items()}
+    assert values["chair_i"] == pytest.approx(3 / 7, abs=1e-5)
+    assert values["chair_s"] == pytest.approx(2 / 3, abs=1e-5)
+    assert values["recall"] == pytest.approx(3 / 6, abs=1e-5)
+    assert values["typical_share"] == pytest.approx(1 / 3, abs=1e-5)
+    assert values["colour_errors"] == pytest.approx(1 / 3, abs=1e-5)
+    assert values["position_errors"] == pytest.approx(1 / 3, abs=1e-5)
+    counts = [
+        {**count_description(KITCHEN, text), **NOTHING} for text in ("The cup is red.", TEXTS[2])
+    ]
+    assert with_intervals([counts])["length"]["value"] == pytest.approx((4 + 4) / 2, abs=1e-5)
+
+
+def test_what_nobody_mentions_is_not_measured(capsys):
+    """No object is mentioned: there is no share of hallucinated ones, least of all a perfect
+    one."""
+    figures = with_intervals([[{**count_description(KITCHEN, TEXTS[2]), **NOTHING}] * 3])
+    assert all(
+        set(figures[name].values()) == {None}
+        for name in ("chair_i", "typical_share", "colour_errors")
+    )
+    assert figures["chair_s"] == {"value": 0, "low": 0, "high": 0}
+    print_table({"run": figures})
+    lines = {
+        line.split()[0]: line
+        for line in capsys.readouterr().out.splitlines()
+        if line.strip() != "run"
+    }
+    assert "not measured" in lines["chair_i"] and "0.000 [0.000, 0.000]" in lines["chair_s"]
+
+
+def test_a_resample_without_objects_does_not_spoil_the_interval():
+    said = {**count_description(KITCHEN, TEXTS[0]), **NOTHING}
+    silent = {**count_description(KITCHEN, TEXTS[2]), **NOTHING}
+    assert len(set(with_intervals([[said, silent]])["chair_i"].values())) == 1
+
+
+# POPE
+# --------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("answer", "yes"),
+    [
+        ("Yes, there is.", True),
+        ("No, there is.", False),
+        ("No", False),
+        ("no.", False),
+        ("not sure", False),
+        ("There is not, I think.", False),
+        ("It is, no, a dog.", False),  # commas are dropped
+        ("Nobody", True),
+        ("Nothing there.", True),
+        ("Yes. No.", True),  # the first sentence counts
+        ("There is. Not.", True),
+        ("NO", True),  # the rule knows No, no and not
+        ("No!", True),  # and commas alone are dropped
+        ("", True),
+        (".No", True),
+    ],
+)
+def test_pope_verdict(answer, yes):
+    assert pope_verdict(answer) == yes
+
+
+def test_pope_by_hand():
+    """Present: yes, no, yes. Random: no, no, yes. Popular: no, no, no. Adversarial: yes, yes,
+    no."""
+    names = {
+        "present": ["cup", "dog", "car"],
+        "random": ["bus", "pan", "fork"],
+        "popular": ["boat", "ball", "crab"],
+        "adversarial": ["kettle", "pan", "fork"],
+    }
+    said = {"present": "yny", "random": "nny", "popular": "nnn", "adversarial": "yyn"}
+    text = {"y": "Yes, there is.", "n": "No, there is no such thing."}
+    answers = {
+        (kind, name): text[c]
+        for kind in names
+        for name, c in zip(names[kind], said[kind], strict=True)
+    }
+    counts = count_pope(names, answers)
+    expected = {"random": (2, 1, 1, 2), "popular": (2, 0, 1, 3), "adversarial": (2, 2, 1, 1)}
+    for setting, (tp, fp, fn, tn) in expected.items():
+        assert [counts[f"{setting}_{part}"] for part in ("tp", "fp", "fn", "tn")] == [
+            tp,
+            fp,
+            fn,
+            tn,
+        ]
+    counts = {**count_description(KITCHEN, ""), **counts}
+    values = {name: figure["value"] for name, figure in with_intervals([[counts] * 2]).items()}
+    assert [values[f"pope_{s}"] for s in expected] == pytest.approx([4 / 6, 5 / 6, 3 / 6], abs=1e-5)
+    assert [values[f"pope_{s}_f1"] for s in expected] == pytest.approx(
+        [4 / 6, 4 / 5, 4 / 7], abs=1e-5
+    )
+    assert [values[f"pope_{s}_yes"] for s in expected] == pytest.approx(
+        [3 / 6, 2 / 6, 4 / 6], abs=1e-5
+    )
+
+
+@pytest.mark.parametrize("split", ["test", "validation", "train"])
+def test_pope_questions(split):
+    exhausted = 0
+    for index in range(150):
+        scene = world.make_scene(split, index)
+        questions = pope_questions(scene)
+        assert questions == pope_questions(scene)
+        assert list(questions) == ["present", "random", "popular", "adversarial"]
+        present, absent = questions["present"], [o for o in OBJECTS if o not in scene.objects]
+        assert set(present) <= scene.objects.keys() and len(set(present)) == len(present) == min(
+            3, len(scene.objects)
+        )
+        for kind in POPE:
+            assert len(set(questions[kind])) == len(questions[kind]) == len(present)
+            assert set(questions[kind]) <= set(absent)
+        typical = [o for o in absent if o in SETTINGS[scene.setting]]
+        n = min(len(typical), len(present))
+        assert set(questions["adversarial"][:n]) <= set(
+            typical
+        )  # typical ones first, as many as there are
+        exhausted += n < len(present)
+        ranks = [popular_objects().index(name) for name in questions["popular"]]
+        others = [
+            popular_objects().index(name) for name in absent if name not in questions["popular"]
+        ]
+        assert ranks == sorted(ranks) and max(ranks) < min(
+            others
+        )  # the most frequent of the absent
+    assert 0 < exhausted < 150  # both cases were met
+
+
+def test_popular_objects_are_those_of_the_training_split():
+    things = [name for i in range(2000) for name in world.make_scene("train", i).objects]
+    counts = [things.count(name) for name in popular_objects()]
+    assert sorted(popular_objects()) == sorted(OBJECTS)
+    assert counts == sorted(counts, reverse=True)
+
+
+# Intervals
+# ---------------------------------------------------------------------------------------------------
+
+
+def image_counts(hallucinating: int, mentioned: int = 1, length: int = 5) -> dict:
+    return {
+        "images": 1,
+        "length": length,
+        "objects": 2,
+        "mentioned": mentioned,
+        "hallucinated": hallucinating,
+        "hallucinating": hallucinating,
+        "found": 1,
+        **NOTHING,
+    }
+
+
+@pytest.mark.parametrize("share", [0.1, 0.3, 0.5])
+def test_intervals_are_about_the_binomials(share):
+    widths = []
+    for images in (100, 400, 1600):
+        counts = [image_counts(int(i < share * images)) for i in range(images)]
+        random.Random(0).shuffle(counts)
+        figure = with_intervals([counts])["chair_s"]
+        assert figure["value"] == pytest.approx(share, abs=1e-5)
+        assert figure["low"] < figure["value"] < figure["high"]
+        widths.append(figure["high"] - figure["low"])
+        assert widths[-1] == pytest.approx(
+            2 * 1.96 * (share * (1 - share) / images) ** 0.5, rel=0.15
+        )
+    assert widths[0] > widths[1] > widths[2]
+
+
+def test_intervals_are_deterministic_and_paired():
+    """Two rows on the same images are resampled alike: what holds of every image holds of every
+    resample."""
+    rng = random.Random(0)
+    lengths = [rng.randrange(5, 50) for _ in range(80)]
+    shorter, longer = ([[image_counts(0, length=n + extra) for n in lengths]] for extra in (0, 3))
+    difference = bootstrap(longer)["length"] - bootstrap(shorter)["length"]
+    assert difference.shape == (1001,) and np.abs(difference - 3).max() < 1e-9
+    assert with_intervals(shorter) == with_intervals(shorter)
+    assert with_intervals(shorter)["length"]["high"] > with_intervals(shorter)["length"]["low"] + 1
+
+
+def test_runs_are_pooled():
+    """Three equal runs say no more than one; runs that disagree widen the interval; the value is
+    their mean."""
+    rng = random.Random(1)
+    run = [image_counts(rng.random() < 0.4) for _ in range(200)]
+    one, three = with_intervals([run])["chair_s"], with_intervals([run] * 3)["chair_s"]
+    width = one["high"] - one["low"]
+    assert three["value"] == one["value"] and three["high"] - three["low"] == pytest.approx(
+        width, rel=0.15
+    )
+    apart = with_intervals([run, [image_counts(0)] * 200, [image_counts(1)] * 200])["chair_s"]
+    assert apart["value"] == pytest.approx((one["value"] + 1) / 3, abs=1e-4)
+    assert apart["high"] - apart["low"] > 2 * width
+
+
+def test_missing_counts_are_zero():
+    """An image whose description mentions nothing has no `mentioned` at all."""
+    counts = [{**count_description(KITCHEN, text), **NOTHING} for text in (TEXTS[2], TEXTS[1])]
+    assert "mentioned" not in counts[0]
+    assert with_intervals([counts])["chair_i"]["value"] == pytest.approx(2 / 4, abs=1e-5)
+
+
+# The whole benchmark
+# -----------------------------------------------------------------------------------------
+
+
+class Scripted(ToyBenchmark):
+    """Answers without a model: true ones, or the exact opposite."""
+
+    truthful = True
+
+    def answers(self, model, tokenizer, features, layouts, questions, limit):
+        scenes = [world.make_scene(self.split, i) for i in range(self.images)]
+        scenes = [scene for scene in scenes if scene.seed in features.tolist()]
+        assert len(scenes) == len(questions)
+        if questions[0] == [world.DESCRIBE[0]]:
+            absent = [next(o for o in OBJECTS if o not in scene.objects) for scene in scenes]
+            true = [world.description(scene, random.Random(0)) for scene in scenes]
+            return [
+                [text] if self.truthful else [f"A {name}."]
+                for text, name in zip(true, absent, strict=True)
+            ]
+        replies = []
+        for scene, asked in zip(scenes, questions, strict=True):
+            there = [
+                any(re.search(rf"\b{name}\b", question) for name in scene.objects)
+                for question in asked
+            ]
+            replies.append(
+                ["Yes, there is." if t == self.truthful else "No, there is not." for t in there]
+            )
+        return replies
+
+
+class Liar(Scripted):
+    truthful = False
+
+
+class SeedProcessor:
+    def __call__(self, picture):
+        return picture[None]
+
+    def layout(self, picture):
+        return 1, None
+
+
+@pytest.mark.parametrize(("kind", "good"), [(Scripted, 1.0), (Liar, 0.0)])
+@pytest.mark.parametrize("batch_size", [1, 4, 10])
+def test_the_truth_scores_best_and_its_opposite_worst(kind, good, batch_size, monkeypatch):
+    """A picture is its scene's seed here, and so are its features: they say which scenes a batch
+    holds."""
+    monkeypatch.setattr(toyworld, "picture", lambda scene: torch.tensor(scene.seed))
+    model = SimpleNamespace(encode_images=lambda pixels: pixels)
+    counts = kind("validation", 10, batch_size).run(model, None, SeedProcessor())
+    assert len(counts) == 10
+    figures = with_intervals([counts])
+    bad = {"chair_i", "chair_s"}
+    for name in (
+        "recall",
+        "pope_random",
+        "pope_popular",
+        "pope_adversarial",
+        "pope_random_f1",
+        *bad,
+    ):
+        assert figures[name] == dict.fromkeys(
+            ("value", "low", "high"), 1 - good if name in bad else good
+        ), name
+
+
+@pytest.mark.parametrize("make", [toy_model, random_toy])
+def test_answers_equal_each_question_alone(make):
+    """The picture is the trunk, the questions are branches; the plain way asks one by one."""
+    model, tokenizer = make(), toy_tokenizer()
+    questions = [
+        ["Is there a cup in the picture?", "What place is this?", "Where is the umbrella?"],
+        ["Describe."],
+    ]
+    features = toy_features((0, 1))
+    said = ToyBenchmark().answers(model, tokenizer, features, [(36, None)] * 2, questions, 12)
+    for row, (asked, answers) in enumerate(zip(questions, said, strict=True)):
+        for question, answer in zip(asked, answers, strict=True):
+            prompt = tokenizer.prompt([("user", question)])
+            ids, _ = plain_greedy(model, prompt, features[row], {tokenizer.eos_id}, 12)
+            assert answer == tokenizer.decode(ids)
+
+
+def test_the_benchmark_does_not_depend_on_the_batch_size():
+    runs = [
+        ToyBenchmark("validation", 3, size).run(toy_model(), toy_tokenizer(), toy_processor())
+        for size in (1, 2)
+    ]
+    assert runs[0] == runs[1] and len(runs[0]) == 3

@@ -1,0 +1,175 @@
+"""A PEFT adapter, made elsewhere, as the policy's start; and what the reference then is."""
+
+import copy
+import json
+import math
+
+import pytest
+import torch
+from helpers import random_model, refused, toy_model, worst
+from script_runs import contents, read_lines, train
+from test_lora import adapted, answers, batch_of, transformers_model
+
+from minialign.cli import parse_config
+from minialign.evaluation.metrics import TOY
+from minialign.model.lora import TARGETS, adapter_state, adapters_off, keep_reference
+from minialign.model.peft_folder import load_adapter, save_adapter
+from train_dpo import Config, check
+
+PATTERN = r".*language_model\.layers\.\d+\.(self_attn|mlp)\.({})"
+FOREIGN = [
+    {"target_modules": PATTERN.format("q_proj|v_proj"), "r": 3, "lora_alpha": 5},
+    {
+        "target_modules": PATTERN.format("|".join(TARGETS)),
+        "r": 2,
+        "lora_alpha": 7,
+        "lora_dropout": 0.1,
+    },
+    {
+        "target_modules": PATTERN.format("down_proj"),
+        "modules_to_save": ["multi_modal_projector"],
+        "r": 4,
+    },
+    {"target_modules": ["gate_proj", "up_proj"], "r": 2},  # names that the tower does not have
+]
+
+
+def foreign_adapter(oracle, folder, seed: int, init=False, **choices):
+    """An adapter that PEFT made and wrote, with nonzero values; returns PEFT's model."""
+    peft = pytest.importorskip("peft")
+    torch.manual_seed(seed)
+    model = peft.get_peft_model(
+        transformers_model(oracle, TOY), peft.LoraConfig(init_lora_weights=init, **choices)
+    )
+    for name, parameter in model.named_parameters():
+        if "modules_to_save" in name:
+            parameter.data += 0.1 * torch.randn(parameter.shape)
+    model.save_pretrained(folder)
+    return model.eval()
+
+
+@pytest.mark.parametrize("choices", FOREIGN, ids=range(len(FOREIGN)))
+def test_adapters_that_peft_made(oracle, tmp_path, choices):
+    theirs, ours = foreign_adapter(oracle, tmp_path, 0, **choices), copy.deepcopy(toy_model())
+    load_adapter(ours, tmp_path)
+    for a, b, base in zip(answers(ours), answers(theirs), answers(toy_model()), strict=True):
+        assert worst(a, b) < 1e-4 and worst(a, base) > 0.01
+    save_adapter(
+        adapter_state(ours),
+        choices["r"],
+        choices.get("lora_alpha", 8),
+        str(TOY),
+        tmp_path / "again",
+    )
+    again = copy.deepcopy(toy_model())
+    load_adapter(again, tmp_path / "again")
+    assert all(torch.equal(a, b) for a, b in zip(answers(again), answers(ours), strict=True))
+
+
+def test_an_adapter_of_the_tower_is_refused(oracle, tmp_path):
+    foreign_adapter(oracle, tmp_path, 0, target_modules=["q_proj"], r=2)
+    refused(
+        lambda: load_adapter(copy.deepcopy(toy_model()), tmp_path),
+        "unexpected tensors: vision_tower",
+    )
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_the_reference_may_be_the_adapter(seed):
+    base = random_model(seed)
+    model, (tree, features) = (
+        adapted(base, 2, 4.0, seed),
+        batch_of(seed, base.config.vision.patches),
+    )
+    start = model(tree, features).detach()
+    keep_reference(model)
+    with torch.no_grad():
+        for parameter in adapter_state(model).values():
+            parameter.add_(0.1)
+    with adapters_off(model):
+        assert torch.equal(model(tree, features), start)
+    assert worst(model(tree, features), start) > 1e-3
+
+
+@pytest.mark.parametrize("reference", ["base", "adapter"])
+def test_training_from_an_adapter(model, pairs, tmp_path, oracle, reference):
+    """Held against itself the policy's first loss is log 2; held against the base it is not."""
+    foreign_adapter(
+        oracle, tmp_path / "start", 1, target_modules=PATTERN.format("q_proj"), r=3, lora_alpha=9
+    )
+    flags = {"adapter": str(tmp_path / "start"), "reference": reference}
+    train(model, tmp_path / "out", pairs=pairs, limit=6, lr=1e-3, **flags)
+    first = read_lines(tmp_path / "out" / "metrics.jsonl")[0]
+    assert (abs(first["loss"] - math.log(2)) < 1e-5) == (reference == "adapter")
+    started, trained = copy.deepcopy(toy_model()), copy.deepcopy(toy_model())
+    load_adapter(started, tmp_path / "start")
+    load_adapter(trained, tmp_path / "out" / "adapter")
+    config = json.loads((tmp_path / "out" / "config.json").read_text())
+    assert (config["lora_rank"], config["lora_alpha"]) == (3, 9)  # the adapter's own
+    before, after = adapter_state(started), adapter_state(trained)
+    moved = [worst(before[name], after[name]) for name in before if "q_proj" in name]
+    assert 0 < max(moved) < 0.1  # it went on from the adapter
+
+
+@pytest.mark.parametrize(
+    "flags", [["--adapter", "x"], ["--reference", "base"], ["--reference", "adapter"]]
+)
+def test_the_reference_is_always_named(flags):
+    numbers = (
+        "beta",
+        "lr",
+        "lora-alpha",
+        "lora-rank",
+        "epochs",
+        "projector-lr",
+        "workers",
+        "batch-size",
+    )
+    given = ["--pairs=x", "--warmup=0", *(f"--{name}=1" for name in numbers)]
+    refused(
+        lambda: check(parse_config(Config, "", [*given, *flags])),
+        "--adapter and --reference go together",
+    )
+
+
+@pytest.mark.parametrize("kind", ["pissa", "olora"])
+def test_adapters_that_changed_the_base_are_refused(oracle, tmp_path, kind):
+    foreign_adapter(oracle, tmp_path, 0, target_modules=PATTERN.format("q_proj"), r=2, init=kind)
+    refused(lambda: load_adapter(copy.deepcopy(toy_model()), tmp_path), "init_lora_weights")
+
+
+def test_a_wrong_adapter_costs_nothing(model, pairs, tmp_path):
+    """An earlier run's files are still there, and the policy's start is not overwritten by its own
+    training."""
+    train(model, tmp_path / "out", pairs=pairs, limit=6)
+    before = contents(tmp_path / "out")
+    for adapter, said in (
+        (tmp_path / "none", "adapter_config.json"),
+        (tmp_path / "out" / "adapter", "overwritten"),
+    ):
+        flags = {"adapter": str(adapter), "reference": "base"}
+        refused(lambda f=flags: train(model, tmp_path / "out", pairs=pairs, limit=6, **f), said)
+    assert contents(tmp_path / "out") == before
+
+
+def test_a_run_from_a_partial_adapter_is_repeatable_and_knows_its_adapter(
+    model, pairs, tmp_path, oracle
+):
+    """Linears that it lacks are drawn from --seed; another adapter under the same name is noticed
+    on resuming."""
+    foreign_adapter(
+        oracle, tmp_path / "a", 1, target_modules=PATTERN.format("q_proj"), r=3, lora_alpha=9
+    )
+    flags = {"adapter": str(tmp_path / "a"), "reference": "adapter", "limit": 6, "pairs": pairs}
+    for seed, name in enumerate(("x", "y")):
+        torch.manual_seed(seed)
+        train(model, tmp_path / name, **flags)
+    weights = "adapter/adapter_model.safetensors"
+    assert contents(tmp_path / "x")[weights] == contents(tmp_path / "y")[weights]
+    foreign_adapter(
+        oracle, tmp_path / "a", 2, target_modules=PATTERN.format("q_proj"), r=3, lora_alpha=9
+    )
+    refused(
+        lambda: train(model, tmp_path / "x", resume=True, **flags),
+        "--resume: pairs or model are not those",
+    )

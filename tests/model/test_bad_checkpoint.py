@@ -1,0 +1,186 @@
+"""Bad model folders are refused by name: tensors that are not right, pickle, broken JSON, what we
+do not know."""
+
+import pytest
+import torch
+from helpers import refused
+from llava_folders import edit_json, laid_out, replace_weights
+
+from minialign.evaluation.metrics import TOY
+from minialign.model.hf_folder import load_model
+from minialign.toy.edge import resolve_model
+
+TENSORS = [
+    "lm_head.weight",
+    "layers.1.self_attn.k_proj.weight",
+    "linear_2.bias",
+    "class_embedding",
+    "norm.weight",
+]
+
+
+def pick(state: dict, tail: str) -> str:
+    """The first key that ends so."""
+    return next(key for key in sorted(state) if key.endswith(tail))
+
+
+@pytest.mark.parametrize("tail", TENSORS)
+@pytest.mark.parametrize("layout", ["hub", "original"])
+def test_missing_tensor(llava_folder, llava_state, layout, tail):
+    state = laid_out(llava_state, layout)
+    key = pick(llava_state, tail)
+    del state[list(state)[list(llava_state).index(key)]]
+    replace_weights(llava_folder, state)
+    message = refused(
+        lambda: load_model(llava_folder),
+        llava_folder,
+        f"missing tensors: {key.removeprefix('model.')};",
+    )
+    assert "unexpected tensors" not in message
+
+
+@pytest.mark.parametrize(
+    "extra", ["model.image_newline", "vision_tower.vision_model.head.weight", "adapter.lora_A"]
+)
+def test_unexpected_tensor(llava_folder, llava_state, extra):
+    replace_weights(llava_folder, laid_out(llava_state, "hub") | {extra: torch.zeros(3)})
+    message = refused(
+        lambda: load_model(llava_folder),
+        llava_folder,
+        "unexpected tensors: ",
+        extra.split("model.")[-1],
+    )
+    assert "missing tensors" not in message
+
+
+@pytest.mark.parametrize("tail", TENSORS)
+def test_wrongly_shaped_tensor(llava_folder, llava_state, tail):
+    key = pick(llava_state, tail)
+    right = llava_state[key]
+    wrong = torch.zeros(right.shape[0] + 1, *right.shape[1:])
+    replace_weights(llava_folder, llava_state | {key: wrong})
+    name, *shapes = key.removeprefix("model."), str(list(wrong.shape)), str(list(right.shape))
+    refused(
+        lambda: load_model(llava_folder), llava_folder, f"{name} has shape {shapes[0]}", shapes[1]
+    )
+
+
+def test_many_problems_are_still_one_short_line(llava_folder, llava_state):
+    replace_weights(llava_folder, {"x.y": torch.zeros(1)})
+    message = refused(
+        lambda: load_model(llava_folder), "missing tensors: ", "more", "unexpected tensors: x.y"
+    )
+    assert len(message) < 1500
+
+
+def test_no_embedding_in_a_tied_folder(llava_folder, llava_state):
+    edit_json(llava_folder / "config.json", lambda raw: raw.update(tie_word_embeddings=True))
+    gone = ("embed_tokens.weight", "lm_head.weight")
+    replace_weights(
+        llava_folder, {key: value for key, value in llava_state.items() if not key.endswith(gone)}
+    )
+    message = "missing tensors: language_model.embed_tokens.weight;"
+    refused(lambda: load_model(llava_folder), llava_folder, message)
+
+
+@pytest.mark.parametrize("name", ["pytorch_model.bin", "consolidated.00.pth", "model.pt"])
+def test_pickle_is_never_loaded(llava_folder, name):
+    (llava_folder / "model.safetensors").unlink()
+    (llava_folder / name).write_bytes(b"\x80\x02.")
+    refused(
+        lambda: load_model(llava_folder),
+        llava_folder,
+        "pickle weights",
+        "convert them to safetensors",
+    )
+
+
+def test_no_weights(llava_folder):
+    (llava_folder / "model.safetensors").unlink()
+    refused(lambda: load_model(llava_folder), llava_folder / "model.safetensors")
+
+
+@pytest.mark.parametrize("share", [0.0, 0.0001, 0.02, 0.5, 0.999])
+def test_truncated_weights(llava_folder, share):
+    path = llava_folder / "model.safetensors"
+    data = path.read_bytes()
+    path.write_bytes(data[: int(len(data) * share)])
+    refused(lambda: load_model(llava_folder), path)
+
+
+def test_garbled_weights(llava_folder):
+    path = llava_folder / "model.safetensors"
+    path.write_bytes(b"<!DOCTYPE html><html>404</html>" * 50)
+    refused(lambda: load_model(llava_folder), path)
+
+
+def test_no_config(llava_folder):
+    (llava_folder / "config.json").unlink()
+    refused(lambda: load_model(llava_folder), llava_folder / "config.json", "no such file")
+
+
+@pytest.mark.parametrize(
+    "text", ["", "{", '{"model_type": "llava",}', "[]", '"llava"', "null", "\x00"]
+)
+@pytest.mark.parametrize("name", ["config.json", "model.safetensors.index.json"])
+def test_broken_json(llava_folder, name, text):
+    (llava_folder / name).write_text(text)
+    refused(lambda: load_model(llava_folder), llava_folder / name)
+
+
+def test_config_that_is_no_text(llava_folder):
+    (llava_folder / "config.json").write_bytes(b"\xff\xfe\x00{")
+    refused(lambda: load_model(llava_folder), llava_folder / "config.json")
+
+
+@pytest.mark.parametrize("kind", ["llama", "qwen2_vl", "", None])
+def test_wrong_model_type(llava_folder, kind):
+    edit_json(llava_folder / "config.json", lambda raw: raw.update(model_type=kind))
+    refused(
+        lambda: load_model(llava_folder),
+        llava_folder / "config.json",
+        f"model_type is {kind!r}",
+        "only 'llava'",
+    )
+    edit_json(llava_folder / "config.json", lambda raw: raw.pop("model_type"))
+    refused(lambda: load_model(llava_folder), llava_folder / "config.json", "model_type is None")
+
+
+UNSUPPORTED = [
+    ((), "vision_feature_select_strategy", "full"),
+    ((), "projector_hidden_act", "relu"),
+    (("vision_config",), "hidden_act", "gelu"),
+    (("text_config",), "hidden_act", "gelu"),
+    (("text_config", "rope_parameters"), "rope_type", "linear"),
+    ((), "vision_feature_layer", [-2, -1]),
+    ((), "vision_feature_layer", 99),
+    ((), "vision_feature_layer", -99),
+]
+
+
+@pytest.mark.parametrize("path,name,value", UNSUPPORTED, ids=str)
+def test_unsupported_choices_are_refused_not_ignored(llava_folder, path, name, value):
+    def change(raw):
+        for part in path:
+            raw = raw[part]
+        raw[name] = value
+
+    edit_json(llava_folder / "config.json", change)
+    refused(lambda: load_model(llava_folder), llava_folder / "config.json", f"{name} is {value!r}")
+
+
+@pytest.mark.parametrize("name", ["rope_type", "type"])
+def test_scaled_positions_of_transformers_4_are_refused(llava_folder, name):
+    def change(raw):
+        raw["text_config"].pop("rope_parameters")
+        raw["text_config"]["rope_scaling"] = {name: "linear", "factor": 2.0}
+
+    edit_json(llava_folder / "config.json", change)
+    refused(lambda: load_model(llava_folder), llava_folder / "config.json", "rope_type is 'linear'")
+
+
+def test_model_folder_is_named_when_it_is_not_there(tmp_path):
+    refused(lambda: resolve_model(str(tmp_path / "nothing")), "--model", tmp_path / "nothing")
+    (tmp_path / "file").write_text("x")
+    refused(lambda: resolve_model(str(tmp_path / "file")), "--model", tmp_path / "file")
+    assert resolve_model("toy") == TOY and resolve_model(str(tmp_path)) == tmp_path

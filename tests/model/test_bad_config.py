@@ -1,0 +1,65 @@
+"""Malformed config.json, preprocessor_config.json and tokenizer.json: one line that names file and
+field."""
+
+import json
+import shutil
+
+import pytest
+from helpers import refused
+
+from minialign.data.images import ImageProcessor
+from minialign.data.tokenizer import Tokenizer
+from minialign.evaluation.metrics import TOY
+from minialign.model.config import read_config
+
+PREPROCESSOR, CONFIG = "preprocessor_config.json", "config.json"
+CASES = [
+    (PREPROCESSOR, {"crop_size": {"shortest_edge": 96}}, "crop_size"),
+    (PREPROCESSOR, {"crop_size": "96", "size": "96"}, "crop_size"),
+    (PREPROCESSOR, {"crop_size": {"height": 96, "width": 90}}, "crop_size"),
+    (
+        PREPROCESSOR,
+        {"crop_size": 64, "size": 64},
+        "crop_size 64, but the tower of config.json takes 96",
+    ),
+    (PREPROCESSOR, {"do_normalize": False}, "do_normalize"),
+    (PREPROCESSOR, {"do_center_crop": False}, "do_center_crop"),
+    (PREPROCESSOR, {"resample": 2}, "resample"),
+    (PREPROCESSOR, {"image_std": [0, 0, 0]}, "image_std"),
+    (PREPROCESSOR, {"image_std": [1, 1]}, "image_std"),
+    (PREPROCESSOR, {"image_mean": ["a", "b", "c"]}, "image_mean"),
+    (CONFIG, {"text_config": [1]}, "text_config"),
+    (CONFIG, {"vision_config": "x"}, "vision_config"),
+    (CONFIG, {"image_token_index": -200}, "image_token_index -200"),
+    (CONFIG, {"image_token_index": 10**6}, "image_token_index 1000000"),
+    (CONFIG, {"text_config": {"hidden_size": "128"}}, "hidden_size"),
+    (CONFIG, {"text_config": {"num_hidden_layers": None}}, "num_hidden_layers"),
+    (CONFIG, {"text_config": {"num_attention_heads": True}}, "num_attention_heads"),
+    (CONFIG, {"text_config": {"rope_scaling": "linear"}}, "rope_scaling"),
+    (CONFIG, {"vision_config": {"patch_size": 0}}, "patch_size"),
+    (CONFIG, {"minialign_template": ["x"]}, "minialign_template"),
+    ("tokenizer.json", {"added_tokens": [1]}, "added_tokens"),
+]
+READERS = {PREPROCESSOR: ImageProcessor.from_folder, "tokenizer.json": Tokenizer.from_folder}
+
+
+@pytest.mark.parametrize(("name", "changes", "field"), CASES, ids=lambda value: str(value)[:40])
+def test_malformed_files_are_refused(tmp_path, name, changes, field):
+    folder = shutil.copytree(TOY, tmp_path / "model")
+    raw = json.loads((folder / name).read_text(encoding="utf-8"))
+    for key, value in changes.items():
+        nested = isinstance(value, dict) and key.endswith("_config")
+        raw[key] = raw[key] | value if nested else value
+    (folder / name).write_text(json.dumps(raw), encoding="utf-8")
+    reader = (
+        Tokenizer.from_folder if "minialign_template" in changes else READERS.get(name, read_config)
+    )
+    refused(lambda: reader(folder), field, name)
+
+
+@pytest.mark.parametrize("changes", [{"image_mean": None}, {"crop_size": 96, "size": 96}])
+def test_sparse_files_are_completed(tmp_path, changes):
+    folder = shutil.copytree(TOY, tmp_path / "model")
+    raw = json.loads((folder / PREPROCESSOR).read_text(encoding="utf-8")) | changes
+    (folder / PREPROCESSOR).write_text(json.dumps(raw), encoding="utf-8")
+    assert ImageProcessor.from_folder(folder) == ImageProcessor.from_folder(TOY)

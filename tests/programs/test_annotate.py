@@ -1,0 +1,223 @@
+"""`python -m minialign.annotate`: its figures by hand, what it prints, and what it refuses."""
+
+import json
+import random
+import sys
+from pathlib import Path
+
+import pytest
+from data_sets import photographs, write
+from helpers import refused
+from input_files import array, instruct, lines, pair
+from judges import absent_objects, script, shown
+
+from minialign.align import annotators
+from minialign.cli import parse_config
+from minialign.toy import world
+
+TALK = {"prompt": "Is it there?"}
+
+
+def run(monkeypatch, capsys, *argv: object) -> dict:
+    """The object that --json prints, and nothing else on stdout."""
+    monkeypatch.setattr(sys, "argv", ["annotator", *map(str, argv), "--json"])
+    annotators.main(parse_config(annotators.Config, ""))
+    out, err = capsys.readouterr()
+    assert out.count("\n") == 1 and "read as" in err
+    return json.loads(out)
+
+
+def refuse(monkeypatch, *argv: object, parts=()) -> None:
+    """The flags end in one line that names these things."""
+    monkeypatch.setattr(sys, "argv", ["annotator", *map(str, argv)])
+    refused(lambda: annotators.main(parse_config(annotators.Config, "")), *parts)
+
+
+def values(result: dict) -> dict:
+    """The figures themselves."""
+    assert all(
+        figure.keys() == {"value", "low", "high"}
+        for figure in result.values()
+        if isinstance(figure, dict)
+    )
+    return {name: figure["value"] for name, figure in result.items() if isinstance(figure, dict)}
+
+
+def yes_no(number: int, right: bool) -> dict:
+    """A pair about an object that is there: the chosen response says so, or (not `right`) the
+    rejected one."""
+    name = next(iter(world.make_scene("alignment", number).objects))
+    two = [f"Yes, there is {world.with_article(name)}.", f"No, there is no {name}."]
+    chosen, rejected = two if right else two[::-1]
+    return pair(number, chosen=chosen, rejected=rejected, **TALK)
+
+
+def file_of(path: Path, *raws: dict) -> Path:
+    path.write_bytes(lines(*raws))
+    return path
+
+
+def test_the_oracles_figures_by_hand(monkeypatch, capsys, tmp_path):
+    """Four right of five that it decides, two ties of seven; it reads no positions, and all can be
+    read."""
+    first, second = absent_objects(world.make_scene("alignment", 5))[:2]
+    ties = (
+        pair(5, chosen=f"A {first}.", rejected=f"A {second}.", **TALK),
+        pair(6, chosen="A.", rejected="B.", **TALK),
+    )
+    path = file_of(tmp_path / "pairs.jsonl", *(yes_no(i, i != 2) for i in range(5)), *ties)
+    result = run(monkeypatch, capsys, "--pairs", path, "--batch-size", 3)
+    assert result["pairs"] == 7 and result["left_out"] == 0
+    assert values(result) == {
+        "accuracy": 0.8,
+        "first": None,
+        "ties": pytest.approx(2 / 7, abs=1e-5),
+        "unparsable": 0,
+    }
+    other = run(monkeypatch, capsys, "--pairs", path, "--batch-size", 8, "--seed", 5)
+    assert other == result
+
+
+def test_a_judge_that_prefers_the_first(monkeypatch, capsys, tmp_path):
+    """It is right where the chosen response happens to stand first: half of the time; where both
+    are asked it ties."""
+    asked = script(monkeypatch, lambda question, number: "Response 1")
+    raws = [pair(i, chosen=f"good {i}", rejected=f"bad {i}") for i in range(160)]
+    path = file_of(tmp_path / "pairs.jsonl", *raws)
+    found = values(
+        run(monkeypatch, capsys, "--pairs", path, "--annotator", "toy", "--batch-size", 32)
+    )
+    right = sum(shown(row[0])[0].startswith("good") for row in asked)
+    assert found == {
+        "accuracy": pytest.approx(right / 160, abs=1e-5),
+        "first": 1,
+        "ties": 0,
+        "unparsable": 0,
+    }
+    assert 0.38 < found["accuracy"] < 0.62
+    both = values(
+        run(monkeypatch, capsys, "--pairs", path, "--annotator", "toy", "--orders", "both")
+    )
+    assert both == {"accuracy": None, "first": 1, "ties": 1, "unparsable": 0}
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_a_judges_figures_by_hand(monkeypatch, capsys, tmp_path, seed):
+    """A judge whose answer to every pair is drawn: right, wrong, or nothing that can be read."""
+    rng = random.Random(seed)
+    count = rng.randrange(5, 30)
+    wanted = [rng.choice(["good", "bad", "none"]) for _ in range(count)]
+
+    def say(question: str, number: int) -> str:
+        two = shown(question)
+        kind = wanted[int(two[0].split()[1])]
+        return (
+            "Neither."
+            if kind == "none"
+            else f"Response {1 + [text.split()[0] for text in two].index(kind)}."
+        )
+
+    asked = script(monkeypatch, say)
+    raws = [pair(i, chosen=f"good {i}", rejected=f"bad {i}") for i in range(count)]
+    path = file_of(tmp_path / "pairs.jsonl", *raws)
+    flags = ("--annotator", "toy", "--batch-size", rng.randrange(1, 9), "--seed", seed)
+    found = values(run(monkeypatch, capsys, "--pairs", path, *flags))
+    decided = count - wanted.count("none")
+    first = sum(
+        shown(row[0])[0].split()[0] == kind for row, kind in zip(asked, wanted, strict=True)
+    )
+    by_hand = {
+        "accuracy": wanted.count("good") / decided,
+        "first": first / decided,
+        "ties": 0,
+        "unparsable": wanted.count("none") / count,
+    }
+    assert found == pytest.approx(by_hand, abs=1e-5)
+
+
+def test_a_real_model_judges(monkeypatch, capsys, tmp_path):
+    """The toy model was never asked such a thing: whatever it says is counted."""
+    path = file_of(tmp_path / "pairs.jsonl", *(yes_no(i, True) for i in range(3)))
+    result = run(monkeypatch, capsys, "--pairs", path, "--annotator", "toy")
+    assert result["pairs"] == 3 and values(result).keys() == {
+        "accuracy",
+        "first",
+        "ties",
+        "unparsable",
+    }
+
+
+def test_the_table(monkeypatch, capsys, tmp_path):
+    """Without --json every figure is a line, under the annotator's name."""
+    path = file_of(tmp_path / "pairs.jsonl", *(yes_no(i, i > 0) for i in range(4)))
+    monkeypatch.setattr(sys, "argv", ["annotator", "--pairs", str(path)])
+    annotators.main(parse_config(annotators.Config, ""))
+    rows = capsys.readouterr().out.splitlines()
+    assert rows[0].split() == ["oracle"] and [row.split()[0] for row in rows[1:]] == list(
+        annotators.FIGURES
+    )
+    assert rows[1].split()[1] == "0.750" and "not measured" in rows[2]
+
+
+def test_pairs_of_no_use_are_left_out_and_counted(monkeypatch, capsys, tmp_path):
+    """Ratings that tie, as in VLFeedback, and equal texts do not end the run; they are no pairs."""
+    script(monkeypatch, lambda question, number: "Response 1")
+    pictures, data = photographs(tmp_path / "pictures"), write(tmp_path, "vlfeedback")
+    result = run(monkeypatch, capsys, "--pairs", data, "--images", pictures, "--annotator", "toy")
+    assert (result["pairs"], result["left_out"]) == (2, 1)
+    path = file_of(
+        tmp_path / "pairs.jsonl",
+        yes_no(0, True),
+        pair(1, rejected=pair(1)["chosen"]),
+        yes_no(2, True),
+    )
+    result = run(monkeypatch, capsys, "--pairs", path)
+    assert (result["pairs"], result["left_out"], values(result)["accuracy"]) == (2, 1, 1)
+
+
+def test_bad_pairs_end_the_run_or_are_skipped(monkeypatch, capsys, tmp_path):
+    """In one line with the file and the line; with --skip-bad-records they are counted."""
+    bad = [pair(1, chosen=None), pair(2, images=["photo.png"])]
+    for raw, what in zip(
+        bad, ("'chosen' is missing", "'photo.png' is not in the embedded world"), strict=True
+    ):
+        path = file_of(tmp_path / "one.jsonl", yes_no(0, True), raw)
+        refuse(
+            monkeypatch, "--pairs", path, parts=(f"{path}, line 2: ", what, "--skip-bad-records")
+        )
+    path = file_of(tmp_path / "all.jsonl", yes_no(0, True), *bad, yes_no(3, False))
+    result = run(monkeypatch, capsys, "--pairs", path, "--skip-bad-records")
+    assert (result["pairs"], result["left_out"], values(result)["accuracy"]) == (2, 2, 0.5)
+    path = file_of(tmp_path / "none.jsonl", *bad)
+    refuse(
+        monkeypatch,
+        "--pairs",
+        path,
+        "--skip-bad-records",
+        parts=("no usable pair", "'chosen' is missing"),
+    )
+
+
+def test_bad_flags(monkeypatch, tmp_path):
+    """Before any model is loaded."""
+    monkeypatch.setattr(annotator, "load_model", None)
+    path = file_of(tmp_path / "pairs.jsonl", yes_no(0, True))
+    (tmp_path / "data.json").write_bytes(array(instruct()))
+    refuse(monkeypatch, parts=["--pairs is missing"])
+    refuse(monkeypatch, "--pairs", tmp_path / "no.jsonl", parts=["no.jsonl: no such file"])
+    refuse(monkeypatch, "--pairs", tmp_path / "data.json", parts=["holds no rejected responses"])
+    refuse(monkeypatch, "--pairs", path, "--batch-size", 0, parts=["--batch-size 0: at least 1"])
+    refuse(monkeypatch, "--pairs", path, "--seed", 2**63, parts=["--seed", "64 bits"])
+    refuse(
+        monkeypatch,
+        "--pairs",
+        path,
+        "--images",
+        tmp_path / "no",
+        parts=["--images", "no such folder"],
+    )
+    refuse(
+        monkeypatch, "--pairs", path, "--images", tmp_path, parts=["oracle", "embedded world alone"]
+    )
+    refuse(monkeypatch, "--pairs", path, "--annotator", tmp_path / "no", parts=[tmp_path / "no"])
+    refuse(monkeypatch, "--pairs", path, "--device", "abacus", parts=["--device abacus"])

@@ -1,0 +1,260 @@
+"""Command lines: a field is a flag, its comment its help; bad input is one line on stderr and exit
+code 2."""
+
+import dataclasses
+import importlib
+import re
+import runpy
+import subprocess
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+import pytest
+
+from minialign.cli import field_comments, fill, parse_config, require, require_device, run_main
+from minialign.errors import UserError
+
+ROOT = Path(__file__).resolve().parents[2]
+# Every program: what parses flags into a Config. Found in the sources, so that a new one is tested
+# too.
+PROGRAMS = sorted(
+    path.relative_to(ROOT).with_suffix("").as_posix().replace("/", ".")
+    for path in [*ROOT.glob("*.py"), *(ROOT / "minialign").glob("*.py")]
+    if "run_main(main, Config" in path.read_text(encoding="utf-8")
+)
+
+
+@dataclass(frozen=True)
+class Config:
+    """Flags of every kind."""
+
+    steps: int = 3  # how often
+    share: float = 0.5  # 50 % of the whole: {a} \\d
+    max_length: int | None = None  # the longest; none by default
+    mode: Literal["fast", "slow"] = "fast"  # which way
+    loud: bool = False  # say more
+    safe: bool = True  # look twice
+    name: str = "a, b"  # what it is called
+
+
+def parse(*argv: str) -> Config:
+    return parse_config(Config, "Words about it.\n\n    an example 100 %", list(argv))
+
+
+def test_defaults():
+    assert parse() == Config()
+
+
+@pytest.mark.parametrize(
+    "argv,changes",
+    [
+        (["--steps", "7"], {"steps": 7}),
+        (["--steps=-7"], {"steps": -7}),
+        (["--share", "1e-3"], {"share": 0.001}),
+        (["--max-length", "12"], {"max_length": 12}),
+        (["--mode", "slow"], {"mode": "slow"}),
+        (["--loud", "--no-safe"], {"loud": True, "safe": False}),
+        (["--no-loud", "--safe"], {}),
+        (["--name", "two words"], {"name": "two words"}),
+        (["--name", ""], {"name": ""}),
+        (["--name", "x", "--steps", "1", "--name", "y"], {"name": "y", "steps": 1}),
+    ],
+)
+def test_a_field_is_a_flag(argv, changes):
+    assert parse(*argv) == dataclasses.replace(Config(), **changes)
+    for name in changes:
+        assert type(getattr(parse(*argv), name)) is type(changes[name])
+
+
+@pytest.mark.parametrize(
+    "argv",
+    [
+        ["--stepps", "7"],  # a typo
+        ["--step", "7"],  # an abbreviation
+        ["--max_length", "7"],
+        ["--mode", "slo"],
+        ["--mode", "Fast"],
+        ["--steps", "1.5"],
+        ["--steps", "many"],
+        ["--share", "half"],
+        ["--max-length", "None"],
+        ["--steps"],
+        ["--loud", "yes"],
+        ["--no-steps"],
+        ["stray"],
+    ],
+)
+def test_what_is_no_flag_ends_with_exit_code_2(argv, capsys):
+    with pytest.raises(SystemExit) as caught:
+        parse(*argv)
+    assert caught.value.code == 2
+    out, err = capsys.readouterr()
+    assert out == "" and any(
+        word in err.splitlines()[-1] for word in argv
+    )  # it names what it cannot read
+
+
+def test_the_comment_is_the_help(capsys):
+    with pytest.raises(SystemExit) as caught:
+        parse("--help")
+    assert caught.value.code == 0
+    shown = " ".join(capsys.readouterr().out.split())
+    assert "Words about it. an example 100 %" in shown
+    comments = field_comments(Config)
+    assert comments["share"] == "50 % of the whole: {a} \\\\d" and len(comments) == 7
+    for field in dataclasses.fields(Config):
+        default = "" if field.default is None else f" [{field.default}]"
+        assert f"{comments[field.name]}{default}" in shown
+        assert f"--{field.name.replace('_', '-')}" in shown
+    assert "{fast,slow}" in shown and "--no-safe" in shown
+
+
+def test_programs_are_found():
+    known = {"sample_bdhs", "train_dpo", "minialign.chat", "minialign.evaluate", "minialign.study"}
+    assert known <= set(PROGRAMS)
+
+
+@pytest.mark.parametrize("program", PROGRAMS)
+def test_every_field_has_a_comment(program):
+    config = importlib.import_module(program).Config
+    comments, fields = field_comments(config), dataclasses.fields(config)
+    assert config.__dataclass_params__.frozen
+    for field in fields:
+        assert len(comments.get(field.name, "")) >= 10, f"{program}: {field.name} has no sentence"
+    assert comments.keys() == {field.name for field in fields}
+
+
+def run_program(program: str, *argv: str) -> int:
+    """Run it as `python program.py` or `python -m program` would, in this process; its exit
+    code."""
+    before = sys.argv
+    sys.argv = [program, *argv]
+    try:
+        if "." in program:
+            sys.modules.pop(program, None)  # runpy warns where the module is there already
+            runpy.run_module(program, run_name="__main__", alter_sys=True)
+        else:
+            runpy.run_path(str(ROOT / f"{program}.py"), run_name="__main__")
+    except SystemExit as stop:
+        return stop.code
+    finally:
+        sys.argv = before
+    return 0
+
+
+@pytest.fixture
+def modules():
+    """Modules as they were, after programs were run."""
+    before = dict(sys.modules)
+    yield
+    sys.modules.update(before)
+
+
+@pytest.mark.parametrize("program", PROGRAMS)
+def test_help_of_every_program(program, capsys, modules):
+    fields = dataclasses.fields(importlib.import_module(program).Config)
+    comments = field_comments(importlib.import_module(program).Config)
+    doc = importlib.import_module(program).__doc__
+    assert run_program(program, "--help") == 0
+    shown = " ".join(capsys.readouterr().out.split())
+    assert " ".join(doc.split()) in shown  # the docstring says what the program does
+    for field in fields:
+        assert f"--{field.name.replace('_', '-')}" in shown
+        default = "" if field.default is None else f" [{field.default}]"
+        text = " ".join(f"{comments[field.name]}{default}".split())
+        assert re.sub(r"\s", "", text) in re.sub(r"\s", "", shown), (
+            f"{program}: help of {field.name}"
+        )
+
+
+@pytest.mark.parametrize("program", PROGRAMS)
+def test_a_typo_ends_every_program(program, capsys, modules):
+    assert run_program(program, "--devise", "cpu") == 2
+    err = capsys.readouterr().err
+    assert "--devise" in err and "Traceback" not in err
+
+
+def test_fill_replaces_what_was_not_given():
+    @dataclass(frozen=True)
+    class Partial:
+        rate: float | None = None
+        size: int | None = None
+        rest: str = "as it is"
+
+    assert fill(Partial(), {"rate": 0.1, "size": 4}) == Partial(0.1, 4)
+    assert fill(Partial(rate=0.0, size=0), {"rate": 0.1, "size": 4}) == Partial(
+        0.0, 0
+    )  # 0 was given
+    assert fill(Partial(size=2), {"rate": 0.1, "size": 4}) == Partial(0.1, 2)
+
+
+def test_require():
+    require(True, "never seen")
+    with pytest.raises(UserError, match="^--steps 0: at least 1$"):
+        require(False, "--steps 0: at least 1")
+
+
+@pytest.mark.parametrize("device", ["gpu", "cuda:99", "cpu:x", ""])
+def test_devices_that_are_not_there(device):
+    require_device("cpu")
+    with pytest.raises(UserError, match=f"^--device {re.escape(device)}: ") as caught:
+        require_device(device)
+    assert len(str(caught.value)) < 400
+
+
+def failing(error: BaseException):
+    def main(config):
+        raise error
+
+    return main
+
+
+@pytest.fixture(autouse=True)
+def no_flags(monkeypatch):
+    """Of pytest's own."""
+    monkeypatch.setattr(sys, "argv", ["program"])
+
+
+def test_run_main(capsys):
+    run_main(lambda config: print("done"), Config, "")
+    assert capsys.readouterr() == ("done\n", "")
+    with pytest.raises(SystemExit) as caught:
+        run_main(failing(UserError("--data x: no such file")), Config, "")
+    assert caught.value.code == 2
+    assert capsys.readouterr() == ("", "error: --data x: no such file\n")
+    with pytest.raises(SystemExit) as caught:
+        run_main(failing(KeyboardInterrupt()), Config, "")
+    assert caught.value.code == 130
+    assert capsys.readouterr().err.count("\n") == 1
+    with pytest.raises(SystemExit) as caught:
+        run_main(failing(OSError(28, "No space left on device", "a\nb")), Config, "")
+    assert caught.value.code == 2
+    message = capsys.readouterr().err
+    assert "No space left" in message and "make room" in message and message.count("\n") == 1
+    with pytest.raises(ZeroDivisionError):  # a bug stays a traceback
+        run_main(failing(ZeroDivisionError()), Config, "")
+
+
+def test_a_message_is_one_line_whatever_stands_in_it(capsys):
+    with pytest.raises(SystemExit):
+        run_main(
+            failing(UserError("file 'a\nb\r\x1b[31m\u2028\x00\ud800': no such file")), Config, ""
+        )
+    assert capsys.readouterr().err == "error: file 'a b  [31m   ': no such file\n"
+
+
+def test_bad_input_in_a_shell():
+    """Once as a user would see it: one line on stderr, nothing else, exit code 2."""
+    done = subprocess.run(
+        [sys.executable, "sample_bdhs.py", "--model", "/nowhere/at all"],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 2 and done.stdout == ""
+    assert (
+        done.stderr.startswith("error: --model /nowhere/at all: no such folder")
+        and done.stderr.count("\n") == 1
+    )

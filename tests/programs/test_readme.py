@@ -1,0 +1,125 @@
+"""What the README says: every entry of its map resolves, every command exists with those flags, the
+quick ones run."""
+
+import ast
+import os
+import re
+import shlex
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+from data_sets import RAW, expected, photographs
+from input_files import pairs_in
+
+from minialign.data.images import open_image
+
+ROOT = Path(__file__).resolve().parents[2]
+README = (ROOT / "README.md").read_text(encoding="utf-8")
+ENTRIES = sorted(set(re.findall(r"`([\w/]+\.py)::(\w+)`", README)))
+BLOCKS = re.findall(r"```bash\n(.*?)```", README, re.DOTALL)
+COMMANDS = [
+    shlex.split(re.sub(r"^torchrun --nproc-per-node \d+", "python", part.strip()), comments=True)
+    for block in BLOCKS
+    for line in block.splitlines()
+    for part in line.split("&&")
+    if part.strip().startswith(("python ", "torchrun "))
+]
+
+
+def config_fields(path: str) -> set[str]:
+    """The field names of a program's `Config`, and of the flags that both training scripts
+    share."""
+    wanted = {"Config": path, "TrainingFlags": "minialign/training/flags.py"}
+    sources = {
+        name: ast.parse((ROOT / file).read_text(encoding="utf-8")) for name, file in wanted.items()
+    }
+    classes = {
+        name: next(
+            node for node in tree.body if isinstance(node, ast.ClassDef) and node.name == name
+        )
+        for name, tree in sources.items()
+    }
+    used = ["Config", "TrainingFlags"] if classes["Config"].bases else ["Config"]
+    return {
+        item.target.id
+        for name in used
+        for item in classes[name].body
+        if isinstance(item, ast.AnnAssign)
+    }
+
+
+def test_the_map_is_there():
+    assert len(ENTRIES) >= 8 and len(COMMANDS) >= 6
+
+
+@pytest.mark.parametrize(("file", "name"), ENTRIES)
+def test_map_entry_resolves(file, name):
+    body = ast.parse((ROOT / file).read_text(encoding="utf-8")).body
+    assert name in {node.name for node in body if isinstance(node, ast.FunctionDef | ast.ClassDef)}
+
+
+@pytest.mark.parametrize("command", COMMANDS, ids=" ".join)
+def test_command_exists_with_its_flags(command):
+    module = command[1] == "-m"
+    path = command[2].replace(".", "/") + ".py" if module else command[1]
+    fields = config_fields(path)
+    flags = [word for word in command[2:] if word.startswith("--")]
+    assert {flag[2:].replace("-", "_") for flag in flags} <= fields
+
+
+@pytest.mark.parametrize("command", [c for c in COMMANDS if "minialign.chat" in c], ids=" ".join)
+def test_quick_command_runs(command):
+    done = subprocess.run(
+        [sys.executable, *command[1:]], cwd=ROOT, capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0 and done.stdout.strip(), done.stderr
+
+
+def test_every_file_named_exists():
+    named = set(re.findall(r"`((?:minialign/|tests/|docs/)[\w/.-]+\.(?:py|md))", README))
+    assert all((ROOT / name).exists() for name in named), named
+
+
+@pytest.mark.parametrize("form", ["rlhf-v", "rlaif-v"])
+def test_parquet_becomes_json_lines(tmp_path, form):
+    """The README's program on a parquet file as the hub has it; the pictures' bytes stay what they
+    were."""
+    datasets = pytest.importorskip("datasets")
+    pictures = photographs(tmp_path / "original")
+    rows = [
+        raw | {"image": {"bytes": (pictures / raw["image"]).read_bytes(), "path": None}}
+        for raw in RAW[form]
+    ]
+    features = datasets.Features(
+        {
+            name: datasets.Image()
+            if name == "image"
+            else datasets.Value("int64" if name == "idx" else "string")
+            for name in rows[0]
+        }
+    )
+    datasets.Dataset.from_list(rows, features=features).to_parquet(tmp_path / "train-00000.parquet")
+    (tmp_path / "pictures").mkdir()
+    program = next(
+        block
+        for block in re.findall(r"```python\n(.*?)```", README, re.DOTALL)
+        if "parquet" in block
+    )
+    environment = os.environ | {"HF_HOME": str(tmp_path / "cache"), "HF_HUB_OFFLINE": "1"}
+    run = {"cwd": tmp_path, "env": environment, "capture_output": True, "text": True, "check": True}
+    (tmp_path / "pairs.jsonl").write_text(
+        subprocess.run([sys.executable, "-c", program], **run).stdout
+    )
+    found = pairs_in(tmp_path / "pairs.jsonl")
+    assert found == [replace(record, image=str(i)) for i, record in enumerate(expected(form))]
+    for i, raw in enumerate(RAW[form]):
+        assert (tmp_path / "pictures" / str(i)).read_bytes() == (
+            pictures / raw["image"]
+        ).read_bytes()
+        assert (
+            open_image(str(tmp_path / "pictures"), str(i)).size
+            == open_image(str(pictures), raw["image"]).size
+        )

@@ -1,0 +1,324 @@
+"""The study's bookkeeping: which commands run, what they share, and what is left of them."""
+
+import importlib
+import json
+from pathlib import Path
+
+import pytest
+from study_counts import some_runs
+
+from minialign.cli import fill, parse_config
+from minialign.errors import UserError
+from minialign.evaluation.metrics import SETTINGS_OF_POPE, bootstrap, interval
+from minialign.files import write_json, write_whole
+from minialign.study import __main__
+from minialign.study.__main__ import ROWS, Config
+from minialign.study.findings import judge
+from minialign.training import flags as flags_of_both
+
+IDS = ("bdhs lowers adversarial POPE error", "bdhs misses fewer objects", "bdhs lowers CHAIR_i")
+
+
+@pytest.fixture
+def programs(monkeypatch):
+    """In the place of the programs: what they were called with, and the files that they leave."""
+    calls = []
+
+    def run(program: str, flags: list[str]) -> None:
+        calls.append((program, flags))
+        out, options = flags[1], dict(zip(flags[::2], flags[1::2], strict=False))
+        if program == "minialign.annotate":
+            paths = options["--pairs"].split(",")
+            return write_json(
+                Path(out),
+                {path: {"accuracy": {"value": 0.5 + 0.1 * i}} for i, path in enumerate(paths)},
+            )
+        if "--eval-images" in options:
+            images, seed = int(options["--eval-images"]), int(options["--seed"])
+            counts = {
+                "before": some_runs(100, 1, images)[0],
+                "after": some_runs(seed, 1, images)[0],
+            }
+            write_json(Path(out) / "counts.json", counts)
+            write_whole(
+                Path(out) / "metrics.jsonl", '{"step": 1, "pairs": 16}\n{"step": 2, "pairs": 3}\n'
+            )
+        write_whole(Path(out + __main__.LAST[program]), "done")
+
+    monkeypatch.setattr(study, "run", run)
+    return calls
+
+
+def run_study(monkeypatch, *argv: str) -> None:
+    monkeypatch.setattr("sys.argv", ["study", *argv])
+    __main__.main(parse_config(__main__.Config, ""))
+
+
+def test_study_leaves_rows_and_findings(tmp_path, monkeypatch, programs, capsys):
+    out = tmp_path / "study"
+    run_study(monkeypatch, "--out", str(out), "--rows", "bdhs,sft", "--seeds", "2", "--images", "6")
+    found = json.loads((out / "study.json").read_text())
+    assert found.keys() == {"rows", "findings", "rewards"} and found["rewards"] == []
+    assert [r["row"] for r in found["rows"]] == ["base", "bdhs", "sft"]
+    for each in found["rows"]:
+        assert each["seeds"] == 2 and each["images"] == 6
+        assert (each["steps"], each["pairs"]) == ((0, 0) if each["row"] == "base" else (4, 38))
+        for name in ("chair_i", "chair_s", "recall", *(f"pope_{s}" for s in SETTINGS_OF_POPE)):
+            assert each["metrics"][name].keys() == {"value", "low", "high"}
+    pooled = bootstrap([some_runs(0, 1, 6)[0], some_runs(1, 1, 6)[0]])
+    assert found["rows"][1]["metrics"]["recall"] == interval(pooled["recall"])
+    base = bootstrap([some_runs(100, 1, 6)[0]] * 2)
+    assert found["rows"][0]["metrics"]["recall"] == interval(base["recall"])
+    assert found["findings"] == judge({"base": base, "bdhs": pooled, "sft": pooled})
+    assert {f["status"] for f in found["findings"] if "supervised" in f["id"]} == {
+        "undecided"
+    }  # the same counts
+    assert all(f.keys() == {"id", "status", "evidence"} for f in found["findings"])
+    shown, page = capsys.readouterr().out, (out / "study.html").read_text()
+    assert all(
+        name in text
+        for name in ("base", "bdhs", "sft", "pope_adversarial", *IDS)
+        for text in (shown, page)
+    )
+
+
+def test_flags_of_a_row(tmp_path, programs):
+    config = Config(out=str(tmp_path), seeds=1, split="validation", images=4, limit=50)
+    __main__.run_row("noise", 3, config)
+    (sample, sample_flags), (train, train_flags) = programs
+    assert (sample, train) == ("sample_bdhs.py", "train_dpo.py")
+    pairs = str(tmp_path / "noise-3" / "pairs.jsonl")
+    assert sample_flags == [
+        "--out",
+        pairs,
+        "--seed",
+        "3",
+        "--limit",
+        "50",
+        "--noise-steps",
+        "500",
+        "--rho-th",
+        "0",
+    ]
+    options = dict(zip(train_flags[::2], train_flags[1::2], strict=True))
+    assert options == {
+        "--pairs": pairs,
+        "--out": str(tmp_path / "noise-3"),
+        "--seed": "3",
+        "--eval-split": "validation",
+        "--eval-images": "4",
+        "--steps": "4",
+    }
+    programs.clear()
+    __main__.run_row("sft", 0, Config(out=str(tmp_path), images=4))
+    assert programs[0][1][-2:] == ["--limit", "2000"] and programs[1][1][-4:] == [
+        "--loss",
+        "sft",
+        "--lr",
+        "1e-3",
+    ]
+
+
+def test_an_out_with_spaces_and_braces_stays_one_word(tmp_path, programs):
+    out = str(tmp_path / "my {row} study")
+    __main__.run_row("online-dpo", 0, Config(out=out, images=4))
+    [(_, flags)] = programs
+    assert (
+        flags[:2] == ["--out", f"{out}/online-dpo-0"]
+        and Path(out, "online-dpo-0/counts.json").exists()
+    )
+
+
+@pytest.mark.parametrize("row", ROWS)
+def test_flags_of_every_row_are_known_to_the_programs(tmp_path, row, programs):
+    """And all make as many steps."""
+    config = Config(out=str(tmp_path), images=5, limit=50)
+    __main__.run_row(row, 1, config)
+    *others, (_, train_flags) = programs
+    for program, flags in programs:
+        module = importlib.import_module(program.removesuffix(".py"))
+        parsed = parse_config(module.Config, "", flags)
+        assert parsed.seed == 1 and parsed.out.startswith(str(tmp_path))
+        if program.startswith("train"):
+            of_method = module.TOY_RL.get(parsed.method, {}) if program == "train_online.py" else {}
+            toy = getattr(module, "TOY", flags_of_both.TOY) | of_method
+            parsed = fill(fill(parsed, toy), {"lora_alpha": 128.0})
+            if "--reward" in flags:
+                Path(parsed.reward).mkdir()  # as it will stand there by then
+            module.check(parsed)
+            reward = parsed.loss == "reward"
+            assert (parsed.steps, parsed.eval_images) == (
+                (500, 500) if reward else (4, 5)
+            ) and parsed.batch_size == 16
+            online = 1e-4 if row.startswith("ppo") else 5e-4
+            rate = (
+                1e-3 if row == "sft" or reward else online if program == "train_online.py" else 2e-4
+            )
+            assert parsed.lr == rate
+        if program != "train_dpo.py":
+            assert parsed.limit == 50
+    for program, flags in others:  # each is for what comes later
+        assert program in ("sample_bdhs.py", "minialign.toy.corrupt", "train_dpo.py")
+        later = [
+            word for _, words in programs[programs.index((program, flags)) + 1 :] for word in words
+        ]
+        assert flags[1] in later or f"{flags[1]}/merged" in later
+
+
+def test_rows_share_the_pairs_of_a_seed(tmp_path, monkeypatch, programs):
+    run_study(monkeypatch, "--out", str(tmp_path), "--seeds", "2", "--images", "5")
+    made = [flags[1] for program, flags in programs if not program.startswith("train")]
+    names = (
+        "bdhs-{}.jsonl",
+        "corrupted-{}.jsonl",
+        "noise-{}/pairs.jsonl",
+        "unguided-{}/pairs.jsonl",
+        "ranked-{}.jsonl",
+        "reward-corrupted-{}-accuracy.json",
+        "reward-ranked-{}-accuracy.json",
+    )
+    held_out = [
+        str(tmp_path / "held-out" / name)
+        for name in ("", "corrupted.jsonl", "bdhs.jsonl", "ranked.jsonl")
+    ]
+    expected = [str(tmp_path / name.format(seed)) for name in names for seed in (0, 1)]
+    assert sorted(made) == sorted([*expected, held_out[0].rstrip("/"), *held_out[1:]])
+    used = {
+        (flags[1], path)
+        for _, flags in programs
+        for path in flags
+        if flags[0] == "--out" and path in made
+    }
+    rows = {(Path(out).name, Path(path).name) for out, path in used if out != path}
+    shared = {
+        "bdhs": ("bdhs", "sft", "ipo", "slic"),
+        "ranked": ("reward-ranked",),
+        "corrupted": ("corrupted", "distorted", "mixed-dpo", "reward-corrupted"),
+    }
+    expected = {
+        (f"{r}-{s}", f"{name}-{s}.jsonl") for name, of in shared.items() for r in of for s in (0, 1)
+    }
+    expected |= {(f"{r}-{s}", "pairs.jsonl") for r in ("unguided", "noise") for s in (0, 1)}
+    assert rows == expected
+    assert len(programs) == len(made) + 2 * len(ROWS) + 2 * 2  # and two kinds of reward models
+
+
+def test_table_7(tmp_path, monkeypatch, programs, capsys):
+    """Every kind of reward model is asked about every kind of held-out pairs, which no training has
+    seen."""
+    run_study(
+        monkeypatch, "--out", str(tmp_path), "--seeds", "2", "--images", "5", "--rows", "ppo-reward"
+    )
+    found = json.loads((tmp_path / "study.json").read_text())["rewards"]
+    kinds = [(each["learned_from"], each["asked_about"]) for each in found]
+    assert kinds == [
+        (a, b) for a in ("corrupted", "ranked") for b in ("corrupted", "bdhs", "ranked")
+    ]
+    assert [each["accuracy"] for each in found] == 2 * [[0.5, 0.5], [0.6, 0.6], [0.7, 0.7]]
+    [export] = [flags for program, flags in programs if program == "minialign.toy"]
+    assert export[2:] == ["--first", "2000", "--limit", "300"]
+    asked = [flags for program, flags in programs if program == "minialign.annotate"]
+    assert [flags[3] for flags in asked] == [
+        str(tmp_path / f"reward-{kind}-{seed}" / "merged")
+        for kind in ("corrupted", "ranked")
+        for seed in (0, 1)
+    ]
+    ran = len(programs)
+    run_study(
+        monkeypatch, "--out", str(tmp_path), "--seeds", "2", "--images", "5", "--rows", "ppo-reward"
+    )
+    assert len(programs) == ran  # nothing again
+    assert "Reward models (Table 7)" in (tmp_path / "study.html").read_text()
+
+
+def test_what_is_there_is_not_run_again(tmp_path, monkeypatch, programs):
+    flags = ["--out", str(tmp_path), "--rows", "bdhs", "--images", "5"]
+    run_study(monkeypatch, *flags, "--seeds", "1")
+    assert len(programs) == 2
+    first = (tmp_path / "study.json").read_text()
+    run_study(monkeypatch, *flags, "--seeds", "1")
+    assert len(programs) == 2 and (tmp_path / "study.json").read_text() == first
+    run_study(monkeypatch, *flags, "--seeds", "2")  # one more seed
+    assert len(programs) == 4 and str(tmp_path / "bdhs-1") in programs[-1][1]
+    (tmp_path / "bdhs-1" / "report.html").unlink()  # as a killed run leaves it
+    write_whole(tmp_path / "bdhs-1" / "checkpoint" / "progress.safetensors", "")
+    run_study(monkeypatch, *flags, "--seeds", "2")
+    assert (
+        len(programs) == 5 and "--resume" in programs[-1][1] and "--resume" not in programs[-2][1]
+    )
+    (
+        tmp_path / "bdhs-1.jsonl.stats.json"
+    ).unlink()  # killed while it sampled: what is missing is sampled
+    (tmp_path / "bdhs-1" / "report.html").unlink()
+    run_study(monkeypatch, *flags, "--seeds", "2")
+    assert [program for program, _ in programs[5:]] == ["sample_bdhs.py", "train_dpo.py"]
+    assert "--resume" not in programs[5][1]
+
+
+@pytest.mark.parametrize("flags", [["--split", "validation"], ["--images", "6"], ["--limit", "9"]])
+def test_rows_of_other_settings_are_not_taken_for_these(tmp_path, monkeypatch, programs, flags):
+    run_study(
+        monkeypatch, "--out", str(tmp_path), "--rows", "bdhs", "--seeds", "1", "--images", "5"
+    )
+    before = (tmp_path / "study.json").read_text()
+    with pytest.raises(
+        UserError,
+        match=f"settings.json: of another {flags[0][2:]}, .* and not .*; name another --out",
+    ):
+        run_study(
+            monkeypatch,
+            "--out",
+            str(tmp_path),
+            "--rows",
+            "bdhs",
+            "--seeds",
+            "1",
+            "--images",
+            "5",
+            *flags,
+        )
+    assert len(programs) == 2 and (tmp_path / "study.json").read_text() == before
+
+
+def test_a_row_of_other_commands_is_refused_and_a_new_row_is_not(tmp_path, monkeypatch, programs):
+    flags = ["--out", str(tmp_path), "--seeds", "1", "--images", "5", "--rows"]
+    run_study(monkeypatch, *flags, "bdhs")
+    monkeypatch.setitem(ROWS, "slic", [*ROWS["slic"][:-1], ROWS["slic"][-1] + " --lr 1"])
+    run_study(monkeypatch, *flags, "bdhs,slic")
+    monkeypatch.setitem(ROWS, "bdhs", [*ROWS["bdhs"][:-1], ROWS["bdhs"][-1] + " --lr 1"])
+    ran = len(programs)
+    with pytest.raises(
+        UserError, match="settings.json: of another row bdhs, .* and not .*; name another --out"
+    ):
+        run_study(monkeypatch, *flags, "slic,bdhs")
+    run_study(monkeypatch, *flags, "slic")
+    assert len(programs) == ran == 3
+
+
+@pytest.mark.parametrize(
+    "flags",
+    [
+        ["--rows", "bdsh"],
+        ["--rows", ""],
+        ["--rows", "bdhs,bdhs"],
+        ["--seeds", "0"],
+        ["--images", "0"],
+        ["--limit", "0"],
+    ],
+)
+def test_wrong_flags(tmp_path, monkeypatch, programs, flags):
+    with pytest.raises(UserError, match=f"^{flags[0]} {flags[1]}"):
+        run_study(monkeypatch, "--out", str(tmp_path / "out"), *flags)
+    assert programs == [] and not (tmp_path / "out").exists()
+
+
+def test_a_script_that_fails_ends_the_study(tmp_path, monkeypatch):
+    monkeypatch.setattr(study, "SCRIPTS", tmp_path)
+    (tmp_path / "sample_bdhs.py").write_text("raise SystemExit(2)")
+    with pytest.raises(UserError, match=r"^sample_bdhs\.py --out .* ended with exit code 2"):
+        __main__.run_row("bdhs", 0, Config(out=str(tmp_path / "out")))
+
+
+def test_modules_run_as_scripts_do(tmp_path):
+    __main__.run("minialign.toy.corrupt", ["--out", str(tmp_path / "pairs.jsonl"), "--limit", "2"])
+    assert len((tmp_path / "pairs.jsonl").read_text().splitlines()) == 2

@@ -1,0 +1,122 @@
+"""Good input files to spoil, the scripts run on them from flags, and what must be said of a bad
+one."""
+
+import json
+import re
+from pathlib import Path
+
+from helpers import refused, toy_processor, toy_tokenizer
+
+import sample_bdhs
+import train_dpo
+from minialign.cli import parse_config
+from minialign.data.collate import PairCollator
+from minialign.data.record_files import open_pairs, read_records, usable_pairs
+from minialign.data.records import Record
+from minialign.toy import world
+
+MESSAGE = {"role": "user", "content": "Q"}
+REMEDIES = (
+    ";",
+    "expected a JSON array",
+    "at least",
+    "between",
+    "above",
+    "below",
+    "or more",
+    "number of 64 bits",
+)
+
+
+def instruct(number: int = 0, **changes) -> dict:
+    """A good LLaVA-Instruct record with a picture of the embedded world; None deletes a field."""
+    raw = world.alignment_records(1, first=number)[0] | changes
+    return {name: value for name, value in raw.items() if value is not None}
+
+
+def pair(number: int = 0, **changes) -> dict:
+    """A good line of a pairs file; None deletes a field."""
+    bdhs = {"iterations": 1, "similarity": 0.5, "mask_seed": number, "guided": True, "rho_th": 0.7}
+    raw = {
+        "id": f"pair-{number}",
+        "images": [world.image_name("alignment", number)],
+        "prompt": "What is there?",
+        "chosen": "A red cup.",
+        "rejected": "A blue cup, perhaps.",
+        "bdhs": bdhs,
+    } | changes
+    return {name: value for name, value in raw.items() if value is not None}
+
+
+def talk(*turns: tuple) -> list[dict]:
+    return [{"from": role, "value": text} for role, text in turns]
+
+
+def lines(*raws: dict | str) -> bytes:
+    texts = (raw if isinstance(raw, str) else json.dumps(raw) for raw in raws)
+    return "".join(text + "\n" for text in texts).encode("utf-8", "surrogatepass")
+
+
+def array(*raws: object) -> bytes:
+    return json.dumps(raws).encode("utf-8")
+
+
+def sample(model: str, out: Path, *argv: str) -> None:
+    flags = [
+        "--model",
+        model,
+        "--out",
+        str(out / "pairs.jsonl"),
+        "--rho-th",
+        "0.7",
+        "--max-new-tokens",
+        "4",
+        *argv,
+    ]
+    sample_bdhs.main(parse_config(sample_bdhs.Config, "", [*flags, "--temperature", "0"]))
+
+
+def train(model: str, out: Path, *argv: str) -> None:
+    flags = [
+        "--model",
+        model,
+        "--out",
+        str(out),
+        "--eval-images",
+        "0",
+        "--epochs",
+        "1",
+        "--lora-rank",
+        "2",
+    ]
+    train_dpo.main(parse_config(train_dpo.Config, "", [*flags, *argv]))
+
+
+def records_in(path: Path, limit: int | None = None, skip_bad: bool = False) -> list[Record]:
+    """What sample_bdhs.py reads of a data file."""
+    return read_records(str(path), None, limit, 0, skip_bad)
+
+
+def pairs_in(path: Path, limit: int | None = None, skip_bad: bool = False) -> list[Record]:
+    """What train_dpo.py reads of a pairs file, pictures and lengths aside."""
+    collate = PairCollator(toy_tokenizer(), toy_processor(), "toy", 512)
+    records = usable_pairs(
+        open_pairs(str(path), None), collate.require_different, limit, 0, skip_bad
+    )
+    return [records.parse(number) for number in records.numbers]
+
+
+def left_in(folder: Path) -> list[str]:
+    return (
+        sorted(str(path.relative_to(folder)) for path in folder.rglob("*"))
+        if folder.exists()
+        else []
+    )
+
+
+def gives_remedy(run, match: str, *named: object) -> None:
+    """`run()` must raise a UserError of one line that matches, names these things and says what to
+    do."""
+    message = refused(run, *named)
+    assert re.search(match, message), f"{match!r} does not match {message!r}"
+    assert any(mark in message for mark in REMEDIES), f"no remedy: {message}"

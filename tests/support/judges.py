@@ -1,0 +1,28 @@
+"""A scripted judge in a model's place, and what may be asked of it."""
+
+from minialign.toy import world
+from minialign.toy.drawing import OBJECTS
+
+
+def absent_objects(scene: world.Scene) -> list[str]:
+    """What may be hallucinated of a scene."""
+    return [name for name in OBJECTS if name not in scene.objects]
+
+
+def script(monkeypatch, say) -> list[list[str]]:
+    """`questions.answers` says what `say(question, number of the question)` gives; the questions
+    asked so far."""
+    asked: list[list[str]] = []
+
+    def answers(model, tokenizer, features, layouts, questions, limit):
+        assert len(layouts) == len(questions) and limit == 16
+        asked.extend(questions)
+        return [[say(question, number) for number, question in enumerate(row)] for row in questions]
+
+    monkeypatch.setattr(benchmarks, "answers", answers)
+    return asked
+
+
+def shown(question: str) -> tuple[str, str]:
+    """The responses as they stand in a question."""
+    return tuple(question.split(f"Response {n}: ")[1].split("\n")[0] for n in (1, 2))

@@ -1,0 +1,113 @@
+"""The scripts run by torchrun, as processes of their own; one that hangs says where."""
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from contextlib import suppress
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+def command(processes: int, script: str, *flags: object) -> list[str]:
+    """`python script`, or `torchrun script` with several processes."""
+    torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(processes)]
+    return [
+        sys.executable,
+        *(torchrun if processes > 1 else []),
+        str(ROOT / script),
+        *map(str, flags),
+    ]
+
+
+def start(words: list[str]) -> subprocess.Popen:
+    """At SIGABRT its processes write the stacks of all their threads to stderr, and end."""
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONFAULTHANDLER": "1"}
+    return subprocess.Popen(
+        words, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    )
+
+
+def children(process: subprocess.Popen) -> list[int]:
+    """The processes that torchrun has started."""
+    return [
+        int(pid)
+        for pid in Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
+    ]
+
+
+def running(pid: int) -> bool:
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
+    except OSError:
+        return False
+
+
+def kill(pids: list[int], number: int) -> None:
+    for pid in pids:
+        with suppress(ProcessLookupError):
+            os.kill(pid, number)
+
+
+def fail_with_stacks(process: subprocess.Popen, why: str) -> None:
+    """Of the processes that torchrun has started, in their order; its own only where there are
+    none."""
+    pids = children(process)
+    kill(
+        [process.pid] if pids else [], signal.SIGSTOP
+    )  # or it would end the others when the first has ended
+    for pid in pids or [process.pid]:
+        kill([pid], signal.SIGABRT)
+        end = time.monotonic() + 5
+        while (
+            running(pid) and time.monotonic() < end
+        ):  # one after the other, or their lines are mixed
+            time.sleep(0.05)
+    kill([process.pid], signal.SIGCONT)
+    try:
+        stdout, stderr = process.communicate(timeout=30)
+    except subprocess.TimeoutExpired:
+        kill([*pids, process.pid], signal.SIGKILL)
+        stdout, stderr = process.communicate(timeout=30)
+    pytest.fail(f"{why}: {' '.join(process.args)}\n{stdout[-3000:]}\n{stderr[-30000:]}")
+
+
+def finish(process: subprocess.Popen, seconds: float) -> subprocess.CompletedProcess:
+    """What it leaves; after so many seconds it counts as hanging."""
+    try:
+        stdout, stderr = process.communicate(timeout=seconds)
+    except subprocess.TimeoutExpired:
+        fail_with_stacks(process, f"not done after {seconds} s")
+    return subprocess.CompletedProcess(process.args, process.returncode, stdout, stderr)
+
+
+def wait_for(done, process: subprocess.Popen, seconds: float = 120) -> None:
+    """Until `done()`; a run that ends or takes too long before that is an error."""
+    end = time.monotonic() + seconds
+    while not done():
+        assert process.poll() is None, process.communicate()[1][-3000:]
+        if time.monotonic() > end:
+            fail_with_stacks(process, f"not there after {seconds} s")
+        time.sleep(0.05)
+
+
+def launch(processes: int, script: str, *flags: object) -> subprocess.CompletedProcess:
+    return finish(start(command(processes, script, *flags)), 240)
+
+
+def run(processes: int, script: str, *flags: object) -> subprocess.CompletedProcess:
+    done = launch(processes, script, *flags)
+    assert done.returncode == 0, done.stderr[-3000:]
+    return done
+
+
+def killed(log: Path, words: list[str], end) -> subprocess.CompletedProcess:
+    """A run of many steps that `end(process)` ends after its third step, as its log has them."""
+    process = start(words)
+    wait_for(lambda: log.exists() and len(log.read_text().splitlines()) >= 3, process)
+    end(process)
+    return finish(process, 100)

@@ -1,0 +1,460 @@
+"""The three scripts under torchrun, on gloo: one process, two and three give the same, whole models
+or shards."""
+
+import importlib
+import json
+import math
+import os
+import re
+import shutil
+import signal
+from pathlib import Path
+
+import pytest
+import torch
+from input_files import pairs_in
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
+from script_runs import read_lines
+from torchruns import children, command, finish, killed, launch, run, start, wait_for
+
+from minialign.cli import parse_config
+from minialign.evaluation.metrics import TOY
+from minialign.rlhf.scorers import load_reward_model
+from minialign.training import parallel
+from minialign.training.optimizer import batches_of_run
+
+SIZES = ["--lora-rank", "4", "--batch-size", "5", "--seed", "3"]
+TIMES = ("time/sampling", "time/training")
+
+
+def run_alone(script: str, *flags: object) -> None:
+    """One process, this one."""
+    module = importlib.import_module(script.removesuffix(".py"))
+    module.main(parse_config(module.Config, "", [str(flag) for flag in flags]))
+
+
+def rows_of(out: Path) -> list[dict]:
+    return [
+        {k: v for k, v in row.items() if k not in TIMES}
+        for row in read_lines(out / "metrics.jsonl")
+    ]
+
+
+def assert_same_training(one: Path, other: Path) -> None:
+    """Loss curves, and whatever else is logged, and final adapters, to 1e-5."""
+    rows, others = rows_of(one), rows_of(other)
+    assert len(rows) == len(others) > 0
+    for row, also in zip(rows, others, strict=True):
+        assert row.keys() == also.keys()
+        for name, value in row.items():
+            assert also[name] == pytest.approx(value, abs=1e-5, rel=1e-5), (row["step"], name)
+    first, second = (load_file(path / "adapter/adapter_model.safetensors") for path in (one, other))
+    assert first.keys() == second.keys()
+    for name, tensor in first.items():
+        assert torch.allclose(tensor, second[name], atol=1e-5, rtol=0), name
+
+
+@pytest.fixture(scope="session")
+def alone(pairs, tmp_path_factory) -> Path:
+    """Ten steps of one process: batches of 5, of which the last of an epoch has 4."""
+    out = tmp_path_factory.mktemp("alone") / "out"
+    run_alone("train_dpo.py", *flags_of("toy", pairs, out))
+    return out
+
+
+def flags_of(model: str, pairs: str, out: Path) -> list[object]:
+    return [
+        "--model",
+        model,
+        "--pairs",
+        pairs,
+        *SIZES,
+        "--steps",
+        10,
+        "--eval-images",
+        60,
+        "--out",
+        out,
+    ]
+
+
+@pytest.mark.parametrize(("processes", "shard"), [(2, "none"), (2, "full"), (3, "full")])
+def test_any_number_of_processes_trains_the_same(alone, pairs, tmp_path, processes, shard):
+    """With three, a process has one pair or two, and of the last batch one or none with
+    --accumulate 2."""
+    done = run(
+        processes,
+        "train_dpo.py",
+        *flags_of("toy", pairs, tmp_path),
+        "--shard",
+        shard,
+        "--accumulate",
+        2,
+    )
+    assert_same_training(alone, tmp_path)
+    assert (tmp_path / "counts.json").read_bytes() == (
+        alone / "counts.json"
+    ).read_bytes()  # of the same images
+    assert done.stdout.count("pairs, of which the reference") == 1  # the first process speaks
+    assert not re.search(r"Traceback|Error", done.stderr)
+
+
+def test_shards_in_bfloat16_are_those_of_one_process(model, pairs, tmp_path):
+    """Frozen weights in bfloat16, what is trained in float32, and so the gradients that are
+    summed."""
+    flags = [
+        "--model",
+        model,
+        "--pairs",
+        pairs,
+        *SIZES,
+        "--steps",
+        3,
+        "--eval-images",
+        0,
+        "--dtype",
+        "bfloat16",
+    ]
+    run_alone("train_dpo.py", *flags, "--out", tmp_path / "one")
+    run(2, "train_dpo.py", *flags, "--out", tmp_path / "two", "--shard", "full")
+    for row, also in zip(rows_of(tmp_path / "one"), rows_of(tmp_path / "two"), strict=True):
+        assert also["loss"] == pytest.approx(row["loss"], abs=1e-3)  # bfloat16 rounds by the batch
+    types = {
+        t.dtype for t in load_file(tmp_path / "two/adapter/adapter_model.safetensors").values()
+    }
+    assert types == {torch.float32}
+
+
+@pytest.mark.parametrize(
+    ("script", "flags"),
+    [
+        ("sample_bdhs.py", ["--limit", 6, "--batch-size", 3, "--max-new-tokens", 12]),
+        ("train_dpo.py", ["--limit", 6, "--steps", 2, *SIZES, "--eval-images", 8]),
+        (
+            "train_online.py",
+            ["--method", "online-bdhs", "--limit", 6, "--steps", 2, *SIZES, "--eval-images", 0],
+        ),
+        (
+            "train_online.py",
+            ["--method", "ppo", "--limit", 6, "--steps", 2, *SIZES, "--eval-images", 0],
+        ),
+    ],
+    ids=lambda value: value if isinstance(value, str) else value[1],
+)
+def test_whatever_samples_does_so_in_bfloat16_shards(tmp_path, script, flags):
+    """What is only sampled from is frozen, too: then FSDP takes weights of two types."""
+    flags = ["--dtype", "bfloat16", *flags, "--out"]
+    run_alone(script, *flags, tmp_path / "one")
+    run(2, script, "--shard", "full", *flags, tmp_path / "two")
+    if script == "sample_bdhs.py":
+        assert (tmp_path / "one").read_bytes() == (tmp_path / "two").read_bytes()
+        return
+    one, two = rows_of(tmp_path / "one"), rows_of(tmp_path / "two")
+    assert len(one) == len(two) == 2 and all(map(math.isfinite, two[1].values()))
+    assert two[0] == pytest.approx(one[0], abs=3e-2, rel=3e-2)  # bfloat16 rounds by the batch
+    assert (tmp_path / "two/merged/model.safetensors").exists()
+
+
+def test_a_reference_of_its_own_and_tied_embeddings_in_shards(pairs, tmp_path):
+    """What the policy starts from stays the reference, whole in every process; a tied head is its
+    embedding."""
+    folder = Path(shutil.copytree(TOY, tmp_path / "tied"))
+    raw = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(raw | {"tie_word_embeddings": True}))
+    tensors = load_file(folder / "model.safetensors")
+    head = next(key for key in tensors if key.endswith("lm_head.weight"))
+    save_file(
+        {key: tensor for key, tensor in tensors.items() if key != head},
+        folder / "model.safetensors",
+    )
+    flags = [
+        "--model",
+        folder,
+        "--pairs",
+        pairs,
+        *SIZES,
+        "--steps",
+        3,
+        "--eval-images",
+        0,
+        "--lr",
+        "1e-3",
+    ]
+    run_alone("train_dpo.py", *flags, "--out", tmp_path / "start")
+    flags += ["--adapter", tmp_path / "start/adapter", "--reference", "adapter"]
+    run_alone("train_dpo.py", *flags, "--out", tmp_path / "one")
+    run(2, "train_dpo.py", *flags, "--out", tmp_path / "two", "--shard", "full")
+    assert rows_of(tmp_path / "one")[0]["rewards/margins"] == pytest.approx(0, abs=1e-5)
+    assert_same_training(tmp_path / "one", tmp_path / "two")
+
+
+def test_processes_share_a_reference_cache(model, pairs, tmp_path, capsys):
+    """What two processes in shards have found, in uneven shares, one process looks up, and trains
+    the same."""
+    flags = [
+        "--model",
+        model,
+        "--pairs",
+        pairs,
+        *SIZES,
+        "--epochs",
+        2,
+        "--eval-images",
+        0,
+        "--lr",
+        "1e-3",
+    ]
+    flags += ["--batch-size", 2]  # the third process has none
+    cache = ["--ref-cache", tmp_path / "cache"]
+    run(3, "train_dpo.py", *flags, *cache, "--shard", "full", "--out", tmp_path / "three")
+    run_alone("train_dpo.py", *flags, *cache, "--out", tmp_path / "one")
+    assert (
+        "log-probs of 15 pairs" in capsys.readouterr().out
+    )  # and the idle batch's, which is no pair
+    run_alone("train_dpo.py", *flags, "--out", tmp_path / "plain")
+    assert_same_training(tmp_path / "plain", tmp_path / "three")
+    assert_same_training(tmp_path / "plain", tmp_path / "one")
+
+
+@pytest.mark.parametrize("method", ["online-bdhs", "mixed-dpo"])
+def test_online_training_in_shards(model, tmp_path, method):
+    """The whole model is gathered to sample from; every process draws for its own records what one
+    would.
+
+    The stored pairs of mixed-dpo are the toy model's, who ends a sentence: random weights go on up
+    to every limit."""
+    flags = [
+        "--model",
+        model if method == "online-bdhs" else "toy",
+        *SIZES,
+        "--method",
+        method,
+        "--limit",
+        9,
+    ]
+    flags += [
+        "--steps",
+        3,
+        "--eval-images",
+        0,
+        "--rho-th",
+        0.7,
+        "--max-new-tokens",
+        6,
+        "--n-bdhs",
+        2,
+    ]
+    flags += ["--annotator", "oracle", "--lr", "1e-3"]
+    run_alone("train_online.py", *flags, "--out", tmp_path / "one")
+    run(2, "train_online.py", *flags, "--out", tmp_path / "two", "--shard", "full")
+    rows = rows_of(tmp_path / "one")
+    assert (
+        len({row["pairs"] for row in rows}) > 1 or rows[0]["pairs"] < 5
+    )  # some are dropped: uneven shares
+    assert rows == [pytest.approx(row, abs=1e-5, rel=1e-5) for row in rows_of(tmp_path / "two")]
+
+
+@pytest.mark.parametrize(
+    ("method", "processes", "shard"), [("rloo", 2, "none"), ("ppo", 3, "full")]
+)
+def test_rlhf_by_several_processes(model, tmp_path, method, processes, shard):
+    """Advantages are whitened over all processes, of which the third has no record at all."""
+    flags = [
+        "--model",
+        model,
+        *SIZES,
+        "--batch-size",
+        5 if processes == 2 else 2,
+        "--method",
+        method,
+        "--limit",
+        9,
+    ]
+    flags += [
+        "--steps",
+        3,
+        "--eval-images",
+        0,
+        "--max-new-tokens",
+        6,
+        "--k",
+        3,
+        "--lr",
+        "1e-3",
+        "--updates",
+        2,
+    ]
+    run_alone("train_online.py", *flags, "--out", tmp_path / "one")
+    run(processes, "train_online.py", *flags, "--out", tmp_path / "many", "--shard", shard)
+    assert rows_of(tmp_path / "one") == [
+        pytest.approx(row, abs=1e-4, rel=1e-4) for row in rows_of(tmp_path / "many")
+    ]
+
+
+def test_a_reward_model_in_shards(model, pairs, tmp_path):
+    """Loss curve, head, mean and deviation."""
+    flags = [
+        "--model",
+        model,
+        "--pairs",
+        pairs,
+        *SIZES,
+        "--steps",
+        4,
+        "--loss",
+        "reward",
+        "--batch-size",
+        2,
+    ]
+    run_alone("train_dpo.py", *flags, "--out", tmp_path / "one")
+    run(3, "train_dpo.py", *flags, "--out", tmp_path / "three", "--shard", "full")
+    assert_same_training(tmp_path / "one", tmp_path / "three")
+    folders = [tmp_path / name / "merged" for name in ("one", "three")]
+    one, three = (load_reward_model(folder, "cpu", torch.float32) for folder in folders)
+    assert torch.allclose(one.model.scalar_head.weight, three.model.scalar_head.weight, atol=1e-5)
+    assert three.whitening.mean == pytest.approx(one.whitening.mean, abs=1e-4)
+    assert three.whitening.std == pytest.approx(one.whitening.std, abs=1e-4)
+
+
+def test_sampling_by_three(model, tmp_path):
+    """Two batches for three processes: the same bytes, in the data's order; and a run of three goes
+    on alone."""
+    flags = [
+        "--model",
+        model,
+        "--rho-th",
+        0.7,
+        "--max-new-tokens",
+        5,
+        "--batch-size",
+        4,
+        "--n-bdhs",
+        3,
+    ]
+    for processes, shard in ((1, "none"), (3, "full")):
+        run(
+            processes,
+            "sample_bdhs.py",
+            *flags,
+            "--limit",
+            7,
+            "--shard",
+            shard,
+            "--out",
+            tmp_path / f"{processes}.jsonl",
+        )
+    one, three = tmp_path / "1.jsonl", tmp_path / "3.jsonl"
+    assert three.read_bytes() == one.read_bytes() and len(pairs_in(one)) > 5
+    assert Path(f"{three}.stats.json").read_bytes() == Path(f"{one}.stats.json").read_bytes()
+    for each in (one, three):
+        run_alone("sample_bdhs.py", *flags, "--limit", 9, "--out", each)
+    assert three.read_bytes() == one.read_bytes()
+
+
+def test_a_process_that_dies_ends_the_others(model, pairs, tmp_path, capsys):
+    """By kill -9, as for want of memory: no hang, a line that says so, and one process goes on from
+    the checkpoint."""
+    flags = [
+        "--model",
+        model,
+        "--pairs",
+        pairs,
+        *SIZES,
+        "--steps",
+        24,
+        "--save-every",
+        2,
+        "--eval-images",
+        0,
+    ]
+    flags += ["--lr", "1e-3"]
+    words = command(2, "train_dpo.py", *flags, "--shard", "full", "--out", tmp_path / "two")
+    done = killed(
+        tmp_path / "two/metrics.jsonl",
+        words,
+        lambda process: os.kill(children(process)[1], signal.SIGKILL),
+    )
+    assert done.returncode != 0
+    assert "error: another process has ended" in done.stderr and "[rank0]" not in done.stderr
+    assert "(SIGKILL)" in done.stderr  # torchrun names the one that was killed
+    assert 3 <= len(rows_of(tmp_path / "two")) < 24
+    run_alone("train_dpo.py", *flags, "--resume", "--out", tmp_path / "two")
+    assert "steps are done" in capsys.readouterr().out
+    run_alone("train_dpo.py", *flags, "--out", tmp_path / "one")
+    assert_same_training(tmp_path / "one", tmp_path / "two")
+
+
+@pytest.mark.parametrize("script", ["train_dpo.py", "train_online.py", "sample_bdhs.py"])
+def test_shards_need_torchrun(tmp_path, script):
+    done = launch(1, script, "--shard", "full", "--out", tmp_path / "out")
+    assert done.returncode == 2 and not (tmp_path / "out").exists()
+    [said] = done.stderr.splitlines()
+    assert said.startswith(
+        "error: --shard full: start with torchrun, as in `torchrun --nproc-per-node 8 train_dpo.py"
+    )
+
+
+def test_sigterm_to_one_ends_all_after_the_same_step(model, pairs, tmp_path):
+    """As a scheduler ends a job, every process hears it at another moment; here only the second one
+    ever does."""
+    flags = [
+        "--model",
+        model,
+        "--pairs",
+        pairs,
+        *SIZES,
+        "--steps",
+        40,
+        "--save-every",
+        40,
+        "--eval-images",
+        0,
+    ]
+    words = command(2, "train_dpo.py", *flags, "--shard", "full", "--out", tmp_path)
+    done = killed(
+        tmp_path / "metrics.jsonl",
+        words,
+        lambda process: os.kill(children(process)[1], signal.SIGTERM),
+    )
+    steps = len(rows_of(tmp_path))
+    said = f"terminated after step {steps}; --resume goes on from there"
+    assert done.returncode == 0 and 3 <= steps < 40 and done.stderr.count(said) == 1
+    with safe_open(tmp_path / "checkpoint/progress.safetensors", "pt") as file:
+        assert json.loads(file.metadata()["progress"]) == {"step": steps}
+
+
+@pytest.mark.parametrize("processes", [1, 2, 3, 5, 8])
+def test_every_record_is_dealt_out_once(monkeypatch, processes):
+    monkeypatch.setattr(parallel, "size", lambda: processes)
+    for batch in batches_of_run(range(23), 5, seed=4, epochs=2):
+        dealt = []
+        for rank in range(processes):
+            monkeypatch.setattr(parallel, "rank", lambda rank=rank: rank)
+            dealt.append(parallel.shard_batch(batch))
+        assert sorted(sum(dealt, [])) == sorted(batch)
+        assert max(map(len, dealt)) - min(map(len, dealt)) <= 1
+
+
+STUCK = """
+import os, sys, threading, time
+def stuck(number):
+    open(f"{sys.argv[1]}/{number}-{os.environ['RANK']}", "w")
+    time.sleep(1000)
+threading.Thread(target=stuck, args=[1], name="other").start()
+stuck(0)
+"""
+
+
+def test_a_run_that_hangs_says_where(tmp_path):
+    """The stacks of all threads of both processes, which then end."""
+    (tmp_path / "stuck.py").write_text(STUCK)
+    process = start(command(2, str(tmp_path / "stuck.py"), tmp_path))
+    wait_for(lambda: len(list(tmp_path.glob("[01]-[01]"))) == 4, process)
+    pids = children(process)
+    with pytest.raises(pytest.fail.Exception) as failure:
+        finish(process, 0.1)
+    said = str(failure.value)
+    assert "not done after 0.1 s" in said and said.count("Fatal Python error: Aborted") == 2
+    assert len(re.findall(r"stuck.py\", line 5 in stuck", said)) == 4
+    assert process.returncode != 0 and not any(Path(f"/proc/{pid}").exists() for pid in pids)
