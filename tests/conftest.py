@@ -15,9 +15,9 @@ from oracle import Oracle
 from PIL import Image
 from script_runs import train
 
-from minialign.evaluation.metrics import TOY
 from minialign.model.hf_folder import save_model
 from minialign.toy import world
+from minialign.toy.edge import CHECKPOINT
 
 os.environ["HF_HUB_OFFLINE"] = "1"
 # The models are tiny: on a busy machine a second thread costs minutes, and in the processes that
@@ -74,7 +74,7 @@ def compilations(monkeypatch) -> list:
 def model(tmp_path_factory) -> str:
     """A model folder of random weights, float32; not to be changed."""
     folder = tmp_path_factory.mktemp("model") / "llava"
-    save_model(random_toy(1).state_dict(), toy_model().config.raw, TOY, folder, torch.float32)
+    save_model(random_toy(1).state_dict(), toy_model().config.raw, CHECKPOINT, folder, torch.float32)
     return str(folder)
 
 
@@ -148,7 +148,7 @@ def written_llava(llava, tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("models") / "written"
     llava.save_pretrained(folder)
     for name in ("tokenizer.json", "tokenizer_config.json", "preprocessor_config.json"):
-        shutil.copyfile(TOY / name, folder / name)
+        shutil.copyfile(CHECKPOINT / name, folder / name)
     return folder
 
 

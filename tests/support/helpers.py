@@ -14,7 +14,6 @@ from torch import Tensor, nn
 from minialign.data.images import ImageProcessor
 from minialign.data.tokenizer import Tokenizer
 from minialign.errors import UserError
-from minialign.evaluation.metrics import TOY
 from minialign.model.clip import ClipConfig
 from minialign.model.hf_folder import load_model
 from minialign.model.llama import LlamaConfig
@@ -22,6 +21,7 @@ from minialign.model.llava import Llava, LlavaConfig
 from minialign.model.masks import Branch, Sequence
 from minialign.sampling.bdhs import Cut, cut_sentence, split_sentences
 from minialign.toy import world
+from minialign.toy.edge import CHECKPOINT
 
 IMAGE = 3  # the image token of the random models
 SIZES = {  # grouped-query attention, a head size of its own, widths that differ from one another
@@ -52,19 +52,19 @@ SIZES = {  # grouped-query attention, a head size of its own, widths that differ
 @cache
 def toy_model() -> Llava:
     """The embedded checkpoint; shared, so leave its weights alone."""
-    return load_model(TOY)
+    return load_model(CHECKPOINT)
 
 
 @cache
 def toy_tokenizer() -> Tokenizer:
     """Its tokenizer."""
-    return Tokenizer.from_folder(TOY)
+    return Tokenizer.from_folder(CHECKPOINT)
 
 
 @cache
 def toy_processor() -> ImageProcessor:
     """Its preprocessing."""
-    return ImageProcessor.from_folder(TOY)
+    return ImageProcessor.from_folder(CHECKPOINT)
 
 
 @cache
