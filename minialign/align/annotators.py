@@ -34,7 +34,7 @@ Question: {question}
 Response 1: {first}
 Response 2: {second}
 Which one is better? Begin with "Response 1" or "Response 2", then give the reason."""
-# `Response 1 & Response 2` is none.
+# `Response 1 & Response 2` is no verdict.
 VERDICT = re.compile(r"\W*Response ([12])\b(?![*_\s]*(?:(?:and|or)\b|[&/]))")
 
 
@@ -49,18 +49,18 @@ class Comparison:
 
 @dataclass(frozen=True)
 class Verdict:
-    """Which response is better, 0 or 1, or None with the reason; `first`: the one that stood first
-    was chosen."""
+    """Which of two responses is better."""
 
-    better: int | None
-    reason: Literal["", "tie", "unparsable"] = ""
-    first: bool | None = None
+    better: int | None  # 0 or 1; None: there is no verdict
+    reason: Literal["", "tie", "unparsable"] = ""  # why there is none
+    first: bool | None = None  # whether the one that was shown first was chosen
 
 
 @dataclass(frozen=True)
 class ModelAnnotator:
     """A LLaVA as the judge; with `adapters_off` it is a policy's own base, its adapters switched
-    off."""
+    off.
+    """
 
     assistant: Assistant
     both_orders: bool = False
@@ -74,7 +74,8 @@ class ModelAnnotator:
         seen: tuple[list[PreparedImage], Tensor] | None = None,
     ) -> list[Verdict]:
         """A verdict on each. seen: the pictures, and their features (tiles, patches, D), where this
-        model's tower has seen them already."""
+        model's tower has seen them already.
+        """
         if not comparisons:
             return []
         if seen is None:
@@ -83,26 +84,20 @@ class ModelAnnotator:
         else:
             images, features = seen
 
-        orders = [self.orders(comparison) for comparison in comparisons]
-        questions = [
-            [self.question(comparison, order) for order in each]
-            for comparison, each in zip(comparisons, orders, strict=True)
-        ]
         # A question that leaves no position for a verdict is not asked.
-        too_long = [
-            min(self.assistant.positions_left([("user", text)], image) for text in asked) < 1
-            for asked, image in zip(questions, images, strict=True)
-        ]
-        questions = [
-            [""] * len(asked) if long else asked
-            for asked, long in zip(questions, too_long, strict=True)
-        ]
+        orders = [self.orders(comparison) for comparison in comparisons]
+        questions, too_long = [], []
+        for comparison, image, shown in zip(comparisons, images, orders, strict=True):
+            asked = [question(comparison, order) for order in shown]
+            left = [self.assistant.positions_left([("user", text)], image) for text in asked]
+            too_long.append(min(left) < 1)
+            questions.append([""] * len(asked) if too_long[-1] else asked)
 
         with adapters_off(self.assistant.model) if self.adapters_off else nullcontext():
             answers = self.assistant.answers(features, images, questions, self.max_new_tokens)
         return [
-            Verdict(None, "unparsable") if long else verdict_of(said, order)
-            for said, order, long in zip(answers, orders, too_long, strict=True)
+            Verdict(None, "unparsable") if long else verdict_of(replies, shown)
+            for replies, shown, long in zip(answers, orders, too_long, strict=True)
         ]
 
     def orders(self, comparison: Comparison) -> list[tuple[int, int]]:
@@ -112,11 +107,11 @@ class ModelAnnotator:
         seed = stable_seed(self.seed, comparison.record.id, *comparison.responses)
         return [(1, 0) if random.Random(seed).random() < 0.5 else (0, 1)]
 
-    def question(self, comparison: Comparison, order: tuple[int, int]) -> str:
-        """What the model is asked; of several turns, all that was said before stands in the
-        question."""
-        first, second = (comparison.responses[i] for i in order)
-        return INSTRUCTION.format(question=comparison.record.asked, first=first, second=second)
+
+def question(comparison: Comparison, order: tuple[int, int]) -> str:
+    """What a model is asked; of several turns, all that was said before stands in the question."""
+    first, second = (comparison.responses[i] for i in order)
+    return INSTRUCTION.format(question=comparison.record.asked, first=first, second=second)
 
 
 def verdict_of(answers: list[str], orders: list[tuple[int, int]]) -> Verdict:
@@ -134,7 +129,8 @@ def verdict_of(answers: list[str], orders: list[tuple[int, int]]) -> Verdict:
 @dataclass(frozen=True)
 class RewardAnnotator:
     """The response with the higher reward is the better one; the same text twice is a tie, whatever
-    rounding says."""
+    rounding says.
+    """
 
     # Records, pictures and their two responses -> scores (B, 2): a reward model.
     reward: Callable[[list[Record], list[Image.Image], list[tuple[str, ...]]], Tensor]
@@ -146,6 +142,7 @@ class RewardAnnotator:
         records = [each.record for each in comparisons]
         pictures = [each.picture for each in comparisons]
         texts = [each.responses for each in comparisons]
+
         verdicts = []
         scores = self.reward(records, pictures, texts).tolist()
         for (text, other), (score, other_score) in zip(texts, scores, strict=True):

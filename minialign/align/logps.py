@@ -11,35 +11,16 @@ from minialign.model.masks import TokenTree
 CHUNK = 512  # branch tokens whose logits (CHUNK, V) are held at a time
 
 
-def predicting(
-    model: Llava, tree: TokenTree, tower_features: Tensor | None
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """All branch tokens and what predicts them: (row, branch - 1, ids, hidden states), (N,) each
-    and (N, D).
-
-    Response after response, each from its first token, which is predicted by the trunk token before
-    the fork."""
-    hidden = model(tree, tower_features)
-    row, column = (tree.branch > 0).nonzero(as_tuple=True)
-    branch, parent = tree.branch[row, column] - 1, tree.parent[row, column]
-    return row, branch, tree.ids[row, column], hidden[row, parent]
+def branch_logps(model: Llava, tree: TokenTree, tower_features: Tensor | None) -> Tensor:
+    """Log-probability of every branch, summed over its tokens: (B, S), float32."""
+    row, branch, logps = token_logps(model, tree, tower_features)
+    return summed(tree, row, branch, logps)
 
 
-def logps_of(lm_head: nn.Linear, ids: Tensor, hidden: Tensor) -> Tensor:
-    """Log-probability of each token (N,) by the hidden state (N, D) that predicts it: (N,),
-    float32.
-
-    A chunk at a time. Where gradients are wanted, no chunk's logits are kept: the backward pass
-    computes them again from the hidden states."""
-    chunks = zip(hidden.split(CHUNK), ids.split(CHUNK), strict=True)
-    return torch.cat(
-        [
-            checkpoint(
-                predicted_logps, lm_head, *chunk, use_reentrant=False, preserve_rng_state=False
-            )
-            for chunk in chunks
-        ]
-    )
+def reference_logps(model: Llava, tree: TokenTree, tower_features: Tensor | None) -> Tensor:
+    """The same by the reference, which is the model with its adapters switched off."""
+    with adapters_off(model):
+        return branch_logps(model, tree, tower_features)
 
 
 def token_logps(
@@ -53,30 +34,48 @@ def token_logps(
     return row, branch, logps_of(model.lm_head, ids, hidden)
 
 
+def predicting(
+    model: Llava, tree: TokenTree, tower_features: Tensor | None
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """All branch tokens and what predicts them: (row, branch - 1, ids, hidden states), (N,) each
+    and (N, D).
+
+    Response after response, each from its first token, which is predicted by the trunk token before
+    the fork.
+    """
+    hidden = model(tree, tower_features)  # (B, T, D)
+    row, column = (tree.branch > 0).nonzero(as_tuple=True)
+    branch = tree.branch[row, column] - 1
+    parent = tree.parent[row, column]
+    return row, branch, tree.ids[row, column], hidden[row, parent]
+
+
+def logps_of(lm_head: nn.Linear, ids: Tensor, hidden: Tensor) -> Tensor:
+    """Log-probability of each token (N,) by the hidden state (N, D) that predicts it: (N,),
+    float32.
+
+    A chunk at a time. Where gradients are wanted, no chunk's logits are kept: the backward pass
+    computes them again from the hidden states.
+    """
+    logps = []
+    for some_hidden, some_ids in zip(hidden.split(CHUNK), ids.split(CHUNK), strict=True):
+        chunk = checkpoint(
+            predicted_logps,
+            lm_head,
+            some_hidden,
+            some_ids,
+            use_reentrant=False,
+            preserve_rng_state=False,
+        )
+        logps.append(chunk)
+    return torch.cat(logps)
+
+
 def predicted_logps(lm_head: nn.Linear, hidden: Tensor, ids: Tensor) -> Tensor:
     """One chunk of `logps_of`."""
     return lm_head(hidden).float().log_softmax(-1).gather(-1, ids[:, None])[:, 0]
 
 
-def branch_logps(model: Llava, tree: TokenTree, tower_features: Tensor | None) -> Tensor:
-    """Log-probability of every branch, summed over its tokens: (B, S), float32."""
-    return summed(tree, *token_logps(model, tree, tower_features))
-
-
 def summed(tree: TokenTree, row: Tensor, branch: Tensor, values: Tensor) -> Tensor:
     """A value of every branch token (N,), summed by branch: (B, S)."""
     return values.new_zeros(tree.tip.shape).index_put((row, branch), values, accumulate=True)
-
-
-def reference_logps(model: Llava, tree: TokenTree, tower_features: Tensor | None) -> Tensor:
-    """Summed log-probs of every branch (B, S) by the reference: the same model, adapters off."""
-    with adapters_off(model):
-        return branch_logps(model, tree, tower_features)
-
-
-def both_logps(
-    model: Llava, tree: TokenTree, tower_features: Tensor | None
-) -> tuple[Tensor, Tensor]:
-    """Summed log-probs of every branch (B, S) by the policy, and by the reference."""
-    ref_logps = reference_logps(model, tree, tower_features)
-    return branch_logps(model, tree, tower_features), ref_logps

@@ -65,34 +65,30 @@ def preference_metrics(
     weights: Tensor,
 ) -> dict[str, float]:
     """What is plotted of a batch, by TRL's names; several y- count by their `weights` (K,)."""
-    rejected, ref_rejected = (
-        (rejected_logps * weights).sum(1),
-        (ref_rejected_logps * weights).sum(1),
-    )
-    chosen, ref_chosen = chosen_logps[:, 0], ref_chosen_logps[:, 0]
-    metrics = {
-        "logps/chosen": chosen,
-        "logps/rejected": rejected,
-        # Does the reference rank the pair already?
-        "logps/ref_accuracies": (ref_chosen > ref_rejected).float(),
-    }
+    chosen, ref_chosen = chosen_logps[:, 0], ref_chosen_logps[:, 0]  # (B,)
+    rejected = (rejected_logps * weights).sum(1)
+    ref_rejected = (ref_rejected_logps * weights).sum(1)
+    ranked = ref_chosen > ref_rejected  # does the reference rank the pair already?
 
     # The implicit rewards, beta log(pi / ref).
     chosen_rewards = beta * (chosen_logps - ref_chosen_logps)
     rejected_rewards = beta * (rejected_logps - ref_rejected_logps)
-    rewards = reward_metrics(chosen_rewards, rejected_rewards, weights)
-    return rewards | {name: value.mean().item() for name, value in metrics.items()}
+    return reward_metrics(chosen_rewards, rejected_rewards, weights) | {
+        "logps/chosen": chosen.mean().item(),
+        "logps/rejected": rejected.mean().item(),
+        "logps/ref_accuracies": ranked.float().mean().item(),
+    }
 
 
 def reward_metrics(
     chosen_rewards: Tensor, rejected_rewards: Tensor, weights: Tensor
 ) -> dict[str, float]:
     """The same of rewards, (B, 1) and (B, K): a reward model's, or DPO's implicit ones."""
-    chosen, rejected = chosen_rewards[:, 0], (rejected_rewards * weights).sum(1)
-    metrics = {
-        "rewards/chosen": chosen,
-        "rewards/rejected": rejected,
-        "rewards/accuracies": (chosen > rejected).float(),
-        "rewards/margins": chosen - rejected,
+    chosen = chosen_rewards[:, 0]
+    rejected = (rejected_rewards * weights).sum(1)
+    return {
+        "rewards/chosen": chosen.mean().item(),
+        "rewards/rejected": rejected.mean().item(),
+        "rewards/accuracies": (chosen > rejected).float().mean().item(),
+        "rewards/margins": (chosen - rejected).mean().item(),
     }
-    return {name: value.mean().item() for name, value in metrics.items()}

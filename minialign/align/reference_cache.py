@@ -8,12 +8,13 @@ what moves the last bits only: the other pairs of the batch that it was computed
 wide the padding is, the device, and torch's version.
 
 Every process appends to a file of its own and reads those of all. A killed one may leave half a
-line at the end of its file, which nobody reads and which nothing is ever written behind."""
+line at the end of its file, which nobody reads and which nothing is ever written behind.
+"""
 
 import hashlib
 import json
-import math
 import secrets
+from collections import Counter
 from dataclasses import replace
 from pathlib import Path
 
@@ -55,10 +56,11 @@ class ReferenceCache:
 
     def __init__(self, folder: Path, model: Llava):
         folder.mkdir(parents=True, exist_ok=True)  # now, and not when the first value is found
-        self.folder, self.reference = folder, reference_key(model)
+        self.folder = folder
+        self.reference = reference_key(model)
         self.file = folder / f"reference-{secrets.token_hex(8)}.jsonl"  # of this process alone
-        self.known: dict[str, list[float]] = {}
-        self.read_to: dict[Path, int] = {}  # bytes of each file
+        self.known: dict[str, list[float]] = {}  # by the pairs' keys
+        self.read_to: Counter[Path] = Counter()  # bytes of each file
         self.read()
         print(f"{folder}: has the reference's log-probs of {len(self.known)} pairs")
 
@@ -66,7 +68,8 @@ class ReferenceCache:
         self, model: Llava, keys: list[str], tree: TokenTree, tower_features: Tensor | None
     ) -> Tensor:
         """What `reference_logps` gives for the pairs of these keys, (B, S); computed only where one
-        is not known."""
+        is not known.
+        """
         if not self.known.keys() >= set(keys):
             self.read()
         # Several processes pass through shards together, or none does.
@@ -77,27 +80,23 @@ class ReferenceCache:
         return logps
 
     def add(self, found: dict[str, list[float]]) -> None:
-        """Keep what is new, in memory and on the disk; a value that is no number is none."""
-        new = {
-            pair: logps
-            for pair, logps in found.items()
-            if pair not in self.known and all(map(math.isfinite, logps))
-        }
-        lines = [
-            {"reference": self.reference, "pair": pair, "logps": logps}
-            for pair, logps in new.items()
-        ]
+        """Keep what is new, in memory and on the disk."""
+        new = {pair: logps for pair, logps in found.items() if pair not in self.known}
+        lines = []
+        for pair, logps in new.items():
+            lines.append({"reference": self.reference, "pair": pair, "logps": logps})
         append_lines(self.file, lines)
         self.known |= new
 
     def read(self) -> None:
         """Take in what any process has appended since the last time; a line that is being written
-        waits."""
+        waits.
+        """
         for path in sorted(self.folder.glob("reference-*.jsonl")):
             with open(path, "rb") as file:
-                file.seek(self.read_to.get(path, 0))
+                file.seek(self.read_to[path])
                 lines = file.read().split(b"\n")[:-1]
-            self.read_to[path] = self.read_to.get(path, 0) + sum(len(line) + 1 for line in lines)
+            self.read_to[path] += sum(len(line) + 1 for line in lines)
             try:
                 found = [json.loads(line) for line in lines]
             except ValueError:

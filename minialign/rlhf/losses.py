@@ -10,31 +10,29 @@ padding to mask, and parts of a batch concatenate.
 import torch
 from torch import Tensor
 
-from minialign.rlhf.rewards import sequence_rewards
-
 # ---------------------------------------------------------------- RLOO
 
 
 def leave_one_out(rewards: Tensor) -> Tensor:
-    """Advantage of every response: its reward less the mean of its prompt's others. (B, k) -> (B,
-    k).
+    """Advantage of every response: its reward less the mean of its prompt's others.
+    (B, k) -> (B, k).
 
     The baseline does not depend on the response that it is taken from, so that the gradient stays
-    unbiased. With the mean of all k in its place every advantage would be (k - 1) / k of this."""
+    unbiased. With the mean of all k in its place every advantage would be (k - 1) / k of this.
+    """
     k = rewards.shape[1]
     if k < 2:
         raise ValueError("one response per prompt: there are no others to compare it with")
     return rewards - (rewards.sum(1, keepdim=True) - rewards) / (k - 1)
 
 
-def rloo_loss(logps: Tensor, ref_logps: Tensor, scores: Tensor, beta: float) -> Tensor:
+def rloo_loss(logps: Tensor, rewards: Tensor) -> Tensor:
     """The loss whose gradient is minus the policy gradient of Eq. 2; the mean over all responses.
 
-    logps, ref_logps (B, k): summed over tokens, by the policy that has sampled and by the
-    reference. scores (B, k). Its value tells nothing; what is maximised is the mean of
-    `sequence_rewards`."""
-    # Constant to the gradient, its KL too.
-    rewards = sequence_rewards(scores, logps, ref_logps, beta)
+    logps (B, k): of the responses, summed over their tokens, by the policy that has sampled them.
+    rewards (B, k): `sequence_rewards`, constant to the gradient. The loss's value tells nothing;
+    what is maximised is the rewards' mean.
+    """
     return -(leave_one_out(rewards) * logps).mean()
 
 
@@ -43,12 +41,13 @@ def rloo_loss(logps: Tensor, ref_logps: Tensor, scores: Tensor, beta: float) -> 
 
 @torch.no_grad()
 def gae(rewards: Tensor, values: Tensor, last: Tensor, gamma: float, lam: float) -> Tensor:
-    """Generalised advantage estimate A_t = delta_t + gamma lam A_t+1, delta_t = r_t + gamma V_t+1 -
-    V_t, per token.
+    """Generalised advantage estimate of every token: A_t = delta_t + gamma lam A_t+1, where
+    delta_t = r_t + gamma V_t+1 - V_t.
 
     rewards, values, last (tokens,): responses one behind another, `last` True on the last token of
     each, behind which both A and V are 0. lam = 1: the return less the value, unbiased; lam = 0:
-    delta_t. The value's target is A + V, taken before A is whitened."""
+    delta_t. The value's target is A + V, taken before A is whitened.
+    """
     advantages: list[float] = []
     advantage = value_after = 0.0
     tokens = zip(rewards.tolist(), values.tolist(), last.tolist(), strict=True)
@@ -67,7 +66,8 @@ def policy_loss(logps: Tensor, old_logps: Tensor, advantages: Tensor, clip: floa
 
     The smaller of both: a token that has moved far enough the way A points has no gradient, one
     that has moved the wrong way keeps it. In the first update q = 1, and the gradient is
-    REINFORCE's, -A grad log pi."""
+    REINFORCE's, -A grad log pi.
+    """
     ratio = (logps - old_logps).exp()
     return -torch.min(ratio * advantages, ratio.clamp(1 - clip, 1 + clip) * advantages).mean()
 
@@ -77,7 +77,8 @@ def value_loss(values: Tensor, old_values: Tensor, returns: Tensor, clip: float)
 
     The larger of both errors, so that a value which has moved by more than `clip` towards its
     target has no gradient. `clip` is in units of the reward, whatever they are; infinity takes the
-    clipping away."""
+    clipping away.
+    """
     near = old_values + (values - old_values).clamp(-clip, clip)
     return 0.5 * torch.max((values - returns) ** 2, (near - returns) ** 2).mean()
 

@@ -41,15 +41,8 @@ from minialign.model.lora import adapters_off
 from minialign.model.scalar_head import scalars
 from minialign.rlhf.losses import gae, policy_loss, ppo_metrics, value_loss
 from minialign.rlhf.rewards import Whitening, last_tokens, token_rewards
-from minialign.rlhf.rollouts import (
-    Rollout,
-    check_rlhf,
-    idle_rollout,
-    last_word,
-    logged,
-    sample_rollout,
-)
-from minialign.rlhf.setup import prepare
+from minialign.rlhf.rollouts import Rollout, idle_rollout, sample_rollout
+from minialign.rlhf.setup import check_rlhf, leave_results, prepare
 from minialign.toy import edge
 from minialign.training import parallel
 from minialign.training.flags import TrainingFlags, check_training, with_shape_of_adapter
@@ -61,7 +54,7 @@ from minialign.training.optimizer import (
     set_learning_rate,
     trained_parameters,
 )
-from minialign.training.outputs import save_results, save_weights
+from minialign.training.outputs import save_weights
 from minialign.training.parallel import sum_across_ranks, sum_gradients_across_ranks, unsharded
 from minialign.training.progress import TrainingLog, require_same_flags
 
@@ -114,8 +107,9 @@ def check(config: Config) -> None:
 
 @dataclass(frozen=True)
 class PpoBatch:
-    """A rollout as the policy that has answered sees it: flat, (branch tokens,) each, in
-    `token_logps`' order."""
+    """A rollout as the policy that has sampled it sees it: flat, (branch tokens,) each, in the
+    order of `token_logps`.
+    """
 
     rollout: Rollout
     logps: Tensor
@@ -127,36 +121,37 @@ class PpoBatch:
     @property
     def tokens(self) -> int:
         """How many actions count."""
-        return len(self.logps) if self.rollout.count else 0
+        return len(self.logps) if self.rollout.prompts else 0
 
 
 def logps_and_values(policy: Llava, rollout: Rollout) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Row, branch, log-prob of every branch token, and the value of the state that it was drawn in:
-    (branch tokens,) each."""
+    """Row, branch and log-prob of every branch token, and the value of the state that it was drawn
+    in: (branch tokens,) each.
+    """
     row, branch, ids, hidden = predicting(policy, rollout.tree, rollout.features)
     return row, branch, logps_of(policy.lm_head, ids, hidden), scalars(policy, hidden)
 
 
 @torch.no_grad()
 def look_back(
-    policy: Llava, rollout: Rollout, beta: float, gae_lambda: float, counts: Counter
+    policy: Llava, rollout: Rollout, beta: float, gae_lambda: float, sums: Counter
 ) -> PpoBatch:
-    """Log-probs, values and advantages of a rollout, before anything is learned from it."""
+    """Log-probs, values and advantages of a rollout, before anything is learned from it. `sums`
+    takes down, summed over responses, what is logged of them.
+    """
     tree = rollout.tree
     with adapters_off(policy):
         _, _, ref_logps = token_logps(policy, tree, rollout.features)
     row, branch, logps, values = logps_and_values(policy, rollout)
     rewards = token_rewards(rollout.scores, row, branch, logps, ref_logps, beta)  # Eq. 2
-    ends = last_tokens(row, branch)
-    advantages = gae(rewards, values, ends, gamma=1.0, lam=gae_lambda)
+    advantages = gae(rewards, values, last_tokens(row, branch), gamma=1.0, lam=gae_lambda)
 
-    if rollout.count:
-        responses = summed(tree, row, branch, logps)  # (B, k)
-        ref_responses = summed(tree, row, branch, ref_logps)
-        counts["rlhf"] += rewards.sum().item()
-        counts["kl"] += (responses - ref_responses).sum().item()
-        counts["entropy"] += -responses.sum().item()
-        counts["answers"] += responses.numel()
+    if rollout.prompts:
+        of_responses = summed(tree, row, branch, logps)  # (B, k)
+        ref_of_responses = summed(tree, row, branch, ref_logps)
+        sums["objective/rlhf_reward"] += rewards.sum().item()
+        sums["objective/kl"] += (of_responses - ref_of_responses).sum().item()
+        sums["objective/entropy"] -= of_responses.sum().item()
     return PpoBatch(rollout, logps, values, advantages, returns=advantages + values)
 
 
@@ -178,8 +173,8 @@ def main(config: Config) -> None:
     require_same_flags(out, config)
 
     records = edge.training_records(config)
-    reward = edge.scorer_of(config.reward, config)
     pictures = edge.picture_source(config.images)
+    reward = edge.scorer_of(config.reward, config)
     setup = prepare(config, folder, records, pictures, head="value", reward=config.reward)
     assistant, policy = setup.assistant, setup.assistant.model
     benchmark = edge.benchmark_of(config.images, config.eval_split, config.eval_images)
@@ -190,49 +185,38 @@ def main(config: Config) -> None:
     idle = idle_rollout(assistant, setup.loader, config.k)
     with TrainingLog(out, policy, optimizer, config) as log:
         for step, batches in log.steps(setup.schedule, setup.loader):
-            begun, counts = time.perf_counter(), Counter()
+            begun = time.perf_counter()
+            sums: Counter = Counter()  # over the step's responses, of what is logged
 
-            # 1. The policy answers every prompt k times, and is scored.
+            # 1. The policy answers every prompt k times, and is scored. Every process holds the
+            # whole of it meanwhile.
+            rollouts = []
             with unsharded(policy):
-                rollouts = [
-                    sample_rollout(
-                        assistant,
-                        reward,
-                        batch,
-                        config.k,
-                        config.max_new_tokens,
-                        config.seed,
-                        step,
-                        counts,
-                    )
-                    for batch in batches
-                ]
-
-            # 2. It looks back at what it has said.
+                for batch in batches:
+                    rollouts.append(sample_rollout(assistant, reward, batch, config, step, sums))
             answered = time.perf_counter()
-            looked = [
-                look_back(policy, rollout, config.beta, config.gae_lambda, counts)
-                for rollout in parallel.even(rollouts, idle)
-            ]
-            looked = whitened(looked)
-            totals = {
-                "prompts": sum(rollout.count for rollout in rollouts),
-                "tokens": sum(batch.tokens for batch in looked),
-            }
-            totals = sum_across_ranks(totals)
 
-            # 3. Some updates on the same rollouts.
+            # 2. It looks back at its answers, before it learns anything from them.
+            looked = []
+            for rollout in parallel.even(rollouts, idle):
+                looked.append(look_back(policy, rollout, config.beta, config.gae_lambda, sums))
+            looked = whitened(looked)
+            prompts = sum(rollout.prompts for rollout in rollouts)
+            tokens = sum(batch.tokens for batch in looked)
+            total = sum_across_ranks({"prompts": prompts, "tokens": tokens})
+
+            # 3. Some updates, all on these answers.
             factor = lr_factor(step, len(setup.schedule), config.warmup, config.schedule)
             set_learning_rate(optimizer, factor)
             metrics: Counter = Counter()  # the mean of all updates
-            for _ in range(config.updates if totals["tokens"] else 0):
+            for _ in range(config.updates if total["tokens"] else 0):
                 found: Counter = Counter()
                 for batch in looked:
                     _, _, logps, values = logps_and_values(policy, batch.rollout)
                     actor = policy_loss(logps, batch.logps, batch.advantages, config.ratio_clip)
                     critic = value_loss(values, batch.values, batch.returns, config.value_clip)
                     loss = actor + config.value_coef * critic
-                    share = batch.tokens / totals["tokens"]
+                    share = batch.tokens / total["tokens"]
                     (loss * share).backward()
 
                     found["loss"] += share * loss.item()
@@ -250,28 +234,17 @@ def main(config: Config) -> None:
                 for name, value in found.items():
                     metrics[name] += value / config.updates
 
-            log.add(
-                {
-                    "step": step + 1,
-                    **metrics,
-                    **logged(sum_across_ranks(counts)),
-                    "lr": factor * config.lr,
-                    "responses": totals["prompts"] * config.k,
-                    "time/sampling": answered - begun,
-                    "time/training": time.perf_counter() - answered,
-                }
-            )
+            responses = total["prompts"] * config.k
+            means = {name: value / responses for name, value in sum_across_ranks(sums).items()}
+            row = {"step": step + 1, **metrics, **means, "lr": factor * config.lr}
+            row |= {"responses": responses, "time/sampling": answered - begun}
+            log.add(row | {"time/training": time.perf_counter() - answered})
 
     parallel.tell_left_out(setup.loader.left_out, "records")
-    save_weights(policy, folder, config, out)  # the head of values is nobody's afterwards
+    save_weights(policy, folder, config, out)  # without the head of values, which nobody needs now
     if benchmark:
         evaluations["after"] = benchmark.run(assistant, "after")
-    facts = {"responses": sum(row["responses"] for row in log.rows)}
-    if log.stopped:
-        facts["stopped"] = log.stopped
-    title = "minialign: ppo" + (f", ended early: {log.stopped}" if log.stopped else "")
-    parallel.on_rank0(lambda: save_results(out, title, config, [], log.rows, evaluations, facts))
-    last_word(log, out)
+    leave_results("ppo", config, log, evaluations)
 
 
 if __name__ == "__main__":

@@ -26,7 +26,7 @@ from minialign.data.record_files import open_pairs
 from minialign.model.llava import Llava
 from minialign.model.lora import adapter_state
 from minialign.model.scalar_head import HEAD, branch_rewards
-from minialign.rlhf.rewards import Whitening, reward_loss, score_whitening
+from minialign.rlhf.rewards import Whitening, reward_loss
 from minialign.rlhf.scorers import save_head
 from minialign.rlhf.setup import prepare
 from minialign.toy import edge
@@ -41,11 +41,7 @@ from minialign.training.optimizer import (
     trained_parameters,
 )
 from minialign.training.outputs import report_pairs, save_results, save_weights
-from minialign.training.parallel import (
-    sum_across_ranks,
-    sum_gradients_across_ranks,
-    whole,
-)
+from minialign.training.parallel import sum_across_ranks, sum_gradients_across_ranks, whole
 from minialign.training.progress import TrainingLog, require_same_flags
 
 # Pairs whose rewards are measured: so many tell the mean to 2 % of the standard deviation.
@@ -76,18 +72,22 @@ class Config(TrainingFlags):
 @torch.no_grad()
 def measure_rewards(policy: Llava, loader: StepLoader, batch_size: int) -> Whitening:
     """Mean and standard deviation of a newly trained model's rewards, of both responses of up to
-    `MEASURED` pairs."""
+    `MEASURED` pairs.
+    """
     numbers = loader.records.numbers[:MEASURED]
     loader = replace(loader, accumulate=1)
     parts = [numbers[i : i + batch_size] for i in range(0, len(numbers), batch_size)]
     mine = parallel.even(parallel.shard_batch(parts), [])  # all go through shards together
-    found = []
+    found: list[float] = []
     for part in tqdm(mine, desc="rewards", leave=False, disable=parallel.rank() > 0):
         for batch in loader(part) or [loader.idle()]:
             features = policy.encode_images(batch.pixels)
             rewards = branch_rewards(policy, batch.tree.to(policy.device), features)
             found += rewards[: len(batch)].flatten().tolist()
-    return score_whitening(torch.tensor(sum(parallel.gather(found), [])))
+    whitening = Whitening.of(torch.tensor(sum(parallel.gather(found), [])))
+    same = "the reward model gives all responses the same reward; train it longer"
+    require(whitening.std > 1e-6, same)
+    return whitening
 
 
 def main(config: Config) -> None:
@@ -109,19 +109,23 @@ def main(config: Config) -> None:
         pairs = str(out / "pairs.jsonl")
         toys = edge.records_of("toy", None, config.limit, config.seed, skip_bad=False)
         parallel.on_rank0(lambda: edge.write_corrupted(Path(pairs), toys, config.seed))
-    records, pictures = open_pairs(pairs, config.format), edge.picture_source(config.images)
+    records = open_pairs(pairs, config.format)
+    pictures = edge.picture_source(config.images)
     setup = prepare(config, folder, records, pictures, head="reward")
     assistant, policy, loader = setup.assistant, setup.assistant.model, setup.loader
 
     optimizer = make_optimizer(policy, config.lr, config.projector_lr)
     trained = trained_parameters(optimizer)
     one = torch.ones(1, device=config.device)  # the weight of the one rejected response
+    idle = loader.idle()
     with TrainingLog(out, policy, optimizer, config) as log:
         for step, batches in log.steps(setup.schedule, loader):
+            # A step's pairs, dealt out to all processes, in --accumulate batches.
             pairs_in_step = sum(len(batch) for batch in batches)
             pairs_in_step = sum_across_ranks({"pairs": pairs_in_step})["pairs"]
             metrics: Counter = Counter()
-            for batch in parallel.even(batches, loader.idle()):
+
+            for batch in parallel.even(batches, idle):
                 features = policy.encode_images(batch.pixels)
                 rewards = branch_rewards(policy, batch.tree.to(policy.device), features)  # (B, 2)
                 chosen, rejected = rewards[:, :1], rewards[:, 1:]
@@ -149,21 +153,19 @@ def main(config: Config) -> None:
     whitening = measure_rewards(policy, loader, config.batch_size)
     head = whole({HEAD: adapter_state(policy)[HEAD]}).get(HEAD)  # of rank 0
     save_weights(policy, folder, config, out, add=lambda merged: save_head(head, whitening, merged))
+
     last = [row["rewards/accuracies"] for row in log.rows[-50:] if row["pairs"]]
     right = sum(last) / max(1, len(last))
-    facts = {
-        "reward_mean": whitening.mean,
-        "reward_std": whitening.std,
-        "accuracy_of_last_steps": right,
-    }
+    mean, std = whitening.mean, whitening.std
+    facts = {"reward_mean": mean, "reward_std": std, "accuracy_of_last_steps": right}
     shown = report_pairs(setup.records, assistant.processor, pictures)
     count = len(setup.records.numbers)
     title = f"minialign: reward model on {count} pairs"
     parallel.on_rank0(lambda: save_results(out, title, config, shown, log.rows, {}, facts))
     print(
         f"{len(log.rows)} steps on {count} pairs, of which the last {len(last)} steps ranked "
-        f"{right:.1%} right; rewards {whitening.mean:.2f} on average, standard deviation "
-        f"{whitening.std:.2f}; {out}/merged (the reward model), {out}/report.html"
+        f"{right:.1%} right; rewards {mean:.2f} on average, standard deviation {std:.2f}; "
+        f"{out}/merged (the reward model), {out}/report.html"
     )
 
 

@@ -24,8 +24,8 @@ from minialign.cli import require_at_least, run_main, with_defaults
 from minialign.model.lora import adapters_off
 from minialign.rlhf.losses import rloo_loss
 from minialign.rlhf.rewards import sequence_rewards
-from minialign.rlhf.rollouts import check_rlhf, idle_rollout, last_word, logged, sample_rollout
-from minialign.rlhf.setup import prepare
+from minialign.rlhf.rollouts import idle_rollout, sample_rollout
+from minialign.rlhf.setup import check_rlhf, leave_results, prepare
 from minialign.toy import edge
 from minialign.training import parallel
 from minialign.training.flags import TrainingFlags, check_training, with_shape_of_adapter
@@ -37,7 +37,7 @@ from minialign.training.optimizer import (
     set_learning_rate,
     trained_parameters,
 )
-from minialign.training.outputs import save_results, save_weights
+from minialign.training.outputs import save_weights
 from minialign.training.parallel import sum_across_ranks, sum_gradients_across_ranks, unsharded
 from minialign.training.progress import TrainingLog, require_same_flags
 
@@ -83,10 +83,9 @@ def main(config: Config) -> None:
     require_same_flags(out, config)
 
     records = edge.training_records(config)
+    pictures = edge.picture_source(config.images)
     reward = edge.scorer_of(config.reward, config)
-    setup = prepare(
-        config, folder, records, edge.picture_source(config.images), reward=config.reward
-    )
+    setup = prepare(config, folder, records, pictures, reward=config.reward)
     assistant, policy = setup.assistant, setup.assistant.model
     benchmark = edge.benchmark_of(config.images, config.eval_split, config.eval_images)
     evaluations = {"before": benchmark.run(assistant, "before")} if benchmark else {}
@@ -96,50 +95,41 @@ def main(config: Config) -> None:
     idle = idle_rollout(assistant, setup.loader, config.k)
     with TrainingLog(out, policy, optimizer, config) as log:
         for step, batches in log.steps(setup.schedule, setup.loader):
-            begun, counts = time.perf_counter(), Counter()
+            begun = time.perf_counter()
+            sums: Counter = Counter()  # over the step's responses, of what is logged
 
-            # 1. The policy answers every prompt k times, and is scored.
+            # 1. The policy answers every prompt k times, and is scored. Every process holds the
+            # whole of it meanwhile.
+            rollouts = []
             with unsharded(policy):
-                rollouts = [
-                    sample_rollout(
-                        assistant,
-                        reward,
-                        batch,
-                        config.k,
-                        config.max_new_tokens,
-                        config.seed,
-                        step,
-                        counts,
-                    )
-                    for batch in batches
-                ]
-
-            # 2. One update.
+                for batch in batches:
+                    rollouts.append(sample_rollout(assistant, reward, batch, config, step, sums))
             answered = time.perf_counter()
-            prompts = sum(rollout.count for rollout in rollouts)
+
+            # 2. It learns from that, in one update.
+            prompts = sum(rollout.prompts for rollout in rollouts)
             prompts = sum_across_ranks({"prompts": prompts})["prompts"]
-            loss_of_step = 0.0
-            for rollout in parallel.even(rollouts, idle) if prompts else ():
-                # Summed log-probs of the responses, (B, k).
+            metrics: Counter = Counter()
+            for rollout in parallel.even(rollouts, idle):
+                # Log-probs of the responses, summed over their tokens: (B, k).
                 with adapters_off(policy):
                     ref_logps = branch_logps(policy, rollout.tree, rollout.features)
                 logps = branch_logps(policy, rollout.tree, rollout.features)
 
-                loss = rloo_loss(logps, ref_logps, rollout.scores, config.beta)
-                share = rollout.count / prompts
+                rewards = sequence_rewards(rollout.scores, logps, ref_logps, config.beta)  # Eq. 2
+                loss = rloo_loss(logps, rewards)
+                share = rollout.prompts / prompts
                 (loss * share).backward()
-                loss_of_step += share * loss.item()
-                if rollout.count:
-                    rewards = sequence_rewards(rollout.scores, logps, ref_logps, config.beta)
-                    counts["rlhf"] += rewards.sum().item()
-                    counts["kl"] += (logps - ref_logps).sum().item()
-                    counts["entropy"] += -logps.sum().item()
-                    counts["answers"] += logps.numel()
 
+                metrics["loss"] += share * loss.item()
+                if rollout.prompts:
+                    sums["objective/rlhf_reward"] += rewards.sum().item()
+                    sums["objective/kl"] += (logps - ref_logps).sum().item()
+                    sums["objective/entropy"] -= logps.sum().item()
+
+            metrics = sum_across_ranks(metrics)
             factor = lr_factor(step, len(setup.schedule), config.warmup, config.schedule)
-            metrics = {}
             if prompts:
-                metrics = sum_across_ranks({"loss": loss_of_step})
                 sum_gradients_across_ranks(trained)
                 metrics["grad_norm"] = clip_gradients(trained, config.clip)
                 require_finite(step, metrics["loss"], metrics["grad_norm"])
@@ -147,28 +137,17 @@ def main(config: Config) -> None:
                 optimizer.step()
                 optimizer.zero_grad()
 
-            log.add(
-                {
-                    "step": step + 1,
-                    **metrics,
-                    **logged(sum_across_ranks(counts)),
-                    "lr": factor * config.lr,
-                    "responses": prompts * config.k,
-                    "time/sampling": answered - begun,
-                    "time/training": time.perf_counter() - answered,
-                }
-            )
+            responses = prompts * config.k
+            means = {name: value / responses for name, value in sum_across_ranks(sums).items()}
+            row = {"step": step + 1, **metrics, **means, "lr": factor * config.lr}
+            row |= {"responses": responses, "time/sampling": answered - begun}
+            log.add(row | {"time/training": time.perf_counter() - answered})
 
     parallel.tell_left_out(setup.loader.left_out, "records")
     save_weights(policy, folder, config, out)
     if benchmark:
         evaluations["after"] = benchmark.run(assistant, "after")
-    facts = {"responses": sum(row["responses"] for row in log.rows)}
-    if log.stopped:
-        facts["stopped"] = log.stopped
-    title = "minialign: rloo" + (f", ended early: {log.stopped}" if log.stopped else "")
-    parallel.on_rank0(lambda: save_results(out, title, config, [], log.rows, evaluations, facts))
-    last_word(log, out)
+    leave_results("rloo", config, log, evaluations)
 
 
 if __name__ == "__main__":

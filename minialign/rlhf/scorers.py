@@ -22,7 +22,7 @@ from torch import Tensor
 from minialign.cli import require
 from minialign.data.records import Record
 from minialign.errors import UserError
-from minialign.model.hf_folder import opened, read_tensors
+from minialign.model.hf_folder import opened
 from minialign.model.masks import build_tree
 from minialign.model.scalar_head import branch_rewards, set_head
 from minialign.rlhf.rewards import Whitening
@@ -34,7 +34,8 @@ HEAD_FILE = "reward_head.safetensors"
 @dataclass(frozen=True)
 class RewardModel:
     """r(x, y), whitened. It reads the responses as texts, with a tokenizer and a template of its
-    own."""
+    own.
+    """
 
     assistant: Assistant
     whitening: Whitening
@@ -69,28 +70,19 @@ def save_head(weight: Tensor, whitening: Whitening, folder: Path) -> None:
 
 def load_reward_model(folder: Path, device: str, dtype: torch.dtype) -> RewardModel:
     """A folder that `minialign.rlhf.reward_model` has left as `merged`, with the template that it
-    was trained in."""
+    was trained in.
+    """
     path = folder / HEAD_FILE
-    remedy = "give the `merged` that minialign.rlhf.reward_model leaves"
     if not path.is_file():
+        remedy = "give the `merged` that minialign.rlhf.reward_model leaves"
         raise UserError(f"{folder}: no reward model, as {HEAD_FILE} is missing; {remedy}")
     assistant = Assistant.from_folder(folder, device, dtype)
     assistant.announce(folder)
-    weight = dict(read_tensors(path)).get("weight")
     with opened(path) as file:
-        noted = (file.metadata() or {}).get("whitening", "")
-    try:
-        facts = json.loads(noted)
-        whitening = Whitening(float(facts["mean"]), float(facts["std"]))
-    except (ValueError, TypeError, KeyError):
-        raise UserError(
-            f"{path}: no mean and standard deviation beside the head; {remedy}"
-        ) from None
-    shape = (1, assistant.model.config.text.hidden_size)
-    if weight is None or weight.shape != shape or weight.dtype != torch.float32:
-        raise UserError(f"{path}: no head of this model; {remedy}")
+        weight = file.get_tensor("weight")
+        facts = json.loads(file.metadata()["whitening"])
     set_head(assistant.model, weight.to(assistant.model.device))
-    return RewardModel(assistant, whitening)
+    return RewardModel(assistant, Whitening(facts["mean"], facts["std"]))
 
 
 @dataclass(frozen=True)
@@ -114,7 +106,8 @@ class UserReward:
 
     def score(self, record: Record, picture: Image.Image, text: str) -> float:
         """What it says of one response; what is no number of float32's, or raises, is a
-        `UserError`."""
+        `UserError`.
+        """
         try:
             score = float(self.function(picture, record.asked, text))
         except (Exception, SystemExit) as error:  # the user's own code may raise anything
@@ -127,7 +120,6 @@ class UserReward:
 
 def load_function(path: Path, name: str) -> Callable:
     """A function of a Python file of the user's, which is run."""
-    require(path.is_file(), f"--reward {path}: no such file; give FILE.py:FUNCTION")
     spec = importlib.util.spec_from_file_location(f"reward_{path.stem}", path)
     module = importlib.util.module_from_spec(spec)
     sys.modules[spec.name] = module  # as dataclasses look it up there

@@ -1,4 +1,6 @@
-"""What RLOO, PPO and the reward model do before their loops: data, policy, compile, shards."""
+"""What RLOO, PPO and the reward model do before their loops (data, policy, compile, shards), and
+what RLOO and PPO leave behind theirs.
+"""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -10,18 +12,20 @@ import torch
 from PIL import Image
 from torch.utils.checkpoint import checkpoint
 
-from minialign.cli import require_outside
+from minialign.cli import require, require_at_least, require_outside
 from minialign.data.collate import PairCollator, StepLoader
 from minialign.data.images import ImageProcessor
 from minialign.data.record_files import Records, usable_pairs
 from minialign.data.tokenizer import Tokenizer
+from minialign.evaluation.metrics import Counts
 from minialign.model.hf_folder import fingerprint
 from minialign.model.policy import empty_policy, load_policy_weights
 from minialign.sampling.assistant import Assistant
 from minialign.training import parallel
 from minialign.training.flags import COMPILE_OPTIONS, TrainingFlags
 from minialign.training.optimizer import batches_of_run
-from minialign.training.progress import begin
+from minialign.training.outputs import save_results
+from minialign.training.progress import TrainingLog, begin
 
 
 @dataclass(frozen=True)
@@ -50,12 +54,11 @@ def prepare(
     out = Path(config.out)
     require_outside(out, "the model", folder)
     policy = empty_policy(folder, config, head)  # names and shapes, no memory yet
-    assistant = Assistant(
-        policy, Tokenizer.from_folder(folder, config.template), ImageProcessor.from_folder(folder)
-    )
+    tokenizer = Tokenizer.from_folder(folder, config.template)
+    assistant = Assistant(policy, tokenizer, ImageProcessor.from_folder(folder))
     of_pairs = head == "reward"
     collate = PairCollator(
-        assistant.tokenizer,
+        tokenizer,
         assistant.processor,
         pictures,
         config.max_response_tokens,
@@ -65,10 +68,9 @@ def prepare(
         keep_pictures=not of_pairs,
         device=config.device,
     )
-    records = usable_pairs(
-        records, collate.check, config.limit, config.seed, config.skip_bad_records
-    )
-    loader = StepLoader(records, collate, config.accumulate, config.skip_bad_records)
+    skip_bad = config.skip_bad_records
+    records = usable_pairs(records, collate.check, config.limit, config.seed, skip_bad)
+    loader = StepLoader(records, collate, config.accumulate, skip_bad)
 
     # torch.compile, one decoder layer at a time: all share the code.
     if config.compile:
@@ -98,3 +100,52 @@ def prepare(
         records.numbers, config.batch_size, config.seed, config.epochs, config.steps
     )
     return Setup(assistant, records, loader, schedule)
+
+
+# ---------------------------------------------------------------- RLOO and PPO
+
+
+def check_rlhf(config) -> None:
+    """Refuse what both take and makes no sense, before anything is loaded."""
+    # A beta of 0: rewards alone, without a pull to the reference.
+    require(0 <= config.beta <= 1e30, f"--beta {config.beta}: 0 or more, at most 1e30")
+    kl_stop = config.kl_stop
+    require(kl_stop is None or kl_stop > 0, f"--kl-stop {kl_stop}: above 0")
+    require_at_least(config, max_new_tokens=1)
+    missing = "--data is missing; name a file of records or pairs"
+    require(config.data is not None or config.images == "toy", missing)
+
+    reward = config.reward
+    is_folder = reward != "" and Path(reward).is_dir()
+    is_file = Path(reward.rpartition(":")[0]).is_file()
+    choices = "no such folder of a reward model, and no FILE.py:FUNCTION or `oracle`"
+    known = reward == "oracle" or is_folder or is_file
+    require(known, f"--reward {reward}: {choices}; give one of these")
+    if is_folder:
+        require_outside(Path(config.out), "--reward", Path(reward))
+
+
+def leave_results(
+    name: str, config: TrainingFlags, log: TrainingLog, evaluations: dict[str, list[Counts]]
+) -> None:
+    """result.json and report.html, and what is said in the end: how far the run came, how much was
+    learned from, and where the scores went.
+    """
+    out, rows = Path(config.out), log.rows
+    count = sum(row["responses"] for row in rows)
+    facts, title = {"responses": count}, f"minialign: {name}"
+    if log.stopped:
+        facts["stopped"] = log.stopped
+        title += f", ended early: {log.stopped}"
+        print(f"ended early, {log.stopped}; --resume with another --kl-stop goes on")
+    parallel.on_rank0(lambda: save_results(out, title, config, [], rows, evaluations, facts))
+
+    message = f"{len(rows)} steps, {count} responses"
+    learned = [row for row in rows if row["responses"]]
+    if learned:
+        first, last = learned[0], learned[-1]
+        message += f", score {first['objective/scores']:.2f} -> {last['objective/scores']:.2f}"
+        message += f", KL {first['objective/kl']:.2f} -> {last['objective/kl']:.2f}"
+    else:
+        message += " (nothing was learned)"
+    print(f"{message}; {out}/adapter (PEFT), {out}/merged (Hugging Face), {out}/report.html")

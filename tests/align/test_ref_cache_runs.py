@@ -13,10 +13,10 @@ from input_files import pair
 from safetensors.torch import load_file, save_file
 from script_runs import contents, read_lines, stop_at, train
 
-from minialign.evaluation.metrics import TOY
 from minialign.model import lora
 from minialign.model.hf_folder import fingerprint
 from minialign.model.llama import Llama
+from minialign.toy.edge import CHECKPOINT
 
 ADAPTER = "adapter/adapter_model.safetensors"
 
@@ -112,7 +112,7 @@ def some_adapter(folder: Path) -> str:
     lora.add_adapters(adapted, 2, 4.0)
     for parameter in lora.adapter_state(adapted).values():
         parameter.data += 0.01
-    lora.save_adapter(lora.adapter_state(adapted), 2, 4.0, str(TOY), folder)
+    lora.save_adapter(lora.adapter_state(adapted), 2, 4.0, str(CHECKPOINT), folder)
     return str(folder)
 
 

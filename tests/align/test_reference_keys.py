@@ -16,10 +16,10 @@ from minialign.align.reference_cache import reference_key
 from minialign.data.collate import PairCollator, pair_key
 from minialign.data.records import Record
 from minialign.data.tokenizer import Tokenizer
-from minialign.evaluation.metrics import TOY
 from minialign.model.lora import adapter_modules, adapter_state, keep_reference
 from minialign.model.masks import Branch
 from minialign.toy import world
+from minialign.toy.edge import CHECKPOINT
 
 
 def test_each_part_of_a_reference_counts(tmp_path, monkeypatch):
@@ -140,7 +140,7 @@ def test_a_pairs_key_in_a_batch():
     there is none."""
 
     def keys(*records: Record, template: str | None = None, **options) -> list[str]:
-        tokenizer, options = Tokenizer.from_folder(TOY, template), {"keyed": True} | options
+        tokenizer, options = Tokenizer.from_folder(CHECKPOINT, template), {"keyed": True} | options
         return PairCollator(tokenizer, toy_processor(), "toy", 200, **options)(list(records)).keys
 
     first, second = (
