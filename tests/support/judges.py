@@ -1,5 +1,6 @@
 """A scripted judge in a model's place, and what may be asked of it."""
 
+from minialign.sampling.assistant import Assistant
 from minialign.toy import world
 from minialign.toy.drawing import OBJECTS
 
@@ -10,16 +11,16 @@ def absent_objects(scene: world.Scene) -> list[str]:
 
 
 def script(monkeypatch, say) -> list[list[str]]:
-    """`questions.answers` says what `say(question, number of the question)` gives; the questions
+    """`Assistant.answers` says what `say(question, number of the question)` gives; the questions
     asked so far."""
     asked: list[list[str]] = []
 
-    def answers(model, tokenizer, features, layouts, questions, limit):
-        assert len(layouts) == len(questions) and limit == 16
+    def answers(self, features, images, questions, limit):
+        assert len(images) == len(questions) and limit == 16
         asked.extend(questions)
         return [[say(question, number) for number, question in enumerate(row)] for row in questions]
 
-    monkeypatch.setattr(benchmarks, "answers", answers)
+    monkeypatch.setattr(Assistant, "answers", answers)
     return asked
 
 

@@ -1,11 +1,14 @@
-"""sample_bdhs.py and train_dpo.py run on a few records, what a run leaves, and a way to stop it."""
+"""sample_bdhs.py, train_dpo.py and a reward model's training run on a few records, what a run
+leaves, and a way to stop it."""
 
 import json
 from pathlib import Path
 
 import sample_bdhs
 import train_dpo
+from minialign.rlhf import reward_model
 from minialign.toy import world
+from minialign.training import progress
 
 # What `train` takes where a test says nothing else.
 DEFAULTS = {
@@ -65,10 +68,19 @@ def train(model: str, out: Path, **changes) -> list[dict]:
     return read_lines(out / "metrics.jsonl")
 
 
-def stop_at(monkeypatch, where: str, count: int) -> None:
-    """Ctrl-C in the `count`-th step: in its forward pass, or when its metrics are written but not
-    its checkpoint."""
-    module = train_dpo if hasattr(train_dpo, where) else train_dpo.resume
+def train_reward(model: str, out: Path, **changes) -> list[dict]:
+    """The same of minialign.rlhf.reward_model."""
+    flags = DEFAULTS | {"workers": 0} | changes
+    reward_model.main(reward_model.Config(model=model, out=str(out), **flags))
+    return read_lines(out / "metrics.jsonl")
+
+
+def stop_at(monkeypatch, where: str, count: int, script=train_dpo) -> None:
+    """Ctrl-C behind the `count`-th call of a function: of one that the script calls in a step, as
+    `preference_metrics` behind its backward pass, or of `append_lines`, when the step's metrics are
+    written but not its checkpoint.
+    """
+    module = script if hasattr(script, where) else progress
     real, calls = getattr(module, where), []
 
     def stopping(*args):
