@@ -2,7 +2,8 @@
 do things.
 
 The plain way knows nothing of token trees: one full sequence per response, an explicit causal mask,
-the logits of every position, a whole forward pass for every new token."""
+the logits of every position, a whole forward pass for every new token.
+"""
 
 import random
 from functools import cache
@@ -19,34 +20,15 @@ from minialign.model.hf_folder import load_model
 from minialign.model.llama import LlamaConfig
 from minialign.model.llava import Llava, LlavaConfig
 from minialign.model.masks import Branch, Sequence
+from minialign.sampling.assistant import Assistant
 from minialign.sampling.bdhs import Cut, cut_sentence, split_sentences
 from minialign.toy import world
 from minialign.toy.edge import CHECKPOINT
 
 IMAGE = 3  # the image token of the random models
-SIZES = {  # grouped-query attention, a head size of its own, widths that differ from one another
-    0: {
-        "hidden_size": 24,
-        "intermediate_size": 40,
-        "num_attention_heads": 4,
-        "num_key_value_heads": 2,
-        "head_dim": 8,
-    },
-    1: {
-        "hidden_size": 32,
-        "intermediate_size": 20,
-        "num_attention_heads": 3,
-        "num_key_value_heads": 1,
-        "head_dim": 10,
-    },
-    2: {
-        "hidden_size": 20,
-        "intermediate_size": 64,
-        "num_attention_heads": 2,
-        "num_key_value_heads": 2,
-        "head_dim": 6,
-    },
-}
+# Grouped-query attention, a head size of its own, widths that differ from one another:
+# hidden_size, intermediate_size, num_attention_heads, num_key_value_heads, head_dim.
+SHAPES = [(24, 40, 4, 2, 8), (32, 20, 3, 1, 10), (20, 64, 2, 2, 6)]
 
 
 @cache
@@ -67,6 +49,11 @@ def toy_processor() -> ImageProcessor:
     return ImageProcessor.from_folder(CHECKPOINT)
 
 
+def toy_assistant(model: Llava | None = None) -> Assistant:
+    """The embedded checkpoint, or another model in its place, with what belongs to it."""
+    return Assistant(model or toy_model(), toy_tokenizer(), toy_processor())
+
+
 @cache
 def toy_features(indices: tuple[int, ...], split: str = "validation") -> Tensor:
     """The toy tower's features of some pictures, (N, patches, D)."""
@@ -81,10 +68,8 @@ def randomize(model: nn.Module, seed: int, scale: float = 1.0) -> None:
     with torch.no_grad():
         for parameter in model.parameters():
             noise = torch.randn(parameter.shape, generator=generator)
-            if parameter.dim() == 1:
-                parameter.copy_(
-                    noise * 0.1 + (parameter == 1)
-                )  # a norm's weights are 1, a bias is not
+            if parameter.dim() == 1:  # a norm's weights are 1, a bias is not
+                parameter.copy_(noise * 0.1 + (parameter == 1))
             else:
                 parameter.copy_(noise * scale / parameter[0].numel() ** 0.5)
 
@@ -93,7 +78,8 @@ def randomize(model: nn.Module, seed: int, scale: float = 1.0) -> None:
 def random_model(seed: int, vocab: int = 50) -> Llava:
     """A tiny random model of a size that follows from the seed; shared, so leave its weights
     alone."""
-    text = LlamaConfig(vocab_size=vocab, num_hidden_layers=2, **SIZES[seed % len(SIZES)])
+    hidden, intermediate, heads, kv_heads, head_dim = SHAPES[seed % len(SHAPES)]
+    text = LlamaConfig(vocab, hidden, intermediate, 2, heads, kv_heads, head_dim=head_dim)
     vision = ClipConfig(16, 24, 3, 2, image_size=12, patch_size=4)  # 9 patches
     model = Llava(LlavaConfig(text, vision, image_token_id=IMAGE)).eval()
     randomize(model, seed, 1.5)
@@ -121,11 +107,8 @@ def random_batch(seed: int, patches: int) -> list[Sequence]:
     batch = []
     for row in range(3 + seed % 2):
         image = patches > 0 and (row == 0 or rng.random() < 0.6)
-        trunk = (
-            random_ids(rng, 1 + rng.randrange(3))
-            + [IMAGE] * image
-            + random_ids(rng, 2 + rng.randrange(6))
-        )
+        before = random_ids(rng, 1 + rng.randrange(3))
+        trunk = before + [IMAGE] * image + random_ids(rng, 2 + rng.randrange(6))
         forks = [None, *(rng.randrange(1, len(trunk) + 1) for _ in range(rng.randrange(4)))]
         branches = [Branch(random_ids(rng, 1 + rng.randrange(7)), fork) for fork in forks]
         batch.append(Sequence(trunk, branches, patches if image else 0))
@@ -138,11 +121,8 @@ def random_case(seed: int, vocab: int = 50) -> tuple[Llava, list[Sequence], Tens
     patches, width = model.config.vision.patches, model.config.vision.hidden_size
     batch = random_batch(seed, patches)
     pictures = sum(row.image_tokens > 0 for row in batch)
-    return (
-        model,
-        batch,
-        torch.randn(pictures, patches, width, generator=torch.Generator().manual_seed(seed)),
-    )
+    generator = torch.Generator().manual_seed(seed)
+    return model, batch, torch.randn(pictures, patches, width, generator=generator)
 
 
 def plain_logits(
@@ -160,9 +140,8 @@ def plain_logits(
             rows.append(table[token][None])
             seen.append(True)
     mask = torch.ones(len(seen), len(seen)).tril().bool() & torch.tensor(seen)
-    hidden = model.language_model(
-        torch.cat(rows)[None], torch.arange(len(seen))[None], mask[None, None]
-    )
+    positions = torch.arange(len(seen))
+    hidden = model.language_model(torch.cat(rows)[None], positions[None], mask[None, None])
     return model.lm_head(hidden)[0]
 
 
@@ -204,12 +183,10 @@ def worst(a: Tensor, b: Tensor) -> float:
 
 def cuts(text: str, rng: random.Random) -> list[tuple[str, Cut]]:
     """Every sentence of `text` with its cut."""
-    tokenizer = toy_tokenizer()
-    ids = tokenizer.encode(text)
-    return [
-        (text[a:b], cut_sentence(text, (a, b), ids, tokenizer, rng))
-        for a, b in split_sentences(text)
-    ]
+    encode = toy_tokenizer().answer
+    ids = encode(text)
+    spans = split_sentences(text)
+    return [(text[a:b], cut_sentence(text, (a, b), ids, encode, rng)) for a, b in spans]
 
 
 def refused(call, *parts) -> str:
