@@ -3,37 +3,43 @@
 import json
 import os
 import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 from minialign.errors import UserError
 
 
 def write_whole(path: Path, text: str) -> None:
-    """Write `text` beside `path`, then rename: a reader sees the old file or the new one, never a
-    part."""
+    """Write `text` beside `path`, then rename: a reader sees the old file or the new one whole."""
     partial = path.with_name(f".{path.name}.partial")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         partial.write_bytes(text.encode("utf-8"))
         os.replace(partial, path)
     except OSError as error:
-        raise UserError(
-            f"{path}: cannot be written ({error}); make room for it, or write elsewhere"
-        ) from None
+        raise not_written(path, error) from None
     finally:
         if partial.is_file():
             partial.unlink()
 
 
-def write_folder_whole(folder: Path, write) -> None:
-    """Call `write(partial_folder)`, then put the result in the place of `folder`."""
+def not_written(path: Path, error: OSError) -> UserError:
+    """What a disk without room, or without permission, is to the user."""
+    return UserError(f"{path}: cannot be written ({error}); make room for it, or write elsewhere")
+
+
+@contextmanager
+def folder_written_whole(folder: Path) -> Iterator[Path]:
+    """Gives an empty folder to write into, which takes the place of `folder` when all is written."""
     folder.parent.mkdir(parents=True, exist_ok=True)
-    partial, old = (folder.with_name(f".{folder.name}.{what}") for what in ("partial", "old"))
-    for left_over in (partial, old):
-        shutil.rmtree(left_over, ignore_errors=True)
+    partial = folder.with_name(f".{folder.name}.partial")
+    old = folder.with_name(f".{folder.name}.old")
+    shutil.rmtree(partial, ignore_errors=True)
+    shutil.rmtree(old, ignore_errors=True)
     partial.mkdir()
     try:
-        write(partial)
+        yield partial
         if folder.exists():
             os.replace(folder, old)  # a rename, as a folder being deleted is half a folder
         os.replace(partial, folder)
@@ -48,8 +54,10 @@ def write_json(path: Path, value: object) -> None:
 
 
 def read_json(path: Path, remedy: str, kind: type = dict) -> dict | list:
-    """Read one JSON object (or array); a missing or malformed file is a `UserError` that ends in
-    `remedy`."""
+    """Read one JSON object (or array).
+
+    A missing or malformed file is a `UserError` that ends in `remedy`.
+    """
     try:
         value = json.loads(Path(path).read_text(encoding="utf-8-sig"))
     except FileNotFoundError:
@@ -57,9 +65,8 @@ def read_json(path: Path, remedy: str, kind: type = dict) -> dict | list:
     except (OSError, ValueError, RecursionError) as error:
         raise UserError(f"{path}: not readable as JSON ({error}); {remedy}") from None
     if not isinstance(value, kind):
-        raise UserError(
-            f"{path}: expected a JSON {'object' if kind is dict else 'array'}; {remedy}"
-        )
+        expected = "object" if kind is dict else "array"
+        raise UserError(f"{path}: expected a JSON {expected}; {remedy}")
     return value
 
 
@@ -72,28 +79,25 @@ def append_lines(path: Path, values: list[dict], behind: int | None = None) -> i
     """Append JSON lines in one write, and see them onto the disk; returns the file's bytes.
 
     A file that does not end `behind` so many bytes is being written by somebody else: a
-    `UserError`."""
+    `UserError`.
+    """
     text = "".join(json.dumps(value, ensure_ascii=False) + "\n" for value in values)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         with open(path, "ab") as file:
             if behind not in (None, file.tell()):
-                raise UserError(
-                    f"{path}: another program writes it, too; wait for that one, then run again"
-                )
+                message = "another program writes it, too; wait for that one, then run again"
+                raise UserError(f"{path}: {message}")
             file.write(text.encode("utf-8"))
             file.flush()
             os.fsync(file.fileno())
             return file.tell()
     except OSError as error:
-        raise UserError(
-            f"{path}: cannot be written ({error}); make room for it, or write elsewhere"
-        ) from None
+        raise not_written(path, error) from None
 
 
 def whole_lines(path: Path) -> list[str]:
-    """The whole lines of a file that a killed run may have left; half a line at its end is cut
-    off."""
+    """The whole lines of a file that a killed run may have left; half a line at its end is cut."""
     if not path.exists():
         return []
     data = path.read_bytes()
@@ -104,8 +108,7 @@ def whole_lines(path: Path) -> list[str]:
 
 
 def read_lines(path: Path, remedy: str) -> list[dict]:
-    """The objects that `append_lines` wrote; a line that is none is a `UserError` that ends in
-    `remedy`."""
+    """The objects that `append_lines` wrote; a line that is none is a `UserError`."""
     try:
         values = [json.loads(line) for line in whole_lines(path)]
     except (OSError, ValueError, RecursionError) as error:

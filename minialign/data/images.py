@@ -1,6 +1,5 @@
 """Pictures: opened from a folder, and prepared for the tower as CLIP does."""
 
-import math
 import os
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,16 +14,16 @@ from minialign.errors import UserError
 from minialign.files import read_json
 from minialign.model.config import read_config
 
-TURN = Image.Transpose
+# EXIF's orientation -> what puts the picture upright.
 TURNS = {
-    2: TURN.FLIP_LEFT_RIGHT,
-    3: TURN.ROTATE_180,
-    4: TURN.FLIP_TOP_BOTTOM,
-    5: TURN.TRANSPOSE,
-    6: TURN.ROTATE_270,
-    7: TURN.TRANSVERSE,
-    8: TURN.ROTATE_90,
-}  # EXIF's orientation -> what puts the picture upright
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}
 LONGEST = 2000  # times the short edge: a longer picture would fill the memory on being resized
 # What preprocessor_config.json may not say otherwise, as it would be another preprocessing.
 SUPPORTED = {
@@ -58,12 +57,12 @@ class PreparedImage:
 
 @dataclass(frozen=True)
 class ImageProcessor:
-    """CLIP's preprocessing: short edge to `size`, centre crop, rescale, normalise. Follows
-    CLIPImageProcessor.
+    """CLIP's preprocessing: short edge to `size`, centre crop, rescale, normalise.
 
-    With `pad` the picture is padded to a square first, as LlavaImageProcessor does; with
-    `pinpoints` it is cut into tiles (anyres.py). Resizing is Pillow's bicubic: torch's differs by
-    up to 21 grey levels."""
+    Follows CLIPImageProcessor. With `pad` the picture is padded to a square first, as
+    LlavaImageProcessor does; with `pinpoints` it is cut into tiles (anyres.py). Resizing is
+    Pillow's bicubic: torch's differs by up to 21 grey levels.
+    """
 
     size: int = 336
     patch: int = 14
@@ -77,54 +76,46 @@ class ImageProcessor:
         """Read preprocessor_config.json."""
         path = folder / "preprocessor_config.json"
         raw = read_json(path, "a model folder needs Hugging Face's preprocessor_config.json")
-        crop, edge = raw.get("crop_size", 336), raw.get("size", 336)
-        crop = (
-            crop.get("height")
-            if isinstance(crop, dict) and crop.get("height") == crop.get("width")
-            else crop
-        )
-        edge = edge.get("shortest_edge") if isinstance(edge, dict) else edge
-        if edge != crop or not isinstance(crop, int) or crop <= 0:
-            raise UserError(
-                f"{path}: size {edge} and crop_size {crop}: CLIP's are one number of pixels; mend the file"
-            )
         config = read_config(folder)
-        if crop != config.vision.image_size:
-            tower = config.vision.image_size
-            raise UserError(
-                f"{path}: crop_size {crop}, but the tower of config.json takes {tower}; mend the file"
-            )
-        given = raw.get("image_grid_pinpoints")
-        if (
-            given is not None
-            and config.pinpoints
-            and given != [list(pinpoint) for pinpoint in config.pinpoints]
-        ):
-            raise UserError(
-                f"{path}: image_grid_pinpoints are not those of config.json; mend the file"
-            )
-        for name, value in SUPPORTED.items():
-            if raw.get(name, value) not in (value, None):
-                raise UserError(f"{path}: {name} is {raw[name]!r}; only {value!r} is supported")
+
+        for name, supported in SUPPORTED.items():
+            if raw.get(name, supported) not in (supported, None):
+                message = f"{name} is {raw[name]!r}; only {supported!r} is supported"
+                raise UserError(f"{path}: {message}")
         if abs((raw.get("rescale_factor") or 1 / 255) * 255 - 1) > 1e-6:
-            raise UserError(
-                f"{path}: rescale_factor is {raw['rescale_factor']!r}; only 1/255 is supported"
-            )
+            message = f"rescale_factor is {raw['rescale_factor']!r}; only 1/255 is supported"
+            raise UserError(f"{path}: {message}")
+
+        crop, edge = raw.get("crop_size", 336), raw.get("size", 336)
+        tower = config.vision.image_size
+        if crop not in (tower, {"height": tower, "width": tower}):
+            message = f"crop_size {crop}, but the tower of config.json takes {tower}; mend the file"
+            raise UserError(f"{path}: {message}")
+        if edge not in (tower, {"shortest_edge": tower}):
+            message = f"size {edge} is not crop_size, {tower} pixels, as CLIP's are; mend the file"
+            raise UserError(f"{path}: {message}")
+        given = raw.get("image_grid_pinpoints")
+        if config.pinpoints and given not in (None, [list(size) for size in config.pinpoints]):
+            message = "image_grid_pinpoints are not those of config.json; mend the file"
+            raise UserError(f"{path}: {message}")
+
         default = ImageProcessor()
-        values = [raw.get("image_mean") or default.mean, raw.get("image_std") or default.std]
-        for numbers in values:
+        mean = raw.get("image_mean") or default.mean
+        std = raw.get("image_std") or default.std
+        for numbers in (mean, std):
             right = isinstance(numbers, list | tuple) and len(numbers) == 3
-            if not right or not all(
-                isinstance(n, float | int) and math.isfinite(n) for n in numbers
-            ):
-                raise UserError(
-                    f"{path}: image_mean and image_std are three numbers each, not {numbers!r}"
-                )
-        if min(values[1]) <= 0:
-            raise UserError(f"{path}: image_std {values[1]!r} is not above 0")
-        pad = raw.get("do_pad") is True and not config.pinpoints
+            if not right or not all(type(n) in (int, float) for n in numbers):
+                message = f"image_mean and image_std are three numbers each, not {numbers!r}"
+                raise UserError(f"{path}: {message}")
+        if min(std) <= 0:
+            raise UserError(f"{path}: image_std {std!r} is not above 0")
         return ImageProcessor(
-            crop, config.vision.patch_size, *map(tuple, values), pad, config.pinpoints
+            size=tower,
+            patch=config.vision.patch_size,
+            mean=tuple(mean),
+            std=tuple(std),
+            pad=raw.get("do_pad") is True and not config.pinpoints,
+            pinpoints=config.pinpoints,
         )
 
     @property
@@ -139,6 +130,7 @@ class ImageProcessor:
             return image.resize((self.size, self.size), Image.Resampling.BICUBIC)
         if self.pad:
             image = pad_to_square(image, tuple(int(255 * m) for m in self.mean))
+
         width, height = image.size
         short, long = min(width, height), max(width, height)
         if long > LONGEST * short:
@@ -147,6 +139,7 @@ class ImageProcessor:
         new = (self.size, long) if width <= height else (long, self.size)
         if new != image.size:
             image = image.resize(new, Image.Resampling.BICUBIC)
+
         left, top = (new[0] - self.size) // 2, (new[1] - self.size) // 2
         return image.crop((left, top, left + self.size, top + self.size))
 
@@ -162,22 +155,17 @@ class ImageProcessor:
         return PreparedImage(self(image), self.layout(image)[1])
 
     def layout(self, image: Image.Image) -> tuple[int, Tensor]:
-        """How many features the tower gives for a picture, and which of them its image tokens are:
-        a packing."""
+        """How many features the tower gives for a picture, and its packing."""
         if not self.pinpoints:
             return self.patches, torch.arange(self.patches)
-        return anyres.packing(
-            (image.height, image.width), self.size, self.size // self.patch, self.pinpoints
-        )
+        side = self.size // self.patch
+        return anyres.packing((image.height, image.width), self.size, side, self.pinpoints)
 
     def normalise(self, image: Image.Image) -> Tensor:
         """RGB picture of the right size -> (3, size, size) float32."""
-        # float64 until the end, as transformers' numpy path: the result is then equal to the last
-        # bit.
-        pixels = np.asarray(image) * (1 / 255)
-        pixels = (pixels.astype(np.float32) - np.array(self.mean, np.float32)) / np.array(
-            self.std, np.float32
-        )
+        # Rescaled in float64, as by transformers' numpy path: equal to the last bit.
+        pixels = (np.asarray(image) * (1 / 255)).astype(np.float32)
+        pixels = (pixels - np.array(self.mean, np.float32)) / np.array(self.std, np.float32)
         return torch.from_numpy(np.ascontiguousarray(pixels.transpose(2, 0, 1)))
 
 
@@ -212,15 +200,14 @@ def read_picture(path: Path, remedy: str) -> Image.Image:
     """A picture file as RGB, turned as its EXIF says; `remedy` is what to do where there is none.
 
     Of an animation the first picture. More than 8 bits per value would come out white, and are
-    refused."""
+    refused.
+    """
     try:
         with Image.open(path) as picture:
             if picture.mode in ("I", "F") or picture.mode.startswith("I;"):
-                raise UserError(
-                    f"image {path}: more than 8 bits per value (mode {picture.mode}); convert it to 8 bits"
-                )
-            # Not ImageOps.exif_transpose, which writes all of the EXIF anew and fails on any odd
-            # tag in it.
+                message = f"more than 8 bits per value (mode {picture.mode}); convert it to 8 bits"
+                raise UserError(f"image {path}: {message}")
+            # Not ImageOps.exif_transpose, which fails on any odd tag in the EXIF.
             turned = TURNS.get(picture.getexif().get(0x0112))
             return to_rgb(picture if turned is None else picture.transpose(turned))
     except FileNotFoundError:
@@ -228,6 +215,5 @@ def read_picture(path: Path, remedy: str) -> Image.Image:
     except (UserError, MemoryError):
         raise
     except Exception as error:  # Pillow's readers raise anything on damaged files
-        raise UserError(
-            f"image {path}: not a readable picture ({error}); replace it or drop its record"
-        ) from None
+        message = f"not a readable picture ({error}); replace it or drop its record"
+        raise UserError(f"image {path}: {message}") from None

@@ -2,7 +2,8 @@
 
 Threads and not processes: what takes long, decoding and scaling pictures and the tokenizer, lets go
 of Python's lock. And a process that is forked beside the threads of torch.distributed may inherit a
-lock that nobody will ever open: one start in some hundred hung for good."""
+lock that nobody will ever open: one start in some hundred hung for good.
+"""
 
 import os
 from collections import deque
@@ -11,16 +12,17 @@ from concurrent.futures import ThreadPoolExecutor
 
 
 def load_ahead(items: Sequence, load: Callable, workers: int) -> Iterator:
-    """`load(item)` of every item, in order, by `workers` threads (0: by this one), up to two items
-    ahead each.
+    """`load(item)` of every item, in order, by `workers` threads, up to two items ahead each.
 
-    There is at most one thread per core. What an item's load raises is raised at its turn.
+    There is at most one thread per core; with 0 this one loads. What an item's load raises is
+    raised at its turn.
     """
     workers = min(workers, os.cpu_count() or 1, len(items))
     if not workers:
         yield from map(load, items)
         return
-    pool, ahead = ThreadPoolExecutor(workers, "load"), deque()
+    pool = ThreadPoolExecutor(workers, "load")
+    ahead = deque()
     try:
         for item in items:
             ahead.append(pool.submit(load, item))

@@ -1,5 +1,7 @@
-"""The CLIP vision tower: pixels in, patch features out. The numerics follow transformers'
-CLIPVisionModel."""
+"""The CLIP vision tower: pixels in, patch features out.
+
+The numerics follow transformers' CLIPVisionModel.
+"""
 
 from dataclasses import dataclass
 
@@ -10,8 +12,7 @@ from torch import Tensor, nn
 
 @dataclass(frozen=True)
 class ClipConfig:
-    """Tower sizes, by transformers' names; the defaults are those of CLIP ViT-L/14 at 336
-    pixels."""
+    """Tower sizes, by transformers' names; the defaults are CLIP ViT-L/14's at 336 pixels."""
 
     hidden_size: int = 1024
     intermediate_size: int = 4096
@@ -28,8 +29,7 @@ class ClipConfig:
 
 
 class Embeddings(nn.Module):
-    """[class; patches] + position table. Other image sizes than the table's are an error, not
-    interpolated."""
+    """[class; patches] + position table; images of another size are an error, not interpolated."""
 
     def __init__(self, config: ClipConfig):
         super().__init__()
@@ -42,12 +42,10 @@ class Embeddings(nn.Module):
 
     def forward(self, pixels: Tensor) -> Tensor:
         if pixels.shape[-2:] != (self.image_size, self.image_size):
-            raise ValueError(
-                f"the tower takes {self.image_size}x{self.image_size} pixels, not {tuple(pixels.shape)}"
-            )
-        patches = (
-            self.patch_embedding(pixels).flatten(2).transpose(1, 2)
-        )  # (N, patches, D), row-major
+            size = f"{self.image_size}x{self.image_size}"
+            raise ValueError(f"the tower takes {size} pixels, not {tuple(pixels.shape)}")
+        patches = self.patch_embedding(pixels)  # (N, D, rows, columns)
+        patches = patches.flatten(2).transpose(1, 2)  # (N, patches, D), row by row
         first = self.class_embedding.expand(len(pixels), 1, -1)
         return torch.cat([first, patches], dim=1) + self.position_embedding.weight
 
@@ -58,19 +56,18 @@ class Attention(nn.Module):
     def __init__(self, config: ClipConfig):
         super().__init__()
         self.heads = config.num_attention_heads
-        self.q_proj, self.k_proj, self.v_proj, self.out_proj = (
-            nn.Linear(config.hidden_size, config.hidden_size) for _ in range(4)
-        )
+        self.q_proj = nn.Linear(config.hidden_size, config.hidden_size)
+        self.k_proj = nn.Linear(config.hidden_size, config.hidden_size)
+        self.v_proj = nn.Linear(config.hidden_size, config.hidden_size)
+        self.out_proj = nn.Linear(config.hidden_size, config.hidden_size)
 
     def forward(self, x: Tensor) -> Tensor:
         N, T, D = x.shape
-        q, k, v = (
-            proj(x).view(N, T, self.heads, -1).transpose(1, 2)
-            for proj in (self.q_proj, self.k_proj, self.v_proj)
-        )
-        return self.out_proj(
-            F.scaled_dot_product_attention(q, k, v).transpose(1, 2).reshape(N, T, D)
-        )
+        q = self.q_proj(x).view(N, T, self.heads, -1).transpose(1, 2)  # (N, heads, T, head_dim)
+        k = self.k_proj(x).view(N, T, self.heads, -1).transpose(1, 2)
+        v = self.v_proj(x).view(N, T, self.heads, -1).transpose(1, 2)
+        out = F.scaled_dot_product_attention(q, k, v)
+        return self.out_proj(out.transpose(1, 2).reshape(N, T, D))
 
 
 class MLP(nn.Module):
@@ -110,15 +107,13 @@ class Encoder(nn.Module):
 
 
 class Clip(nn.Module):
-    """The tower. The modules that LLaVA never runs (last block, post_layernorm) are kept for the
-    checkpoint."""
+    """The tower. What LLaVA never runs (last block, post_layernorm) is kept for the checkpoint."""
 
     def __init__(self, config: ClipConfig):
         super().__init__()
         self.embeddings = Embeddings(config)
-        self.pre_layrnorm = nn.LayerNorm(
-            config.hidden_size, config.layer_norm_eps
-        )  # sic, the key's name
+        # The name is spelled so in every checkpoint.
+        self.pre_layrnorm = nn.LayerNorm(config.hidden_size, config.layer_norm_eps)
         self.encoder = Encoder(config)
         self.post_layernorm = nn.LayerNorm(config.hidden_size, config.layer_norm_eps)
 
@@ -126,10 +121,11 @@ class Clip(nn.Module):
         """(N, 3, H, W) -> (N, patches, D): `hidden_states[feature_layer]`, the class token dropped.
 
         hidden_states[0] is after pre_layrnorm, [-1] after the last block: at -2 the last block need
-        not run."""
-        blocks = (
-            feature_layer if feature_layer >= 0 else len(self.encoder.layers) + 1 + feature_layer
-        )
+        not run.
+        """
+        blocks = feature_layer
+        if feature_layer < 0:
+            blocks += len(self.encoder.layers) + 1
         x = self.pre_layrnorm(self.embeddings(pixels))
         for layer in self.encoder.layers[:blocks]:
             x = layer(x)

@@ -1,7 +1,8 @@
-"""config.json: the model's sizes, sparse files completed with transformers' defaults, what is
-unsupported refused."""
+"""config.json: the model's sizes.
 
-from dataclasses import fields
+Sparse files are completed with transformers' defaults, and what is not computed here is refused.
+"""
+
 from pathlib import Path
 
 from minialign.data.anyres import PINPOINTS, Size
@@ -11,8 +12,31 @@ from minialign.model.clip import ClipConfig
 from minialign.model.llama import LlamaConfig
 from minialign.model.llava import LlavaConfig
 
-# transformers' defaults of a vision_config that is there but sparse; without any, the tower is
-# `ClipConfig()`.
+# The numbers that are read. One that a file lacks is `LlamaConfig`'s or `ClipConfig`'s default.
+TEXT_NUMBERS = (
+    "vocab_size",
+    "hidden_size",
+    "intermediate_size",
+    "num_hidden_layers",
+    "num_attention_heads",
+    "num_key_value_heads",
+    "head_dim",
+    "rms_norm_eps",
+    "rope_theta",
+    "max_position_embeddings",
+)
+VISION_NUMBERS = (
+    "hidden_size",
+    "intermediate_size",
+    "num_hidden_layers",
+    "num_attention_heads",
+    "image_size",
+    "patch_size",
+    "layer_norm_eps",
+)
+NOT_WHOLE = ("rms_norm_eps", "layer_norm_eps", "rope_theta")
+
+# transformers' defaults of a vision_config that is there but sparse.
 SPARSE_VISION = {
     "hidden_size": 768,
     "intermediate_size": 3072,
@@ -21,7 +45,7 @@ SPARSE_VISION = {
     "image_size": 224,
     "patch_size": 32,
 }
-# The others are `LlamaConfig`'s.
+# Where Mistral's defaults are not Llama's.
 SPARSE_MISTRAL = {
     "intermediate_size": 14336,
     "num_key_value_heads": 8,
@@ -30,113 +54,90 @@ SPARSE_MISTRAL = {
 
 
 def read_config(folder: Path) -> LlavaConfig:
-    """config.json as a `LlavaConfig`; sparse files are completed with the defaults."""
+    """config.json as a `LlavaConfig`; a `UserError` names what is malformed or not supported."""
     path = folder / "config.json"
     raw = read_json(path, "a model folder needs Hugging Face's config.json")
     if raw.get("model_type") not in ("llava", "llava_next"):
-        said = "only 'llava' and 'llava_next' are supported, as in the hub's -hf conversions"
-        raise UserError(f"{path}: model_type is {raw.get('model_type')!r}; {said}")
-    text, vision = section(path, raw, "text_config"), section(path, raw, "vision_config")
+        message = "only 'llava' and 'llava_next' are supported, as in the hub's -hf conversions"
+        raise UserError(f"{path}: model_type is {raw.get('model_type')!r}; {message}")
+    text = section(path, raw, "text_config")
+    vision = section(path, raw, "vision_config")
+    rope = section(path, text, "rope_parameters") or section(path, text, "rope_scaling")
+
+    choices = [
+        (raw, "vision_feature_select_strategy", "default"),
+        (raw, "projector_hidden_act", "gelu"),
+        (vision, "hidden_act", "quick_gelu"),
+        (text, "hidden_act", "silu"),
+        (text, "attention_bias", False),
+        (text, "mlp_bias", False),
+        (text, "sliding_window", None),
+        (rope, "rope_type", "default"),
+        (rope, "type", "default"),  # transformers 4's name of it
+    ]
+    for values, name, supported in choices:
+        if values.get(name, supported) != supported:
+            raise UserError(f"{path}: {name} is {values[name]!r}; only {supported!r} is supported")
+
     if vision:
         vision = SPARSE_VISION | vision
+    tower = ClipConfig(**numbers(path, vision, VISION_NUMBERS))
+
     if text.get("model_type") == "mistral":
         text = SPARSE_MISTRAL | text
-    rope = section(path, text, "rope_parameters") or section(path, text, "rope_scaling")
-    expected = [
-        ("vision_feature_select_strategy", raw, "default"),
-        ("projector_hidden_act", raw, "gelu"),
-        ("hidden_act", vision, "quick_gelu"),
-        ("hidden_act", text, "silu"),
-        ("attention_bias", text, False),
-        ("mlp_bias", text, False),
-        ("sliding_window", text, None),
-        ("rope_type", {"rope_type": rope.get("type", "default")} | rope, "default"),
-    ]
-    for name, found, value in expected:
-        if found.get(name, value) != value:
-            raise UserError(f"{path}: {name} is {found[name]!r}; only {value!r} is supported")
-    if text.get("rope_theta") is None:
-        text["rope_theta"] = rope.get("rope_theta", LlamaConfig.rope_theta)
-    require_numbers(path, text, LlamaConfig)
-    require_numbers(path, vision, ClipConfig)
-    heads = text.get("num_attention_heads", LlamaConfig.num_attention_heads)
-    text["num_key_value_heads"] = text.get("num_key_value_heads") or heads
-    text["head_dim"] = (
-        text.get("head_dim") or text.get("hidden_size", LlamaConfig.hidden_size) // heads
-    )
-    text["tie_word_embeddings"] = bool(
-        raw.get("tie_word_embeddings") or text.get("tie_word_embeddings")
-    )
+    if "rope_theta" in rope:
+        text = {"rope_theta": rope["rope_theta"]} | text
+    sizes = numbers(path, text, TEXT_NUMBERS)
+    heads = sizes.get("num_attention_heads", LlamaConfig.num_attention_heads)
+    width = sizes.get("hidden_size", LlamaConfig.hidden_size)
+    sizes = {"num_key_value_heads": heads, "head_dim": width // heads} | sizes
+    tied = bool(raw.get("tie_word_embeddings") or text.get("tie_word_embeddings"))
+    decoder = LlamaConfig(**sizes, tie_word_embeddings=tied)
 
-    def known(section: dict, kind: type) -> dict:
-        return {f.name: section[f.name] for f in fields(kind) if f.name in section}
+    layer, blocks = raw.get("vision_feature_layer", -2), tower.num_hidden_layers
+    if type(layer) is not int or not -blocks - 1 <= layer <= blocks:
+        message = f"it must be one of the tower's {blocks} layers"
+        raise UserError(f"{path}: vision_feature_layer is {layer!r}; {message}")
+    image_id = raw.get("image_token_index", raw.get("image_token_id"))
+    if image_id is None:
+        image_id = LlavaConfig.image_token_id
+    if type(image_id) is not int or not 0 <= image_id < decoder.vocab_size:
+        message = f"no id below vocab_size {decoder.vocab_size}; mend it"
+        raise UserError(f"{path}: image_token_index is {image_id!r}, {message}")
+    pinpoints = ()
+    if raw["model_type"] == "llava_next":
+        pinpoints = read_pinpoints(path, raw, tower.image_size)
+    return LlavaConfig(decoder, tower, image_id, layer, pinpoints, raw)
 
-    tower, layer = ClipConfig(**known(vision, ClipConfig)), raw.get("vision_feature_layer", -2)
-    if tower.hidden_size % tower.num_attention_heads or heads % text["num_key_value_heads"]:
-        raise UserError(
-            f"{path}: a number of attention heads does not go into what it divides; download it again"
-        )
-    blocks = tower.num_hidden_layers
-    if not isinstance(layer, int) or not -blocks - 1 <= layer <= blocks:
-        raise UserError(
-            f"{path}: vision_feature_layer is {layer!r}; it must be one of the tower's {blocks} layers"
-        )
-    decoder, image_id = (
-        LlamaConfig(**known(text, LlamaConfig)),
-        raw.get("image_token_index", raw.get("image_token_id")),
-    )
-    if image_id is not None and not (
-        isinstance(image_id, int) and 0 <= image_id < decoder.vocab_size
-    ):
-        raise UserError(
-            f"{path}: image_token_index {image_id!r} is none of the {decoder.vocab_size} token ids"
-        )
-    return LlavaConfig(
-        text=decoder,
-        vision=tower,
-        image_token_id=32000 if image_id is None else image_id,
-        vision_feature_layer=layer,
-        pinpoints=read_pinpoints(path, raw, tower.image_size)
-        if raw["model_type"] == "llava_next"
-        else (),
-        raw=raw,
-    )
+
+def section(path: Path, values: dict, name: str) -> dict:
+    """A nested object of config.json, without nulls: they stand for defaults. May be missing."""
+    found = values.get(name) or {}
+    if not isinstance(found, dict):
+        raise UserError(f"{path}: {name} must be a JSON object; download the folder again")
+    return {key: value for key, value in found.items() if value is not None}
+
+
+def numbers(path: Path, values: dict, names: tuple[str, ...]) -> dict[str, float]:
+    """Those of the named numbers that are there; each must be above 0."""
+    found = {name: values[name] for name in names if name in values}
+    for name, value in found.items():
+        right = type(value) is int or (type(value) is float and name in NOT_WHOLE)
+        if not right or value <= 0:
+            message = "not a number above 0; download the folder again"
+            raise UserError(f"{path}: {name} is {value!r}, {message}")
+    return found
 
 
 def read_pinpoints(path: Path, raw: dict, tile: int) -> tuple[Size, ...]:
     """The resolutions of LLaVA-1.6: (height, width) pairs of whole tiles."""
-    given = raw.get("image_grid_pinpoints") or [list(pinpoint) for pinpoint in PINPOINTS]
-    for pinpoint in given if isinstance(given, list) else [given]:
-        pair = (
-            isinstance(pinpoint, list)
-            and len(pinpoint) == 2
-            and all(type(n) is int for n in pinpoint)
-        )
-        if not pair or any(n <= 0 or n % tile for n in pinpoint):
-            raise UserError(
-                f"{path}: image_grid_pinpoints: {pinpoint!r} is no pair of multiples of {tile} pixels"
-            )
-    return tuple(map(tuple, given))
-
-
-def section(path: Path, raw: dict, name: str) -> dict:
-    """A copy of a nested object of config.json; empty where there is none."""
-    value = raw.get(name) or {}
-    if not isinstance(value, dict):
-        raise UserError(f"{path}: {name} must be a JSON object; download the folder again")
-    return dict(value)
-
-
-def require_numbers(path: Path, values: dict, kind: type) -> None:
-    """Refuse sizes that are no positive numbers; null stands for the default in two of them."""
-    for field in fields(kind):
-        value, optional = values.get(field.name), field.name in ("num_key_value_heads", "head_dim")
-        if field.type is bool or field.name not in values or (value is None and optional):
-            continue
-        right = isinstance(value, int | float if field.type is float else int) and not isinstance(
-            value, bool
-        )
-        if not right or value <= 0:
-            raise UserError(
-                f"{path}: {field.name} is {value!r}, not a number above 0; download the folder again"
-            )
+    given = raw.get("image_grid_pinpoints") or [list(size) for size in PINPOINTS]
+    try:
+        pinpoints = tuple((height, width) for height, width in given)
+        right = all(side > 0 and side % tile == 0 for pair in pinpoints for side in pair)
+    except (TypeError, ValueError):  # no list, no pair, no number
+        right = False
+    if not right:
+        message = f"no pairs of multiples of {tile} pixels"
+        raise UserError(f"{path}: image_grid_pinpoints: {str(given)[:80]} are {message}")
+    return pinpoints

@@ -7,7 +7,7 @@ preprocessor_config.json. `NAMES` is the whole mapping between Hugging Face's ke
 import hashlib
 import re
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -17,7 +17,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from minialign.errors import UserError
-from minialign.files import read_json, write_folder_whole, write_json
+from minialign.files import folder_written_whole, read_json, write_json
 from minialign.model.config import read_config
 from minialign.model.llava import Llava
 from minialign.training import parallel
@@ -38,7 +38,9 @@ HUB_NAMES = [
     (r"^lm_head\.", "language_model.lm_head."),
     (r"^language_model\.", "language_model.model."),
 ]
+# Buffers that old versions of transformers stored.
 IGNORED = re.compile(r"(position_ids|\.inv_freq)$")
+# What belongs to the weights, and is copied with them.
 COMPANIONS = (
     "tokenizer.json",
     "tokenizer_config.json",
@@ -63,16 +65,19 @@ def rename(key: str, table: list[tuple[str, str]]) -> str:
 
 
 def fingerprint(folder: Path, adapter: str | None = None, reward: str = "") -> str:
-    """A short name of the folder's weights, of an adapter's, and of a reward model's where `reward`
-    is a folder.
+    """A short name of a folder's weights, an adapter's and, if `reward` is a folder, a reward
+    model's.
 
-    From sizes, first and last MiB of the files, as 14 GB take long to read.
+    It is made of sizes, first and last MiB of the files, as 14 GB take long to read.
     """
-    digest = hashlib.sha256()
-    extra = [] if adapter is None else [Path(adapter) / "adapter_model.safetensors"]
+    files = weight_files(folder)
+    if adapter is not None:
+        files.append(Path(adapter) / "adapter_model.safetensors")
     if reward and Path(reward).is_dir():
-        extra += sorted(Path(reward).glob("*.safetensors"))
-    for path in weight_files(folder) + extra:
+        files += sorted(Path(reward).glob("*.safetensors"))
+
+    digest = hashlib.sha256()
+    for path in files:
         size = path.stat().st_size
         digest.update(f"{path.name} {size} ".encode())
         with open(path, "rb") as file:
@@ -90,33 +95,29 @@ def weight_files(folder: Path) -> list[Path]:
         files = [folder / name for name in sorted(set(names))]
     else:
         files = [folder / "model.safetensors"]
-    for file in files:
-        if file.exists():
-            continue
-        if any(folder.glob("*.bin")) or any(folder.glob("*.pt")) or any(folder.glob("*.pth")):
-            raise UserError(
-                f"{folder}: only pickle weights (.bin, .pt), which are never loaded; convert them to safetensors"
-            )
-        raise UserError(
-            f"{file}: no such file; a model folder needs model.safetensors or its shards with an index"
-        )
+    missing = [file for file in files if not file.exists()]
+    if missing and any(file.suffix in (".bin", ".pt", ".pth") for file in folder.glob("*")):
+        message = "only pickle weights (.bin, .pt), which are never loaded"
+        raise UserError(f"{folder}: {message}; convert them to safetensors")
+    if missing:
+        message = "a model folder needs model.safetensors or its shards with an index"
+        raise UserError(f"{missing[0]}: no such file; {message}")
     return files
 
 
 @contextmanager
-def opened(file: Path):
+def opened(file: Path) -> Iterator:
     """A safetensors file, open for reading; a damaged one is a `UserError`."""
     try:
         with safe_open(file, framework="pt") as tensors:
             yield tensors
     except SafetensorError as error:
-        raise UserError(
-            f"{file}: not a whole safetensors file ({error}); download or save it again"
-        ) from None
+        message = f"not a whole safetensors file ({error}); download or save it again"
+        raise UserError(f"{file}: {message}") from None
 
 
-def read_tensors(file: Path):
-    """Yield (key, tensor) one tensor at a time."""
+def read_tensors(file: Path) -> Iterator[tuple[str, Tensor]]:
+    """A file's keys and tensors, one tensor at a time."""
     with opened(file) as tensors:
         for key in tensors.keys():  # noqa: SIM118 (safe_open is no dict)
             yield key, tensors.get_tensor(key)
@@ -155,10 +156,14 @@ def load_weights(model: Llava, folder: Path, device: str) -> None:
     head are not read: the caller fills them in. A missing, unexpected or wrongly shaped tensor is a
     `UserError` that names the keys.
     """
-    # What is stored once may stand twice in the model: the projector, and the copy that is trained.
+    # Name in a plain model -> names in this one, whose adapters have wrapped some modules. What is
+    # stored once may stand twice: the projector, and the copy that is trained.
     places: dict[str, list[str]] = {}
-    for name in parameter_names(model):
-        places.setdefault(stored_name(name), []).append(name)
+    for name, _ in model.named_parameters():
+        if "lora_" not in name and "scalar_head" not in name:
+            stored = name.replace(".base.", ".").replace(".copy.", ".")
+            places.setdefault(stored, []).append(name)
+
     shapes = {}
     for file in weight_files(folder):
         shapes |= {rename(key, NAMES): shape for key, shape in read_shapes(file).items()}
@@ -167,8 +172,8 @@ def load_weights(model: Llava, folder: Path, device: str) -> None:
     wanted = {name: model.get_parameter(names[0]).shape for name, names in places.items()}
     check_tensors(folder, wanted, shapes)
 
-    if parallel.units(model):
-        model.to_empty(device=device)  # this process's rows
+    if parallel.units(model):  # FSDP2's: memory for this process's rows
+        model.to_empty(device=device)
     for file in weight_files(folder):
         for key, tensor in read_tensors(file):
             for name in places.get(rename(key, NAMES), []):
@@ -176,21 +181,12 @@ def load_weights(model: Llava, folder: Path, device: str) -> None:
     model.tie_weights()
 
 
-def parameter_names(model: Llava) -> list[str]:
-    """Of the parameters that a model folder holds: all but adapters and a scalar head."""
-    return [
-        name for name, _ in model.named_parameters() if not re.search("lora_|scalar_head", name)
-    ]
-
-
-def stored_name(name: str) -> str:
-    """Our name of a parameter in a model with adapters -> its name in one without."""
-    return name.replace(".base.", ".").replace(".copy.", ".")
-
-
 def set_parameter(model: nn.Module, name: str, value: Tensor, device: str) -> None:
-    """Give a parameter its value, in the parameter's own type: of a model in shards its rows, and
-    else the tensor itself takes the place of one on the meta device."""
+    """Give a parameter its value, in the parameter's own type.
+
+    In a model in shards its rows are filled in; else the tensor itself takes the place of one on
+    the meta device.
+    """
     parameter = model.get_parameter(name)
     if parallel.in_shards(parameter):
         parallel.fill_in(parameter, value)
@@ -205,24 +201,22 @@ def set_parameter(model: nn.Module, name: str, value: Tensor, device: str) -> No
 def check_tensors(where: Path, wanted: dict[str, torch.Size], found: dict[str, torch.Size]) -> None:
     """Refuse missing, unexpected and wrongly shaped tensors, by name and shape."""
     problems = []
-    for title, keys in (
-        ("missing", wanted.keys() - found.keys()),
-        ("unexpected", found.keys() - wanted.keys()),
-    ):
-        if keys:
-            shown = ", ".join(sorted(keys)[:5]) + (
-                f" and {len(keys) - 5} more" if len(keys) > 5 else ""
-            )
-            problems.append(f"{title} tensors: {shown}")
-    other = [key for key in sorted(wanted.keys() & found.keys()) if wanted[key] != found[key]]
-    if other:
-        shapes = f"{list(found[other[0]])}, the model's config.json says {list(wanted[other[0]])}"
-        problems.append(
-            f"{other[0]} has shape {shapes}"
-            + (f", and {len(other) - 1} more" if len(other) > 1 else "")
-        )
+    if missing := wanted.keys() - found.keys():
+        problems.append(f"missing tensors: {some_of(missing)}")
+    if unexpected := found.keys() - wanted.keys():
+        problems.append(f"unexpected tensors: {some_of(unexpected)}")
+    if other := [key for key in wanted.keys() & found.keys() if wanted[key] != found[key]]:
+        key = min(other)
+        shapes = f"{list(found[key])}, the model's config.json says {list(wanted[key])}"
+        problems.append(f"{key} has shape {shapes}")
     if problems:
         raise UserError(f"{where}: {'; '.join(problems)}; these weights belong to another model")
+
+
+def some_of(keys: set[str]) -> str:
+    """The first keys, and how many more there are."""
+    more = f" and {len(keys) - 5} more" if len(keys) > 5 else ""
+    return ", ".join(sorted(keys)[:5]) + more
 
 
 def copy_companions(source: Path, folder: Path, raw_config: dict) -> None:
@@ -236,23 +230,18 @@ def copy_companions(source: Path, folder: Path, raw_config: dict) -> None:
 def save_model(
     state: dict[str, Tensor], raw_config: dict, source: Path, folder: Path, dtype: torch.dtype
 ) -> None:
-    """Write a new model as a Hugging Face folder, whole: `state` by our names, companions from
-    `source`."""
+    """Write a new model as a Hugging Face folder: `state` by our names, companions from `source`."""
+    state = dict(state)
+    embeddings = state["language_model.embed_tokens.weight"]
+    if state["lm_head.weight"].data_ptr() == embeddings.data_ptr():  # tied: stored once
+        del state["lm_head.weight"]
+    tensors = {}
+    for name, tensor in state.items():
+        tensors[rename(name, HUB_NAMES)] = tensor.detach().to("cpu", dtype).contiguous()
 
-    def write(partial: Path) -> None:
-        """Tensors, config and companions into the folder that takes its place when it is whole."""
-        tied = (
-            state["lm_head.weight"].data_ptr()
-            == state["language_model.embed_tokens.weight"].data_ptr()
-        )
-        kept = {k: v for k, v in state.items() if not (tied and k == "lm_head.weight")}
-        tensors = {
-            rename(k, HUB_NAMES): v.detach().to("cpu", dtype).contiguous() for k, v in kept.items()
-        }
+    with folder_written_whole(folder) as partial:
         save_file(tensors, partial / "model.safetensors", metadata={"format": "pt"})
         copy_companions(source, partial, raw_config | {"dtype": str(dtype).removeprefix("torch.")})
-
-    write_folder_whole(folder, write)
 
 
 def save_changed(
@@ -262,29 +251,25 @@ def save_changed(
     folder: Path,
     add: Callable[[Path], None] | None = None,
 ) -> None:
-    """Write the folder `source` anew with `change(our name, tensor)` in each tensor's place, whole.
+    """Write the folder `source` anew with `change(our name, tensor)` in each tensor's place.
 
-    `add(folder)` puts files of its own beside.
-
-    File by file, as they were read: the layout of the keys, the shards and the types stay, so that
-    whatever reads `source` reads the result, and what did not change has the same bytes."""
-
-    def write(partial: Path) -> None:
-        """The files into the folder that takes its place when it is whole."""
+    `add(folder)` puts files of its own beside. File by file, as they were read: the layout of the
+    keys, the shards and the types stay, so that whatever reads `source` reads the result, and what
+    did not change has the same bytes.
+    """
+    with folder_written_whole(folder) as partial:
         for file in weight_files(source):
             with opened(file) as tensors:
                 metadata = tensors.metadata()
             changed = {}
             for key, tensor in read_tensors(file):
-                changed[key] = (
-                    change(rename(key, NAMES), tensor).detach().to("cpu", tensor.dtype).contiguous()
-                )
+                new = change(rename(key, NAMES), tensor)
+                changed[key] = new.detach().to("cpu", tensor.dtype).contiguous()
             save_file(changed, partial / file.name, metadata=metadata)
+
         index = source / "model.safetensors.index.json"
         if index.exists():
             shutil.copyfile(index, partial / index.name)
         copy_companions(source, partial, raw_config)
         if add is not None:
             add(partial)
-
-    write_folder_whole(folder, write)

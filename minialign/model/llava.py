@@ -1,4 +1,4 @@
-"""LLaVA: tower + projector + decoder, and image features into the sequence."""
+"""LLaVA: tower, projector and decoder, and how image features get into the sequence."""
 
 from dataclasses import dataclass, field
 
@@ -19,12 +19,10 @@ class LlavaConfig:
     vision: ClipConfig
     image_token_id: int = 32000
     vision_feature_layer: int = -2
-    pinpoints: tuple[
-        tuple[int, int], ...
-    ] = ()  # AnyRes (LLaVA-1.6): the resolutions that pictures are fitted into
-    raw: dict = field(
-        default_factory=dict, compare=False
-    )  # config.json as it was read, to write it back
+    # AnyRes (LLaVA-1.6): the resolutions, (height, width), that pictures are fitted into
+    pinpoints: tuple[tuple[int, int], ...] = ()
+    # config.json as it was read, to write it back
+    raw: dict = field(default_factory=dict, compare=False)
 
 
 class Projector(nn.Module):
@@ -40,7 +38,7 @@ class Projector(nn.Module):
 
 
 class Llava(nn.Module):
-    """The multimodal model. Parameter names are listed in checkpoint.py beside Hugging Face's."""
+    """The multimodal model. hf_folder.py lists its parameters' names beside Hugging Face's."""
 
     def __init__(self, config: LlavaConfig):
         super().__init__()
@@ -48,12 +46,12 @@ class Llava(nn.Module):
         self.vision_tower = Clip(config.vision)
         self.multi_modal_projector = Projector(config.vision.hidden_size, config.text.hidden_size)
         self.language_model = Llama(config.text)
-        self.image_newline = (
-            nn.Parameter(torch.zeros(config.text.hidden_size)) if config.pinpoints else None
-        )
+        self.image_newline = None
+        if config.pinpoints:
+            self.image_newline = nn.Parameter(torch.zeros(config.text.hidden_size))
         self.lm_head = nn.Linear(config.text.hidden_size, config.text.vocab_size, bias=False)
         self.tie_weights()
-        # of a reward model, or of PPO's policy: see heads.py
+        # A reward model and PPO's policy have one (scalar_head.py).
         self.scalar_head: nn.Linear | None = None
 
     def tie_weights(self) -> None:
@@ -68,8 +66,10 @@ class Llava(nn.Module):
 
     @torch.no_grad()
     def encode_images(self, pixels: Tensor) -> Tensor:
-        """(tiles, 3, H, W) -> (tiles, patches, D_vision). The tower is frozen: encode once, use for
-        every policy."""
+        """(tiles, 3, H, W) -> (tiles, patches, D_vision).
+
+        The tower is frozen: what it has seen once serves policy and reference.
+        """
         # There first: torch would change their type on the host, in memory that is not pinned.
         pixels = pixels.to(self.device, non_blocking=True).to(self.lm_head.weight.dtype)
         return self.vision_tower(pixels, self.config.vision_feature_layer)
@@ -79,26 +79,27 @@ class Llava(nn.Module):
 
         tower_features (tiles, patches, D_vision) are the batch's images in row order. Only the
         features that the tree refers to are projected: neither hidden ones nor what AnyRes leaves
-        out. Raises ValueError where slots and features disagree, with both numbers."""
+        out. Raises ValueError where slots and features disagree, with both numbers.
+        """
         embeddings = self.language_model.embed_tokens(tree.ids)
-        available = (
-            0 if tower_features is None else tower_features.shape[0] * tower_features.shape[1]
-        )
-        if available != tree.features_expected:
-            raise ValueError(
-                f"{tree.features_expected} image slots in the batch, but {available} image features"
-            )
+        available = 0
+        if tower_features is not None:
+            available = tower_features.shape[0] * tower_features.shape[1]
+        expected = tree.features_expected
+        if available != expected:
+            raise ValueError(f"{expected} image slots in the batch, but {available} image features")
         if not available:
             return embeddings
+
         if self.image_newline is not None:
-            newlines = tree.feature == NEWLINE
-            embeddings = torch.where(
-                newlines[..., None], self.image_newline.to(embeddings.dtype), embeddings
-            )
+            newlines = (tree.feature == NEWLINE)[..., None]
+            newline = self.image_newline.to(embeddings.dtype)
+            embeddings = torch.where(newlines, newline, embeddings)
+
         slots = tree.feature >= 0
         if not slots.any():
             return embeddings
-        used = tower_features.flatten(0, 1)[tree.feature[slots]]
+        used = tower_features.flatten(0, 1)[tree.feature[slots]]  # (image tokens, D_vision)
         image = self.multi_modal_projector(used).to(embeddings.dtype)
         return embeddings.masked_scatter(slots[..., None], image)
 

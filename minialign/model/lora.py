@@ -2,7 +2,8 @@
 
 The numerics and the exported folder follow PEFT: W x + (alpha / rank) B A x, with B zero at the
 start, and the projector trained as a full copy beside its original (PEFT calls that
-`modules_to_save`)."""
+`modules_to_save`).
+"""
 
 import copy
 import math
@@ -27,18 +28,21 @@ class LoraLinear(nn.Module):
 
     def __init__(self, base: nn.Linear, rank: int, alpha: float):
         super().__init__()
-        self.base, self.scaling, self.enabled = base, alpha / rank, True
+        self.base = base
+        self.scaling = alpha / rank
+        self.enabled = True
         A, B = new_update(rank, base.in_features, base.out_features)
         self.lora_A = nn.Parameter(A.to(base.weight.device))
         self.lora_B = nn.Parameter(B.to(base.weight.device))
-        self.register_buffer(
-            "reference_A", None, persistent=False
-        )  # buffers go where the model goes
+        # Buffers, as these go where the model goes.
+        self.register_buffer("reference_A", None, persistent=False)
         self.register_buffer("reference_B", None, persistent=False)
 
     def forward(self, x: Tensor) -> Tensor:
-        """W x + (alpha / rank) B A x, (..., in) -> (..., out); switched off, with the reference's
-        own update, or none."""
+        """W x + (alpha / rank) B A x, (..., in) -> (..., out).
+
+        Switched off, with the reference's own update, or none.
+        """
         out = self.base(x)
         A, B = (self.lora_A, self.lora_B) if self.enabled else (self.reference_A, self.reference_B)
         if A is None:
@@ -56,8 +60,7 @@ class LoraLinear(nn.Module):
 
 
 def new_update(rank: int, in_features: int, out_features: int) -> tuple[Tensor, Tensor]:
-    """A (rank, in) as nn.Linear draws its weights, and B (out, rank) of zeros, float32, on the
-    CPU."""
+    """A (rank, in) as nn.Linear draws its weights, and B (out, rank) of zeros, float32."""
     A = torch.empty(rank, in_features)
     nn.init.kaiming_uniform_(A, a=math.sqrt(5))
     return A, torch.zeros(out_features, rank)
@@ -68,7 +71,9 @@ class TrainableCopy(nn.Module):
 
     def __init__(self, base: nn.Module):
         super().__init__()
-        self.base, self.copy, self.enabled = base.float(), copy.deepcopy(base).float(), True
+        self.base = base.float()
+        self.copy = copy.deepcopy(base).float()
+        self.enabled = True
 
     def forward(self, x: Tensor) -> Tensor:
         return self.copy(x) if self.enabled else self.base(x)
@@ -79,14 +84,12 @@ class TrainableCopy(nn.Module):
 
 
 def add_adapters(model: Llava, rank: int, alpha: float) -> None:
-    """Freeze the model; give every decoder linear a LoRA update and the projector a trainable
-    copy."""
+    """Freeze the model; give each linear of the decoder an update, the projector a trainable copy."""
     model.requires_grad_(False)
     for layer in model.language_model.layers:
         for block in (layer.self_attn, layer.mlp):
-            for name, child in list(block.named_children()):
-                if name in TARGETS:
-                    setattr(block, name, LoraLinear(child, rank, alpha))
+            for name, linear in list(block.named_children()):
+                setattr(block, name, LoraLinear(linear, rank, alpha))
     model.multi_modal_projector = TrainableCopy(model.multi_modal_projector)
     model.multi_modal_projector.copy.requires_grad_(True)
 
@@ -98,8 +101,10 @@ def adapter_modules(model: Llava) -> list[LoraLinear | TrainableCopy]:
 
 @contextmanager
 def adapters_off(model: Llava) -> Iterator[None]:
-    """Inside, the model is the reference: the base, or what `keep_reference` has kept; no
-    gradients."""
+    """Inside, the model is the reference: the base, or what `keep_reference` has kept.
+
+    There are no gradients inside.
+    """
     adapters = adapter_modules(model)
     for module in adapters:
         module.enabled = False
@@ -112,35 +117,33 @@ def adapters_off(model: Llava) -> Iterator[None]:
 
 
 def trainable_groups(model: Llava, lr: float, projector_lr: float) -> list[dict]:
-    """Optimizer groups: the adapters, and a head if there is one, at `lr`, the projector at its own
-    rate (App. A)."""
+    """Optimizer groups: adapters, and a head if there is one, at `lr`; the projector at its own rate
+    (App. A)."""
     projector = list(model.multi_modal_projector.copy.parameters())
     lora = [p for m in model.modules() if isinstance(m, LoraLinear) for p in (m.lora_A, m.lora_B)]
-    lora += [] if model.scalar_head is None else [model.scalar_head.weight]
+    if model.scalar_head is not None:
+        lora.append(model.scalar_head.weight)
     return [{"params": lora, "lr": lr}, {"params": projector, "lr": projector_lr}]
 
 
 def adapter_state(model: Llava) -> dict[str, Tensor]:
     """The trained tensors by our names."""
-    marks = "lora_", f"{PROJECTOR}.copy.", HEAD
+    marks = ("lora_", f"{PROJECTOR}.copy.", HEAD)
     return {name: p for name, p in model.named_parameters() if any(mark in name for mark in marks)}
 
 
 def reference_state(model: Llava) -> dict[str, Tensor]:
-    """The tensors that the reference is made of: all that are not trained, and its own updates,
-    scaled."""
+    """The tensors that the reference is made of: what is not trained, and its own updates, scaled.
+
+    An update whose B is zero does nothing and does not count, whatever A was drawn.
+    """
     trained = adapter_state(model).keys()
     state = {name: tensor for name, tensor in model.named_parameters() if name not in trained}
     for name, module in model.named_modules():
-        if (
-            isinstance(module, LoraLinear)
-            and module.reference_B is not None
-            and module.reference_B.any()
-        ):
-            state[f"{name}.reference_A"] = (
-                module.reference_A
-            )  # where B is zero A is drawn, and does nothing
-            state[f"{name}.reference_B"] = module.reference_B * module.scaling
+        B = getattr(module, "reference_B", None)
+        if B is not None and B.any():
+            state[f"{name}.reference_A"] = module.reference_A
+            state[f"{name}.reference_B"] = B * module.scaling
     return state
 
 

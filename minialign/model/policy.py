@@ -18,17 +18,17 @@ def empty_policy(folder: Path, config, head: Literal["value", "reward"] | None =
     `config` has a training script's flags. Switched off, the adapters leave the reference.
     """
     model = empty_model(folder, getattr(torch, config.dtype))
-    add_adapters(model, config.lora_rank, config.lora_alpha)
-    if head:
-        set_head(model, new_head(model, head).to("meta"))
+    with torch.device("meta"):
+        add_adapters(model, config.lora_rank, config.lora_alpha)
+        if head:
+            set_head(model, new_head(model, head))
     return model
 
 
 def load_policy_weights(
     model: Llava, folder: Path, config, head: Literal["value", "reward"] | None = None
 ) -> None:
-    """Fill in what `empty_policy` has made: the base, then adapters, new ones or
-    `config.adapter`'s.
+    """Fill in what `empty_policy` has made: the base, then adapters, new or `config.adapter`'s.
 
     Loaded adapters are the policy's start, and with `--reference adapter` the reference too. What
     new ones, or those that a folder leaves out, begin with follows from the seed, whatever the

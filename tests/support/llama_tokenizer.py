@@ -170,7 +170,8 @@ def write_llama2(
             }
         )
     )
-    config = {"model_type": "llava", "image_token_index": 32000, "pad_token_id": 32001}
+    ids = {"image_token_index": 32000, "pad_token_id": 32001}
+    config = {"model_type": "llava", "text_config": {"vocab_size": 32064}} | ids
     (folder / "config.json").write_text(json.dumps(config))
     return folder
 
