@@ -1,5 +1,6 @@
 """Eq. 5 with an external and an own rejected response: by hand, in train_dpo.py, and where
-sample_bdhs.py keeps it."""
+sample_bdhs.py keeps it.
+"""
 
 import json
 import math
@@ -14,15 +15,15 @@ from input_files import pairs_in
 from script_runs import read_lines, sample, train
 
 import train_dpo
-from minialign.align.losses import preference_loss, preference_metrics
+from minialign.align.losses import dpo_loss, ipo_loss, preference_metrics, slic_loss
 from minialign.errors import UserError
 
 SEEDS = range(5)
+LOSSES = {"dpo": dpo_loss, "ipo": ipo_loss, "slic": slic_loss}
 ADAPTER = "adapter/adapter_model.safetensors"
 
 
-# By hand
-# -----------------------------------------------------------------------------------------------------
+# ---------------------------------------------------------------- by hand
 
 
 def value_and_slope(loss: str, h: float, beta: float) -> tuple[float, float]:
@@ -36,12 +37,18 @@ def value_and_slope(loss: str, h: float, beta: float) -> tuple[float, float]:
 
 def random_logps(seed: int) -> tuple[torch.Tensor, torch.Tensor]:
     """(B, 3) by policy and reference: y+, the external y-, the own one."""
-    generator = torch.Generator().manual_seed(seed)
-    shape = 1 + 3 * seed, 3
-    policy, ref = (
-        -30 * torch.rand(shape, generator=generator, dtype=torch.float64) for _ in range(2)
-    )
-    return policy.requires_grad_(), ref.requires_grad_()
+    generator, found = torch.Generator().manual_seed(seed), []
+    for _ in range(2):
+        logps = -30 * torch.rand(1 + 3 * seed, 3, generator=generator, dtype=torch.float64)
+        found.append(logps.requires_grad_())
+    return found[0], found[1]
+
+
+def average(loss: str, policy, ref, beta: float, weights: list[float]) -> torch.Tensor:
+    """Eq. 5 as the scripts write it: the weighted sum over y-, the mean over pairs."""
+    four = policy[:, :1], policy[:, 1:], ref[:, :1], ref[:, 1:]
+    losses = LOSSES[loss](*four, beta)
+    return (losses * torch.tensor(weights, dtype=policy.dtype)).sum(1).mean()
 
 
 @pytest.mark.parametrize("seed", SEEDS)
@@ -52,9 +59,7 @@ def test_two_rejected_responses_by_hand(loss, seed):
     policy, ref = random_logps(seed)
     rng = random.Random(seed)
     gamma, beta, count = rng.random(), 0.05 + 0.5 * rng.random(), len(policy)
-    found = preference_loss(
-        policy, ref, loss, beta, torch.tensor([gamma, 1 - gamma], dtype=torch.float64)
-    )
+    found = average(loss, policy, ref, beta, [gamma, 1 - gamma])
     found.backward()
     expected, gradient = 0.0, torch.zeros(count, 3, dtype=torch.float64)
     for row, (p, r) in enumerate(zip(policy.tolist(), ref.tolist(), strict=True)):
@@ -73,11 +78,9 @@ def test_at_the_ends_one_rejected_response_counts(loss):
     """A weight of 1 and one of 0 are Eq. 3 with that response alone."""
     policy, ref = random_logps(3)
     for weights, k in (([1.0, 0.0], 1), ([0.0, 1.0], 2)):
-        both = preference_loss(policy, ref, loss, 0.1, torch.tensor(weights))
-        alone = preference_loss(policy[:, [0, k]], ref[:, [0, k]], loss, 0.1, torch.tensor([1.0]))
-        other = preference_loss(
-            policy[:, [0, 3 - k]], ref[:, [0, 3 - k]], loss, 0.1, torch.tensor([1.0])
-        )
+        both = average(loss, policy, ref, 0.1, weights)
+        alone = average(loss, policy[:, [0, k]], ref[:, [0, k]], 0.1, [1.0])
+        other = average(loss, policy[:, [0, 3 - k]], ref[:, [0, 3 - k]], 0.1, [1.0])
         assert both.item() == pytest.approx(alone.item(), rel=1e-9) != other.item()
 
 
@@ -88,7 +91,8 @@ def test_metrics_by_hand():
     ref = torch.tensor([[-6.0, -4.0, -8.0], [-2.0, -6.0, -2.0], [-1.0, -1.0, -1.0]])
     # chosen - ref: 2, -4, 0. Rejected: -11, -2, -1; of the reference: -7, -3, -1; their difference:
     # -4, 1, 0.
-    found = preference_metrics(policy, ref, 0.5, torch.tensor([0.25, 0.75]))
+    four = policy[:, :1], policy[:, 1:], ref[:, :1], ref[:, 1:]
+    found = preference_metrics(*four, 0.5, torch.tensor([0.25, 0.75]))
     assert found == pytest.approx(
         {
             "rewards/chosen": 0.5 * (2 - 4 + 0) / 3,
@@ -102,8 +106,7 @@ def test_metrics_by_hand():
     )
 
 
-# train_dpo.py
-# ------------------------------------------------------------------------------------------------
+# ---------------------------------------------------------------- train_dpo.py
 
 
 @pytest.fixture(scope="module")
@@ -111,18 +114,13 @@ def files(pairs, tmp_path_factory) -> dict[str, str]:
     """The pairs with an external y-, those with it in the place of their own, and some that have
     none."""
     folder = tmp_path_factory.mktemp("files")
-    raws = [json.loads(line) for line in open(pairs)]
-    externals = [
-        f"{raw['rejected']} It is {i} years old." for i, raw in enumerate(raws[3:] + raws[:3])
-    ]
-    found = {
-        "both": [raw | {"external": text} for raw, text in zip(raws, externals, strict=True)],
-        "swapped": [raw | {"rejected": text} for raw, text in zip(raws, externals, strict=True)],
-        "some": [
-            raw | ({} if i in (2, 5, 11) else {"external": text})
-            for i, (raw, text) in enumerate(zip(raws, externals, strict=True))
-        ],
-    }
+    raws = read_lines(Path(pairs))
+    found: dict[str, list[dict]] = {"both": [], "swapped": [], "some": []}
+    for i, raw in enumerate(raws):
+        text = f"{raws[(i + 3) % len(raws)]['rejected']} It is {i} years old."
+        found["both"].append(raw | {"external": text})
+        found["swapped"].append(raw | {"rejected": text})
+        found["some"].append(raw if i in (2, 5, 11) else raw | {"external": text})
     found["fewer"] = [raw for raw in found["some"] if "external" in raw]
     for name, lines in found.items():
         (folder / name).write_text("".join(json.dumps(line) + "\n" for line in lines))
@@ -161,15 +159,14 @@ def test_without_the_flag_the_external_response_is_not_seen(run, pairs, model, t
 
 def gradients(monkeypatch, run, file: str, **options) -> torch.Tensor:
     """All gradients of the first step, on all pairs at once."""
-    found, real = [], train_dpo.update
+    found, real = [], train_dpo.clip_gradients
 
-    def spy(optimizer, *args):
-        parameters = [p for group in optimizer.param_groups for p in group["params"]]
-        found.append(torch.cat([p.grad.flatten() for p in parameters]))
-        return real(optimizer, *args)
+    def spy(trained, limit):
+        found.append(torch.cat([parameter.grad.flatten() for parameter in trained]))
+        return real(trained, limit)
 
     with monkeypatch.context() as patch:
-        patch.setattr(train_dpo, "update", spy)
+        patch.setattr(train_dpo, "clip_gradients", spy)
         run(file, batch_size=14, **options)
     return found[0]
 
@@ -179,12 +176,8 @@ def gradients(monkeypatch, run, file: str, **options) -> torch.Tensor:
 def test_the_gradient_is_the_weighted_mean(run, undisturbed, monkeypatch, loss, gamma):
     """From trained adapters on, where policy and reference differ: that of two runs with one y-
     each."""
-    options = {
-        "adapter": str(undisturbed / "adapter"),
-        "reference": "base",
-        "loss": loss,
-        "beta": 0.01,
-    }
+    options = {"adapter": str(undisturbed / "adapter"), "reference": "base"}
+    options |= {"loss": loss, "beta": 0.01}
     external, own = (gradients(monkeypatch, run, file, **options) for file in ("swapped", "both"))
     both = gradients(monkeypatch, run, "both", rejected="both", gamma=gamma, **options)
     largest = external.abs().max().item()
@@ -224,8 +217,7 @@ def test_the_external_response_that_is_y_plus_is_left_out(model, pairs, tmp_path
     assert "1 records left out: chosen and rejected are the same text" in capsys.readouterr().out
 
 
-# sample_bdhs.py
-# ----------------------------------------------------------------------------------------------
+# ---------------------------------------------------------------- sample_bdhs.py
 
 
 @pytest.fixture(scope="module")
@@ -233,9 +225,8 @@ def sampled(model, tmp_path_factory) -> tuple[Path, Path]:
     """A pairs file that was sampled from a file in POVID's form, and the folder of its pictures."""
     folder = tmp_path_factory.mktemp("povid")
     pictures = photographs(folder / "pictures")
-    sample(
-        model, folder / "pairs.jsonl", data=write(folder, "povid"), images=str(pictures), limit=None
-    )
+    data = write(folder, "povid")
+    sample(model, folder / "pairs.jsonl", data=data, images=str(pictures), limit=None)
     return folder / "pairs.jsonl", pictures
 
 
@@ -246,11 +237,8 @@ def test_the_records_own_rejected_response_is_kept(sampled):
     for line, record in zip(lines, records, strict=True):
         assert list(line) == ["id", "images", "prompt", "chosen", "rejected", "external", "bdhs"]
         assert line["external"] == [{"role": "assistant", "content": REJECTED}]
-        assert (record.external, record.chosen, record.turns[-1]) == (
-            REJECTED,
-            CHOSEN,
-            ("user", QUESTION),
-        )
+        assert (record.external, record.chosen) == (REJECTED, CHOSEN)
+        assert record.turns[-1] == ("user", QUESTION)
         assert record.rejected not in ("", REJECTED)
 
 
@@ -261,18 +249,16 @@ def test_a_record_without_a_rejected_response_has_none(model, tmp_path):
         out = tmp_path / f"{form}.jsonl"
         lines = sample(model, out, data=write(tmp_path, form), images=str(pictures), limit=None)
         assert ["external" in line for line in lines] == kept
-        assert [line["external"] for line in lines if "external" in line] == [REJECTED] * sum(
-            kept
-        )  # texts, no talks
+        texts = [line["external"] for line in lines if "external" in line]  # no talks
+        assert texts == [REJECTED] * sum(kept)
 
 
 def test_sampled_pairs_train_with_both(sampled, model, tmp_path):
     """The paper's Avg-DPO offline: the sampled file as it is."""
     file, pictures = sampled
     rows = train(model, tmp_path, pairs=str(file), images=str(pictures), rejected="both")
-    assert [row["pairs"] for row in rows] == [2] and rows[0]["loss"] == pytest.approx(
-        math.log(2), rel=1e-5
-    )
+    assert [row["pairs"] for row in rows] == [2]
+    assert rows[0]["loss"] == pytest.approx(math.log(2), rel=1e-5)
 
 
 def test_other_readers_take_the_file(sampled, tmp_path):

@@ -1,12 +1,13 @@
 """Log-probs a chunk of tokens at a time: the numbers of all at once, and never the logits of all at
-once."""
+once.
+"""
 
 import pytest
 import torch
 from helpers import IMAGE, random_case, worst
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from minialign.align import losses
+from minialign.align import logps as logps_module
 from minialign.align.logps import token_logps
 from minialign.model.masks import build_tree
 
@@ -23,19 +24,16 @@ class Heights(TorchDispatchMode):
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         out = func(*args, **(kwargs or {}))
-        if (
-            isinstance(out, torch.Tensor)
-            and out.dim()
-            and out.shape[-1] == VOCAB
-            and not func.is_view
-        ):
+        is_new = isinstance(out, torch.Tensor) and not func.is_view
+        if is_new and out.shape[-1:] == (VOCAB,):
             self.seen.append(out.numel() // VOCAB)
         return out
 
 
 def with_gradients(model, logps: torch.Tensor, seed: int) -> tuple[torch.Tensor, ...]:
-    """(the log-probs, then the gradients of a random sum of them by all that the decoder, projector
-    and head hold)."""
+    """The log-probs, then the gradients of a random sum of them by all that the decoder, projector
+    and head hold.
+    """
     weights = torch.randn(logps.shape, generator=torch.Generator().manual_seed(seed))
     named = [p for name, p in model.named_parameters() if not name.startswith("vision_tower")]
     return logps.detach(), *torch.autograd.grad((logps * weights).sum(), named)
@@ -51,25 +49,26 @@ def at_once(model, tree, features) -> torch.Tensor:
 @pytest.mark.parametrize("seed", SEEDS)
 def test_chunks_are_all_at_once(seed, monkeypatch):
     """Bit for bit where one chunk takes them all; and a chunk's logits are all that there ever is,
-    and are not kept."""
+    and are not kept.
+    """
     model, batch, features = random_case(seed, VOCAB)
     tree = build_tree(batch, IMAGE, pad_id=0)
-    expected, tokens = (
-        with_gradients(model, at_once(model, tree, features), seed),
-        int((tree.branch > 0).sum()),
-    )
-    for chunk in (losses.CHUNK, tokens, tokens - 1, 2 + seed, 1):
-        monkeypatch.setattr(losses, "CHUNK", chunk)
+    expected = with_gradients(model, at_once(model, tree, features), seed)
+    tokens = int((tree.branch > 0).sum())
+    for chunk in (logps_module.CHUNK, tokens, tokens - 1, 2 + seed, 1):
+        monkeypatch.setattr(logps_module, "CHUNK", chunk)
         kept: list[torch.Tensor] = []
+
+        def keep(tensor, kept=kept):
+            kept.append(tensor)
+            return tensor
+
         with Heights() as heights:
-            with torch.autograd.graph.saved_tensors_hooks(
-                lambda t, kept=kept: kept.append(t) or t, lambda t: t
-            ):
+            with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
                 logps = token_logps(model, tree, features)[2]
             found = with_gradients(model, logps, seed)
-        assert max(heights.seen) == min(chunk, tokens) and not any(
-            t.shape[-1:] == (VOCAB,) for t in kept
-        )
+        assert max(heights.seen) == min(chunk, tokens)
+        assert not any(tensor.shape[-1:] == (VOCAB,) for tensor in kept)
         for ours, theirs in zip(found, expected, strict=True):
             assert theirs.abs().max() > 0
             if chunk >= tokens:

@@ -1,5 +1,6 @@
 """Losses against values derived by hand and against TRL; log-probs against one full sequence per
-response."""
+response.
+"""
 
 import copy
 import math
@@ -22,17 +23,17 @@ from helpers import (
 )
 
 from minialign.align.logps import branch_logps, token_logps
-from minialign.align.losses import LOSSES, dpo_loss, ipo_loss, log_ratio_difference, slic_loss
+from minialign.align.losses import dpo_loss, ipo_loss, log_ratio_difference, slic_loss
 from minialign.data.collate import PairCollator
 from minialign.data.records import Record, instruct_record
 from minialign.model.masks import Branch, Sequence, build_tree
 from minialign.toy import world
 
 SEEDS = range(6)
+LOSSES = {"dpo": dpo_loss, "ipo": ipo_loss, "slic": slic_loss}
 
 
-# Values derived by hand
-# --------------------------------------------------------------------------------------
+# ---------------------------------------------------------------- values derived by hand
 
 
 @pytest.mark.parametrize(
@@ -77,19 +78,18 @@ def test_log_ratio_difference(policy_chosen, policy_rejected, ref_chosen, ref_re
     ],
 )
 def test_losses_by_hand(loss, beta, h, expected, slope):
-    ratio = torch.tensor([h], requires_grad=True)
-    value = loss(ratio, beta)
+    """h is y+'s log-ratio here, of one pair; its slope is y+'s, and minus it y-'s."""
+    chosen = torch.tensor([[h]], requires_grad=True)
+    rejected, zero = torch.zeros(1, 1, requires_grad=True), torch.zeros(1, 1)
+    value = loss(chosen, rejected, zero, zero, beta)
     value.sum().backward()
+    assert value.shape == (1, 1)
     assert value.item() == pytest.approx(expected, abs=1e-6)
-    assert ratio.grad.item() == pytest.approx(slope, abs=1e-6)
+    assert chosen.grad.item() == pytest.approx(slope, abs=1e-6)
+    assert rejected.grad.item() == pytest.approx(-slope, abs=1e-6)
 
 
-def test_every_loss_is_offered():
-    assert LOSSES == {"dpo": dpo_loss, "ipo": ipo_loss, "slic": slic_loss}
-
-
-# TRL
-# ---------------------------------------------------------------------------------------------------------
+# ---------------------------------------------------------------- TRL
 
 
 def trl_loss(kind: str, beta: float, policy, ref, lengths) -> torch.Tensor:
@@ -140,12 +140,9 @@ def trl_loss(kind: str, beta: float, policy, ref, lengths) -> torch.Tensor:
 def our_loss(kind: str, beta: float, policy, ref, lengths) -> torch.Tensor:
     """The same from the sums."""
     inside = torch.arange(policy.shape[1]) < lengths[:, None]
-    (chosen, rejected), (ref_chosen, ref_rejected) = (
-        (t * inside).sum(1).chunk(2) for t in (policy, ref)
-    )
-    return LOSSES[kind](
-        log_ratio_difference(chosen, rejected, ref_chosen, ref_rejected), beta
-    ).mean()
+    chosen, rejected = (policy * inside).sum(1, keepdim=True).chunk(2)  # (B, 1) each
+    ref_chosen, ref_rejected = (ref * inside).sum(1, keepdim=True).chunk(2)
+    return LOSSES[kind](chosen, rejected, ref_chosen, ref_rejected, beta).mean()
 
 
 @pytest.mark.parametrize("seed", SEEDS)
@@ -155,9 +152,9 @@ def test_losses_equal_trl(ours, trl, seed):
     pairs, longest = 2 + seed, 1 + 3 * seed
     tokens = 1 if seed % 2 else longest
     lengths = torch.randint(1, longest + 1, (2 * pairs,), generator=generator)
-    if (
-        trl == "ipo"
-    ):  # TRL's is the token mean: one length for all, (h/n - 1/(2 beta))^2 = (h - n/(2 beta))^2 / n^2
+    if trl == "ipo":
+        # TRL's is the token mean: one length for all, and
+        # (h/n - 1/(2 beta))^2 = (h - n/(2 beta))^2 / n^2.
         lengths = torch.full_like(lengths, tokens)
     policy, ref = (-3 * torch.rand(2 * pairs, longest, generator=generator) for _ in range(2))
     beta = 0.05 + 0.3 * seed
@@ -174,8 +171,7 @@ def test_losses_equal_trl(ours, trl, seed):
     assert theirs.grad.abs().max() > 0
 
 
-# Log-probs of branches
-# ---------------------------------------------------------------------------------------
+# ---------------------------------------------------------------- log-probs of branches
 
 
 def plain_sums(model, batch: list[Sequence], features) -> list[list[torch.Tensor]]:
@@ -191,12 +187,9 @@ def plain_sums(model, batch: list[Sequence], features) -> list[list[torch.Tensor
 def assert_same_gradients(model, ours: torch.Tensor, plain: torch.Tensor) -> None:
     """Equal to 1e-4 of the largest gradient of each parameter; the tower takes no part."""
     named = {n: p for n, p in model.named_parameters() if not n.startswith("vision_tower")}
-    for name, a, b in zip(
-        named,
-        torch.autograd.grad(ours, list(named.values())),
-        torch.autograd.grad(plain, list(named.values())),
-        strict=True,
-    ):
+    found = torch.autograd.grad(ours, list(named.values()))
+    expected = torch.autograd.grad(plain, list(named.values()))
+    for name, a, b in zip(named, found, expected, strict=True):
         assert b.abs().max() > 0, name
         assert worst(a, b) <= 1e-4 * b.abs().max().item() + 1e-6, name
 
@@ -207,16 +200,12 @@ def test_branch_logps_equal_the_plain_way(seed):
     ours = branch_logps(model, build_tree(batch, IMAGE, pad_id=0), features)
     plain = plain_sums(model, batch, features)
     weights = torch.randn(ours.shape, generator=torch.Generator().manual_seed(seed + 1))
-    assert ours.dtype == torch.float32 and ours.shape == (
-        len(batch),
-        max(len(row.branches) for row in batch),
-    )
+    assert ours.dtype == torch.float32
+    assert ours.shape == (len(batch), max(len(row.branches) for row in batch))
     for row, sums in enumerate(plain):
         assert worst(ours[row, : len(sums)], torch.stack(sums)) < 1e-4
         assert ours[row, len(sums) :].count_nonzero() == 0  # rows with fewer branches
-    total = sum(
-        weights[r, s] * value for r, sums in enumerate(plain) for s, value in enumerate(sums)
-    )
+    total = sum((weights[r, : len(sums)] * torch.stack(sums)).sum() for r, sums in enumerate(plain))
     assert_same_gradients(model, (ours * weights).sum(), total)
 
 
@@ -226,46 +215,39 @@ def test_pairs_of_the_embedded_world_equal_the_plain_way(first):
     (never near 0)."""
     model, tokenizer = copy.deepcopy(toy_model()).requires_grad_(True), toy_tokenizer()
     answers = [instruct_record(raw) for raw in world.alignment_records(4, "validation", first)]
-    records = [
-        Record(a.id, a.image, a.turns, a.chosen, b.chosen)
-        for a, b in zip(answers, answers[2:] + answers[:2], strict=True)
-    ]
-    batch = PairCollator(tokenizer, toy_processor(), "toy", 200)(records)
+    records = []
+    for a, b in zip(answers, answers[2:] + answers[:2], strict=True):
+        records.append(Record(a.id, a.image, a.turns, a.chosen, b.chosen))
+    collate = PairCollator(tokenizer, toy_processor(), world.open_picture, 200)
+    batch = collate.batch([collate.load(record) for record in records])
     features = model.encode_images(batch.pixels)
     assert torch.equal(features, toy_features(tuple(range(first, first + 4))))
     ours = branch_logps(model, batch.tree, features)
-    plain = torch.stack(
-        [
-            torch.stack(
-                [
-                    plain_logp(
-                        model, tokenizer.prompt(r.turns), tokenizer.response(text), features[i]
-                    )
-                    for text in (r.chosen, r.rejected)
-                ]
-            )
-            for i, r in enumerate(records)
-        ]
-    )
+
+    plain = []
+    for record, picture in zip(records, features, strict=True):
+        prompt = tokenizer.prompt(record.turns)
+        for text in (record.chosen, record.rejected):
+            plain.append(plain_logp(model, prompt, tokenizer.response(text), picture))
+    plain = torch.stack(plain).view(4, 2)
     assert worst(ours, plain) < 1e-4 * max(1.0, plain.abs().max().item() / 10)
-    h = (ours[:, 0] - ours[:, 1], plain[:, 0] - plain[:, 1])
-    assert_same_gradients(model, *(ipo_loss(x, 0.1).sum() for x in h))
+    zero = torch.zeros(4, 1)
+    losses = [ipo_loss(x[:, :1], x[:, 1:], zero, zero, 0.1).sum() for x in (ours, plain)]
+    assert_same_gradients(model, *losses)
 
 
 @pytest.mark.parametrize("seed", SEEDS)
 def test_the_head_runs_on_response_positions_only(seed):
     model = copy.deepcopy(random_model(seed))
-    batch = random_batch(seed, 0)
-    rows = []
-    model.lm_head.register_forward_hook(
-        lambda module, inputs, output: rows.append(output.shape[:-1].numel())
-    )
+    batch, rows = random_batch(seed, 0), []
+    model.lm_head.register_forward_hook(lambda module, inputs, out: rows.append(len(out)))
     row, branch, logps = token_logps(model, build_tree(batch, IMAGE, pad_id=0), None)
     count = sum(len(b.ids) for s in batch for b in s.branches)
     assert rows == [count] and logps.shape == (count,)
-    expected = [
-        (r, b) for r, s in enumerate(batch) for b, x in enumerate(s.branches) for _ in x.ids
-    ]
+    expected = []
+    for r, sequence in enumerate(batch):
+        for b, response in enumerate(sequence.branches):
+            expected += [(r, b)] * len(response.ids)
     assert list(zip(row.tolist(), branch.tolist(), strict=True)) == expected
 
 
