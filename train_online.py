@@ -278,7 +278,6 @@ def main(config: Config) -> None:
         # In online DPO nobody reads the stored response.
         truncate=config.truncate or config.method == "online-dpo",
         rejected=stored,
-        keep_pictures=True,
         device=config.device,
     )
     records = open_records(data, "--data", config.format, "give records or pairs")

@@ -22,17 +22,18 @@ from minialign.seeds import stable_seed
 
 @dataclass(frozen=True)
 class Pair:
-    """One pair as it was loaded: its record, its sequence, its picture as the tower takes it, and
-    the noisy picture's pixels, where they are wanted.
+    """One pair as it was loaded. An idle pair, which counts for nothing, has no record.
 
-    An idle pair, which counts for nothing, has no record. Of its own accord nobody keeps `picture`.
+    sequence  image and prompt, and a branch per response: chosen, then the rejected ones
+    image     the picture as the model takes it
+    noisy     (tiles, 3, H, W) pixels of the noisy picture, where one is wanted
     """
 
     record: Record | None
-    sequence: Sequence  # branches: chosen, then every rejected response
+    sequence: Sequence
+    picture: Image.Image | None
     image: PreparedImage
     noisy: Tensor | None = None
-    picture: Image.Image | None = None
 
 
 @dataclass(frozen=True)
@@ -40,7 +41,8 @@ class PairBatch:
     """Pairs that pass through the model together.
 
     tree    their sequences as token trees: branch 1 is chosen, the others are rejected responses
-    pixels  (tiles, 3, H, W), of all their pictures; noisy: the same of the noisy ones
+    pixels  (tiles, 3, H, W) of all their pictures
+    noisy   (tiles, 3, H, W) of the noisy ones, where they are wanted
     keys    what names the pairs in the reference's cache; none where there is no cache
     """
 
@@ -67,8 +69,10 @@ class PairBatch:
 
 @dataclass(frozen=True)
 class PairCollator:
-    """Records to a `PairBatch`. A response is cut at its end if `truncate`, else refused; an image
-    never is."""
+    """Records to a `PairBatch`.
+
+    A response that is too long is cut at its end if `truncate`, else refused; an image never is cut.
+    """
 
     tokenizer: Tokenizer
     processor: ImageProcessor
@@ -76,72 +80,73 @@ class PairCollator:
     max_response_tokens: int
     positions: int = 4096  # that the decoder has
     truncate: bool = False
-    # fields of a record that hold its rejected responses
-    rejected: tuple[str, ...] = ("rejected",)
+    rejected: tuple[str, ...] = ("rejected",)  # a record's fields that hold rejected responses
     noise_steps: int = 0  # of the noisy pictures; 0: none are wanted
-    keep_pictures: bool = False  # beside their pixels, for the model to sample from
     keyed: bool = False  # each pair with its key in the reference's cache
-    # that the pixels go to; a GPU fetches them from pinned memory while it computes
-    device: str = "cpu"
+    device: str = "cpu"  # a GPU fetches pixels from pinned memory while it computes
 
-    def responses(self, record: Record, room: int) -> list[list[int]]:
-        """Chosen and rejected ids, at most --max-response-tokens each, and `room`."""
-        texts = [record.chosen, *(getattr(record, name) for name in self.rejected)]
-        ids = [self.tokenizer.response(text) for text in texts]
+    def load(self, record: Record) -> Pair:
+        """A record with its sequence and pixels; a `UserError` or `LeftOut` where it is of no use."""
+        self.require_different(record)
+        picture = self.pictures(record.image)
+        sequence = self.sequence(record, picture)
+        noisy = None
+        if self.noise_steps:
+            seed = stable_seed(record.id) % 2**31
+            noisy = self.processor(noise_of_seed(picture, self.noise_steps, seed))
+        return Pair(record, sequence, picture, self.processor.prepare(picture), noisy)
 
-        limit = min(self.max_response_tokens, room)
-        longest = max(map(len, ids))
-        if limit < 1:
-            taken = f"{self.positions - room} of the decoder's {self.positions} positions"
-            raise UserError(
-                f"image and prompt take {taken}, which leaves none for a response; use another model"
-            )
-        if longest > limit and not self.truncate:
-            message = f"a response of {longest} tokens is longer than"
-            if limit == self.max_response_tokens:
-                raise UserError(
-                    f"{message} --max-response-tokens {limit}; raise it, or pass --truncate"
-                )
-            left = f"{limit} positions that image and prompt leave of {self.positions}"
-            raise UserError(f"{message} the {left}; pass --truncate")
-        return [each[:limit] for each in ids]
+    def check(self, record: Record) -> None:
+        """Refuse what `load` would refuse, without the pixels, which take longest."""
+        self.require_different(record)
+        self.sequence(record, self.pictures(record.image))
 
     def require_different(self, record: Record) -> None:
         """Leave a record out whose responses do not differ: there is nothing to prefer."""
         for name in self.rejected:
             require_different(record, name)
 
-    def check(self, record: Record) -> None:
-        """Refuse a record whose picture cannot be read or whose responses do not fit, leave out one
-        of no use."""
-        self.require_different(record)
-        patches, packing = self.processor.layout(self.pictures(record.image))
-        self.sequence(record, patches, packing)
-
-    def sequence(self, record: Record, patches: int, packing: Tensor) -> Sequence:
+    def sequence(self, record: Record, picture: Image.Image) -> Sequence:
         """A pair is ONE sequence: image and prompt once, then a branch per response."""
+        patches, packing = self.processor.layout(picture)
         prompt = self.tokenizer.prompt(record.turns)
-        room = self.positions - (len(prompt) - 1 + len(packing))
-        branches = [Branch(ids) for ids in self.responses(record, room)]
+        texts = [record.chosen, *(getattr(record, name) for name in self.rejected)]
+        responses = [self.tokenizer.response(text) for text in texts]
+
+        taken = len(prompt) - 1 + len(packing)  # the packing fills the image token's place
+        limit = self.response_limit(max(map(len, responses)), taken)
+        branches = [Branch(ids[:limit]) for ids in responses]
         return Sequence(prompt, branches, patches, packing=packing)
 
-    def load(self, record: Record) -> Pair:
-        """A record with its sequence and pixels."""
-        self.require_different(record)
-        picture, noisy = self.pictures(record.image), None
-        image = self.processor.prepare(picture)
-        sequence = self.sequence(record, len(image.pixels) * self.processor.patches, image.packing)
-        if self.noise_steps:
-            seed = stable_seed(record.id) % 2**31
-            noisy = self.processor(noise_of_seed(picture, self.noise_steps, seed))
-        return Pair(record, sequence, image, noisy, picture if self.keep_pictures else None)
+    def response_limit(self, longest: int, taken: int) -> int:
+        """How long a response may be, in tokens, behind `taken` positions.
+
+        Refuses a record whose `longest` response is longer, unless it is to be cut.
+        """
+        left = self.positions - taken
+        if left < 1:
+            message = f"image and prompt take {taken} of the decoder's {self.positions} positions"
+            raise UserError(f"{message}, which leaves none for a response; use another model")
+        limit = min(self.max_response_tokens, left)
+        if longest <= limit or self.truncate:
+            return limit
+        message = f"a response of {longest} tokens is longer than"
+        if limit == self.max_response_tokens:
+            message += f" --max-response-tokens {limit}; raise it, or"
+        else:
+            message += f" the {left} positions that image and prompt leave of {self.positions};"
+        raise UserError(f"{message} pass --truncate")
 
     def batch(self, pairs: list[Pair]) -> PairBatch:
         """Some pairs that were loaded, as one batch."""
         tree = self.tree([pair.sequence for pair in pairs])
         pixels = self.pinned([pair.image.pixels for pair in pairs])
-        noisy = self.pinned([pair.noisy for pair in pairs]) if self.noise_steps else None
-        keys = [pair_key(pair.sequence, pair.image.pixels) for pair in pairs] if self.keyed else []
+        noisy = None
+        if self.noise_steps:
+            noisy = self.pinned([pair.noisy for pair in pairs])
+        keys = []
+        if self.keyed:
+            keys = [pair_key(pair.sequence, pair.image.pixels) for pair in pairs]
         return PairBatch(pairs, tree, pixels, noisy, keys)
 
     def tree(self, sequences: list[Sequence]) -> TokenTree:
@@ -154,13 +159,14 @@ class PairCollator:
         return together.pin_memory() if torch.device(self.device).type == "cuda" else together
 
     def idle(self, branches: int) -> PairBatch:
-        """A batch of no pair: one row that counts for nothing, for a process that must go with the
-        others."""
+        """A batch that counts for nothing, for a process that must go with the others: one row, with
+        so many responses."""
         responses = [Branch([self.tokenizer.eos_id])] * branches
         sequence = Sequence([self.tokenizer.image_id], responses, self.processor.patches)
         pixels = torch.zeros(1, 3, self.processor.size, self.processor.size)
         image = PreparedImage(pixels, torch.arange(self.processor.patches))
-        return self.batch([Pair(None, sequence, image, pixels if self.noise_steps else None)])
+        noisy = pixels if self.noise_steps else None
+        return self.batch([Pair(None, sequence, None, image, noisy)])
 
 
 def pair_key(sequence: Sequence, pixels: Tensor) -> str:
@@ -178,16 +184,14 @@ def pair_key(sequence: Sequence, pixels: Tensor) -> str:
 def add_tensor(digest, tensor: Tensor) -> None:
     """Type, shape and bytes of a tensor into a hash."""
     digest.update(f"{tensor.dtype} {tuple(tensor.shape)} ".encode())
-    copied = tensor.detach().to(
-        "cpu", copy=True
-    )  # what numpy has seen cannot be let go, as shards are
+    # A copy: memory that numpy has seen cannot be let go, as that of shards is.
+    copied = tensor.detach().to("cpu", copy=True)
     digest.update(copied.contiguous().flatten().view(torch.uint8).numpy())
 
 
 @dataclass(frozen=True)
 class StepLoader:
-    """The pairs of one optimizer step as `accumulate` batches, one forward pass each; those that
-    are refused go to `left_out`, with what is wrong.
+    """The pairs of one optimizer step as `accumulate` batches, one forward pass each.
 
     Pairs are bucketed by length within the step: those of like length pass together, so that little
     is padding, and the gradient is the same. Buckets across steps would make each step's pairs
@@ -198,20 +202,23 @@ class StepLoader:
     collate: PairCollator
     accumulate: int
     skip_bad: bool
+    # what was wrong with records that turned out, on the way, to be of no use
     left_out: list[str] = field(default_factory=list)
 
     def __call__(self, numbers: list[int]) -> list[PairBatch]:
         """The batches of some records, by their numbers in the file."""
         places = ((self.records.file.place(number), number) for number in numbers)
-        pairs, refused = sift(
-            places, lambda n: self.collate.load(self.records.parse(n)), self.skip_bad
-        )
+        pairs, refused = sift(places, self.load, self.skip_bad)
         self.left_out.extend(f"{place}: {error}" for place, error in refused)
         if self.accumulate > 1:
             pairs.sort(key=lambda pair: pair.sequence.length)
         size = math.ceil(len(pairs) / self.accumulate) or 1
         return [self.collate.batch(pairs[i : i + size]) for i in range(0, len(pairs), size)]
 
+    def load(self, number: int) -> Pair:
+        """The pair of a record's number."""
+        return self.collate.load(self.records.parse(number))
+
     def idle(self, branches: int | None = None) -> PairBatch:
         """A batch that counts for nothing, of as many responses as the pairs have."""
-        return self.collate.idle(1 + len(self.collate.rejected) if branches is None else branches)
+        return self.collate.idle(branches or 1 + len(self.collate.rejected))

@@ -65,7 +65,6 @@ def prepare(
         assistant.positions,
         truncate=config.truncate or not of_pairs,
         rejected=("rejected",) if of_pairs else (),
-        keep_pictures=not of_pairs,
         device=config.device,
     )
     skip_bad = config.skip_bad_records
