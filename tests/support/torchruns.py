@@ -13,15 +13,14 @@ import pytest
 ROOT = Path(__file__).resolve().parents[2]
 
 
-def command(processes: int, script: str, *flags: object) -> list[str]:
-    """`python script`, or `torchrun script` with several processes."""
-    torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(processes)]
-    return [
-        sys.executable,
-        *(torchrun if processes > 1 else []),
-        str(ROOT / script),
-        *map(str, flags),
-    ]
+def command(processes: int, program: str, flags: str) -> list[str]:
+    """`python program`, or `torchrun program` with several processes; a name without `.py` is a
+    module."""
+    words = [str(ROOT / program)] if program.endswith(".py") else ["-m", program]
+    if processes > 1:
+        torchrun = f"-m torch.distributed.run --standalone --nproc-per-node {processes}"
+        words = [*torchrun.split(), *words]
+    return [sys.executable, *words, *flags.split()]
 
 
 def start(words: list[str]) -> subprocess.Popen:
@@ -34,10 +33,8 @@ def start(words: list[str]) -> subprocess.Popen:
 
 def children(process: subprocess.Popen) -> list[int]:
     """The processes that torchrun has started."""
-    return [
-        int(pid)
-        for pid in Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
-    ]
+    path = Path(f"/proc/{process.pid}/task/{process.pid}/children")
+    return [int(pid) for pid in path.read_text().split()]
 
 
 def running(pid: int) -> bool:
@@ -57,15 +54,13 @@ def fail_with_stacks(process: subprocess.Popen, why: str) -> None:
     """Of the processes that torchrun has started, in their order; its own only where there are
     none."""
     pids = children(process)
-    kill(
-        [process.pid] if pids else [], signal.SIGSTOP
-    )  # or it would end the others when the first has ended
+    # Or it would end the others when the first has ended.
+    kill([process.pid] if pids else [], signal.SIGSTOP)
     for pid in pids or [process.pid]:
         kill([pid], signal.SIGABRT)
         end = time.monotonic() + 5
-        while (
-            running(pid) and time.monotonic() < end
-        ):  # one after the other, or their lines are mixed
+        # One after the other, or their lines are mixed.
+        while running(pid) and time.monotonic() < end:
             time.sleep(0.05)
     kill([process.pid], signal.SIGCONT)
     try:
@@ -95,12 +90,12 @@ def wait_for(done, process: subprocess.Popen, seconds: float = 120) -> None:
         time.sleep(0.05)
 
 
-def launch(processes: int, script: str, *flags: object) -> subprocess.CompletedProcess:
-    return finish(start(command(processes, script, *flags)), 240)
+def launch(processes: int, program: str, flags: str) -> subprocess.CompletedProcess:
+    return finish(start(command(processes, program, flags)), 240)
 
 
-def run(processes: int, script: str, *flags: object) -> subprocess.CompletedProcess:
-    done = launch(processes, script, *flags)
+def run(processes: int, program: str, flags: str) -> subprocess.CompletedProcess:
+    done = launch(processes, program, flags)
     assert done.returncode == 0, done.stderr[-3000:]
     return done
 

@@ -19,26 +19,25 @@ from script_runs import read_lines
 from torchruns import children, command, finish, killed, launch, run, start, wait_for
 
 from minialign.cli import parse_config
-from minialign.evaluation.metrics import TOY
 from minialign.rlhf.scorers import load_reward_model
+from minialign.toy.edge import CHECKPOINT
 from minialign.training import parallel
 from minialign.training.optimizer import batches_of_run
 
-SIZES = ["--lora-rank", "4", "--batch-size", "5", "--seed", "3"]
+SIZES = "--lora-rank 4 --batch-size 5 --seed 3"
 TIMES = ("time/sampling", "time/training")
 
 
-def run_alone(script: str, *flags: object) -> None:
+def run_alone(program: str, flags: str) -> None:
     """One process, this one."""
-    module = importlib.import_module(script.removesuffix(".py"))
-    module.main(parse_config(module.Config, "", [str(flag) for flag in flags]))
+    module = importlib.import_module(program.removesuffix(".py"))
+    module.main(parse_config(module.Config, "", flags.split()))
 
 
 def rows_of(out: Path) -> list[dict]:
-    return [
-        {k: v for k, v in row.items() if k not in TIMES}
-        for row in read_lines(out / "metrics.jsonl")
-    ]
+    """The rows of metrics.jsonl without their times."""
+    rows = read_lines(out / "metrics.jsonl")
+    return [{name: row[name] for name in row if name not in TIMES} for row in rows]
 
 
 def assert_same_training(one: Path, other: Path) -> None:
@@ -59,39 +58,20 @@ def assert_same_training(one: Path, other: Path) -> None:
 def alone(pairs, tmp_path_factory) -> Path:
     """Ten steps of one process: batches of 5, of which the last of an epoch has 4."""
     out = tmp_path_factory.mktemp("alone") / "out"
-    run_alone("train_dpo.py", *flags_of("toy", pairs, out))
+    run_alone("train_dpo.py", flags_of("toy", pairs, out))
     return out
 
 
-def flags_of(model: str, pairs: str, out: Path) -> list[object]:
-    return [
-        "--model",
-        model,
-        "--pairs",
-        pairs,
-        *SIZES,
-        "--steps",
-        10,
-        "--eval-images",
-        60,
-        "--out",
-        out,
-    ]
+def flags_of(model: str, pairs: str, out: Path) -> str:
+    return f"--model {model} --pairs {pairs} {SIZES} --steps 10 --eval-images 60 --out {out}"
 
 
 @pytest.mark.parametrize(("processes", "shard"), [(2, "none"), (2, "full"), (3, "full")])
 def test_any_number_of_processes_trains_the_same(alone, pairs, tmp_path, processes, shard):
     """With three, a process has one pair or two, and of the last batch one or none with
     --accumulate 2."""
-    done = run(
-        processes,
-        "train_dpo.py",
-        *flags_of("toy", pairs, tmp_path),
-        "--shard",
-        shard,
-        "--accumulate",
-        2,
-    )
+    flags = flags_of("toy", pairs, tmp_path)
+    done = run(processes, "train_dpo.py", f"{flags} --shard {shard} --accumulate 2")
     assert_same_training(alone, tmp_path)
     assert (tmp_path / "counts.json").read_bytes() == (
         alone / "counts.json"
@@ -103,51 +83,31 @@ def test_any_number_of_processes_trains_the_same(alone, pairs, tmp_path, process
 def test_shards_in_bfloat16_are_those_of_one_process(model, pairs, tmp_path):
     """Frozen weights in bfloat16, what is trained in float32, and so the gradients that are
     summed."""
-    flags = [
-        "--model",
-        model,
-        "--pairs",
-        pairs,
-        *SIZES,
-        "--steps",
-        3,
-        "--eval-images",
-        0,
-        "--dtype",
-        "bfloat16",
-    ]
-    run_alone("train_dpo.py", *flags, "--out", tmp_path / "one")
-    run(2, "train_dpo.py", *flags, "--out", tmp_path / "two", "--shard", "full")
+    flags = f"--model {model} --pairs {pairs} {SIZES} --steps 3 --eval-images 0 --dtype bfloat16"
+    run_alone("train_dpo.py", f"{flags} --out {tmp_path}/one")
+    run(2, "train_dpo.py", f"{flags} --out {tmp_path}/two --shard full")
     for row, also in zip(rows_of(tmp_path / "one"), rows_of(tmp_path / "two"), strict=True):
         assert also["loss"] == pytest.approx(row["loss"], abs=1e-3)  # bfloat16 rounds by the batch
-    types = {
-        t.dtype for t in load_file(tmp_path / "two/adapter/adapter_model.safetensors").values()
-    }
-    assert types == {torch.float32}
+    adapter = load_file(tmp_path / "two/adapter/adapter_model.safetensors")
+    assert {tensor.dtype for tensor in adapter.values()} == {torch.float32}
 
 
 @pytest.mark.parametrize(
-    ("script", "flags"),
+    ("program", "flags"),
     [
-        ("sample_bdhs.py", ["--limit", 6, "--batch-size", 3, "--max-new-tokens", 12]),
-        ("train_dpo.py", ["--limit", 6, "--steps", 2, *SIZES, "--eval-images", 8]),
-        (
-            "train_online.py",
-            ["--method", "online-bdhs", "--limit", 6, "--steps", 2, *SIZES, "--eval-images", 0],
-        ),
-        (
-            "train_online.py",
-            ["--method", "ppo", "--limit", 6, "--steps", 2, *SIZES, "--eval-images", 0],
-        ),
+        ("sample_bdhs.py", "--limit 6 --batch-size 3 --max-new-tokens 12"),
+        ("train_dpo.py", f"--limit 6 --steps 2 {SIZES} --eval-images 8"),
+        ("train_online.py", f"--limit 6 --steps 2 {SIZES} --eval-images 0"),
+        ("minialign.rlhf.ppo", f"--limit 6 --steps 2 {SIZES} --eval-images 0"),
     ],
-    ids=lambda value: value if isinstance(value, str) else value[1],
+    ids=lambda value: value if "--" not in value else "",
 )
-def test_whatever_samples_does_so_in_bfloat16_shards(tmp_path, script, flags):
+def test_whatever_samples_does_so_in_bfloat16_shards(tmp_path, program, flags):
     """What is only sampled from is frozen, too: then FSDP takes weights of two types."""
-    flags = ["--dtype", "bfloat16", *flags, "--out"]
-    run_alone(script, *flags, tmp_path / "one")
-    run(2, script, "--shard", "full", *flags, tmp_path / "two")
-    if script == "sample_bdhs.py":
+    flags = f"--dtype bfloat16 {flags} --out"
+    run_alone(program, f"{flags} {tmp_path}/one")
+    run(2, program, f"--shard full {flags} {tmp_path}/two")
+    if program == "sample_bdhs.py":
         assert (tmp_path / "one").read_bytes() == (tmp_path / "two").read_bytes()
         return
     one, two = rows_of(tmp_path / "one"), rows_of(tmp_path / "two")
@@ -159,7 +119,7 @@ def test_whatever_samples_does_so_in_bfloat16_shards(tmp_path, script, flags):
 def test_a_reference_of_its_own_and_tied_embeddings_in_shards(pairs, tmp_path):
     """What the policy starts from stays the reference, whole in every process; a tied head is its
     embedding."""
-    folder = Path(shutil.copytree(TOY, tmp_path / "tied"))
+    folder = Path(shutil.copytree(CHECKPOINT, tmp_path / "tied"))
     raw = json.loads((folder / "config.json").read_text())
     (folder / "config.json").write_text(json.dumps(raw | {"tie_word_embeddings": True}))
     tensors = load_file(folder / "model.safetensors")
@@ -168,23 +128,11 @@ def test_a_reference_of_its_own_and_tied_embeddings_in_shards(pairs, tmp_path):
         {key: tensor for key, tensor in tensors.items() if key != head},
         folder / "model.safetensors",
     )
-    flags = [
-        "--model",
-        folder,
-        "--pairs",
-        pairs,
-        *SIZES,
-        "--steps",
-        3,
-        "--eval-images",
-        0,
-        "--lr",
-        "1e-3",
-    ]
-    run_alone("train_dpo.py", *flags, "--out", tmp_path / "start")
-    flags += ["--adapter", tmp_path / "start/adapter", "--reference", "adapter"]
-    run_alone("train_dpo.py", *flags, "--out", tmp_path / "one")
-    run(2, "train_dpo.py", *flags, "--out", tmp_path / "two", "--shard", "full")
+    flags = f"--model {folder} --pairs {pairs} {SIZES} --steps 3 --eval-images 0 --lr 1e-3"
+    run_alone("train_dpo.py", f"{flags} --out {tmp_path}/start")
+    flags += f" --adapter {tmp_path / 'start/adapter'} --reference adapter"
+    run_alone("train_dpo.py", f"{flags} --out {tmp_path}/one")
+    run(2, "train_dpo.py", f"{flags} --out {tmp_path}/two --shard full")
     assert rows_of(tmp_path / "one")[0]["rewards/margins"] == pytest.approx(0, abs=1e-5)
     assert_same_training(tmp_path / "one", tmp_path / "two")
 
@@ -192,27 +140,14 @@ def test_a_reference_of_its_own_and_tied_embeddings_in_shards(pairs, tmp_path):
 def test_processes_share_a_reference_cache(model, pairs, tmp_path, capsys):
     """What two processes in shards have found, in uneven shares, one process looks up, and trains
     the same."""
-    flags = [
-        "--model",
-        model,
-        "--pairs",
-        pairs,
-        *SIZES,
-        "--epochs",
-        2,
-        "--eval-images",
-        0,
-        "--lr",
-        "1e-3",
-    ]
-    flags += ["--batch-size", 2]  # the third process has none
-    cache = ["--ref-cache", tmp_path / "cache"]
-    run(3, "train_dpo.py", *flags, *cache, "--shard", "full", "--out", tmp_path / "three")
-    run_alone("train_dpo.py", *flags, *cache, "--out", tmp_path / "one")
-    assert (
-        "log-probs of 15 pairs" in capsys.readouterr().out
-    )  # and the idle batch's, which is no pair
-    run_alone("train_dpo.py", *flags, "--out", tmp_path / "plain")
+    flags = f"--model {model} --pairs {pairs} {SIZES} --epochs 2 --eval-images 0 --lr 1e-3"
+    flags += " --batch-size 2"  # the third process has none
+    cache = f"--ref-cache {tmp_path}/cache"
+    run(3, "train_dpo.py", f"{flags} {cache} --shard full --out {tmp_path}/three")
+    run_alone("train_dpo.py", f"{flags} {cache} --out {tmp_path}/one")
+    # And the idle batch's, which is no pair.
+    assert "log-probs of 15 pairs" in capsys.readouterr().out
+    run_alone("train_dpo.py", f"{flags} --out {tmp_path}/plain")
     assert_same_training(tmp_path / "plain", tmp_path / "three")
     assert_same_training(tmp_path / "plain", tmp_path / "one")
 
@@ -224,95 +159,45 @@ def test_online_training_in_shards(model, tmp_path, method):
 
     The stored pairs of mixed-dpo are the toy model's, who ends a sentence: random weights go on up
     to every limit."""
-    flags = [
-        "--model",
-        model if method == "online-bdhs" else "toy",
-        *SIZES,
-        "--method",
-        method,
-        "--limit",
-        9,
-    ]
-    flags += [
-        "--steps",
-        3,
-        "--eval-images",
-        0,
-        "--rho-th",
-        0.7,
-        "--max-new-tokens",
-        6,
-        "--n-bdhs",
-        2,
-    ]
-    flags += ["--annotator", "oracle", "--lr", "1e-3"]
-    run_alone("train_online.py", *flags, "--out", tmp_path / "one")
-    run(2, "train_online.py", *flags, "--out", tmp_path / "two", "--shard", "full")
+    answers = model if method == "online-bdhs" else "toy"
+    flags = f"--model {answers} {SIZES} --method {method} --limit 9"
+    flags += " --steps 3 --eval-images 0 --rho-th 0.7 --max-new-tokens 6 --n-bdhs 2"
+    flags += " --annotator oracle --lr 1e-3"
+    run_alone("train_online.py", f"{flags} --out {tmp_path}/one")
+    run(2, "train_online.py", f"{flags} --out {tmp_path}/two --shard full")
     rows = rows_of(tmp_path / "one")
-    assert (
-        len({row["pairs"] for row in rows}) > 1 or rows[0]["pairs"] < 5
-    )  # some are dropped: uneven shares
+    # Some are dropped: uneven shares.
+    assert len({row["pairs"] for row in rows}) > 1 or rows[0]["pairs"] < 5
     assert rows == [pytest.approx(row, abs=1e-5, rel=1e-5) for row in rows_of(tmp_path / "two")]
 
 
 @pytest.mark.parametrize(
-    ("method", "processes", "shard"), [("rloo", 2, "none"), ("ppo", 3, "full")]
+    ("program", "processes", "shard", "own"),
+    [
+        ("minialign.rlhf.rloo", 2, "none", "--batch-size 5"),
+        ("minialign.rlhf.ppo", 3, "full", "--batch-size 2 --updates 2"),
+    ],
 )
-def test_rlhf_by_several_processes(model, tmp_path, method, processes, shard):
+def test_rlhf_by_several_processes(model, tmp_path, program, processes, shard, own):
     """Advantages are whitened over all processes, of which the third has no record at all."""
-    flags = [
-        "--model",
-        model,
-        *SIZES,
-        "--batch-size",
-        5 if processes == 2 else 2,
-        "--method",
-        method,
-        "--limit",
-        9,
-    ]
-    flags += [
-        "--steps",
-        3,
-        "--eval-images",
-        0,
-        "--max-new-tokens",
-        6,
-        "--k",
-        3,
-        "--lr",
-        "1e-3",
-        "--updates",
-        2,
-    ]
-    run_alone("train_online.py", *flags, "--out", tmp_path / "one")
-    run(processes, "train_online.py", *flags, "--out", tmp_path / "many", "--shard", shard)
-    assert rows_of(tmp_path / "one") == [
-        pytest.approx(row, abs=1e-4, rel=1e-4) for row in rows_of(tmp_path / "many")
-    ]
+    flags = f"--model {model} {SIZES} {own} --limit 9 --steps 3 --eval-images 0"
+    flags += " --max-new-tokens 6 --k 3 --lr 1e-3"
+    run_alone(program, f"{flags} --out {tmp_path}/one")
+    run(processes, program, f"{flags} --out {tmp_path}/many --shard {shard}")
+    many = [pytest.approx(row, abs=1e-4, rel=1e-4) for row in rows_of(tmp_path / "many")]
+    assert rows_of(tmp_path / "one") == many
 
 
 def test_a_reward_model_in_shards(model, pairs, tmp_path):
     """Loss curve, head, mean and deviation."""
-    flags = [
-        "--model",
-        model,
-        "--pairs",
-        pairs,
-        *SIZES,
-        "--steps",
-        4,
-        "--loss",
-        "reward",
-        "--batch-size",
-        2,
-    ]
-    run_alone("train_dpo.py", *flags, "--out", tmp_path / "one")
-    run(3, "train_dpo.py", *flags, "--out", tmp_path / "three", "--shard", "full")
+    flags = f"--model {model} --pairs {pairs} {SIZES} --steps 4 --batch-size 2"
+    run_alone("minialign.rlhf.reward_model", f"{flags} --out {tmp_path}/one")
+    run(3, "minialign.rlhf.reward_model", f"{flags} --out {tmp_path}/three --shard full")
     assert_same_training(tmp_path / "one", tmp_path / "three")
     folders = [tmp_path / name / "merged" for name in ("one", "three")]
     one, three = (load_reward_model(folder, "cpu", torch.float32) for folder in folders)
-    assert torch.allclose(one.model.scalar_head.weight, three.model.scalar_head.weight, atol=1e-5)
+    heads = [reward.assistant.model.scalar_head.weight for reward in (one, three)]
+    assert torch.allclose(*heads, atol=1e-5)
     assert three.whitening.mean == pytest.approx(one.whitening.mean, abs=1e-4)
     assert three.whitening.std == pytest.approx(one.whitening.std, abs=1e-4)
 
@@ -320,56 +205,27 @@ def test_a_reward_model_in_shards(model, pairs, tmp_path):
 def test_sampling_by_three(model, tmp_path):
     """Two batches for three processes: the same bytes, in the data's order; and a run of three goes
     on alone."""
-    flags = [
-        "--model",
-        model,
-        "--rho-th",
-        0.7,
-        "--max-new-tokens",
-        5,
-        "--batch-size",
-        4,
-        "--n-bdhs",
-        3,
-    ]
+    flags = f"--model {model} --rho-th 0.7 --max-new-tokens 5 --batch-size 4 --n-bdhs 3"
     for processes, shard in ((1, "none"), (3, "full")):
         run(
             processes,
             "sample_bdhs.py",
-            *flags,
-            "--limit",
-            7,
-            "--shard",
-            shard,
-            "--out",
-            tmp_path / f"{processes}.jsonl",
+            f"{flags} --limit 7 --shard {shard} --out {tmp_path}/{processes}.jsonl",
         )
     one, three = tmp_path / "1.jsonl", tmp_path / "3.jsonl"
     assert three.read_bytes() == one.read_bytes() and len(pairs_in(one)) > 5
     assert Path(f"{three}.stats.json").read_bytes() == Path(f"{one}.stats.json").read_bytes()
     for each in (one, three):
-        run_alone("sample_bdhs.py", *flags, "--limit", 9, "--out", each)
+        run_alone("sample_bdhs.py", f"{flags} --limit 9 --out {each}")
     assert three.read_bytes() == one.read_bytes()
 
 
 def test_a_process_that_dies_ends_the_others(model, pairs, tmp_path, capsys):
     """By kill -9, as for want of memory: no hang, a line that says so, and one process goes on from
     the checkpoint."""
-    flags = [
-        "--model",
-        model,
-        "--pairs",
-        pairs,
-        *SIZES,
-        "--steps",
-        24,
-        "--save-every",
-        2,
-        "--eval-images",
-        0,
-    ]
-    flags += ["--lr", "1e-3"]
-    words = command(2, "train_dpo.py", *flags, "--shard", "full", "--out", tmp_path / "two")
+    flags = f"--model {model} --pairs {pairs} {SIZES} --steps 24 --save-every 2 --eval-images 0"
+    flags += " --lr 1e-3"
+    words = command(2, "train_dpo.py", f"{flags} --shard full --out {tmp_path}/two")
     done = killed(
         tmp_path / "two/metrics.jsonl",
         words,
@@ -379,15 +235,15 @@ def test_a_process_that_dies_ends_the_others(model, pairs, tmp_path, capsys):
     assert "error: another process has ended" in done.stderr and "[rank0]" not in done.stderr
     assert "(SIGKILL)" in done.stderr  # torchrun names the one that was killed
     assert 3 <= len(rows_of(tmp_path / "two")) < 24
-    run_alone("train_dpo.py", *flags, "--resume", "--out", tmp_path / "two")
+    run_alone("train_dpo.py", f"{flags} --resume --out {tmp_path}/two")
     assert "steps are done" in capsys.readouterr().out
-    run_alone("train_dpo.py", *flags, "--out", tmp_path / "one")
+    run_alone("train_dpo.py", f"{flags} --out {tmp_path}/one")
     assert_same_training(tmp_path / "one", tmp_path / "two")
 
 
 @pytest.mark.parametrize("script", ["train_dpo.py", "train_online.py", "sample_bdhs.py"])
 def test_shards_need_torchrun(tmp_path, script):
-    done = launch(1, script, "--shard", "full", "--out", tmp_path / "out")
+    done = launch(1, script, f"--shard full --out {tmp_path}/out")
     assert done.returncode == 2 and not (tmp_path / "out").exists()
     [said] = done.stderr.splitlines()
     assert said.startswith(
@@ -398,20 +254,8 @@ def test_shards_need_torchrun(tmp_path, script):
 def test_sigterm_to_one_ends_all_after_the_same_step(model, pairs, tmp_path):
     """As a scheduler ends a job, every process hears it at another moment; here only the second one
     ever does."""
-    flags = [
-        "--model",
-        model,
-        "--pairs",
-        pairs,
-        *SIZES,
-        "--steps",
-        40,
-        "--save-every",
-        40,
-        "--eval-images",
-        0,
-    ]
-    words = command(2, "train_dpo.py", *flags, "--shard", "full", "--out", tmp_path)
+    flags = f"--model {model} --pairs {pairs} {SIZES} --steps 40 --save-every 40 --eval-images 0"
+    words = command(2, "train_dpo.py", f"{flags} --shard full --out {tmp_path}")
     done = killed(
         tmp_path / "metrics.jsonl",
         words,
@@ -449,7 +293,7 @@ stuck(0)
 def test_a_run_that_hangs_says_where(tmp_path):
     """The stacks of all threads of both processes, which then end."""
     (tmp_path / "stuck.py").write_text(STUCK)
-    process = start(command(2, str(tmp_path / "stuck.py"), tmp_path))
+    process = start(command(2, str(tmp_path / "stuck.py"), str(tmp_path)))
     wait_for(lambda: len(list(tmp_path.glob("[01]-[01]"))) == 4, process)
     pids = children(process)
     with pytest.raises(pytest.fail.Exception) as failure:

@@ -15,32 +15,23 @@ def test_a_loss_that_is_not_finite(model, pairs, tmp_path, monkeypatch, bad):
     """The run ends with step and remedy, and the checkpoint holds the weights before that step."""
     with monkeypatch.context() as patch:
         stop_at(patch, "append_lines", 2)
-        with pytest.raises(KeyboardInterrupt):
-            train(
-                model, tmp_path / "good", pairs=pairs, save_every=1
-            )  # one checkpoint, after step 1
-    real, calls = train_dpo.pair_loss, []
+        with pytest.raises(KeyboardInterrupt):  # one checkpoint, after step 1
+            train(model, tmp_path / "good", pairs=pairs, save_every=1)
+    real, calls = train_dpo.dpo_loss, []
 
     def failing(*args):
-        loss, metrics = real(*args)
         calls.append(1)
-        return (loss * bad, metrics | {"loss": bad}) if len(calls) == 2 else (loss, metrics)
+        return real(*args) * (bad if len(calls) == 2 else 1)
 
-    monkeypatch.setattr(train_dpo, "pair_loss", failing)
-    with pytest.raises(
-        UserError,
-        match=r"^step 2: loss (nan|inf), .* what was saved before it stays; .* a lower --lr",
-    ):
+    monkeypatch.setattr(train_dpo, "dpo_loss", failing)
+    message = r"^step 2: loss (nan|inf), .* what was saved before it stays; .* a lower --lr"
+    with pytest.raises(UserError, match=message):
         train(model, tmp_path / "bad", pairs=pairs)
-    good, found = (
-        tmp_path / name / "checkpoint" / "progress.safetensors" for name in ("good", "bad")
-    )
-    assert found.read_bytes() == good.read_bytes()  # tensors, moments and the number of steps
+    path = "checkpoint/progress.safetensors"  # tensors, moments and the number of steps
+    assert (tmp_path / "bad" / path).read_bytes() == (tmp_path / "good" / path).read_bytes()
     assert len(read_lines(tmp_path / "bad" / "metrics.jsonl")) == 1
-    assert not any(
-        (tmp_path / "bad" / name).exists()
-        for name in ("result.json", "adapter", "merged", "report.html")
-    )
+    for name in ("result.json", "adapter", "merged", "report.html"):
+        assert not (tmp_path / "bad" / name).exists()
 
 
 def test_a_rate_that_is_far_too_high(model, pairs, tmp_path):
@@ -52,19 +43,17 @@ def test_a_rate_that_is_far_too_high(model, pairs, tmp_path):
 
 def test_weights_that_are_not_finite_are_not_saved(model, pairs, tmp_path, monkeypatch):
     """The checkpoint of the step before them stays."""
-    real, calls = train_dpo.pair_loss, []
+    real, calls = train_dpo.branch_logps, []
 
-    def failing(model, *args):
+    def failing(policy, *args):
         calls.append(1)
-        if len(calls) == 3:
-            model.multi_modal_projector.copy.linear_1.bias.data[0] = math.inf
-        return real(model, *args)
+        if len(calls) == 6:  # of the third step's policy, after its reference
+            policy.multi_modal_projector.copy.linear_1.bias.data[0] = math.inf
+        return real(policy, *args)
 
-    monkeypatch.setattr(train_dpo, "pair_loss", failing)
+    monkeypatch.setattr(train_dpo, "branch_logps", failing)
     with pytest.raises(UserError, match="^step 3: loss nan"):
         train(model, tmp_path, pairs=pairs, save_every=1)
     found = load_file(tmp_path / "checkpoint" / "progress.safetensors")
-    assert (
-        all(tensor.isfinite().all() for tensor in found.values())
-        and found["optimizer.0.0.step"] == 2
-    )
+    assert all(tensor.isfinite().all() for tensor in found.values())
+    assert found["optimizer.0.0.step"] == 2

@@ -3,7 +3,6 @@ nothing."""
 
 import random
 from collections import Counter
-from functools import partial
 
 import pytest
 import torch
@@ -11,17 +10,16 @@ from helpers import IMAGE, random_case, random_ids, random_model, worst
 from input_files import gives_remedy
 from input_files import train as train_by_flags
 from online_runs import online, weights_of
+from policies import adapted, wrap_layers
 from script_runs import train
-from test_lora import adapted
 from torch.utils.checkpoint import checkpoint
 
 import train_dpo
 import train_online
-from minialign.align.logps import both_logps, branch_logps
-from minialign.align.losses import preference_loss
+from minialign.align.logps import branch_logps, reference_logps
+from minialign.align.losses import ipo_loss
 from minialign.model.masks import Branch, Sequence, build_tree
 from minialign.sampling.generate import Sampling, generate
-from minialign.training.flags import COMPILE_OPTIONS
 
 SEEDS = range(6)
 PLAIN, RECOMPUTE, COMPILED = (False, False), (True, False), (False, True)
@@ -42,23 +40,13 @@ def pairs_of(seed: int, rows: int, length: int):
     return tree, torch.randn(rows, patches, 16, generator=torch.Generator().manual_seed(seed))
 
 
-def wrap_layers(model, recompute: bool, compile: bool) -> None:
-    """What the scripts do with these flags, on a model that may have been wrapped before."""
-    for layer in model.language_model.layers:
-        layer.forward = type(layer).forward.__get__(layer)
-        if compile:
-            layer.forward = torch.compile(layer.forward, dynamic=True, options=COMPILE_OPTIONS)
-        if recompute:
-            layer.forward = partial(
-                checkpoint, layer.forward, use_reentrant=False, preserve_rng_state=False
-            )
-
-
 def step(model, tree, features, means: tuple[bool, bool]) -> list[torch.Tensor]:
     """The log-probs of policy and reference, the loss, and all gradients of one training step."""
     wrap_layers(model, *means)
-    logps, ref_logps = both_logps(model, tree, features)
-    loss = preference_loss(logps, ref_logps, "ipo", 0.1, torch.ones(1))
+    ref_logps = reference_logps(model, tree, features)
+    logps = branch_logps(model, tree, features)
+    four = logps[:, :1], logps[:, 1:], ref_logps[:, :1], ref_logps[:, 1:]
+    loss = ipo_loss(*four, 0.1).mean()
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
     return [logps.detach(), ref_logps, loss.detach(), *torch.autograd.grad(loss, trained)]
 
@@ -69,17 +57,15 @@ def assert_close(ours: list[torch.Tensor], theirs: list[torch.Tensor]) -> None:
         assert b.abs().max() > 0 and worst(a, b) <= 1e-4 * max(1.0, b.abs().max().item())
 
 
-# Recompute
-# ---------------------------------------------------------------------------------------------------
+# ---------------------------------------------------------------- Recompute
 
 
 @pytest.mark.parametrize("seed", SEEDS)
 def test_recomputing_changes_no_bit(seed):
     model = adapted(random_model(seed), 4, 8.0, seed)
     tree, features = pairs_of(seed, 1 + seed % 3, 20 + seed)
-    for a, b in zip(
-        step(model, tree, features, RECOMPUTE), step(model, tree, features, PLAIN), strict=True
-    ):
+    again = step(model, tree, features, RECOMPUTE)
+    for a, b in zip(again, step(model, tree, features, PLAIN), strict=True):
         assert torch.equal(a, b) and b.abs().max() > 0
 
 
@@ -118,14 +104,12 @@ def test_who_runs_again():
     features = model.encode_images(torch.randn(2, 3, 12, 12, requires_grad=True))
     assert not features.requires_grad
     step(model, tree, features, RECOMPUTE)
-    tower = {
-        f"vision_tower.encoder.layers.{i}.mlp": 1 for i in range(2)
-    }  # of 3; the last is never run
+    # Of the tower's three layers the last is never run.
+    tower = {f"vision_tower.encoder.layers.{i}.mlp": 1 for i in range(2)}
     assert runs == tower | {f"language_model.layers.{i}.mlp": 1 + 2 for i in range(2)}
 
 
-# Compile
-# -----------------------------------------------------------------------------------------------------
+# ---------------------------------------------------------------- Compile
 
 
 @pytest.mark.parametrize("recompute", [False, True])
@@ -139,9 +123,8 @@ def test_twenty_lengths_are_compiled_once(recompute, compilations):
         means = step(model, tree, features, (recompute, True)), step(model, tree, features, PLAIN)
         assert_close(*means)
         counts.append(len(compilations))
-    assert (
-        counts[0] == 2 and counts[-1] <= 6
-    )  # with gradients and without: one row, several; a rest of one column
+    # With gradients and without: one row, several; a rest of one column.
+    assert counts[0] == 2 and counts[-1] <= 6
 
 
 def test_compiled_by_the_real_compiler():
@@ -159,8 +142,7 @@ def test_compiled_by_the_real_compiler():
         assert_close(*found)
 
 
-# Where they have no part
-# -------------------------------------------------------------------------------------
+# ---------------------------------------------------------------- Where they have no part
 
 
 def test_sampling_computes_nothing_again_and_compiles_nothing(compilations):
@@ -176,8 +158,7 @@ def test_sampling_computes_nothing_again_and_compiles_nothing(compilations):
     assert runs["mlp"] == len(model.language_model.layers) * 5 and not compilations
 
 
-# The flags
-# ---------------------------------------------------------------------------------------------------
+# ---------------------------------------------------------------- The flags
 
 
 @pytest.fixture
