@@ -8,8 +8,8 @@ from dataclasses import replace
 import pytest
 import torch
 from helpers import IMAGE, random_ids, random_model, worst
+from policies import wrap_layers
 from test_generate import SEEDS, random_rows, seeds_of
-from test_layers_in_training import wrap_layers
 
 from minialign.model.llama import KVCache
 from minialign.model.masks import PADDING, Branch, Sequence, TokenTree, dense_mask

@@ -1,5 +1,5 @@
-"""A stopped sample_bdhs.py goes on to the same bytes, samples nothing twice, and adds to no file
-but its own."""
+"""The pairs file: a stopped sample_bdhs.py goes on to the same bytes, samples nothing twice, and
+adds to no file but its own."""
 
 import json
 import random
@@ -11,7 +11,7 @@ from script_runs import contents, instruct_file, read_lines, sample
 
 import sample_bdhs
 from minialign.errors import UserError
-from minialign.sampling.bdhs import Bdhs
+from minialign.sampling.pairs_file import resolved_curve
 from minialign.toy import world
 
 
@@ -23,9 +23,10 @@ def test_a_killed_run_continues_to_the_same_bytes(model, tmp_path, seed):
     sample(model, out / "pairs.jsonl")
     whole = (out / "pairs.jsonl").read_bytes()
     lines = whole.splitlines(keepends=True)
-    cut = (
-        rng.randrange(len(whole)) if seed % 2 else len(b"".join(lines[: rng.randrange(len(lines))]))
-    )
+    if seed % 2:
+        cut = rng.randrange(len(whole))
+    else:
+        cut = len(b"".join(lines[: rng.randrange(len(lines))]))
     (out / "pairs.jsonl").write_bytes(whole[:cut])
     (out / "pairs.jsonl.stats.json").unlink()
     sample(model, out / "pairs.jsonl", batch_size=rng.choice([1, 2, 3, 7]))
@@ -34,38 +35,36 @@ def test_a_killed_run_continues_to_the_same_bytes(model, tmp_path, seed):
 
 
 def test_a_run_that_is_interrupted_keeps_whole_batches(model, tmp_path, monkeypatch):
-    real, batches = Bdhs.sample, []
+    real, batches = sample_bdhs.sample, []
 
-    def interrupted(self, examples):
+    def interrupted(assistant, similarity, examples, config):
         batches.append(len(examples))
         if len(batches) == 3:
             raise KeyboardInterrupt
-        return real(self, examples)
+        return real(assistant, similarity, examples, config)
 
-    monkeypatch.setattr(Bdhs, "sample", interrupted)
+    monkeypatch.setattr(sample_bdhs, "sample", interrupted)
     with pytest.raises(KeyboardInterrupt):
         sample(model, tmp_path / "pairs.jsonl", batch_size=2)
-    assert (
-        len(read_lines(tmp_path / "pairs.jsonl")) == 4
-        and not (tmp_path / "pairs.jsonl.stats.json").exists()
-    )
-    monkeypatch.setattr(Bdhs, "sample", real)
-    assert sample(model, tmp_path / "pairs.jsonl", batch_size=2) == sample(
-        model, tmp_path / "other.jsonl"
-    )
+    assert len(read_lines(tmp_path / "pairs.jsonl")) == 4
+    assert not (tmp_path / "pairs.jsonl.stats.json").exists()
+
+    monkeypatch.setattr(sample_bdhs, "sample", real)
+    other = sample(model, tmp_path / "other.jsonl")
+    assert sample(model, tmp_path / "pairs.jsonl", batch_size=2) == other
 
 
 def test_what_is_there_is_not_sampled_again(model, tmp_path, monkeypatch):
     first = sample(model, tmp_path / "pairs.jsonl", limit=4)
-    before, real, ids = contents(tmp_path), Bdhs.sample, []
-    monkeypatch.setattr(
-        Bdhs, "sample", lambda self, batch: ids.extend(e.id for e in batch) or real(self, batch)
-    )
-    assert (
-        sample(model, tmp_path / "pairs.jsonl", limit=4) == first
-        and contents(tmp_path) == before
-        and ids == []
-    )
+    before, real, ids = contents(tmp_path), sample_bdhs.sample, []
+
+    def noted(assistant, similarity, examples, config):
+        ids.extend(example.record.id for example in examples)
+        return real(assistant, similarity, examples, config)
+
+    monkeypatch.setattr(sample_bdhs, "sample", noted)
+    assert sample(model, tmp_path / "pairs.jsonl", limit=4) == first
+    assert contents(tmp_path) == before and ids == []
     more = sample(model, tmp_path / "pairs.jsonl", limit=6)  # a longer run goes on
     assert more[:4] == first and ids == [record["id"] for record in world.alignment_records(6)[4:]]
 
@@ -86,9 +85,8 @@ def test_what_is_there_is_not_sampled_again(model, tmp_path, monkeypatch):
 def test_pairs_of_other_settings_are_not_mixed(model, tmp_path, changes):
     sample(model, tmp_path / "pairs.jsonl", limit=2)
     before = contents(tmp_path)
-    with pytest.raises(
-        UserError, match=f"config.json: of another {next(iter(changes))}, .*; name another --out"
-    ):
+    message = f"config.json: of another {next(iter(changes))}, .*; name another --out"
+    with pytest.raises(UserError, match=message):
         sample(model, tmp_path / "pairs.jsonl", limit=2, **changes)
     assert contents(tmp_path) == before
 
@@ -103,7 +101,7 @@ def test_a_file_that_is_no_pairs_file_is_left_alone(model, tmp_path, data):
     assert contents(tmp_path) == {"notes.txt": data}
 
 
-@pytest.mark.parametrize("line", ["{", "5", '{"id": "x"}'])
+@pytest.mark.parametrize("line", ["{", "5"])
 def test_a_pairs_file_with_a_bad_line_is_refused(model, tmp_path, line):
     sample(model, tmp_path / "pairs.jsonl", limit=2)
     with open(tmp_path / "pairs.jsonl", "a") as file:
@@ -112,16 +110,6 @@ def test_a_pairs_file_with_a_bad_line_is_refused(model, tmp_path, line):
     with pytest.raises(UserError, match=r"pairs\.jsonl"):
         sample(model, tmp_path / "pairs.jsonl")
     assert contents(tmp_path) == before
-
-
-def test_a_pair_without_its_sampling_is_refused(model, tmp_path):
-    sample(model, tmp_path / "pairs.jsonl", limit=2)
-    rows = [json.loads(line) for line in (tmp_path / "pairs.jsonl").read_text().splitlines()]
-    (tmp_path / "pairs.jsonl").write_text(
-        "".join(json.dumps(row | {"bdhs": {}}) + "\n" for row in rows)
-    )
-    with pytest.raises(UserError, match="line 1: field 'bdhs.iterations' is missing"):
-        sample(model, tmp_path / "pairs.jsonl")
 
 
 def test_another_models_pairs_are_refused(model, tmp_path):
@@ -137,16 +125,13 @@ def test_another_models_pairs_are_refused(model, tmp_path):
 
 def test_records_with_the_same_id(model, tmp_path):
     """Each is sampled, from its own seed, and a continued run knows them apart."""
-    talk = [
-        ("human", "<image>\nWhat is there?"),
-        ("gpt", "A red cup. A blue ball. A green tree. A white dog."),
-    ]
+    answer = "A red cup. A blue ball. A green tree. A white dog."
+    talk = [("human", "<image>\nWhat is there?"), ("gpt", answer)]
     data = Path(instruct_file(tmp_path / "data.json", talk, talk, talk))
     data.write_text(data.read_text().replace('"id": 1', '"id": 0').replace('"id": 2', '"id": 0'))
     pairs = sample(model, tmp_path / "pairs.jsonl", data=str(data))
-    assert {pair["id"] for pair in pairs} == {"0", "0#2", "0#3"} and len(
-        {pair["rejected"] for pair in pairs}
-    ) == 3
+    assert {pair["id"] for pair in pairs} == {"0", "0#2", "0#3"}
+    assert len({pair["rejected"] for pair in pairs}) == 3
     whole = (tmp_path / "pairs.jsonl").read_bytes()
     (tmp_path / "pairs.jsonl").write_bytes(whole[: whole.index(b"\n") + 9])
     assert sample(model, tmp_path / "pairs.jsonl", data=str(data)) == pairs
@@ -159,39 +144,39 @@ def test_settings_of_two_pairs_files_in_one_folder_stay_apart(model, tmp_path):
         sample(model, tmp_path / "s0.0", limit=3, seed=1)
 
 
-@pytest.mark.parametrize("change", ["question", "answer", "image", "rejected"])
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"question": "What is here?"},
+        {"chosen": "A blue cup."},
+        {"image": world.image_name("alignment", 7)},
+        {"rejected": "A dog."},
+    ],
+    ids=lambda change: next(iter(change)),
+)
 def test_data_that_changed_under_the_same_ids(model, tmp_path, change):
     """A pairs file is not continued on other records: its pairs would be taken for theirs."""
-
-    def record(number: int, **changes) -> dict:
-        raw = {
-            "id": number,
-            "image": world.image_name("alignment", number),
-            "question": "What is there?",
-            "chosen": "A red cup.",
-            "rejected": "A car.",
-        }
-        return raw | changes
-
     data, out = tmp_path / "data.jsonl", tmp_path / "pairs.jsonl"
-    data.write_text("".join(json.dumps(record(i)) + "\n" for i in range(3)))
+    stored = {"question": "What is there?", "chosen": "A red cup.", "rejected": "A car."}
+
+    def write(count: int, changes: dict) -> None:
+        """Some records, the second of them changed."""
+        lines = []
+        for number in range(count):
+            record = {"id": number, "image": world.image_name("alignment", number), **stored}
+            lines.append(json.dumps(record | (changes if number == 1 else {})) + "\n")
+        data.write_text("".join(lines))
+
+    write(3, {})
     sample(model, out, data=str(data))
     before = out.read_bytes()
-    other = {
-        "question": {"question": "What is here?"},
-        "answer": {"chosen": "A blue cup."},
-        "image": {"image": world.image_name("alignment", 7)},
-        "rejected": {"rejected": "A dog."},
-    }
-    data.write_text(
-        "".join(json.dumps(record(i, **(other[change] if i == 1 else {}))) + "\n" for i in range(4))
-    )
-    with pytest.raises(
-        UserError, match="line 2: '1' is another record in --data; name another --out"
-    ):
+    write(4, change)
+    message = "line 2: '1' is another record in --data; name another --out"
+    with pytest.raises(UserError, match=message):
         sample(model, out, data=str(data))
     assert out.read_bytes() == before
-    data.write_text("".join(json.dumps(record(i)) + "\n" for i in range(4)))
+
+    write(4, {})
     assert len(sample(model, out, data=str(data))) == 4 and out.read_bytes().startswith(before)
 
 
@@ -207,8 +192,20 @@ def test_two_programs_do_not_write_one_file(model, tmp_path, monkeypatch):
         return real(path, lines, behind)
 
     monkeypatch.setattr(sample_bdhs, "append_lines", interrupted)
-    with pytest.raises(
-        UserError, match="another program writes it, too; wait for that one, then run again"
-    ):
+    message = "another program writes it, too; wait for that one, then run again"
+    with pytest.raises(UserError, match=message):
         sample(model, out)
     assert out.read_bytes() == (tmp_path / "other.jsonl").read_bytes()
+
+
+def test_resolved_curve_by_hand():
+    def pair(iterations: int, similarity: float, truncated: bool = False) -> dict:
+        found = {"iterations": iterations, "similarity": similarity, "truncated": truncated}
+        return {"bdhs": found}
+
+    # Too similar twice, and cut off.
+    first = [pair(1, 0.2), pair(1, 0.96), pair(2, 0.5)]
+    pairs = [*first, pair(3, 0.9), pair(3, 0.97), pair(3, 1.0), pair(1, 0), pair(3, 0.2, True)]
+    assert resolved_curve(pairs, 3, 0.97) == [3 / 8, 4 / 8, 5 / 8]
+    assert resolved_curve(first, 3, 0.97) == [0.6667, 1.0, 1.0]
+    assert resolved_curve([], 2, 0.97) == [0.0, 0.0]
