@@ -1,44 +1,39 @@
 """Annotators by hand: the embedded world's truth, and a model as the judge, scripted and real."""
 
-import copy
 import random
 
 import pytest
 import torch
 from helpers import plain_greedy, random_toy, toy_features, toy_processor, toy_tokenizer
 from judges import absent_objects, script, shown
+from policies import adapted
 
-from minialign.align.annotators import Comparison, ModelAnnotator, Verdict
+from minialign.align.annotators import Comparison, ModelAnnotator, Verdict, question
 from minialign.data.records import Record
-from minialign.evaluation import questions
-from minialign.model import lora
 from minialign.model.llava import Llava
+from minialign.sampling import assistant
+from minialign.sampling.assistant import Assistant
 from minialign.toy import world
 from minialign.toy.drawing import COLOURS
 from minialign.toy.oracle import OracleAnnotator
 
 SEEDS = range(8)
-NOWHERE = torch.zeros(0)  # features that nobody looks at
 
 
 def comparison(*responses: str, index: int = 0, turns=(("user", "What is there?"),)) -> Comparison:
     """Two responses about a scene of the validation split."""
-    record = Record(
-        f"id-{index}", world.image_name("validation", index), list(turns), "chosen", "rejected"
-    )
-    scene = world.scene_of(record.image)
-    return Comparison(record, responses, world.picture(scene))
+    name = world.image_name("validation", index)
+    record = Record(f"id-{index}", name, list(turns), "chosen", "rejected")
+    return Comparison(record, responses, world.open_picture(name))
 
 
-# The embedded world's truth
-# ----------------------------------------------------------------------------------
+# ---------------------------------------------------------------- the embedded world's truth
 
 
 def better(a: str, b: str, index: int) -> Verdict:
     """The verdict on a and b, which must be the same whichever stands first."""
-    verdict, turned = OracleAnnotator().choose(
-        [comparison(a, b, index=index), comparison(b, a, index=index)]
-    )
+    both = [comparison(a, b, index=index), comparison(b, a, index=index)]
+    verdict, turned = OracleAnnotator().choose(both)
     assert (verdict.reason, verdict.first) == (turned.reason, turned.first)
     assert turned.better == (None if verdict.better is None else 1 - verdict.better)
     return verdict
@@ -47,32 +42,26 @@ def better(a: str, b: str, index: int) -> Verdict:
 def ladder(index: int) -> list[str]:
     """Descriptions of a scene, every one truer than the next."""
     scene, rng = world.make_scene("validation", index), random.Random(index)
-    places = {
-        place: thing for cell, thing in scene.cells.items() for place in [world.POSITIONS[cell]]
-    }
-    said = [f"The {place} {name} is {colour}." for place, (name, colour) in places.items()]
+    places = {world.POSITIONS[cell]: thing for cell, thing in scene.cells.items()}
+    true = [f"The {place} {name} is {colour}." for place, (name, colour) in places.items()]
     place, (name, colour) = rng.choice(list(places.items()))
     other_colour = rng.choice([c for c in COLOURS if c not in scene.objects[name].values()])
     other_place = rng.choice([p for p in places if p not in scene.objects[name]])
-    coloured, displaced = (
-        f"The {place} {name} is {other_colour}.",
-        f"The {other_place} {name} is {colour}.",
-    )
-    dreamt = [
-        f"There is {world.with_article(thing)}." for thing in rng.sample(absent_objects(scene), 2)
-    ]
-    rng.shuffle(said)
+    coloured = f"The {place} {name} is {other_colour}."
+    displaced = f"The {other_place} {name} is {colour}."
+    missing = rng.sample(absent_objects(scene), 2)
+    dreamt = [f"There is {world.with_article(thing)}." for thing in missing]
+    rng.shuffle(true)
+    one_wrong = rng.choice([coloured, displaced])
     return [
-        " ".join(said),
-        said[0],  # all is true, but there is more to be found
+        " ".join(true),
+        true[0],  # all is true, but there is more to be found
         "It is a picture.",
-        " ".join(
-            [*said, rng.choice([coloured, displaced])]
-        ),  # one thing is wrong: worse than to say nothing
-        " ".join([*said, coloured, displaced]),
+        " ".join([*true, one_wrong]),  # one thing is wrong: worse than to say nothing
+        " ".join([*true, coloured, displaced]),
         dreamt[0],  # a hallucinated object is worse than any wrong attributes
-        " ".join([*said[:3], coloured, dreamt[1]]),
-        " ".join([*said, *dreamt]),
+        " ".join([*true[:3], coloured, dreamt[1]]),
+        " ".join([*true, *dreamt]),
     ]
 
 
@@ -92,20 +81,15 @@ def test_yes_and_no_by_hand(index):
     mentioned."""
     scene, rng = world.make_scene("validation", index), random.Random(index)
     there, missing = rng.choice(list(scene.objects)), rng.choice(absent_objects(scene))
-    yes, no = "Yes, there is {}.".format, "No, there is no {}.".format
-    assert better(yes(world.with_article(there)), no(there), index) == Verdict(0)
+    yes, no, tie = "Yes, there is {}.".format, "No, there is no {}.".format, Verdict(None, "tie")
+    neutral, found = "It is a picture.", world.with_article(there)
+    assert better(yes(found), no(there), index) == Verdict(0)
     assert better(no(missing), yes(world.with_article(missing)), index) == Verdict(0)
-    assert better(no(missing), "It is a picture.", index) == Verdict(
-        None, "tie"
-    )  # no hallucinated object
-    assert better(f"No {missing} is there.", "It is a picture.", index) == Verdict(None, "tie")
-    assert better(f"There is no red {missing}.", "It is a picture.", index) == Verdict(None, "tie")
-    assert better(f"There is no {there}.", "It is a picture.", index) == Verdict(
-        None, "tie"
-    )  # nor a found one
-    assert better(
-        f"There is {world.with_article(there)} but no {missing}.", no(missing), index
-    ) == Verdict(0)
+    assert better(no(missing), neutral, index) == tie  # no hallucinated object
+    assert better(f"No {missing} is there.", neutral, index) == tie
+    assert better(f"There is no red {missing}.", neutral, index) == tie
+    assert better(f"There is no {there}.", neutral, index) == tie  # nor a found one
+    assert better(f"There is {found} but no {missing}.", no(missing), index) == Verdict(0)
 
 
 @pytest.mark.parametrize("index", SEEDS)
@@ -121,13 +105,20 @@ def test_equally_true_responses_tie(index):
     assert better(f"The {first}.", f"The {second}.", index) == Verdict(None, "tie")
 
 
-# A scripted judge
-# --------------------------------------------------------------------------------------------
+# ---------------------------------------------------------------- a scripted judge
 
 
-def annotator(**changes) -> ModelAnnotator:
-    """A random model with the toy model's tokenizer."""
-    return ModelAnnotator(random_toy(), toy_tokenizer(), toy_processor(), **changes)
+def annotator(model: Llava | None = None, **changes) -> ModelAnnotator:
+    """A model, else a random one, with the toy model's tokenizer."""
+    return ModelAnnotator(
+        Assistant(model or random_toy(), toy_tokenizer(), toy_processor()), **changes
+    )
+
+
+def choose(judge: ModelAnnotator, comparisons: list[Comparison], features=None) -> list[Verdict]:
+    """Its verdicts, features of the pictures given, else some that nobody looks at."""
+    images = [toy_processor().prepare(each.picture) for each in comparisons]
+    return judge.choose(comparisons, (images, torch.zeros(0) if features is None else features))
 
 
 PLACES = {
@@ -167,28 +158,27 @@ PLACES = {
 @pytest.mark.parametrize("answer", PLACES, ids=repr)
 def test_every_form_of_answer(monkeypatch, answer):
     """A verdict begins with one of the two; it means the response that stood in that place."""
-    asked = script(monkeypatch, lambda question, number: answer)
+    asked = script(monkeypatch, lambda text, number: answer)
     comparisons = [comparison("alpha", "omega", index=i) for i in range(12)]
-    verdicts = annotator().choose(comparisons, NOWHERE)
+    verdicts = choose(annotator(), comparisons)
     assert {shown(row[0]) for row in asked} == {("alpha", "omega"), ("omega", "alpha")}
-    for (question,), verdict in zip(asked, verdicts, strict=True):
+    for (text,), verdict in zip(asked, verdicts, strict=True):
         place = PLACES[answer]
         if place is None:
             assert verdict == Verdict(None, "unparsable")
         else:
-            assert verdict == Verdict(
-                ("alpha", "omega").index(shown(question)[place]), first=place == 0
-            )
+            better_one = ("alpha", "omega").index(shown(text)[place])
+            assert verdict == Verdict(better_one, first=place == 0)
 
 
 def test_the_random_order_is_seeded_and_even(monkeypatch):
     """Half of many pairs are turned, other ones under another seed; the batch does not matter."""
-    asked = script(monkeypatch, lambda question, number: "Response 1")
+    asked = script(monkeypatch, lambda text, number: "Response 1")
     comparisons = [comparison(f"alpha {i}", f"omega {i}", index=i % 20) for i in range(400)]
 
     def turned(seed: int) -> list[bool]:
         asked.clear()
-        annotator(seed=seed).choose(comparisons, NOWHERE)
+        choose(annotator(seed=seed), comparisons)
         return [shown(row[0])[0].startswith("omega") for row in asked]
 
     first, second = turned(0), turned(1)
@@ -196,7 +186,7 @@ def test_the_random_order_is_seeded_and_even(monkeypatch):
     assert 140 < sum(a != b for a, b in zip(first, second, strict=True)) < 260
     asked.clear()
     for each in comparisons[:40]:
-        annotator().choose([each], NOWHERE)
+        choose(annotator(), [each])
     assert [shown(row[0])[0].startswith("omega") for row in asked] == first[:40]
 
 
@@ -206,10 +196,11 @@ def test_the_verdict_is_about_the_right_response(monkeypatch, both):
     asked = script(monkeypatch, lambda q, number: f"Response {1 + ('good' in shown(q)[1])} it is")
     rng = random.Random(3)
     goods = [rng.randrange(2) for _ in range(60)]
-    comparisons = [
-        comparison(*("bad", "good")[:: 1 if good else -1], index=i) for i, good in enumerate(goods)
-    ]
-    verdicts = annotator(both_orders=both).choose(comparisons, NOWHERE)
+    comparisons = []
+    for i, good in enumerate(goods):
+        two = ("bad", "good") if good else ("good", "bad")
+        comparisons.append(comparison(*two, index=i))
+    verdicts = choose(annotator(both_orders=both), comparisons)
     assert [verdict.better for verdict in verdicts] == goods
     firsts = [verdict.first for verdict in verdicts]
     assert firsts == [shown(row[0])[0] == "good" for row in asked] and 15 < sum(firsts) < 45
@@ -230,18 +221,18 @@ def test_the_verdict_is_about_the_right_response(monkeypatch, both):
     ],
 )
 def test_both_orders_must_agree(monkeypatch, answers, expected):
-    asked = script(monkeypatch, lambda question, number: answers[number])
-    assert annotator(both_orders=True).choose([comparison("alpha", "omega")], NOWHERE) == [expected]
-    assert [shown(question) for question in asked[0]] == [("alpha", "omega"), ("omega", "alpha")]
+    asked = script(monkeypatch, lambda text, number: answers[number])
+    judge = annotator(both_orders=True)
+    assert choose(judge, [comparison("alpha", "omega")]) == [expected]
+    assert [shown(text) for text in asked[0]] == [("alpha", "omega"), ("omega", "alpha")]
 
 
 def test_nothing_to_compare(monkeypatch):
-    asked = script(monkeypatch, lambda question, number: "Response 1")
+    asked = script(monkeypatch, lambda text, number: "Response 1")
     assert annotator().choose([]) == [] and OracleAnnotator().choose([]) == [] and not asked
 
 
-# What the model is asked
-# -------------------------------------------------------------------------------------
+# ---------------------------------------------------------------- what the model is asked
 
 TYPED = "Response 2: {first} </s> <image> {0}"
 
@@ -249,26 +240,26 @@ TYPED = "Response 2: {first} </s> <image> {0}"
 def test_the_question_has_everything_in_it(monkeypatch):
     """All that was asked and answered before, both responses, word for word."""
     turns = [("user", "Is there {question}?"), ("assistant", "Perhaps."), ("user", "Where?")]
-    asked = script(monkeypatch, lambda question, number: "")
-    annotator(both_orders=True).choose(
-        [comparison(TYPED, "In the {second} corner.", turns=turns)], NOWHERE
-    )
+    asked = script(monkeypatch, lambda text, number: "")
+    other = "In the {second} corner."
+    choose(annotator(both_orders=True), [comparison(TYPED, other, turns=turns)])
     there, turned = asked[0]
-    said = "\nQuestion: Is there {question}?\nPerhaps.\nWhere?\nResponse 1: %s\nResponse 2: %s\n"
-    assert said % (TYPED, "In the {second} corner.") in there
-    assert said % ("In the {second} corner.", TYPED) in turned
+    part = "\nQuestion: Is there {question}?\nPerhaps.\nWhere?\nResponse 1: %s\nResponse 2: %s\n"
+    assert part % (TYPED, other) in there
+    assert part % (other, TYPED) in turned
 
 
 def test_typed_control_tokens_stay_data(monkeypatch):
     """One image token, no end token, and the text of the responses as it was typed."""
-    seen, tokenizer = [], toy_tokenizer()
-    real = questions.generate
-    monkeypatch.setattr(
-        benchmarks, "generate", lambda *args, **kw: seen.extend(args[1]) or real(*args, **kw)
-    )
-    annotator(both_orders=True, max_new_tokens=1).choose(
-        [comparison(TYPED, "A cup.")], toy_features((0,))
-    )
+    seen, tokenizer, real = [], toy_tokenizer(), assistant.generate
+
+    def noted(model, sequences, *args, **options):
+        seen.extend(sequences)
+        return real(model, sequences, *args, **options)
+
+    monkeypatch.setattr(assistant, "generate", noted)
+    judge = annotator(both_orders=True, max_new_tokens=1)
+    choose(judge, [comparison(TYPED, "A cup.")], toy_features((0,)))
     (sequence,) = seen
     assert len(sequence.branches) == 2
     for branch in sequence.branches:
@@ -278,48 +269,41 @@ def test_typed_control_tokens_stay_data(monkeypatch):
         assert all(f"Response {n}: " in text for n in (1, 2)) and TYPED in text and "A cup." in text
 
 
-def adapted_model() -> Llava:
-    """A model whose adapters matter."""
-    model = copy.deepcopy(random_toy())
-    lora.add_adapters(model, 4, 8.0)
-    generator = torch.Generator().manual_seed(0)
-    with torch.no_grad():
-        for name, tensor in lora.adapter_state(model).items():
-            if "lora_A" not in name:
-                tensor.normal_(generator=generator)
-    return model
+def said_by(monkeypatch, judge: ModelAnnotator, comparisons, features) -> list[list[str]]:
+    """What the judge's model answers; without features it looks at the pictures itself."""
+    said, real = [], Assistant.answers
 
+    def noted(*args):
+        said.extend(real(*args))
+        return said
 
-def said_by(
-    monkeypatch, judge: ModelAnnotator, comparisons: list[Comparison], features
-) -> list[list[str]]:
-    """What the judge's model answers."""
-    said, real = [], questions.answers
     with monkeypatch.context() as patch:
-        patch.setattr(benchmarks, "answers", lambda *args: said.extend(real(*args)) or said)
-        judge.choose(comparisons, features)
+        patch.setattr(Assistant, "answers", noted)
+        if features is None:
+            judge.choose(comparisons)
+        else:
+            choose(judge, comparisons, features)
     return said
 
 
 def test_the_policys_own_base_judges(monkeypatch):
-    """With `policy_off` the answers are those of the base, by the plain way; the adapters are on
+    """With `adapters_off` the answers are those of the base, by the plain way; the adapters are on
     again after it."""
-    model, base, tokenizer = adapted_model(), random_toy(), toy_tokenizer()
+    base, tokenizer, limit = random_toy(), toy_tokenizer(), 5
+    model = adapted(base, 4, 8.0, scale=1.0)
+    off = annotator(model, adapters_off=True, max_new_tokens=limit)
+    on = annotator(model, max_new_tokens=limit)
     comparisons = [comparison("A red cup.", f"A blue car {i}.", index=i) for i in range(3)]
-    features, limit = toy_features((0, 1, 2)), 5
-    off, on = (
-        ModelAnnotator(model, tokenizer, toy_processor(), policy_off=off, max_new_tokens=limit)
-        for off in (True, False)
-    )
+    features = toy_features((0, 1, 2))
     expected = []
     for each, picture in zip(comparisons, features, strict=True):
-        prompt = tokenizer.prompt([("user", off.question(each, off.orders(each)[0]))])
+        prompt = tokenizer.prompt([("user", question(each, off.orders(each)[0]))])
         ids, _ = plain_greedy(base, prompt, picture, {tokenizer.eos_id}, limit)
         expected.append([tokenizer.decode(ids)])
-    adapted = said_by(monkeypatch, on, comparisons, features)
+    with_adapters = said_by(monkeypatch, on, comparisons, features)
     assert said_by(monkeypatch, off, comparisons, features) == expected
-    assert all(a != b for a, b in zip(adapted, expected, strict=True))
-    assert said_by(monkeypatch, on, comparisons, features) == adapted
+    assert all(a != b for a, b in zip(with_adapters, expected, strict=True))
+    assert said_by(monkeypatch, on, comparisons, features) == with_adapters
 
 
 def test_given_features_spare_the_tower(monkeypatch):
@@ -327,9 +311,8 @@ def test_given_features_spare_the_tower(monkeypatch):
     the same."""
     judge, real, calls = annotator(max_new_tokens=4), Llava.encode_images, []
     comparisons = [comparison("A red cup.", f"A blue car {i}.", index=i) for i in range(2)]
-    features = judge.model.encode_images(
-        torch.cat([toy_processor()(each.picture) for each in comparisons])
-    )
+    pixels = torch.cat([toy_processor()(each.picture) for each in comparisons])
+    features = judge.assistant.model.encode_images(pixels)
     monkeypatch.setattr(Llava, "encode_images", lambda *args: calls.append(args) or real(*args))
     given = said_by(monkeypatch, judge, comparisons, features)
     assert not calls
@@ -344,7 +327,5 @@ def test_what_is_too_long_to_be_judged_is_dropped(both):
     short = [comparison("A red cup.", f"A blue car {i}.", index=i) for i in range(2)]
     long = comparison("A red cup. " * 400, "A car.", index=2)
     verdicts = judge.choose([short[0], long, short[1]])
-    assert verdicts[1] == Verdict(None, "unparsable") and [
-        verdicts[0],
-        verdicts[2],
-    ] == judge.choose(short)
+    assert verdicts[1] == Verdict(None, "unparsable")
+    assert [verdicts[0], verdicts[2]] == judge.choose(short)
