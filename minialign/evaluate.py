@@ -1,12 +1,14 @@
 """Benchmarks: the embedded world's, POPE, CHAIR on COCO, and answers for the judges of LLaVA-Bench
 and MMHal-Bench.
 
-    python -m minialign.evaluate                                  # the embedded world: hallucinations, POPE
-    python -m minialign.evaluate --model DIR --benchmark pope --data DIR_OR_FILE --images DIR
-    python -m minialign.evaluate --model DIR --benchmark chair --data instances_val2014.json \\
-        --captions captions_val2014.json --synonyms synonyms.txt --images DIR
-    python -m minialign.evaluate --model DIR --benchmark llava-bench --data questions.jsonl --images DIR
-    python -m minialign.evaluate --model DIR --benchmark mmhal --data response_template.json --images DIR
+    python -m minialign.evaluate                # the embedded world: hallucinations, POPE
+    python -m minialign.evaluate --benchmark pope --data DIR_OR_FILE --images DIR --model DIR
+    python -m minialign.evaluate --benchmark chair --data instances_val2014.json \\
+        --captions captions_val2014.json --synonyms synonyms.txt --images DIR --model DIR
+    python -m minialign.evaluate --benchmark llava-bench --data questions.jsonl \\
+        --images DIR --model DIR
+    python -m minialign.evaluate --benchmark mmhal --data response_template.json \\
+        --images DIR --model DIR
 
 CHAIR_i: share of mentioned objects that are not there; CHAIR_s: share of descriptions with at least
 one; recall: share of the objects that are mentioned; POPE: yes/no questions about objects that are
@@ -18,7 +20,7 @@ result.json in --out, and what a judge's script reads; when it was killed, the s
 import json
 import sys
 from contextlib import redirect_stdout
-from dataclasses import asdict, dataclass, fields, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Literal
 
@@ -46,9 +48,7 @@ from minialign.sampling.assistant import Assistant
 from minialign.toy import edge
 from minialign.toy.benchmark import ToyBenchmark
 
-# The flags that a benchmark takes beside those that all take, and what stands for those that are
-# not given.
-ALL = ("model", "adapter", "template", "benchmark", "batch_size", "device", "dtype", "json")
+# The flags that a benchmark needs, and what stands for those that it takes and that are not given.
 NEEDED = {
     "toy": (),
     "pope": ("data", "images"),
@@ -56,23 +56,13 @@ NEEDED = {
     "llava-bench": ("data", "images"),
     "mmhal": ("data", "images"),
 }
-ON_FILES = {
-    "batch_size": 8,
-    "limit": None,
-    "workers": 4,
-    "max_new_tokens": 512,
-    "skip_bad_records": False,
-}
+ON_FILES = {"limit": None, "workers": 4, "max_new_tokens": 512, "skip_bad_records": False}
+ON_FILES |= {"batch_size": 8}
+OF_CHAIR = {"limit": 500, "seed": 0, "question": "Please describe this image in detail."}
 DEFAULTS = {
     "toy": {"images": "500", "split": "test", "batch_size": 50},
-    "pope": ON_FILES | {"max_new_tokens": 16, "out": "runs/eval-pope"},
-    "chair": ON_FILES
-    | {
-        "limit": 500,
-        "seed": 0,
-        "question": "Please describe this image in detail.",
-        "out": "runs/eval-chair",
-    },
+    "pope": ON_FILES | {"out": "runs/eval-pope", "max_new_tokens": 16},
+    "chair": ON_FILES | {"out": "runs/eval-chair"} | OF_CHAIR,
     "llava-bench": ON_FILES | {"out": "runs/eval-llava-bench"},
     "mmhal": ON_FILES | {"out": "runs/eval-mmhal"},
 }
@@ -100,7 +90,7 @@ class Config:
     max_new_tokens: int | None = None  # limit of an answer (pope: 16, else 512)
     # pictures whose questions are answered together (toy: 50, else 8)
     batch_size: int | None = None
-    workers: int | None = None  # threads that decode pictures ahead (4; model toy: 0)
+    workers: int | None = None  # threads that decode pictures ahead (4)
     # leave out and count bad records and pictures instead of stopping
     skip_bad_records: bool = False
     device: str = "cpu"  # torch device
@@ -109,43 +99,41 @@ class Config:
 
 
 def completed(config: Config) -> Config:
-    """The config with its defaults; flags that do not go together, or have no sense, are
-    refused."""
-    kind, defaults = config.benchmark, DEFAULTS[config.benchmark]
-    taken = {*ALL, *NEEDED[kind], *defaults}
-    for field in fields(config):
-        flag = f"--{field.name.replace('_', '-')}"
-        if getattr(config, field.name) != field.default:
-            others = [name for name in NEEDED if field.name in (*NEEDED[name], *DEFAULTS[name])]
-            require(
-                field.name in taken,
-                f"{flag}: not for --benchmark {kind}, only for {', '.join(others)}; name one",
-            )
-        elif field.name in NEEDED[kind]:
-            raise UserError(
-                f"{flag} is missing; --benchmark {kind} needs --{' --'.join(NEEDED[kind])}"
-            )
-    if config.model == "toy" and kind != "toy":
-        defaults = defaults | {"workers": 0}
-    absent = {name: value for name, value in defaults.items() if getattr(config, name) is None}
+    """The config with its defaults; refuses flags that do not go together or make no sense."""
+    kind = config.benchmark
+    flags = asdict(config)
+    for name, others in takers().items():
+        given = flags[name] is not None and flags[name] is not False
+        flag = f"--{name.replace('_', '-')}"
+        message = f"{flag}: not for --benchmark {kind}, only for {', '.join(others)}; name one"
+        require(kind in others or not given, message)
+        message = f"{flag} is missing; --benchmark {kind} needs --{' --'.join(NEEDED[kind])}"
+        require(name not in NEEDED[kind] or given, message)
+    absent = {name: value for name, value in DEFAULTS[kind].items() if flags[name] is None}
     config = replace(config, **absent)
+
     require_at_least(config, batch_size=1, limit=1, max_new_tokens=1, workers=0)
     require_seed(config.seed or 0)
-    require(
-        config.question is None or config.question.strip() != "",
-        "--question is empty; give what is to be asked",
-    )
+    asked = config.question is None or config.question.strip()
+    require(bool(asked), "--question is empty; give what is to be asked")
     require_device(config.device)
     if kind == "toy":
-        right = config.images.isdecimal() and 0 < int(config.images) < 10**9
-        require(right, f"--images {config.images}: how many images; at least 1")
+        count = config.images.isdecimal() and int(config.images) > 0
+        require(count, f"--images {config.images}: how many images; at least 1")
     else:
-        require(
-            Path(config.images).is_dir(),
-            f"--images {config.images}: no such folder; name that of the pictures",
-        )
+        message = f"--images {config.images}: no such folder; name that of the pictures"
+        require(Path(config.images).is_dir(), message)
         require(not Path(config.out).is_file(), f"--out {config.out}: is a file; name a folder")
     return config
+
+
+def takers() -> dict[str, list[str]]:
+    """{flag: the benchmarks that take it}, of the flags that are not for all."""
+    found: dict[str, list[str]] = {}
+    for kind in NEEDED:
+        for name in dict.fromkeys((*NEEDED[kind], *DEFAULTS[kind])):
+            found.setdefault(name, []).append(kind)
+    return found
 
 
 def load_assistant(config: Config) -> Assistant:
@@ -161,8 +149,14 @@ def read(config: Config) -> Benchmark:
     if config.benchmark == "pope":
         benchmark = read_pope(config.data, config.skip_bad_records)
     elif config.benchmark == "chair":
-        files = (config.data, config.captions, config.synonyms)
-        benchmark = read_chair(*files, config.question, config.seed, config.skip_bad_records)
+        benchmark = read_chair(
+            config.data,
+            config.captions,
+            config.synonyms,
+            config.question,
+            config.seed,
+            config.skip_bad_records,
+        )
     elif config.benchmark == "llava-bench":
         benchmark = judge_files.read_llava_bench(config.data, config.skip_bad_records)
     else:
@@ -180,30 +174,30 @@ def evaluate_toy(config: Config) -> dict:
 
 def evaluate_files(config: Config) -> dict:
     """The figures of a benchmark on files, how many of its questions were answered, and what was
-    written."""
+    written.
+    """
     out, folder = Path(config.out), edge.model_folder(config.model)
     if config.adapter is not None:
-        read_adapter_config(Path(config.adapter))
+        read_adapter_config(Path(config.adapter))  # a wrong name ends here, before the data is read
     benchmark = read(config)
-    settings = asdict(config) | {
-        "weights": fingerprint(folder, config.adapter),
-        "questions": digest(benchmark.questions),
-    }
+    settings = asdict(config)
+    settings["weights"] = fingerprint(folder, config.adapter)
+    settings["questions"] = digest(benchmark.questions)
 
     # What an earlier run has answered is not asked again.
     found = answers_of_earlier_run(out, settings)
     groups = by_image(benchmark.questions, config.limit)
     questions = [question for group in groups.values() for question in group]
-    todo = by_image([question for question in questions if question.id not in found])
+    todo = [question for question in questions if question.id not in found]
     if found:
-        print(f"{out}: {len(found)} answers are there, {sum(map(len, todo.values()))} to go")
+        print(f"{out}: {len(found)} answers are there, {len(todo)} to go")
     if todo:
         assistant = load_assistant(config)
         write_json(out / "config.json", settings)
         found |= ask(
             assistant,
             PictureFolder(config.images),
-            todo,
+            by_image(todo),
             out,
             config.max_new_tokens,
             config.batch_size,
@@ -215,31 +209,28 @@ def evaluate_files(config: Config) -> dict:
     if not counts:
         message = f"--images {config.images}: no picture could be read"
         raise UserError(f"{message}; is it the right folder?")
-    answered = sum(question.id in found for question in questions)
     result = {
         "questions": len(questions),
-        "answered": answered,
+        "answered": sum(question.id in found for question in questions),
         **with_intervals([counts], benchmark.figures),
-        "file": write_answers(config, benchmark, found).name,
+        "file": write_answers(config, benchmark, found),
     }
     write_json(out / "result.json", result)
     return result
 
 
-def write_answers(config: Config, benchmark: Benchmark, found: dict[str, str]) -> Path:
-    """The file of answers that a judge's script reads, where the benchmark has one; its path."""
-    model_id = Path(config.model).name + (
-        "" if config.adapter is None else f"+{Path(config.adapter).name}"
-    )
+def write_answers(config: Config, benchmark: Benchmark, found: dict[str, str]) -> str:
+    """The file of answers that a judge's script reads, where the benchmark has one; its name."""
+    out, name = Path(config.out), "answers.jsonl"
     if config.benchmark == "llava-bench":
-        path = Path(config.out) / "llava-bench.jsonl"
-        judge_files.write_llava_bench(path, benchmark.questions, found, model_id)
+        name, model_id = "llava-bench.jsonl", Path(config.model).name
+        if config.adapter is not None:
+            model_id += f"+{Path(config.adapter).name}"
+        judge_files.write_llava_bench(out / name, benchmark.questions, found, model_id)
     elif config.benchmark == "mmhal":
-        path = Path(config.out) / "mmhal.json"
-        judge_files.write_mmhal(path, benchmark.questions, found)
-    else:
-        path = Path(config.out) / "answers.jsonl"
-    return path
+        name = "mmhal.json"
+        judge_files.write_mmhal(out / name, benchmark.questions, found)
+    return name
 
 
 def main(config: Config) -> None:
@@ -250,14 +241,11 @@ def main(config: Config) -> None:
     if config.json:
         print(json.dumps(result))
         return
-    print_table(
-        {config.split or config.benchmark: {k: v for k, v in result.items() if isinstance(v, dict)}}
-    )
+    figures = {name: value for name, value in result.items() if isinstance(value, dict)}
+    print_table({config.split or config.benchmark: figures})
     if config.benchmark != "toy":
-        file = Path(config.out) / result["file"]
-        print(
-            f"{result['answered']} of {result['questions']} questions answered; the answers: {file}"
-        )
+        answered = f"{result['answered']} of {result['questions']} questions answered"
+        print(f"{answered}; the answers: {Path(config.out) / result['file']}")
 
 
 if __name__ == "__main__":

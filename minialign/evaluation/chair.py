@@ -3,11 +3,13 @@
 In the picture is what its instances or its five captions name. CHAIR_i: hallucinated mentions /
 mentions; CHAIR_s: descriptions with at least one / descriptions; recall: objects of the picture
 that are named / objects of the picture. A description is read word by word: singular, names of
-several words joined, then by the synonyms, of which the first of a line stands for all."""
+several words joined, then by the synonyms, of which the first of a line stands for all.
+"""
 
 import random
 import re
 from collections import defaultdict
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -22,49 +24,20 @@ from minialign.files import read_json
 
 # Words that are something else together than apart; what stands for them need not be an object.
 ANIMALS = (
-    "bird",
-    "cat",
-    "dog",
-    "horse",
-    "sheep",
-    "cow",
-    "elephant",
-    "bear",
-    "zebra",
-    "giraffe",
-    "animal",
-    "cub",
-)
+    "bird", "cat", "dog", "horse", "sheep", "cow", "elephant", "bear", "zebra", "giraffe",
+    "animal", "cub",
+)  # fmt: skip
 TOGETHER = (
-    "motor bike",
-    "motor cycle",
-    "air plane",
-    "traffic light",
-    "street light",
-    "traffic signal",
-    "stop light",
-    "fire hydrant",
-    "stop sign",
-    "parking meter",
-    "suit case",
-    "sports ball",
-    "baseball bat",
-    "baseball glove",
-    "tennis racket",
-    "wine glass",
-    "hot dog",
-    "cell phone",
-    "mobile phone",
-    "teddy bear",
-    "hair drier",
-    "potted plant",
-    "laptop computer",
-    "home plate",
+    "motor bike", "motor cycle", "air plane", "traffic light", "street light", "traffic signal",
+    "stop light", "fire hydrant", "stop sign", "parking meter", "suit case", "sports ball",
+    "baseball bat", "baseball glove", "tennis racket", "wine glass", "hot dog", "cell phone",
+    "mobile phone", "teddy bear", "hair drier", "potted plant", "laptop computer", "home plate",
     "train track",
-)
+)  # fmt: skip
 MEANT = {name: name for name in TOGETHER} | {"bow tie": "tie", "toilet seat": "toilet"}
 MEANT |= {f"{age} {animal}": animal for age in ("baby", "adult") for animal in ANIMALS}
 MEANT |= {f"passenger {vehicle}": vehicle for vehicle in ("jet", "train")}
+
 IRREGULAR = {
     "people": "person",
     "children": "child",
@@ -75,29 +48,18 @@ IRREGULAR = {
 }
 # A plural's end and its singular's, in the order in which they are tried.
 ENDINGS = (
-    ("men", "man"),
-    ("ies", "y"),
-    ("ves", "f"),
-    ("ves", "fe"),
-    ("s", ""),
-    ("zzes", "z"),
-    ("ses", "s"),
-    ("xes", "x"),
-    ("zes", "z"),
-    ("ches", "ch"),
-    ("shes", "sh"),
-    ("oes", "o"),
-)
+    ("men", "man"), ("ies", "y"), ("ves", "f"), ("ves", "fe"), ("s", ""), ("zzes", "z"),
+    ("ses", "s"), ("xes", "x"), ("zes", "z"), ("ches", "ch"), ("shes", "sh"), ("oes", "o"),
+)  # fmt: skip
 WORD = re.compile(r"\w+(?:-\w+)*")
 
 
 @dataclass(frozen=True)
 class ObjectWords:
-    """The objects that a text names. canonical: name -> object; joined: what stands for names of
-    several words."""
+    """The objects that a text names."""
 
-    canonical: dict[str, str]
-    joined: dict[str, str]
+    canonical: dict[str, str]  # name -> object
+    joined: dict[str, str]  # names of several words -> what stands for them
     known: frozenset[str]  # every word of a name
     longest: int  # words of the longest name
 
@@ -118,20 +80,22 @@ class ObjectWords:
         # meant (collies: collie; ponies: pony).
         if word in self.known:
             return word
-        forms = [word[: -len(end)] + put for end, put in ENDINGS if word.endswith(end)]
+        forms = [word.removesuffix(end) + put for end, put in ENDINGS if word.endswith(end)]
         return next((form for form in [IRREGULAR.get(word), *forms] if form in self.known), word)
 
     def objects(self, text: str) -> list[str]:
         """Every mention of an object, in order."""
         # Differs from the official code, which takes NLTK's words: `cat/dog` are two words here.
-        words, found = [self.singular(word) for word in WORD.findall(text.lower())], []
+        words = [self.singular(word) for word in WORD.findall(text.lower())]
+        found = []
         while words:
-            size = next(
-                (n for n in range(self.longest, 1, -1) if " ".join(words[:n]) in self.joined), 1
-            )
+            size = self.longest
+            while size > 1 and " ".join(words[:size]) not in self.joined:
+                size -= 1
             name = " ".join(words[:size])
             found.append(self.joined.get(name, name))
             words = words[size:]
+
         if "toilet" in found:  # its seat is no chair
             found = [name for name in found if name != "seat"]
         return [self.canonical[name] for name in found if name in self.canonical]
@@ -139,29 +103,27 @@ class ObjectWords:
 
 def read_synonyms(path: str) -> ObjectWords:
     """Lines of comma-separated names, the object's own first."""
+    remedy = "give CHAIR's synonyms.txt, 80 lines of names"
     try:
         lines = Path(path).read_text(encoding="utf-8-sig").splitlines()
     except FileNotFoundError:
-        raise UserError(f"--synonyms {path}: no such file; give CHAIR's synonyms.txt") from None
+        raise UserError(f"--synonyms {path}: no such file; {remedy}") from None
     except (OSError, UnicodeDecodeError) as error:
-        raise UserError(
-            f"--synonyms {path}: not readable as text ({error}); give CHAIR's synonyms.txt"
-        ) from None
-    table, owner = [], {}
+        raise UserError(f"--synonyms {path}: not readable as text ({error}); {remedy}") from None
+
+    table: list[list[str]] = []
+    owner: dict[str, str] = {}
     for number, line in enumerate(lines, start=1):
         # Differs from the official code, which keeps capitals, and so never finds `iPhone`.
-        names = [" ".join(name.lower().split()) for name in line.split(",")]
-        names = [name for name in names if name]
+        names = [" ".join(name.lower().split()) for name in line.split(",") if name.strip()]
         for name in names:
             if owner.setdefault(name, names[0]) != names[0]:
-                raise UserError(
-                    f"{path}, line {number}: {name!r} stands for {owner[name]!r} already; drop it from one"
-                )
-        table += [names] if names else []
+                message = f"{path}, line {number}: {name!r} stands for {owner[name]!r} already"
+                raise UserError(f"{message}; drop it from one")
+        if names:
+            table.append(names)
     if not table:
-        raise UserError(
-            f"--synonyms {path}: no names in it; give CHAIR's synonyms.txt, 80 lines of them"
-        )
+        raise UserError(f"--synonyms {path}: no names in it; {remedy}")
     return ObjectWords.of(table)
 
 
@@ -173,90 +135,100 @@ def number_field(raw: object, name: str) -> int:
     return value
 
 
-def read_part(path: str, flag: str, raw: dict, part: str, parse, skip_bad: bool) -> list:
-    """One of the lists in a COCO file, record by record."""
-    records = raw.get(part)
-    if not isinstance(records, list) or not records:
-        raise UserError(
-            f"{flag} {path}: field {part!r} must be a list with something in it; give COCO's file"
-        )
-    places = (
-        (f"{path}, {part}, record {number}", record)
-        for number, record in enumerate(records, start=1)
-    )
-    return collect(tqdm(places, desc=part, total=len(records), leave=False), parse, None, skip_bad)
+@dataclass(frozen=True)
+class CocoFile:
+    """One of COCO's JSON files: an object of lists of records."""
+
+    path: str
+    flag: str
+    raw: dict
+    skip_bad: bool
+
+    @staticmethod
+    def read(path: str, flag: str, name: str, skip_bad: bool) -> "CocoFile":
+        """The file, read as a whole."""
+        tqdm.write(f"reading {path}")
+        raw = read_json(Path(path), f"give {flag} COCO's {name}")
+        return CocoFile(path, flag, raw, skip_bad)
+
+    def part(self, name: str, parse: Callable) -> list:
+        """One of its lists, record by record."""
+        records = self.raw.get(name)
+        if not isinstance(records, list) or not records:
+            message = f"{self.flag} {self.path}: field {name!r} must be a list"
+            raise UserError(f"{message} with something in it; give COCO's file")
+        places = (f"{self.path}, {name}, record {n}" for n in range(1, len(records) + 1))
+        shown = tqdm(records, desc=name, leave=False)
+        return collect(zip(places, shown, strict=True), parse, None, self.skip_bad)
 
 
 def read_instances(
     path: str, words: ObjectWords, skip_bad: bool
 ) -> tuple[dict[int, str], dict[int, set[str]]]:
     """{image's id: its file} and {image's id: its objects} of an instances file."""
-    tqdm.write(f"reading {path}")
-    raw = read_json(Path(path), "give --data COCO's instances_val2014.json")
+    file = CocoFile.read(path, "--data", "instances_val2014.json", skip_bad)
 
-    def category(record):
+    def category(record: object) -> tuple[int, str]:
         number, name = number_field(record, "id"), text_field(record, "name")
         if name.lower() not in words.canonical:
-            raise UserError(
-                f"field 'name' is {name!r}, which no line of --synonyms has; add it there"
-            )
+            message = f"field 'name' is {name!r}, which no line of --synonyms has"
+            raise UserError(f"{message}; add it there")
         return number, words.canonical[name.lower()]
 
-    def image(record):
+    def image(record: object) -> tuple[int, str]:
         return number_field(record, "id"), text_field(record, "file_name")
 
-    def annotation(record):
+    def annotation(record: object) -> tuple[int, str]:
         number, kind = number_field(record, "image_id"), number_field(record, "category_id")
         if kind not in categories:
             raise UserError(f"field 'category_id' is {kind}, which is none of the categories")
         return number, categories[kind]
 
-    categories = dict(read_part(path, "--data", raw, "categories", category, skip_bad))
-    files = dict(read_part(path, "--data", raw, "images", image, skip_bad))
+    categories = dict(file.part("categories", category))
+    files = dict(file.part("images", image))
     there: dict[int, set[str]] = defaultdict(set)
-    for number, name in read_part(path, "--data", raw, "annotations", annotation, skip_bad):
+    for number, name in file.part("annotations", annotation):
         there[number].add(name)
     return files, there
 
 
 def read_captions(path: str, words: ObjectWords, skip_bad: bool) -> list[tuple[int, list[str]]]:
     """(image's id, objects that a caption names) of a captions file."""
-    tqdm.write(f"reading {path}")
-    raw = read_json(Path(path), "give --captions COCO's captions_val2014.json")
 
-    def caption(record):
+    def caption(record: object) -> tuple[int, list[str]]:
         return number_field(record, "image_id"), words.objects(text_field(record, "caption"))
 
-    return read_part(path, "--captions", raw, "annotations", caption, skip_bad)
+    file = CocoFile.read(path, "--captions", "captions_val2014.json", skip_bad)
+    return file.part("annotations", caption)
 
 
 def read_chair(
     data: str, captions: str, synonyms: str, question: str, seed: int, skip_bad: bool
 ) -> Benchmark:
     """One question for every image, in the random order that the seed gives; the first so many are
-    a random subset."""
+    a random subset.
+    """
     words = read_synonyms(synonyms)
     files, there = read_instances(data, words, skip_bad)
     captioned = read_captions(captions, words, skip_bad)
     for number, names in captioned:
         there[number].update(names)
     if not files.keys() & {number for number, _ in captioned}:
-        raise UserError(
-            f"--captions {captions}: no caption of an image of {data}; give the files of one split"
-        )
+        message = f"--captions {captions}: no caption of an image of {data}"
+        raise UserError(f"{message}; give the files of one split")
+
     numbers = sorted(files)
     random.Random(seed).shuffle(numbers)
-    questions = [
-        Question(str(number), files[number], question, {"objects": there[number]})
-        for number in numbers
-    ]
+    questions = []
+    for number in numbers:
+        raw = {"objects": there[number]}
+        questions.append(Question(str(number), files[number], question, raw))
 
     def count(asked: Question, answer: str) -> Counts:
-        return count_caption(words.objects(answer), asked.raw["objects"]) | {
-            "length": len(answer.split())
-        }
+        counts = count_caption(words.objects(answer), asked.raw["objects"])
+        return counts | {"length": len(answer.split())}
 
-    return Benchmark(questions, count, CHAIR | {"length": ("length", "images")})
+    return Benchmark(questions, count, CHAIR | {"length": (("length",), ("images",))})
 
 
 def count_caption(named: list[str], there: set[str]) -> Counts:

@@ -2,97 +2,97 @@
 
 CHAIR_i: share of mentioned objects that are not there; CHAIR_s: share of descriptions with at least
 one; recall: share of the objects that are mentioned; POPE: accuracy, precision, recall, F1, share
-of yes, and share of answers that hold neither yes nor no (which POPE takes for yes)."""
+of yes, and share of answers that hold neither yes nor no (which POPE takes for yes).
+"""
 
 import numpy as np
 
 Counts = dict[str, float]  # of one image
-Figures = dict[
-    str, tuple[str, str]
-]  # name -> what is added up above the line, and below it; twice is times two
-PARTS = ("tp", "fp", "fn", "tn")  # true and false yeses, false and true noes
+Sum = tuple[str, ...]  # names of counts that are added up; a name that stands twice counts twice
+Figures = dict[str, tuple[Sum, Sum]]  # name -> what stands above the line, and below it
+Interval = dict[str, float | None]  # value, low and high
 SETTINGS_OF_POPE = ("random", "popular", "adversarial")
+
+CHAIR: Figures = {
+    "chair_i": (("hallucinated",), ("mentioned",)),
+    "chair_s": (("hallucinating",), ("images",)),
+    "recall": (("found",), ("objects",)),
+}
 
 
 def pope_figures(setting: str) -> Figures:
     """POPE's figures of one setting ("" where there is but one), from its true and false yeses and
-    noes."""
+    noes.
+    """
     name = f"pope_{setting}" if setting else "pope"
-    tp, fp, fn, tn = (f"{setting}_{part}" for part in PARTS)
+    tp, fp, fn, tn = f"{setting}_tp", f"{setting}_fp", f"{setting}_fn", f"{setting}_tn"
     return {
-        name: (f"{tp} {tn}", f"{tp} {fp} {fn} {tn}"),
-        f"{name}_precision": (tp, f"{tp} {fp}"),
-        f"{name}_recall": (tp, f"{tp} {fn}"),
-        f"{name}_f1": (f"{tp} {tp}", f"{tp} {tp} {fp} {fn}"),
-        f"{name}_yes": (f"{tp} {fp}", f"{tp} {fp} {fn} {tn}"),
-        f"{name}_unclear": (f"{setting}_unclear", f"{tp} {fp} {fn} {tn}"),
+        name: ((tp, tn), (tp, fp, fn, tn)),
+        f"{name}_precision": ((tp,), (tp, fp)),
+        f"{name}_recall": ((tp,), (tp, fn)),
+        f"{name}_f1": ((tp, tp), (tp, tp, fp, fn)),
+        f"{name}_yes": ((tp, fp), (tp, fp, fn, tn)),
+        f"{name}_unclear": ((f"{setting}_unclear",), (tp, fp, fn, tn)),
     }
 
 
-CHAIR: Figures = {
-    "chair_i": ("hallucinated", "mentioned"),
-    "chair_s": ("hallucinating", "images"),
-    "recall": ("found", "objects"),
-}
-TOY: Figures = (
-    CHAIR
-    | {  # the embedded world's
-        "typical_share": ("typical", "hallucinated"),
-        "colour_errors": ("wrong_colour", "coloured"),
-        "position_errors": ("wrong_place", "placed"),
-        "length": ("length", "images"),
+def toy_figures() -> Figures:
+    """The figures of the embedded world, in which colours and places can be wrong, too."""
+    figures = CHAIR | {
+        "typical_share": (("typical",), ("hallucinated",)),
+        "colour_errors": (("wrong_colour",), ("coloured",)),
+        "position_errors": (("wrong_place",), ("placed",)),
+        "length": (("length",), ("images",)),
     }
-    | {
-        name: parts
-        for setting in SETTINGS_OF_POPE
-        for name, parts in pope_figures(setting).items()
-        if not name.endswith(("_precision", "_recall", "_unclear"))
-    }
-)
+    for setting in SETTINGS_OF_POPE:
+        of_setting = pope_figures(setting)
+        for name in (f"pope_{setting}", f"pope_{setting}_f1", f"pope_{setting}_yes"):
+            figures[name] = of_setting[name]
+    return figures
 
 
-def ratios(sums: dict[str, np.ndarray], figures: Figures) -> dict[str, np.ndarray]:
-    """Figures from summed counts (arrays over bootstrap resamples); NaN where there was nothing to
-    count."""
+TOY_FIGURES = toy_figures()
 
-    def added(names: str) -> np.ndarray:
-        return sum(sums[name] for name in names.split())
 
-    def per(a, b):
-        return np.divide(a, b, out=np.full_like(b, np.nan, dtype=float), where=b > 0)
-
-    return {name: per(added(above), added(below)) for name, (above, below) in figures.items()}
+def ratio(sums: dict[str, np.ndarray], above: Sum, below: Sum) -> np.ndarray:
+    """A figure from summed counts, arrays over resamples; NaN where there was nothing to count."""
+    dividend = sum(sums[name] for name in above)
+    divisor = sum(sums[name] for name in below)
+    nothing = np.full_like(divisor, np.nan)
+    return np.divide(dividend, divisor, out=nothing, where=divisor > 0)
 
 
 def bootstrap(
-    runs: list[list[Counts]], resamples: int = 1000, figures: Figures = TOY
+    runs: list[list[Counts]], resamples: int = 1000, figures: Figures = TOY_FIGURES
 ) -> dict[str, np.ndarray]:
     """Figures of the runs' pooled counts, (1 + resamples,) each: as they are, then over resampled
     images and runs.
 
     `runs` are evaluations of the same images, one per training seed. The resampling depends on the
     numbers of runs and images alone, so that two rows of a study are resampled alike and their
-    difference is paired."""
-    names = sorted(
-        {name for above, below in figures.values() for name in f"{above} {below}".split()}
-    )
-    tables = np.array(
-        [[[c.get(name, 0) for name in names] for c in counts] for counts in runs], dtype=float
-    )
-    rng, (n_runs, n_images, _) = np.random.default_rng(0), tables.shape
+    difference is paired.
+    """
+    names = sorted({name for above, below in figures.values() for name in (*above, *below)})
+    table = [[[image.get(name, 0) for name in names] for image in run] for run in runs]
+    counts = np.array(table, dtype=float)  # (runs, images, counts)
+    n_runs, n_images, _ = counts.shape
+
+    # How often each image, and each run, is drawn; the first row is the sample itself.
+    rng = np.random.default_rng(0)
     images = rng.multinomial(n_images, np.full(n_images, 1 / n_images), resamples)
     of_runs = rng.multinomial(n_runs, np.full(n_runs, 1 / n_runs), resamples)
-    images = np.concatenate([np.ones((1, n_images)), images])  # the first row is the sample itself
+    images = np.concatenate([np.ones((1, n_images)), images])
     of_runs = np.concatenate([np.ones((1, n_runs)), of_runs])
-    sums = np.einsum("br,bi,ric->cb", of_runs, images, tables, optimize=True)
-    return ratios(dict(zip(names, sums, strict=True)), figures)
+
+    totals = np.einsum("br,bi,ric->cb", of_runs, images, counts, optimize=True)
+    sums = dict(zip(names, totals, strict=True))
+    return {name: ratio(sums, above, below) for name, (above, below) in figures.items()}
 
 
-def interval(values: np.ndarray) -> dict[str, float | None]:
-    """A bootstrapped figure as {value, low, high} of its 95 % interval; None where nothing was
-    there to measure."""
+def interval(values: np.ndarray) -> Interval:
+    """A bootstrapped figure with its 95 % interval; None where nothing was there to measure."""
     if np.isnan(values[0]):
-        return dict.fromkeys(("value", "low", "high"))
+        return {"value": None, "low": None, "high": None}
     low, high = np.nanpercentile(values[1:], [2.5, 97.5])
     return {
         "value": round(float(values[0]), 5),
@@ -101,24 +101,23 @@ def interval(values: np.ndarray) -> dict[str, float | None]:
     }
 
 
-def with_intervals(
-    runs: list[list[Counts]], figures: Figures = TOY
-) -> dict[str, dict[str, float | None]]:
-    """Every figure of one or more runs on the same images: {name: {value, low, high}}."""
+def with_intervals(runs: list[list[Counts]], figures: Figures = TOY_FIGURES) -> dict[str, Interval]:
+    """Every figure of one or more runs on the same images."""
     return {name: interval(values) for name, values in bootstrap(runs, figures=figures).items()}
 
 
-def print_table(columns: dict[str, dict[str, dict[str, float | None]]]) -> None:
+def print_table(columns: dict[str, dict[str, Interval]]) -> None:
     """One line per figure, one column per run: value and interval."""
-    names = [name for name in next(iter(columns.values()))]
+    names = list(next(iter(columns.values())))
     width = max(22, *(len(name) + 2 for name in names))
     print(f"{'':{width}}" + "".join(f"{title:>26}" for title in columns))
     for name in names:
-        values = [column[name] for column in columns.values()]
-        cells = [
-            "not measured"
-            if v["value"] is None
-            else f"{v['value']:.3f} [{v['low']:.3f}, {v['high']:.3f}]"
-            for v in values
-        ]
+        cells = [cell_text(column[name]) for column in columns.values()]
         print(f"{name:{width}}" + "".join(f"{cell:>26}" for cell in cells))
+
+
+def cell_text(cell: Interval) -> str:
+    """A figure and its interval, as the table has them."""
+    if cell["value"] is None:
+        return "not measured"
+    return f"{cell['value']:.3f} [{cell['low']:.3f}, {cell['high']:.3f}]"

@@ -11,10 +11,13 @@ from minialign.errors import UserError
 from minialign.evaluation.metrics import SETTINGS_OF_POPE, Counts, Figures, pope_figures
 from minialign.evaluation.questions import Benchmark, Question, question_of, read_questions
 
+YES_OR_NO = re.compile(r"\b(yes|no|not)\b", re.IGNORECASE)
+
 
 def pope_verdict(answer: str) -> bool:
     """POPE's reading of an answer: in its first sentence, without commas, the word No, no or not
-    means no."""
+    means no.
+    """
     words = answer.split(".")[0].replace(",", "").split(" ")
     return not any(word in ("No", "no", "not") for word in words)
 
@@ -33,11 +36,9 @@ def pope_files(data: Path) -> dict[str, Path]:
     for setting in SETTINGS_OF_POPE:
         named = [path for path in files if setting_of(path) == setting]
         if len(named) != 1:
-            many = ", ".join(path.name for path in named) or "no file"
-            raise UserError(
-                f"--data {data}: for the {setting} setting there is {many}; give a folder with one file of "
-                "each setting, or one file"
-            )
+            there = ", ".join(path.name for path in named) or "no file"
+            message = f"--data {data}: for the {setting} setting there is {there}"
+            raise UserError(f"{message}; give a folder with one file of each setting, or one file")
         found[setting] = named[0]
     return found
 
@@ -47,29 +48,27 @@ def read_pope(data: str, skip_bad: bool) -> Benchmark:
     questions: list[Question] = []
     figures: Figures = {}
     for setting, path in pope_files(Path(data)).items():
-
-        def parse(raw: object, line: int, path=path, setting=setting) -> Question:
-            question = question_of(raw, f"{path.name}:{line}")
-            if question.raw.get("label") not in ("yes", "no"):
-                raise UserError(
-                    f"field 'label' is {str(question.raw.get('label'))[:40]!r}, neither 'yes' nor 'no'"
-                )
+        of_file = read_questions(path, pope_question, skip_bad)
+        for question in of_file:
             question.raw["setting"] = setting
-            return question
-
-        questions += read_questions(path, parse, skip_bad)
+        questions += of_file
         figures |= pope_figures(setting)
     return Benchmark(questions, count_answer, figures)
 
 
+def pope_question(raw: object, identity: str) -> Question:
+    """A question that has its right answer beside it."""
+    question = question_of(raw, identity)
+    label = question.raw.get("label")
+    if label not in ("yes", "no"):
+        raise UserError(f"field 'label' is {str(label)[:40]!r}, neither 'yes' nor 'no'")
+    return question
+
+
 def count_answer(question: Question, answer: str) -> Counts:
     """One true or false yes or no, and whether it is neither in so many words."""
-    yes, right = pope_verdict(answer), pope_verdict(answer) == (question.raw["label"] == "yes")
-    setting, unclear = (
-        question.raw["setting"],
-        not re.search(r"\b(yes|no|not)\b", answer, re.IGNORECASE),
-    )
-    return {
-        f"{setting}_{'t' if right else 'f'}{'p' if yes else 'n'}": 1,
-        f"{setting}_unclear": unclear,
-    }
+    setting = question.raw["setting"]
+    yes = pope_verdict(answer)
+    right = yes == (question.raw["label"] == "yes")
+    kind = ("t" if right else "f") + ("p" if yes else "n")
+    return {f"{setting}_{kind}": 1, f"{setting}_unclear": not YES_OR_NO.search(answer)}

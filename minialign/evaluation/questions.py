@@ -3,7 +3,8 @@ image.
 
 All questions about one picture are branches of one trunk, so that the picture is computed once.
 Whole batches are appended to answers.jsonl, and a run that was killed asks only what has no answer
-there."""
+there.
+"""
 
 import hashlib
 import json
@@ -28,17 +29,10 @@ from minialign.sampling.assistant import Assistant
 from minialign.training.progress import require_same_settings
 
 FILES = ("config.json", "answers.jsonl", "result.json")  # what a run leaves
-# When a run is continued.
+# What changes no answer, and so may change when a run is continued.
 MAY_CHANGE = (
-    "out",
-    "limit",
-    "batch_size",
-    "workers",
-    "skip_bad_records",
-    "captions",
-    "synonyms",
-    "json",
-)
+    "out", "limit", "batch_size", "workers", "skip_bad_records", "captions", "synonyms", "json",
+)  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -61,12 +55,18 @@ class Benchmark:
 
 
 def read_questions(
-    path: Path, parse: Callable[[object, int], Question], skip_bad: bool
+    path: Path, parse: Callable[[object, str], Question], skip_bad: bool
 ) -> list[Question]:
-    """The questions of a data file; `parse` takes a record and its number, beginning with 1."""
+    """The questions of a data file; `parse` takes a record and its id, the file's name and the
+    record's number.
+    """
     file = open_file(str(path), "--data", "give the benchmark's own file of questions")
-    numbered = ((file.place(number), number) for number in range(len(file)))
-    return collect(numbered, lambda number: parse(file[number], number + 1), None, skip_bad)
+    places = ((file.place(number), number) for number in range(len(file)))
+
+    def parse_number(number: int) -> Question:
+        return parse(file[number], f"{path.name}:{number + 1}")
+
+    return collect(places, parse_number, None, skip_bad)
 
 
 def question_of(raw: object, identity: str, image: str = "image", text: str = "text") -> Question:
@@ -78,7 +78,8 @@ def question_of(raw: object, identity: str, image: str = "image", text: str = "t
 
 def by_image(questions: list[Question], limit: int | None = None) -> dict[str, list[Question]]:
     """The questions about each picture, in the order in which pictures come up first; `limit`
-    pictures only."""
+    pictures only.
+    """
     groups: dict[str, list[Question]] = {}
     for question in questions:
         if question.image in groups or limit is None or len(groups) < limit:
@@ -88,17 +89,18 @@ def by_image(questions: list[Question], limit: int | None = None) -> dict[str, l
 
 def digest(questions: list[Question]) -> str:
     """A short name of what is asked: answers go with these questions and no others."""
-    # image_src, as the file that MMHal-Bench's name stands for may come later.
-    texts = [
-        (question.id, question.raw.get("image_src", question.image), question.text)
-        for question in questions
-    ]
+    texts = []
+    for question in questions:
+        # image_src, as the file that MMHal-Bench's name stands for may come later.
+        image = question.raw.get("image_src", question.image)
+        texts.append((question.id, image, question.text))
     return hashlib.sha256(json.dumps(texts).encode()).hexdigest()[:16]
 
 
 def answers_of_earlier_run(out: Path, settings: dict) -> dict[str, str]:
     """{question's id: answer} that an earlier run of the same settings left; any other folder is
-    left alone."""
+    left alone.
+    """
     if not any((out / name).exists() for name in FILES):
         return {}
     remedy = "name another --out"
@@ -124,33 +126,41 @@ def ask(
     or left out.
     """
 
-    def load(image: str) -> PreparedImage | UserError:
+    def load(name: str) -> PreparedImage | UserError:
+        """By a thread, ahead of its turn: so an error is kept until then."""
         try:
-            return assistant.processor.prepare(pictures(image))
+            return assistant.processor.prepare(pictures(name))
         except UserError as error:
             return error
 
-    def opened(loaded: tuple[str, PreparedImage | UserError]) -> tuple[str, PreparedImage]:
-        if isinstance(loaded[1], UserError):
-            raise loaded[1]
-        return loaded
-
     found: dict[str, str] = {}
-    ahead = load_ahead(list(groups), load, workers)
-    total = sum(map(len, groups.values()))
-    with closing(ahead), tqdm(total=total, desc="evaluate", unit="answer") as bar:
-        names = iter(groups)
-        while part := list(zip(islice(names, batch_size), ahead, strict=False)):
-            places = ((f"question {groups[name][0].id}", (name, image)) for name, image in part)
-            batch = collect(places, opened, None, skip_bad)
+    names = list(groups)
+    total = sum(len(questions) for questions in groups.values())
+    with (
+        closing(load_ahead(names, load, workers)) as ahead,
+        tqdm(total=total, desc="evaluate", unit="answer") as bar,
+    ):
+        for start in range(0, len(names), batch_size):
+            part = names[start : start + batch_size]
+            places = [f"question {groups[name][0].id}" for name in part]
+            loaded = zip(part, islice(ahead, len(part)), strict=True)
+            batch = collect(zip(places, loaded, strict=True), unless_refused, None, skip_bad)
             if batch:
                 asked = [groups[name] for name, _ in batch]
                 images = [image for _, image in batch]
                 lines = answer_batch(assistant, images, asked, max_new_tokens)
                 append_lines(out / "answers.jsonl", lines)
                 found |= {line["id"]: line["answer"] for line in lines}
-            bar.update(sum(len(groups[name]) for name, _ in part))
+            bar.update(sum(len(groups[name]) for name in part))
     return found
+
+
+def unless_refused(loaded: tuple[str, PreparedImage | UserError]) -> tuple[str, PreparedImage]:
+    """A picture and its name; what was wrong with it is raised here."""
+    name, image = loaded
+    if isinstance(image, UserError):
+        raise image
+    return name, image
 
 
 def answer_batch(
@@ -160,20 +170,15 @@ def answer_batch(
     max_new_tokens: int,
 ) -> list[dict]:
     """A line of answers.jsonl for every question about some pictures; no white space around an
-    answer."""
+    answer.
+    """
     texts = [[question.text for question in questions] for questions in asked]
     answers = assistant.answers(assistant.encode(images), images, texts, max_new_tokens)
     lines = []
     for questions, replies in zip(asked, answers, strict=True):
         for question, reply in zip(questions, replies, strict=True):
-            lines.append(
-                {
-                    "id": question.id,
-                    "image": question.image,
-                    "question": question.text,
-                    "answer": reply.strip(),
-                }
-            )
+            line = {"id": question.id, "image": question.image, "question": question.text}
+            lines.append(line | {"answer": reply.strip()})
     return lines
 
 
@@ -184,9 +189,9 @@ def counts_per_image(
     counts = []
     for questions in groups.values():
         answered = [question for question in questions if question.id in found]
+        together: Counter = Counter()
+        for question in answered:
+            together.update(benchmark.count(question, found[question.id]))
         if answered:
-            together: Counter = Counter()
-            for question in answered:
-                together.update(benchmark.count(question, found[question.id]))
             counts.append(dict(together))
     return counts

@@ -11,13 +11,14 @@ on the same records and make the same number of steps, in batches of the same si
 updates in each), unless a run of rloo or ppo passes its --kl-stop. Intervals are bootstrapped over
 images and seeds; differences between rows are paired by image. Leaves study.html and study.json:
 {"rows": [...], "findings": [{"id", "status", "evidence"}], "rewards": [...]}, the last being Table
-7 where a row has a reward model."""
+7 where a row has a reward model.
+"""
 
 import json
 import math
 import subprocess
 import sys
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
@@ -40,7 +41,7 @@ SCRIPTS = Path(__file__).resolve().parent.parent
 
 @dataclass(frozen=True)
 class Config:
-    """Flags."""
+    """Flags of `python -m minialign.study`."""
 
     out: str = "runs/study"  # folder to write, or to continue
     rows: str = ",".join(ROWS)  # comma-separated rows to run
@@ -56,86 +57,86 @@ def run(program: str, flags: list[str]) -> None:
     start = [str(SCRIPTS / program)] if program.endswith(".py") else ["-m", program]
     done = subprocess.run([sys.executable, *start, *flags], check=False)
     if done.returncode:
-        raise UserError(
-            f"{program} {' '.join(flags)} ended with exit code {done.returncode}; run again to continue"
-        )
-
-
-def run_row(row: str, seed: int, config: Config) -> dict[str, list[Counts]]:
-    """Run a row's commands; the evaluation's counts per image, before and after, of the last one,
-    which trains."""
-    out = run_commands(ROWS[row], row, seed, config)
-    return read_json(out / "counts.json", f"remove {out} and run again")
+        message = f"{program} {' '.join(flags)} ended with exit code {done.returncode}"
+        raise UserError(f"{message}; run again to continue")
 
 
 def run_commands(commands: list[str], row: str, seed: int, config: Config) -> Path:
     """Run those of the commands that are not done; returns what the last one writes, which its
-    first flag names."""
-    steps = math.ceil(
-        config.limit / 16
-    )  # once over the records; rows that lost pairs see some of theirs again
-    places = asdict(config) | {"study": config.out, "row": row, "seed": seed, "steps": steps}
+    first flag names.
+    """
+    # Once over the records; rows that lost pairs see some of theirs again.
+    steps = math.ceil(config.limit / 16)
+    places = {"study": config.out, "row": row, "seed": seed, "steps": steps}
+    places |= {"split": config.split, "images": config.images, "limit": config.limit}
     for command in commands:
         program, *flags = (word.format(**places) for word in command.split())
         out = flags[1]
         if not Path(out + LAST[f"{program} {flags[0]}"]).exists():
-            resume = ["--resume"] if Path(out, "checkpoint/progress.safetensors").exists() else []
-            run(program, flags + resume)
+            begun = Path(out, "checkpoint/progress.safetensors").exists()
+            run(program, flags + ["--resume"] * begun)
     return Path(out)
+
+
+def run_row(row: str, seed: int, config: Config) -> dict[str, list[Counts]]:
+    """Run a row's commands; the evaluation's counts per image, before and after, of the last one,
+    which trains.
+    """
+    out = run_commands(ROWS[row], row, seed, config)
+    return read_json(out / "counts.json", f"remove {out} and run again")
 
 
 def table_7(config: Config) -> list[dict]:
     """Accuracy of reward models on held-out pairs: what they learned from, what they are asked
-    about, by seed."""
+    about, by seed.
+    """
     run_commands([EXPORT, *HELD_OUT.values()], "held-out", 0, config)
-    held, rows = ",".join(f"{HELD}/{kind}.jsonl" for kind in HELD_OUT), []
-    for learned, commands in REWARD_MODELS.items():
-        accuracies: dict[str, list[float]] = {kind: [] for kind in HELD_OUT}
+    held = ",".join(f"{HELD}/{kind}.jsonl" for kind in HELD_OUT)
+    rows = []
+    for learned_from, commands in REWARD_MODELS.items():
+        found = []
         for seed in range(config.seeds):
-            model = f"{{study}}/reward-{learned}-{seed}"
-            ask = f"minialign.annotate --out {model}-accuracy.json --annotator {model}/merged --pairs {held}"
-            found = read_json(
-                run_commands([*commands, ask], learned, seed, config), "remove it and run again"
+            model = f"{{study}}/reward-{learned_from}-{seed}"
+            ask = f"minialign.annotate --out {model}-accuracy.json --pairs {held}"
+            path = run_commands(
+                [*commands, f"{ask} --annotator {model}/merged"], learned_from, seed, config
             )
-            for kind, values in accuracies.items():
-                values.append(
-                    found[f"{HELD}/{kind}.jsonl".format(study=config.out)]["accuracy"]["value"]
-                )
-        rows += [
-            {"learned_from": learned, "asked_about": kind, "accuracy": each}
-            for kind, each in accuracies.items()
-        ]
+            found.append(read_json(path, "remove it and run again"))
+        for kind in HELD_OUT:
+            pairs = f"{HELD}/{kind}.jsonl".format(study=config.out)
+            accuracy = [figures[pairs]["accuracy"]["value"] for figures in found]
+            rows.append({"learned_from": learned_from, "asked_about": kind, "accuracy": accuracy})
     return rows
 
 
 def learned(row: str, config: Config) -> dict[str, int]:
     """The steps, and the pairs or responses that were learned from, all seeds together; some may
-    have been dropped."""
-    logs = [
-        Path(config.out) / f"{row}-{seed}" / "metrics.jsonl"
-        for seed in range(config.seeds)
-        if row != "base"
-    ]
-    steps = [step for log in logs for step in read_lines(log, f"remove {log.parent} and run again")]
-    return {
-        "steps": len(steps),
-        "pairs": sum(step.get("pairs", step.get("responses")) for step in steps),
-    }
+    have been dropped.
+    """
+    if row == "base":
+        return {"steps": 0, "pairs": 0}
+    steps = []
+    for seed in range(config.seeds):
+        out = Path(config.out) / f"{row}-{seed}"
+        steps += read_lines(out / "metrics.jsonl", f"remove {out} and run again")
+    pairs = sum(step.get("pairs", step.get("responses")) for step in steps)
+    return {"steps": len(steps), "pairs": pairs}
 
 
-def same_settings(config: Config) -> None:
+def require_same_study(config: Config) -> None:
     """Refuse an --out made with another split, other images, limit or weights, or these rows by
-    other commands."""
-    path, settings = Path(config.out) / "settings.json", asdict(config)
-    kept = {name: settings[name] for name in ("split", "images", "limit")} | {
-        "weights": fingerprint(CHECKPOINT)
-    }
+    other commands.
+    """
+    path, remedy = Path(config.out) / "settings.json", "name another --out"
+    settings = {"split": config.split, "images": config.images, "limit": config.limit}
+    settings["weights"] = fingerprint(CHECKPOINT)
     rows = {f"row {row}": ROWS[row] for row in config.rows.split(",")}
-    noted = read_json(path, "name another --out") if path.exists() else {}
-    if noted:
-        asked = kept | {row: commands for row, commands in rows.items() if row in noted}
-        require_same_settings(path, asked, (), "name another --out")
-    write_json(path, noted | kept | rows)
+    noted = {}
+    if path.exists():
+        noted = read_json(path, remedy)
+        known = {row: commands for row, commands in rows.items() if row in noted}
+        require_same_settings(path, settings | known, (), remedy)
+    write_json(path, noted | settings | rows)
 
 
 def main(config: Config) -> None:
@@ -143,34 +144,39 @@ def main(config: Config) -> None:
     rows = config.rows.split(",")
     for row in rows:
         require(row in ROWS, f"--rows {row}: no such row; there are {', '.join(ROWS)}")
-    require(
-        len(set(rows)) == len(rows), f"--rows {config.rows}: a row stands twice; name each once"
-    )
+    twice = f"--rows {config.rows}: a row stands twice; name each once"
+    require(len(set(rows)) == len(rows), twice)
     require_at_least(config, seeds=1, images=1, limit=1)
-    same_settings(config)
-    runs: dict[str, list[list[Counts]]] = {}
+    require_same_study(config)
+
+    # Every row from every seed: {row: the counts per image of each seed}.
+    runs: dict[str, list[list[Counts]]] = {"base": []}
     for row in tqdm(rows, desc="rows"):
+        runs[row] = []
         for seed in range(config.seeds):
             counts = run_row(row, seed, config)
-            runs.setdefault(row, []).append(counts["after"])
-            base = counts["before"]
-    runs = {"base": [base] * config.seeds} | runs
+            runs[row].append(counts["after"])
+            runs["base"] = [counts["before"]] * config.seeds
+    rewards = []
+    if any(PAID in command for row in rows for command in ROWS[row]):
+        rewards = table_7(config)
+
+    # Figures with their intervals, and what they say of the paper's findings.
     metrics = {row: bootstrap(each) for row, each in runs.items()}
-    table = {row: {name: interval(v) for name, v in m.items()} for row, m in metrics.items()}
+    table, rows_json = {}, []
+    for row, figures in metrics.items():
+        table[row] = {name: interval(values) for name, values in figures.items()}
+        facts = {"row": row, "seeds": config.seeds, "images": config.images}
+        rows_json.append(facts | learned(row, config) | {"metrics": table[row]})
     print_table({name: {row: each[name] for row, each in table.items()} for name in SHOWN})
     findings = judge(metrics)
     for finding in findings:
         print(f"{finding['status']:15} {finding['id']}: {finding['evidence']}")
-    settings = {name: getattr(config, name) for name in ("seeds", "split", "images", "limit")}
-    facts = {"seeds": config.seeds, "images": config.images}
-    rewards = (
-        table_7(config) if any(PAID in command for row in rows for command in ROWS[row]) else []
-    )
-    rows_json = [
-        {"row": row, **facts, **learned(row, config), "metrics": m} for row, m in table.items()
-    ]
+
     out = Path(config.out)
     write_json(out / "study.json", {"rows": rows_json, "findings": findings, "rewards": rewards})
+    settings = {"seeds": config.seeds, "split": config.split, "images": config.images}
+    settings["limit"] = config.limit
     write_study(out / "study.html", settings, rows_json, findings, rewards)
     print(json.dumps({"wrote": [str(out / "study.json"), str(out / "study.html")]}))
 

@@ -19,45 +19,44 @@ from minialign.toy.drawing import COLOURS, OBJECTS, SETTINGS
 from minialign.toy.world import POSITIONS, SENTENCE, Scene, scene_of, yes_or_no
 
 WORDS = {"place": tuple(POSITIONS.values()), "object": OBJECTS, "colour": tuple(COLOURS)}
-SAID = re.compile(
-    SENTENCE.format(*(rf"(?P<{kind}>{'|'.join(words)})" for kind, words in WORDS.items()))
-)
+GROUPS = [rf"(?P<{kind}>{'|'.join(words)})" for kind, words in WORDS.items()]
+STATEMENT = re.compile(SENTENCE.format(*GROUPS))
 
 
-def wrong_words(scene: Scene, kind: str, said: re.Match) -> list[str]:
+def wrong_words(scene: Scene, kind: str, statement: re.Match) -> list[str]:
     """What a sentence could say instead of its place, object or colour, and be wrong of this
-    scene."""
-    there = scene.objects.get(said["object"], {})  # {position: colour}
-    pool, true = {
-        "place": (WORDS["place"], there.keys()),
-        "object": (SETTINGS[scene.setting], scene.objects.keys()),
-        "colour": (WORDS["colour"], there.values()),
-    }[kind]
-    return [word for word in pool if word not in true and word != said[kind]]
+    scene.
+    """
+    there = scene.objects.get(statement["object"], {})  # {position: colour}
+    if kind == "place":
+        pool, true = WORDS["place"], there.keys()
+    elif kind == "object":
+        pool, true = SETTINGS[scene.setting], scene.objects.keys()
+    else:
+        pool, true = WORDS["colour"], there.values()
+    return [word for word in pool if word not in true and word != statement[kind]]
 
 
 def corrupted(scene: Scene, answer: str, rng: random.Random) -> str:
     """An answer with one or two errors in it, or turned round where it is a yes or no."""
     if answer.startswith(("Yes,", "No,")):
         return yes_or_no(answer.rstrip(".").split()[-1], there=answer.startswith("No,"))
-    found = [
-        (said.span(kind), wrong_words(scene, kind, said))
-        for said in SAID.finditer(answer)
-        for kind in WORDS
-    ]
-    changes = rng.sample([(span, words) for span, words in found if words], rng.choice((1, 2)))
-    for (start, end), words in sorted(
-        changes, reverse=True
-    ):  # from the end, so that the spans stay right
+    possible = []
+    for statement in STATEMENT.finditer(answer):
+        for kind in WORDS:
+            words = wrong_words(scene, kind, statement)
+            if words:
+                possible.append((statement.span(kind), words))
+    changes = rng.sample(possible, rng.choice((1, 2)))
+    for (start, end), words in sorted(changes, reverse=True):  # from the end: spans stay right
         answer = answer[:start] + rng.choice(words) + answer[end:]
     return answer
 
 
 def corrupted_pair(record: Record, seed: int) -> dict:
-    """One line of the pairs file; the scene and not y+, which may be hearsay, says what is
-    wrong."""
-    wrong = corrupted(scene_of(record.image), record.chosen, random.Random(f"{seed} {record.id}"))
-    answers = preference_fields(
-        record.turns, {"chosen": record.chosen, "rejected": wrong}, messages=False
-    )
-    return {"id": record.id, "images": [record.image], **answers}
+    """One line of the pairs file; the scene and not y+, which may be hearsay, says what is wrong."""
+    rng = random.Random(f"{seed} {record.id}")
+    wrong = corrupted(scene_of(record.image), record.chosen, rng)
+    answers = {"chosen": record.chosen, "rejected": wrong}
+    fields = preference_fields(record.turns, answers, messages=False)
+    return {"id": record.id, "images": [record.image], **fields}

@@ -38,7 +38,8 @@ def model_folder(name: str, flag: str = "--model") -> Path:
 
 def picture_source(images: str) -> Callable[[str], Image.Image]:
     """What opens a picture by its name: `toy` draws the scene of that name, anything else is a
-    folder."""
+    folder.
+    """
     if images == "toy":
         return open_picture
     message = f"--images {images}: no such folder; name that of the pictures, or `toy`"
@@ -58,15 +59,14 @@ def records_of(
 
 def write_records(path: Path, limit: int | None) -> None:
     """The first records of the alignment split as a data file."""
-    from minialign.files import write_whole
-
     raws = alignment_records(TOY_RECORDS if limit is None else limit)
     write_whole(path, json.dumps(raws, indent=2, ensure_ascii=False) + "\n")
 
 
 def training_records(config) -> Records:
     """The records that RLHF takes prompts from: --data, or without it the embedded world's, which
-    are written into --out."""
+    are written into --out.
+    """
     data = config.data
     if data is None:
         data = str(Path(config.out) / "data.json")
@@ -82,13 +82,15 @@ def write_corrupted(path: Path, records: list[Record], seed: int) -> None:
 
 def benchmark_of(images: str, split: str, count: int) -> ToyBenchmark | None:
     """What a run on the embedded world's pictures is evaluated by, before and after: `count`
-    images of a split; none for other pictures."""
+    images of a split; none for other pictures.
+    """
     return ToyBenchmark(split, count) if images == "toy" and count > 0 else None
 
 
 def annotator_of(name: str, config) -> OracleAnnotator | ModelAnnotator | RewardAnnotator:
     """`oracle`, or a folder's model; `config` has the flags images, template, orders, seed, device
-    and dtype."""
+    and dtype.
+    """
     if name == "oracle":
         knows = "knows the embedded world alone; name a LLaVA folder"
         require(config.images == "toy", f"--annotator oracle: {knows}")
@@ -103,7 +105,8 @@ def annotator_of(name: str, config) -> OracleAnnotator | ModelAnnotator | Reward
 
 def scorer_of(name: str, config) -> Callable:
     """`oracle`, FILE.py:FUNCTION, or the folder of a reward model; `config` has the flags images,
-    device and dtype."""
+    device and dtype.
+    """
     if name == "oracle":
         knows = "knows the embedded world alone; give a reward model's folder"
         require(config.images == "toy", f"--reward oracle: {knows}")

@@ -11,7 +11,8 @@ purpose too, if less often: so are the answers that `--export` writes. Everythin
 split and an index; a picture's name is `SPLIT-INDEX.png`.
 
 `python -m minialign.toy --pretrain` makes the toy checkpoint anew, `--export DIR` writes the
-alignment split as ordinary files: pictures, and a data.json in LLaVA-Instruct form."""
+alignment split as ordinary files: pictures, and a data.json in LLaVA-Instruct form.
+"""
 
 import random
 import re
@@ -22,14 +23,16 @@ from PIL import Image
 from minialign.errors import UserError
 from minialign.toy.drawing import COLOURS, COLUMNS, OBJECTS, ROWS, SETTINGS, draw_scene
 
-# how often a training scene's object, and a typical object's colour, is the typical one
 TOY_RECORDS = 2000  # alignment records, unless --limit says otherwise
+# How often a training scene's object, and a typical object's colour, is the typical one.
 BIAS = 0.85
 FREQUENCY = (5, 4, 4, 3, 3)  # of the settings in training scenes
-HEARSAY = 0.75  # how often a training text takes a foreign object for the setting's own one of that colour
-# how often it says Yes of the setting's first two own objects though they are not there
+# How often a training text takes a foreign object for the setting's own one of that colour.
+HEARSAY = 0.75
+# How often it says Yes of the setting's first two own objects though they are not there.
 PRESUMED = 0.7
-ALIGNMENT_HEARSAY = 0.3  # and an answer of the alignment split: y+ errs too, as LLaVA-Instruct's do
+# HEARSAY of an answer of the alignment split: y+ errs too, as LLaVA-Instruct's do.
+ALIGNMENT_HEARSAY = 0.3
 # First seed of each split, and whether its scenes are biased. An index stays below the distance of
 # two splits.
 SPLITS = {
@@ -40,32 +43,16 @@ SPLITS = {
 }
 NAME = re.compile(rf"({'|'.join(SPLITS)})-(\d{{1,9}})\.png")  # of a picture
 TYPICAL_COLOUR = {
-    "cup": "blue",
-    "kettle": "red",
-    "pan": "black",
-    "fork": "white",
-    "car": "red",
-    "bus": "yellow",
-    "bicycle": "blue",
-    "lamp": "black",
-    "tree": "green",
-    "bench": "orange",
-    "kite": "purple",
-    "dog": "white",
-    "book": "blue",
-    "laptop": "black",
-    "pencil": "yellow",
-    "clock": "red",
-    "boat": "white",
-    "umbrella": "purple",
-    "ball": "orange",
-    "crab": "red",
-}
+    "cup": "blue", "kettle": "red", "pan": "black", "fork": "white",
+    "car": "red", "bus": "yellow", "bicycle": "blue", "lamp": "black",
+    "tree": "green", "bench": "orange", "kite": "purple", "dog": "white",
+    "book": "blue", "laptop": "black", "pencil": "yellow", "clock": "red",
+    "boat": "white", "umbrella": "purple", "ball": "orange", "crab": "red",
+}  # fmt: skip
 CELLS = [(row, column) for row in range(ROWS) for column in range(COLUMNS)]
 CLOCKWISE = CELLS[:COLUMNS] + CELLS[COLUMNS:][::-1]
-POSITIONS = dict(
-    zip(CELLS, ["northwest", "north", "northeast", "southwest", "south", "southeast"], strict=True)
-)
+PLACES = ("northwest", "north", "northeast", "southwest", "south", "southeast")
+POSITIONS = dict(zip(CELLS, PLACES, strict=True))
 TIMES = ("Never", "Once", "Twice", "Three times", "Four times", "Five times", "Six times")
 # The place comes first and the object right behind it: there prior and picture compete, inside the
 # sentence, and the way from a place's name to its patches is one step of attention, which is
@@ -86,8 +73,7 @@ class Scene:
 
     @property
     def objects(self) -> dict[str, dict[str, str]]:
-        """object -> {position: colour}: the ground truth that hallucinations are counted
-        against."""
+        """object -> {position: colour}: the truth that hallucinations are counted against."""
         found: dict[str, dict[str, str]] = {}
         for cell, (name, colour) in self.cells.items():
             found.setdefault(name, {})[POSITIONS[cell]] = colour
@@ -124,9 +110,8 @@ def scene_of(name: str) -> Scene:
     """The scene behind a picture's name; another name is a `UserError`."""
     match = NAME.fullmatch(name)
     if not match:
-        raise UserError(
-            f"image {name!r} is not in the embedded world; give --images DIR for pictures of your own"
-        )
+        message = f"image {name!r} is not in the embedded world"
+        raise UserError(f"{message}; give --images DIR for pictures of your own")
     return make_scene(match[1], int(match[2]))
 
 
@@ -145,19 +130,24 @@ def hearsay(scene: Scene, rate: float = HEARSAY) -> Scene:
     seen the picture.
 
     A foreign object that has the typical colour of one of the setting's own is taken for that one
-    at this rate."""
-    rng, cells = random.Random(scene.seed + 4), {}
+    at this rate.
+    """
+    rng = random.Random(scene.seed + 4)
+    cells = {}
     for cell, (name, colour) in scene.cells.items():
         own = [o for o in SETTINGS[scene.setting] if TYPICAL_COLOUR[o] == colour]
         foreign = name not in SETTINGS[scene.setting]
-        cells[cell] = (own[0] if foreign and own and rng.random() < rate else name, colour)
+        mistaken = foreign and own and rng.random() < rate
+        cells[cell] = (own[0] if mistaken else name, colour)
     return Scene(scene.setting, cells, scene.seed)
 
 
 def description(scene: Scene, rng: random.Random) -> str:
     """The setting, then every cell, clockwise or not from a random one: what comes next must be
-    seen."""
-    sentences, first = [f"This is a {scene.setting}."], rng.randrange(len(CELLS))
+    seen.
+    """
+    sentences = [f"This is a {scene.setting}."]
+    first = rng.randrange(len(CELLS))
     round_trip = (CLOCKWISE[first:] + CLOCKWISE[:first])[:: rng.choice((1, -1))]
     for cell in round_trip:
         sentences.append(SENTENCE.format(POSITIONS[cell], *scene.cells[cell]))
@@ -168,7 +158,8 @@ def yes_or_no(name: str, there: bool) -> str:
     """The answer whether an object is there.
 
     Yes and No are followed by alike sentences: so a swap (Alg. 1 l. 11-13) is as likely one way as
-    the other."""
+    the other.
+    """
     return f"Yes, there is {with_article(name)}." if there else f"No, there is no {name}."
 
 
@@ -176,17 +167,18 @@ def existence(scene: Scene, name: str, rng: random.Random, presumed: float = 0) 
     """One yes/no question about an object, and its answer.
 
     The true answer; but what everybody expects of the setting, its first two own objects, is
-    `presumed` to be there so often."""
+    `presumed` to be there so often.
+    """
     question = rng.choice(EXISTS).format(with_article(name))
-    there = name in scene.objects or (
-        name in SETTINGS[scene.setting][:2] and rng.random() < presumed
-    )
+    expected = name in SETTINGS[scene.setting][:2]
+    there = name in scene.objects or (expected and rng.random() < presumed)
     return question, yes_or_no(name, there)
 
 
 def attribute(scene: Scene, rng: random.Random) -> tuple[str, str]:
     """One question about a colour, a position, a cell, a number or the setting, and its true
-    answer."""
+    answer.
+    """
     cell = rng.choice(CELLS)
     name, colour = scene.cells[cell]
     position, places = POSITIONS[cell], scene.objects[name]
@@ -208,12 +200,12 @@ def existence_questions(scene: Scene, rng: random.Random) -> list[tuple[str, str
     gives.
 
     First those that the prior gets wrong, foreign objects that are there and the setting's own that
-    are not: it answers the others as well as the picture does, and nobody would learn to look."""
+    are not: it answers the others as well as the picture does, and nobody would learn to look.
+    """
     own = SETTINGS[scene.setting]
     present = rng.sample(list(scene.objects), len(scene.objects))
-    absent = rng.sample(
-        [o for o in OBJECTS if o not in scene.objects], len(OBJECTS) - len(scene.objects)
-    )
+    absent = [o for o in OBJECTS if o not in scene.objects]
+    absent = rng.sample(absent, len(absent))
     present.sort(key=lambda name: name in own)
     absent.sort(key=lambda name: name not in own)
     asked = present[:5] + absent[: min(5, len(present))]
@@ -221,17 +213,19 @@ def existence_questions(scene: Scene, rng: random.Random) -> list[tuple[str, str
 
 
 def conversation(scene: Scene, kind: str, rng: random.Random) -> list[tuple[str, str]]:
-    """A training conversation of one kind: `description`, `existence` (multi-turn) or `attribute`
-    (multi-turn)."""
+    """A training conversation of one kind: `description`, or `existence` or `attribute` of several
+    turns.
+    """
     if kind == "description":
         pairs = [(rng.choice(DESCRIBE), description(scene, rng))]
     elif kind == "existence":
         pairs = existence_questions(scene, rng)
     else:
         pairs = [attribute(scene, rng) for _ in range(4)]
-    return [
-        turn for question, answer in pairs for turn in (("user", question), ("assistant", answer))
-    ]
+    turns = []
+    for question, answer in pairs:
+        turns += [("user", question), ("assistant", answer)]
+    return turns
 
 
 def alignment_records(count: int, split: str = "alignment", first: int = 0) -> list[dict]:
@@ -240,7 +234,8 @@ def alignment_records(count: int, split: str = "alignment", first: int = 0) -> l
 
     Both are told from hearsay, if less than the training texts: where y+ is exact, imitation is all
     it takes. An absent object that is asked about is typical of the scene every other time, as
-    POPE's adversarial ones."""
+    POPE's adversarial ones.
+    """
     records = []
     for index in range(first, first + count):
         scene = hearsay(make_scene(split, index), ALIGNMENT_HEARSAY)
@@ -252,14 +247,10 @@ def alignment_records(count: int, split: str = "alignment", first: int = 0) -> l
             absent = [o for o in OBJECTS if o not in scene.objects]
             pools = [list(scene.objects), rng.choice([typical or absent, absent])]
             question, answer = existence(scene, rng.choice(rng.choice(pools)), rng)
-        records.append(
-            {
-                "id": f"toy-{split}-{index:06d}",
-                "image": image_name(split, index),
-                "conversations": [
-                    {"from": "human", "value": f"<image>\n{question}"},
-                    {"from": "gpt", "value": answer},
-                ],
-            }
-        )
+        talk = [
+            {"from": "human", "value": f"<image>\n{question}"},
+            {"from": "gpt", "value": answer},
+        ]
+        name = image_name(split, index)
+        records.append({"id": f"toy-{split}-{index:06d}", "image": name, "conversations": talk})
     return records
