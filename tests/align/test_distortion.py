@@ -1,10 +1,12 @@
 """POVID's image distortion (Sec. 3.3): y~- against the plain computation, and train_dpo.py
---rejected distorted."""
+--rejected distorted.
+"""
 
 import copy
 import json
 import math
 import random
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -24,14 +26,13 @@ from helpers import (
 )
 from input_files import pairs_in
 from PIL import Image
+from policies import adapted
 from script_runs import read_lines, stop_at, train
 
-import train_dpo
 from minialign.align.distortion import distorted_tree
-from minialign.data.collate import PairCollator
+from minialign.data.collate import PairBatch, PairCollator
 from minialign.data.records import Record, instruct_record
 from minialign.errors import UserError
-from minialign.model import lora
 from minialign.model.clip import Clip
 from minialign.model.llama import Llama
 from minialign.model.masks import COLUMNS, Branch, Sequence, build_tree
@@ -42,36 +43,31 @@ SEEDS = range(6)
 ADAPTER = "adapter/adapter_model.safetensors"
 
 
-# The plain computation
-# ---------------------------------------------------------------------------------------
+# ---------------------------------------------------------------- the plain computation
 
 
 @torch.no_grad()
 def plain_distorted(model, trunk: list[int], chosen: list[int], noisy, image_id: int) -> list[int]:
     """Sec. 3.3: each token is the likeliest one given the noisy picture, the prompt and the true
     tokens before it."""
-    said = []
+    predicted = []
     for t in range(len(chosen)):
         last = plain_logits(model, trunk + chosen[:t], noisy)[-1].clone()
         last[image_id] = -torch.inf
-        said.append(int(last.argmax()))
-    return said
+        predicted.append(int(last.argmax()))
+    return predicted
 
 
-def random_pairs(seed: int, patches: int) -> list[Sequence]:
+def random_rows(seed: int, patches: int) -> list[Sequence]:
     """Rows of unlike lengths with one to three stored branches, some of them without a picture."""
-    rng = random.Random(seed)
-    rows = []
+    rng, rows = random.Random(seed), []
     for row in range(3 + seed % 3):
         image = row == 0 or rng.random() < 0.7
-        trunk = (
-            random_ids(rng, 1 + rng.randrange(3))
-            + [IMAGE] * image
-            + random_ids(rng, 2 + rng.randrange(6))
-        )
-        branches = [
-            Branch(random_ids(rng, 1 + rng.randrange(9))) for _ in range(1 + rng.randrange(3))
-        ]
+        before, after = random_ids(rng, 1 + rng.randrange(3)), random_ids(rng, 2 + rng.randrange(6))
+        branches = []
+        for _ in range(1 + rng.randrange(3)):
+            branches.append(Branch(random_ids(rng, 1 + rng.randrange(9))))
+        trunk = before + [IMAGE] * image + after
         rows.append(Sequence(trunk, branches, patches if image else 0))
     return rows
 
@@ -82,20 +78,18 @@ def random_features(rows: list[Sequence], patches: int, seed: int) -> torch.Tens
     return 2 * torch.randn(pictures, patches, 16, generator=torch.Generator().manual_seed(seed))
 
 
-def with_distorted(
-    model, rows: list[Sequence], noisy: torch.Tensor, image_id: int
-) -> list[Sequence]:
+def with_distorted(model, rows: list[Sequence], noisy, image_id: int) -> list[Sequence]:
     """The rows with y~- behind their branches, by the plain way."""
     pictures, longer = iter(noisy), []
     for row in rows:
         picture = next(pictures) if row.image_tokens else None
         own = plain_distorted(model, row.trunk, row.branches[0].ids, picture, image_id)
-        longer.append(
-            Sequence(
-                row.trunk, [*row.branches, Branch(own)], row.image_features, packing=row.packing
-            )
-        )
+        longer.append(replace(row, branches=[*row.branches, Branch(own)]))
     return longer
+
+
+def branches_of(rows: list[Sequence]) -> list[list[Branch]]:
+    return [row.branches for row in rows]
 
 
 def assert_same_tree(found, expected) -> None:
@@ -105,46 +99,30 @@ def assert_same_tree(found, expected) -> None:
     assert found.features_expected == expected.features_expected
 
 
-def adapted(model, seed: int):
-    """A copy with adapters that matter."""
-    model, generator = copy.deepcopy(model), torch.Generator().manual_seed(seed)
-    lora.add_adapters(model, 4, 8.0)
-    with torch.no_grad():
-        for name, tensor in lora.adapter_state(model).items():
-            tensor.add_(
-                torch.randn(tensor.shape, generator=generator) * (0.5 if "lora_B" in name else 0.1)
-            )
-    return model
-
-
 @pytest.mark.parametrize("seed", SEEDS)
 def test_distortion_equals_the_plain_computation(seed):
     """One more branch per row, and nothing else: the whole tree is that of the plainly made
     sequences."""
     model = random_model(seed)
     patches = model.config.vision.patches
-    rows = random_pairs(seed, patches)
+    rows = random_rows(seed, patches)
     noisy = random_features(rows, patches, seed)
     longer = with_distorted(model, rows, noisy, IMAGE)
     assert_same_tree(distorted_tree(model, rows, noisy), build_tree(longer, IMAGE, 0))
     others = with_distorted(model, rows, random_features(rows, patches, seed + 100), IMAGE)
-    assert [row.branches for row in others] != [
-        row.branches for row in longer
-    ]  # the picture matters
+    assert branches_of(others) != branches_of(longer)  # the picture matters
 
 
 @pytest.mark.parametrize("seed", SEEDS)
 def test_it_is_the_current_policys(seed):
     """The adapters take part, switched on."""
     base = random_model(seed)
-    model, patches = adapted(base, seed), base.config.vision.patches
-    rows = random_pairs(seed, patches)
+    model, patches = adapted(base, 4, 8.0, seed, 0.3), base.config.vision.patches
+    rows = random_rows(seed, patches)
     noisy = random_features(rows, patches, seed)
     longer = with_distorted(model, rows, noisy, IMAGE)
     assert_same_tree(distorted_tree(model, rows, noisy), build_tree(longer, IMAGE, 0))
-    assert [row.branches for row in longer] != [
-        row.branches for row in with_distorted(base, rows, noisy, IMAGE)
-    ]
+    assert branches_of(longer) != branches_of(with_distorted(base, rows, noisy, IMAGE))
 
 
 @pytest.mark.parametrize("seed", SEEDS)
@@ -154,7 +132,7 @@ def test_the_image_token_is_never_predicted(seed):
     patches = model.config.vision.patches
     with torch.no_grad():
         model.lm_head.weight[IMAGE] *= 30
-    rows = random_pairs(seed, patches)
+    rows = random_rows(seed, patches)
     noisy = random_features(rows, patches, seed)
     unbound = with_distorted(model, rows, noisy, image_id=0)  # 0 is forbidden instead
     assert any(IMAGE in row.branches[-1].ids for row in unbound)
@@ -165,13 +143,16 @@ def test_the_image_token_is_never_predicted(seed):
 def test_no_graph_is_kept(monkeypatch):
     """The prediction runs without gradients, also of a model in training, and leaves none on any
     parameter."""
-    model = adapted(random_model(0), 0)
-    rows = random_pairs(0, model.config.vision.patches)
+    model = adapted(random_model(0), 4, 8.0)
+    rows = random_rows(0, model.config.vision.patches)
     noisy = random_features(rows, model.config.vision.patches, 0).requires_grad_()
     hidden, real = [], Llama.forward
-    monkeypatch.setattr(
-        Llama, "forward", lambda *args, **kw: hidden.append(real(*args, **kw)) or hidden[-1]
-    )
+
+    def noted(*args, **options):
+        hidden.append(real(*args, **options))
+        return hidden[-1]
+
+    monkeypatch.setattr(Llama, "forward", noted)
     tree = distorted_tree(model.train(), rows, noisy)
     assert torch.is_grad_enabled() and len(hidden) == 1  # one pass
     assert not hidden[0].requires_grad and hidden[0].grad_fn is None
@@ -180,8 +161,7 @@ def test_no_graph_is_kept(monkeypatch):
     assert any(parameter.requires_grad for parameter in model.parameters())
 
 
-# Eq. 9
-# -------------------------------------------------------------------------------------------------------
+# ---------------------------------------------------------------- Eq. 9
 
 
 def plain_noise(record: Record, steps: int) -> Image.Image:
@@ -198,13 +178,20 @@ def plain_noise(record: Record, steps: int) -> Image.Image:
 
 def world_records(count: int, first: int) -> list[Record]:
     """True answers, the next picture's as rejected ones."""
-    answers = [
-        instruct_record(raw) for raw in world.alignment_records(count + 1, "validation", first)
-    ]
-    return [
-        Record(a.id, a.image, a.turns, a.chosen, b.chosen)
-        for a, b in zip(answers, answers[1:], strict=False)
-    ]
+    raws = world.alignment_records(count + 1, "validation", first)
+    answers = [instruct_record(raw) for raw in raws]
+    records = []
+    for this, after in zip(answers, answers[1:], strict=False):
+        records.append(Record(this.id, this.image, this.turns, this.chosen, after.chosen))
+    return records
+
+
+def batch_of(records: list[Record], noise_steps: int = 0) -> PairBatch:
+    """The records collated, with their noisy pictures."""
+    collate = PairCollator(
+        toy_tokenizer(), toy_processor(), world.open_picture, 200, noise_steps=noise_steps
+    )
+    return collate.batch([collate.load(record) for record in records])
 
 
 @pytest.mark.parametrize("steps", [1, 137, 500, 1000])
@@ -212,46 +199,33 @@ def test_the_noise_is_that_of_eq_9(steps):
     """Beside the clean pixels, which are what they are without noise; at 500 sqrt(abar) is
     0.863."""
     records = world_records(3, 10)
-    batch = PairCollator(toy_tokenizer(), toy_processor(), "toy", 200, noise_steps=steps)(records)
-    clean = PairCollator(toy_tokenizer(), toy_processor(), "toy", 200)(records)
+    batch, clean = batch_of(records, steps), batch_of(records)
     assert clean.noisy is None and torch.equal(batch.pixels, clean.pixels)
     expected = torch.cat([toy_processor()(plain_noise(record, steps)) for record in records])
     assert worst(batch.noisy, expected) < 0.02  # a byte that was rounded the other way
-    assert (batch.noisy != expected).float().mean() < 1e-3 and worst(
-        batch.noisy, batch.pixels
-    ) > 0.02
+    assert (batch.noisy != expected).float().mean() < 1e-3
+    assert worst(batch.noisy, batch.pixels) > 0.02
 
 
 @pytest.mark.parametrize("first", [0, 7])
 def test_pairs_of_the_embedded_world(first):
     """The toy model on noisy pictures: the plain computation, and that it is misled."""
-    model, tokenizer, records = toy_model(), toy_tokenizer(), world_records(3, first)
-    batch = PairCollator(tokenizer, toy_processor(), "toy", 200, noise_steps=500)(records)
-    noisy = torch.cat(
-        [model.encode_images(toy_processor()(plain_noise(record, 500))) for record in records]
-    )
-    longer = with_distorted(model, batch.sequences, noisy, tokenizer.image_id)
-    assert_same_tree(
-        distorted_tree(model, batch.sequences, model.encode_images(batch.noisy)),
-        build_tree(longer, tokenizer.image_id, 0),
-    )
-    clean = with_distorted(
-        model, batch.sequences, model.encode_images(batch.pixels), tokenizer.image_id
-    )
+    model, image_id, records = toy_model(), toy_tokenizer().image_id, world_records(3, first)
+    batch = batch_of(records, 500)
+    noisy = []
+    for record in records:
+        noisy.append(model.encode_images(toy_processor()(plain_noise(record, 500))))
+    longer = with_distorted(model, batch.sequences, torch.cat(noisy), image_id)
+    found = distorted_tree(model, batch.sequences, model.encode_images(batch.noisy))
+    assert_same_tree(found, build_tree(longer, image_id, 0))
+    features = model.encode_images(batch.pixels)
+    clean = with_distorted(model, batch.sequences, features, image_id)
     assert [row.branches[-1] for row in clean] != [row.branches[-1] for row in longer]
-    assert all(
-        len(row.branches) == 3 and len(row.branches[2].ids) == len(row.branches[0].ids)
-        for row in longer
-    )
+    for row in longer:
+        assert len(row.branches) == 3 and len(row.branches[2].ids) == len(row.branches[0].ids)
 
 
-# train_dpo.py
-# ------------------------------------------------------------------------------------------------
-
-
-def few(pairs: str, count: int) -> list[Record]:
-    """The first records of a pairs file."""
-    return pairs_in(Path(pairs))[:count]
+# ---------------------------------------------------------------- train_dpo.py
 
 
 @pytest.mark.parametrize(("gamma", "steps"), [(0.0, 500), (0.25, 500), (0.5, 60)])
@@ -263,13 +237,12 @@ def test_the_first_step_by_hand(model, pairs, tmp_path, gamma, steps):
     options = {"rejected": "distorted", "gamma": gamma, "noise_steps": steps, "batch_size": 5}
     row = train(model, tmp_path / "out", pairs=str(path), **options)[0]
     expected = 0.0
-    for record in few(pairs, 5):
+    for record in pairs_in(path):
         prompt, stored = tokenizer.prompt(record.turns), tokenizer.response(record.rejected)
-        clean = base.encode_images(toy_processor()(world.picture(world.scene_of(record.image))))[0]
+        chosen = tokenizer.response(record.chosen)
+        clean = base.encode_images(toy_processor()(world.open_picture(record.image)))[0]
         noisy = base.encode_images(toy_processor()(plain_noise(record, steps)))[0]
-        own = plain_distorted(
-            base, prompt, tokenizer.response(record.chosen), noisy, tokenizer.image_id
-        )
+        own = plain_distorted(base, prompt, chosen, noisy, tokenizer.image_id)
         with torch.no_grad():
             logps = [plain_logp(base, prompt, ids, clean).item() for ids in (stored, own)]
         expected += (gamma * logps[0] + (1 - gamma) * logps[1]) / 5
@@ -298,12 +271,17 @@ def test_gamma_1_is_the_stored_response_alone(model, pairs, tmp_path):
 def test_gamma_1_spares_the_noise(model, pairs, tmp_path, monkeypatch):
     """The tower sees each picture once, and else twice; y~- is one more pass of the decoder."""
     pictures, passes, real_tower, real_decoder = [], [], Clip.forward, Llama.forward
-    monkeypatch.setattr(
-        Clip, "forward", lambda *a, **kw: pictures.append(len(a[1])) or real_tower(*a, **kw)
-    )
-    monkeypatch.setattr(
-        Llama, "forward", lambda *a, **kw: passes.append(1) or real_decoder(*a, **kw)
-    )
+
+    def tower(self, pixels, *args, **options):
+        pictures.append(len(pixels))
+        return real_tower(self, pixels, *args, **options)
+
+    def decoder(*args, **options):
+        passes.append(1)
+        return real_decoder(*args, **options)
+
+    monkeypatch.setattr(Clip, "forward", tower)
+    monkeypatch.setattr(Llama, "forward", decoder)
     for gamma, seen, count in ((1.0, [4], 2), (0.5, [4, 4], 3), (0.0, [4, 4], 3)):
         pictures.clear()
         passes.clear()
@@ -311,7 +289,7 @@ def test_gamma_1_spares_the_noise(model, pairs, tmp_path, monkeypatch):
         assert pictures == seen and len(passes) == count
 
 
-@pytest.mark.parametrize(("where", "count"), [("pair_loss", 2), ("append_lines", 3)])
+@pytest.mark.parametrize(("where", "count"), [("preference_metrics", 2), ("append_lines", 3)])
 def test_a_stopped_run_resumes_bit_for_bit(model, pairs, tmp_path, monkeypatch, where, count):
     """y~- is made anew from the policy of that step: it follows from the checkpoint."""
     options = {"pairs": pairs, "rejected": "distorted", "lr": 3e-3, "save_every": 2}
@@ -322,9 +300,8 @@ def test_a_stopped_run_resumes_bit_for_bit(model, pairs, tmp_path, monkeypatch, 
             train(model, tmp_path / "stopped", **options)
     train(model, tmp_path / "stopped", resume=True, **options)
     for name in (ADAPTER, "metrics.jsonl", "checkpoint/progress.safetensors", "result.json"):
-        assert (tmp_path / "whole" / name).read_bytes() == (
-            tmp_path / "stopped" / name
-        ).read_bytes(), name
+        whole, stopped = (tmp_path / run / name for run in ("whole", "stopped"))
+        assert whole.read_bytes() == stopped.read_bytes(), name
     assert json.loads((tmp_path / "stopped" / "config.json").read_text())["rejected"] == "distorted"
 
 
@@ -335,7 +312,5 @@ def test_bad_values_are_refused(model, pairs, tmp_path, changes):
     """Before anything is read."""
     name, value = next(iter(changes.items()))
     with pytest.raises(UserError, match=f"--{name.replace('_', '-')} {value}: between"):
-        train_dpo.main(
-            train_dpo.Config(model=model, pairs="none.jsonl", out=str(tmp_path / "out"), **changes)
-        )
+        train(model, tmp_path / "out", pairs="none.jsonl", **changes)
     assert not (tmp_path / "out").exists()

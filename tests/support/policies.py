@@ -11,7 +11,7 @@ from minialign.model.lora import adapter_state, add_adapters
 from minialign.training.flags import COMPILE_OPTIONS
 
 
-def adapted(model: Llava, rank: int, alpha: float, seed: int = 0) -> Llava:
+def adapted(model: Llava, rank: int, alpha: float, seed: int = 0, scale: float = 0.1) -> Llava:
     """A copy of `model` with adapters of nonzero A and B and a changed projector, as after
     training."""
     model = copy.deepcopy(model)
@@ -19,7 +19,7 @@ def adapted(model: Llava, rank: int, alpha: float, seed: int = 0) -> Llava:
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for parameter in adapter_state(model).values():
-            parameter.add_(torch.randn(parameter.shape, generator=generator) * 0.1)
+            parameter.add_(torch.randn(parameter.shape, generator=generator) * scale)
     return model
 
 
