@@ -2,7 +2,8 @@
 
 POPE's questions ask for three objects that are there and three that are not: random, popular
 (frequent in the training split) or adversarial (typical of the setting; where fewer than three of
-its four objects are missing, others fill up)."""
+its four objects are missing, others fill up).
+"""
 
 import random
 import re
@@ -74,9 +75,8 @@ def count_description(scene: Scene, text: str) -> Counts:
             counts["placed"] += bool(place)
             counts["coloured"] += bool(colour)
             counts["wrong_place"] += bool(place) and here is None
-            counts["wrong_colour"] += bool(colour) and colour not in (
-                [here] if here else places.values()
-            )
+            right = [here] if here else places.values()
+            counts["wrong_colour"] += bool(colour) and colour not in right
     counts["hallucinating"] = counts["hallucinated"] > 0
     counts["found"] = sum(bool(re.search(rf"\b{name}\b", text)) for name in scene.objects)
     return counts
@@ -84,13 +84,15 @@ def count_description(scene: Scene, text: str) -> Counts:
 
 def count_pope(questions: dict[str, list[str]], answers: dict[tuple[str, str], str]) -> Counts:
     """True and false yeses and noes of one image, for each of POPE's settings."""
-    counts: Counts = Counter()
-    said = {key: pope_verdict(answer) for key, answer in answers.items()}
+    yes = {key: pope_verdict(answer) for key, answer in answers.items()}
+    present = questions["present"]
+    tp = sum(yes["present", name] for name in present)
+    counts: Counts = {}
     for setting in SETTINGS_OF_POPE:
-        counts[f"{setting}_tp"] = sum(said["present", name] for name in questions["present"])
-        counts[f"{setting}_fn"] = len(questions["present"]) - counts[f"{setting}_tp"]
-        counts[f"{setting}_fp"] = sum(said[setting, name] for name in questions[setting])
-        counts[f"{setting}_tn"] = len(questions[setting]) - counts[f"{setting}_fp"]
+        absent = questions[setting]
+        fp = sum(yes[setting, name] for name in absent)
+        counts |= {f"{setting}_tp": tp, f"{setting}_fn": len(present) - tp}
+        counts |= {f"{setting}_fp": fp, f"{setting}_tn": len(absent) - fp}
     return counts
 
 
@@ -104,7 +106,8 @@ class ToyBenchmark:
 
     def run(self, assistant: Assistant, title: str = "evaluate") -> list[Counts]:
         """Greedy answers for every image, counted against its scene; `with_intervals` makes figures
-        of them. Of a model in shards every process holds the whole meanwhile."""
+        of them. Of a model in shards every process holds the whole meanwhile.
+        """
         counts: dict[int, list[Counts]] = {}  # by the first image of a batch
         firsts = shard_batch([*range(0, self.images, self.batch_size)])
         with unsharded(assistant.model):

@@ -15,6 +15,7 @@ import random
 import re
 
 from minialign.data.records import Record, preference_fields
+from minialign.errors import UserError
 from minialign.toy.drawing import COLOURS, OBJECTS, SETTINGS
 from minialign.toy.world import POSITIONS, SENTENCE, Scene, scene_of, yes_or_no
 
@@ -47,6 +48,9 @@ def corrupted(scene: Scene, answer: str, rng: random.Random) -> str:
             words = wrong_words(scene, kind, statement)
             if words:
                 possible.append((statement.span(kind), words))
+    if len(possible) < 2:
+        message = f"answer {answer[:40]!r} is none of the embedded world's"
+        raise UserError(f"{message}; give records of `python -m minialign.toy --export DIR`")
     changes = rng.sample(possible, rng.choice((1, 2)))
     for (start, end), words in sorted(changes, reverse=True):  # from the end: spans stay right
         answer = answer[:start] + rng.choice(words) + answer[end:]
@@ -54,7 +58,7 @@ def corrupted(scene: Scene, answer: str, rng: random.Random) -> str:
 
 
 def corrupted_pair(record: Record, seed: int) -> dict:
-    """One line of the pairs file; the scene and not y+, which may be hearsay, says what is wrong."""
+    """A line of the pairs file; the scene and not y+, which may be hearsay, says what is wrong."""
     rng = random.Random(f"{seed} {record.id}")
     wrong = corrupted(scene_of(record.image), record.chosen, rng)
     answers = {"chosen": record.chosen, "rejected": wrong}

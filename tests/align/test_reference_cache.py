@@ -9,8 +9,8 @@ import random
 import pytest
 import torch
 from helpers import IMAGE, plain_logp, random_ids, random_model, refused, worst
+from policies import adapted
 from script_runs import read_lines
-from test_lora import adapted
 
 from minialign.align import reference_cache
 from minialign.align.reference_cache import ReferenceCache

@@ -9,7 +9,7 @@ from dataclasses import replace
 import pytest
 import torch
 from helpers import random_model, toy_processor
-from test_lora import adapted
+from policies import adapted
 from test_reference import random_pairs
 
 from minialign.align.reference_cache import reference_key
