@@ -1,5 +1,4 @@
-"""Command lines from one frozen dataclass per script: a field is a flag, its comment is its
-help."""
+"""Command lines from one frozen dataclass per program: a field is a flag, its comment its help."""
 
 import argparse
 import dataclasses
@@ -22,60 +21,67 @@ def parse_config(kind: type, doc: str, argv: list[str] | None = None):
     """Read `argv` (default: the command line) into a `kind`.
 
     A `Literal` gives the choices, `bool` a --flag / --no-flag pair; a typo ends with exit code 2.
-    The help lists the flags that `kind` inherits behind its own."""
+    The help lists a program's own flags first, then those that `kind` inherits.
+    """
     parser = argparse.ArgumentParser(
         description=doc, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
     )
-    hints, helps = typing.get_type_hints(kind), field_comments(kind)
-    for field in sorted(
-        dataclasses.fields(kind), key=lambda field: field.name not in kind.__annotations__
-    ):
-        flag, hint = "--" + field.name.replace("_", "-"), hints[field.name]
+    hints = typing.get_type_hints(kind)
+    helps = field_comments(kind)
+    fields = dataclasses.fields(kind)
+    own = [field for field in fields if field.name in kind.__annotations__]
+    for field in own + [field for field in fields if field not in own]:
         default = "" if field.default is None else f" [{field.default}]"
         text = f"{helps.get(field.name, '')}{default}".replace("%", "%%")
+        options = {"default": field.default, "help": text}
+        hint = hints[field.name]
         if typing.get_origin(hint) in (types.UnionType, typing.Union):  # `str | None`
             hint = next(t for t in typing.get_args(hint) if t is not type(None))
         if hint is bool:
-            parser.add_argument(
-                flag, action=argparse.BooleanOptionalAction, default=field.default, help=text
-            )
+            options["action"] = argparse.BooleanOptionalAction
         elif typing.get_origin(hint) is typing.Literal:
-            parser.add_argument(
-                flag, choices=typing.get_args(hint), default=field.default, help=text
-            )
+            options["choices"] = typing.get_args(hint)
         else:
-            parser.add_argument(
-                flag, type=hint, default=field.default, help=text, metavar=hint.__name__.upper()
-            )
+            options |= {"type": hint, "metavar": hint.__name__.upper()}
+        parser.add_argument(flag_of(field.name), **options)
+
     values = vars(parser.parse_args(argv))
     for name, value in values.items():
+        # Bytes that are no UTF-8 come as half surrogate pairs, which no file can hold.
         text = value if isinstance(value, str) else ""
-        require(
-            text == text.encode("utf-8", "ignore").decode(),
-            f"--{name.replace('_', '-')}: not UTF-8; type it anew",
-        )
+        whole = text.encode("utf-8", "ignore").decode()
+        require(text == whole, f"{flag_of(name)}: not UTF-8; type it anew")
     return kind(**values)
 
 
+def flag_of(name: str) -> str:
+    """A field's flag: lora_rank -> --lora-rank."""
+    return "--" + name.replace("_", "-")
+
+
 def field_comments(kind: type) -> dict[str, str]:
-    """The comment of every field in the source of a dataclass, or of those that it inherits from:
-    at the end of its line, or on the lines above it."""
-    kinds = [each for each in reversed(kind.__mro__) if dataclasses.is_dataclass(each)]
+    """The comment of every field of a dataclass, its own or inherited, read from the source.
+
+    It stands at the end of the field's line, or on the lines above it.
+    """
     comments, above = {}, []
-    for line in (line for each in kinds for line in inspect.getsource(each).splitlines()):
-        if line.strip().startswith("# "):
-            above.append(line.strip()[2:])
-            continue
-        field = re.match(r"\s+(\w+)\s*:[^#]*(?:#\s*(.+))?", line)
-        if field:
-            comments[field[1]] = field[2] or " ".join(above)
-        above = []
+    for each in reversed(kind.__mro__[:-1]):
+        for line in inspect.getsource(each).splitlines():
+            if line.strip().startswith("# "):
+                above.append(line.strip()[2:])
+                continue
+            field = re.match(r"\s+(\w+)\s*:[^#]*(?:#\s*(.+))?", line)
+            if field:
+                comments[field[1]] = field[2] or " ".join(above)
+            above = []
     return comments
 
 
 def with_defaults(config, defaults: dict[str, tuple], toy: bool):
-    """The config with every flag that was not given at its value in `defaults`: the paper's, which
-    stands first, or the toy model's."""
+    """The config with every flag that was not given at its value in `defaults`.
+
+    There the paper's value stands first, the toy model's second.
+    """
     absent = {name: pair[toy] for name, pair in defaults.items() if getattr(config, name) is None}
     return dataclasses.replace(config, **absent)
 
@@ -90,17 +96,15 @@ def require_at_least(config, **least: int) -> None:
     """Refuse flags below their least value; one that is None is not given."""
     for name, bound in least.items():
         value = getattr(config, name)
-        require(
-            value is None or value >= bound, f"--{name.replace('_', '-')} {value}: at least {bound}"
-        )
+        message = f"{flag_of(name)} {value}: at least {bound}"
+        require(value is None or value >= bound, message)
 
 
 def require_outside(out: Path, what: str, path: Path) -> None:
     """Refuse an --out that holds what is read: it would be overwritten."""
     inside = path.resolve().is_relative_to(out.resolve())
-    require(
-        not inside, f"--out {out}: holds {what} {path}, which would be overwritten; name another"
-    )
+    message = f"--out {out}: holds {what} {path}, which would be overwritten; name another"
+    require(not inside, message)
 
 
 def require_new_file(out: Path) -> None:
@@ -124,14 +128,15 @@ def require_device(device: str) -> None:
     """Refuse a torch device that this machine does not have."""
     import torch  # here, so that a program's --help does not wait for it
 
-    own = f"cuda:{os.environ.get('LOCAL_RANK', 0)}"  # under torchrun, so that the first GPU is not opened by all
+    asked = device
+    if device == "cuda":  # under torchrun its own, so that not all processes open the first
+        asked = f"cuda:{os.environ.get('LOCAL_RANK', 0)}"
     try:
-        torch.zeros(1, device=own if device == "cuda" else device).item()
+        torch.zeros(1, device=asked).item()
     except (RuntimeError, AssertionError) as error:
         first = str(error).splitlines()[0]
-        raise UserError(
-            f"--device {device}: not to be had here ({first}); `cpu` always is"
-        ) from None
+        message = f"--device {device}: not to be had here ({first}); `cpu` always is"
+        raise UserError(message) from None
 
 
 def require_torchrun(shard: str) -> None:
@@ -141,22 +146,15 @@ def require_torchrun(shard: str) -> None:
 
 
 def under_torchrun() -> bool:
-    """Whether this is one of the processes that torchrun has started; known before torch is
-    loaded."""
+    """Whether torchrun has started this process; known before torch is loaded."""
     return "TORCHELASTIC_RUN_ID" in os.environ
 
 
-# Part of what torch says where another process has died -> what to do.
-GONE = "another process has ended, for a reason that stands elsewhere here; --resume goes on from the last checkpoint"
-DEATHS = {
-    "gloo/transport": GONE,
-    "remote process exited": GONE,  # NCCL
-}
-
-
 def is_out_of_memory(error: BaseException | None) -> bool:
-    """Whether memory has run out, on a CPU or on a GPU; a CPU's comes as any RuntimeError, so that
-    the words decide."""
+    """Whether memory has run out, on a CPU or on a GPU.
+
+    A CPU's comes as any RuntimeError, so that the words decide.
+    """
     signs = ("out of memory", "allocate memory", "bad_alloc", "ALLOC_FAILED")
     return isinstance(error, MemoryError) or any(sign in str(error) for sign in signs)
 
@@ -170,7 +168,7 @@ def out_of_memory(config) -> str:
 
     if "accumulate" not in flags:
         smaller = [name for name in ("batch_size", "max_new_tokens") if name in flags]
-        given = " or ".join(f"a smaller --{name.replace('_', '-')}" for name in smaller)
+        given = " or ".join(f"a smaller {flag_of(name)}" for name in smaller)
         return f"out of memory; give {given}{half}"
 
     remedies = []
@@ -196,9 +194,12 @@ def run_main(main: Callable, kind: type, doc: str) -> None:
     """Run a program: `main` with the command line as a `kind`, whose help begins with `doc`.
 
     Bad input becomes one line on stderr and exit code 2, never a traceback. One of torchrun's
-    processes ends without Python's own tidying up, in which torch's threads may abort it."""
+    processes ends without Python's own tidying up, in which torch's threads may abort it.
+    """
     if not under_torchrun():
-        return guarded(main, parse_config(kind, doc))
+        guarded(main, parse_config(kind, doc))
+        return
+
     code = 0
     try:
         guarded(main, parse_config(kind, doc))
@@ -230,11 +231,15 @@ def guarded(main: Callable, config) -> None:
 
 def how_it_ended(error: Exception, config) -> str | None:
     """One line for what a program cannot help: no memory, no room on the disk, another process's
-    death; None for what is a fault of its own."""
+    death; None for what is a fault of its own.
+    """
     if is_out_of_memory(error):
         return out_of_memory(config)
-    if isinstance(
-        error, (OSError, SafetensorError)
-    ):  # no permission, a file where a folder should be
+    # No room, no permission, a file where a folder should be.
+    if isinstance(error, (OSError, SafetensorError)):
         return f"{UserError(str(error))}; make room for it, or name another place"
-    return next((said for sign, said in DEATHS.items() if sign in str(error)), None)
+    # What gloo and NCCL say where another process has died.
+    if "gloo/transport" in str(error) or "remote process exited" in str(error):
+        reason = "another process has ended, for a reason that stands elsewhere here"
+        return f"{reason}; --resume goes on from the last checkpoint"
+    return None

@@ -31,7 +31,7 @@ def not_written(path: Path, error: OSError) -> UserError:
 
 @contextmanager
 def folder_written_whole(folder: Path) -> Iterator[Path]:
-    """Gives an empty folder to write into, which takes the place of `folder` when all is written."""
+    """Gives an empty folder to write into, which takes `folder`'s place when all is written."""
     folder.parent.mkdir(parents=True, exist_ok=True)
     partial = folder.with_name(f".{folder.name}.partial")
     old = folder.with_name(f".{folder.name}.old")

@@ -71,7 +71,7 @@ class PairBatch:
 class PairCollator:
     """Records to a `PairBatch`.
 
-    A response that is too long is cut at its end if `truncate`, else refused; an image never is cut.
+    A response that is too long is cut if `truncate`, else refused; an image is never cut.
     """
 
     tokenizer: Tokenizer
@@ -86,7 +86,7 @@ class PairCollator:
     device: str = "cpu"  # a GPU fetches pixels from pinned memory while it computes
 
     def load(self, record: Record) -> Pair:
-        """A record with its sequence and pixels; a `UserError` or `LeftOut` where it is of no use."""
+        """A record with its sequence and pixels; a `UserError` where it is of no use."""
         self.require_different(record)
         picture = self.pictures(record.image)
         sequence = self.sequence(record, picture)
@@ -159,8 +159,10 @@ class PairCollator:
         return together.pin_memory() if torch.device(self.device).type == "cuda" else together
 
     def idle(self, branches: int) -> PairBatch:
-        """A batch that counts for nothing, for a process that must go with the others: one row, with
-        so many responses."""
+        """A batch that counts for nothing, of one row with so many responses.
+
+        A process that has no pair left goes with the others by it.
+        """
         responses = [Branch([self.tokenizer.eos_id])] * branches
         sequence = Sequence([self.tokenizer.image_id], responses, self.processor.patches)
         pixels = torch.zeros(1, 3, self.processor.size, self.processor.size)

@@ -1,10 +1,12 @@
 """Data files: opened in a moment whatever their size, records parsed when they are asked for.
 
 JSON Lines are indexed, a JSON array is read whole. A bad record ends the run with its place in the
-file, or is skipped and counted; `--limit` draws a random subset that follows from the seed."""
+file, or is skipped and counted; `--limit` draws a random subset that follows from the seed.
+"""
 
 import hashlib
 import json
+import os
 import random
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
@@ -18,7 +20,8 @@ from minialign.data.records import FORMATS, LeftOut, Record
 from minialign.errors import UserError
 from minialign.files import read_json
 
-CHECKED = 5000  # so many pairs are looked at before anything is spent, the paper's subsample; the others in their turn
+# So many pairs, the paper's subsample, are checked before anything is spent; others in their turn.
+CHECKED = 5000
 CHUNK = 2**24  # bytes of a file that are looked at together
 
 
@@ -42,11 +45,16 @@ class RecordFile(Sequence):
         except (ValueError, RecursionError) as error:
             raise UserError(f"not JSON ({error})") from None
 
+    def json_object(self, number: int) -> dict:
+        """The record, which must be an object."""
+        raw = self[number]
+        if not isinstance(raw, dict):
+            raise UserError("expected a JSON object")
+        return raw
+
     def line(self, number: int) -> bytes:
         """The bytes of a line."""
-        with open(
-            self.path, "rb"
-        ) as file:  # anew, as worker processes would share one that is open
+        with open(self.path, "rb") as file:  # anew, as threads would share one that is open
             file.seek(self.starts[number])
             return file.read(self.starts[number + 1] - self.starts[number])
 
@@ -55,8 +63,10 @@ class RecordFile(Sequence):
         return f"{self.path}, {'line' if self.array is None else 'record'} {number + 1}"
 
     def hash(self) -> str:
-        """A short name of the number of records and the first `CHECKED`; those behind may be mended
-        during a run."""
+        """A short name of the number of records and the first `CHECKED`.
+
+        Those behind are not in it, as they may be mended during a run.
+        """
         if self.array is not None:
             data = json.dumps(self.array[:CHECKED]).encode()
         else:
@@ -66,40 +76,48 @@ class RecordFile(Sequence):
 
 
 def open_file(path: str, flag: str, remedy: str) -> RecordFile:
-    """A file of records, an array where it begins with `[`; `remedy` is what to do where there is
-    none."""
+    """A file of records, an array where it begins with `[`, else lines.
+
+    `remedy` is what to do where there is none.
+    """
+    if os.path.exists(path) and not os.path.isfile(path):
+        what = "a folder" if os.path.isdir(path) else "no ordinary file"
+        raise UserError(f"{flag} {path}: not readable, as it is {what}; name a file")
     try:
-        if Path(path).exists() and not Path(path).is_file():
-            what = "a folder" if Path(path).is_dir() else "no ordinary file"
-            raise UserError(f"{flag} {path}: not readable, as it is {what}; name a file")
         with open(path, "rb") as file:
             begins = file.read(2**16).removeprefix(b"\xef\xbb\xbf").lstrip()
-            if begins.startswith(b"PAR1"):
-                raise UserError(
-                    f"{flag} {path}: is a parquet file; make JSON Lines of it as the README shows"
-                )
-            if begins.startswith(b"["):
-                return RecordFile(
-                    path,
-                    read_json(Path(path), f"give {flag} JSON, or JSON Lines", list),
-                    np.zeros(0),
-                )
-            file.seek(0)
-            starts, offset = [np.zeros(1, np.int64)], 0
-            while chunk := file.read(CHUNK):
-                starts.append(
-                    np.flatnonzero(np.frombuffer(chunk, np.uint8) == ord("\n")) + offset + 1
-                )
-                offset += len(chunk)
+        if begins.startswith(b"PAR1"):
+            message = "is a parquet file; make JSON Lines of it as the README shows"
+            raise UserError(f"{flag} {path}: {message}")
+        if begins.startswith(b"["):
+            array = read_json(Path(path), f"give {flag} JSON, or JSON Lines", list)
+            return RecordFile(path, array, np.zeros(0))
+        return RecordFile(path, None, line_starts(path))
     except FileNotFoundError:
         raise UserError(f"{flag} {path}: no such file; {remedy}") from None
-    except (OSError, ValueError) as error:  # a NUL in the name
+    except (OSError, ValueError) as error:  # ValueError: a NUL in the name
         raise UserError(f"{flag} {path}: not readable ({error}); {remedy}") from None
-    lines = np.concatenate(starts)
-    found = RecordFile(path, None, lines if lines[-1] == offset else np.append(lines, offset))
-    while len(found) and not found.line(len(found) - 1).strip():  # blank lines at the end
-        found = replace(found, starts=found.starts[:-1])
-    return found
+
+
+def line_starts(path: str) -> np.ndarray:
+    """The byte offsets of a file's lines, and of their end; blank lines at the end do not count."""
+    parts = [np.zeros(1, np.int64)]
+    size = 0
+    with open(path, "rb") as file:
+        while chunk := file.read(CHUNK):
+            ends = np.flatnonzero(np.frombuffer(chunk, np.uint8) == ord("\n"))
+            parts.append(ends + size + 1)
+            size += len(chunk)
+
+        starts = np.concatenate(parts)
+        if starts[-1] != size:  # the last line has no line end
+            starts = np.append(starts, size)
+        while len(starts) > 1:
+            file.seek(starts[-2])
+            if file.read(starts[-1] - starts[-2]).strip():
+                break
+            starts = starts[:-1]
+    return starts
 
 
 @dataclass(frozen=True)
@@ -112,16 +130,13 @@ class Records:
 
     def parse(self, number: int) -> Record:
         """The file's record of that number; one without an id is named by its number."""
-        raw = self.file[number]
-        if not isinstance(raw, dict):
-            raise UserError("expected a JSON object")
-        record = FORMATS[self.format][1](raw)
+        _, parse = FORMATS[self.format]
+        record = parse(self.file.json_object(number))
         return replace(record, id=record.id or str(number + 1), place=self.file.place(number))
 
 
 def open_records(path: str, flag: str, form: str | None, remedy: str) -> Records:
-    """All records of a file; the format, where it is not given, is that of the first record that
-    has a known one."""
+    """All records of a file; where no format is given, it is that of its first record."""
     file = open_file(path, flag, remedy)
     if not file:
         raise UserError(f"{flag} {path}: no usable record; {remedy}")
@@ -134,38 +149,33 @@ def detect(file: RecordFile) -> str:
     """The format of the first record that has a known one; the first hundred are asked."""
     for number in range(min(100, len(file))):
         try:
-            raw = file[number]
+            raw = file.json_object(number)
         except UserError:
             continue
         for form, (known_by, _) in FORMATS.items():
-            if isinstance(raw, dict) and known_by <= raw.keys():
+            if known_by <= raw.keys():
                 return form
+
+    # None has: what is wrong with the first?
+    place = file.place(0)
     try:
-        raw = file[0]
+        raw = file.json_object(0)
     except UserError as error:
-        raise UserError(f"{file.place(0)}: {error}; give JSON Lines, or one JSON array") from None
-    if not isinstance(raw, dict):
-        raise UserError(
-            f"{file.place(0)}: expected a JSON object; give JSON Lines, or one JSON array of objects"
-        )
-    known = "; ".join(
-        f"{form}: {', '.join(sorted(fields))}" for form, (fields, _) in FORMATS.items()
-    )
-    raise UserError(
-        f"{file.place(0)}: fields {', '.join(sorted(raw))[:80]} are of no known format ({known}); give one "
-        "of these"
-    )
+        message = "give JSON Lines, or one JSON array of objects"
+        raise UserError(f"{place}: {error}; {message}") from None
+    shown = ", ".join(sorted(raw))[:80]
+    known = "; ".join(f"{form}: {', '.join(sorted(by))}" for form, (by, _) in FORMATS.items())
+    message = f"fields {shown} are of no known format ({known}); give one of these"
+    raise UserError(f"{place}: {message}")
 
 
 def collect(
     raws: Iterable[tuple[str, object]], parse: Callable, limit: int | None, skip_bad: bool
 ) -> list:
-    """Parse (place, raw record) one by one; a bad one ends the run with its place, or is skipped
-    and counted."""
+    """What `parse` makes of (place, raw record), as by `sift`; tells how many were left out."""
     records, refused = sift(raws, parse, skip_bad, limit)
-    for reason, count in Counter(
-        str(error) for _, error in refused if isinstance(error, LeftOut)
-    ).items():
+    reasons = Counter(str(error) for _, error in refused if isinstance(error, LeftOut))
+    for reason, count in reasons.items():
         tqdm.write(f"{count} records left out: {reason}")
     bad = [f"{place}: {error}" for place, error in refused if not isinstance(error, LeftOut)]
     if bad:
@@ -180,7 +190,8 @@ def sift(
     those refused.
 
     Those of no use are left out; a bad one ends the run with its place, unless bad ones are to be
-    skipped."""
+    skipped.
+    """
     records, refused = [], []
     for place, raw in raws:
         if limit is not None and len(records) >= limit:
@@ -196,12 +207,12 @@ def sift(
 
 def or_skipped(message: str) -> str:
     """What is wrong with a record, and that --skip-bad-records leaves it out."""
-    return f"{message}{'' if ';' in message else '; mend it'}, or pass --skip-bad-records"
+    remedy = "" if ";" in message else "; mend it"
+    return f"{message}{remedy}, or pass --skip-bad-records"
 
 
 def order_of(count: int, seed: int) -> list[int]:
-    """Record numbers in a random order that follows from the seed; its first N are the subset of
-    N."""
+    """Record numbers in a random order that follows from the seed; a subset of N are its first."""
     order = list(range(count))
     random.Random(f"subset-{seed}").shuffle(order)
     return order
@@ -219,14 +230,16 @@ def read_records(
     found = collect(numbered, lambda number: (number, records.parse(number)), limit, skip_bad)
     if not found:
         raise UserError(f"--data {data}: no usable record; {remedy}")
-    numbers = [number for number, _ in found]
-    named = zip(numbers, number_repeats([record for _, record in found]), strict=True)
-    return [record for _, record in sorted(named, key=lambda pair: pair[0])]
+    unique = number_repeats([record for _, record in found])
+    in_file = sorted(range(len(found)), key=lambda i: found[i][0])
+    return [unique[i] for i in in_file]
 
 
 def number_repeats(records: list[Record]) -> list[Record]:
-    """Ids made unique (`7`, `7#2`, ...): LLaVA-Instruct names the picture, but a pair's seed
-    follows from its id."""
+    """Ids made unique (`7`, `7#2`, ...).
+
+    LLaVA-Instruct's id names the picture, and what is drawn for a record follows from its id.
+    """
     taken: set[str] = set()
     times: Counter[str] = Counter()
     unique = []
@@ -244,9 +257,8 @@ def open_pairs(pairs: str, form: str | None) -> Records:
     """Preference pairs to train on, in a format that has rejected responses."""
     records = open_records(pairs, "--pairs", form, "make one with sample_bdhs.py")
     if records.format == "instruct":
-        raise UserError(
-            f"--pairs {pairs}: holds no rejected responses; sample them: sample_bdhs.py --data {pairs}"
-        )
+        message = f"holds no rejected responses; sample them: sample_bdhs.py --data {pairs}"
+        raise UserError(f"--pairs {pairs}: {message}")
     return records
 
 
@@ -256,22 +268,23 @@ def usable_pairs(
     """The first `CHECKED` pairs without those that `check` refuses, and the rest; with a limit a
     random subset.
 
-    A bad pair is met here and not after hours. Those behind the first `CHECKED` are met in their
-    turn."""
+    So a bad pair is met here and not after hours; one behind the first `CHECKED` in its turn.
+    """
     total = len(pairs.numbers)
-    order = range(min(total, CHECKED)) if limit is None else order_of(total, seed)
-
-    def checked(number: int) -> int:
-        check(pairs.parse(number))
-        return number
+    order, rest = range(min(total, CHECKED)), range(CHECKED, total)
+    if limit is not None:
+        order, rest = order_of(total, seed), ()
 
     shown = tqdm(order, desc="check", unit="pair", delay=3)
-    numbers = collect(
-        ((pairs.file.place(number), number) for number in shown), checked, limit, skip_bad
-    )
+    numbered = ((pairs.file.place(number), number) for number in shown)
+    numbers = collect(numbered, lambda n: checked(pairs, check, n), limit, skip_bad)
     if not numbers:
-        raise UserError(
-            f"{pairs.file.path}: no usable record: see above; give others, or pairs of sample_bdhs.py"
-        )
-    rest = range(CHECKED, total) if limit is None else ()
+        message = "no usable record: see above; give others, or pairs of sample_bdhs.py"
+        raise UserError(f"{pairs.file.path}: {message}")
     return replace(pairs, numbers=sorted(numbers) + list(rest))
+
+
+def checked(pairs: Records, check: Callable[[Record], None], number: int) -> int:
+    """The number of a pair that `check` does not refuse."""
+    check(pairs.parse(number))
+    return number

@@ -2,8 +2,8 @@
 
 Fields as the data sets' own files have them (POVID, LLaVA-Instruct, RLHF-V, RLAIF-V, VLFeedback,
 LLaVA-RLHF) and as TRL has its rows for image models, which is also the form of our own pairs files.
-Parsers raise `UserError` for a bad record and `LeftOut` for a good one that there is no use for
-here."""
+Parsers raise `UserError` for a bad record and `LeftOut` for a good one that there is no use for.
+"""
 
 import json
 import math
@@ -15,14 +15,15 @@ from typing import Literal
 from minialign.data.tokenizer import Turn
 from minialign.errors import UserError
 
+# What a sampled pair says of how it came about, and the types of that.
 BDHS_FIELDS = {
-    "iterations": int,
-    "similarity": int | float,
-    "mask_seed": int,
-    "guided": bool,
-    "rho_th": int | float,
-    "noise_steps": int,
-    "truncated": bool,
+    "iterations": (int,),
+    "similarity": (int, float),
+    "mask_seed": (int,),
+    "guided": (bool,),
+    "rho_th": (int, float),
+    "noise_steps": (int,),
+    "truncated": (bool,),
 }
 ROLES = {"human": "user", "user": "user", "gpt": "assistant", "assistant": "assistant"}
 
@@ -51,8 +52,7 @@ class Record:
 
 
 def require_different(record: Record, name: str = "rejected") -> None:
-    """Leave a pair out whose chosen and `name` responses do not differ: there is nothing to
-    prefer."""
+    """Leave a pair out whose chosen and `name` responses do not differ: nothing is preferred."""
     if not getattr(record, name):
         raise LeftOut(f"no {name} response (of answers with ratings: none is rated below another)")
     if record.chosen == getattr(record, name):
@@ -78,9 +78,8 @@ def text_field(raw: object, name: str) -> str:
     try:
         value.encode("utf-8")
     except UnicodeEncodeError:
-        raise UserError(
-            f"field {name!r} holds half a surrogate pair, which no file can hold"
-        ) from None
+        message = f"field {name!r} holds half a surrogate pair, which no file can hold"
+        raise UserError(message) from None
     return value
 
 
@@ -96,15 +95,13 @@ def role_of(turn: dict, name: str, number: int) -> str:
     """A turn's role; turns alternate and begin with the user."""
     role = ROLES.get(text_field(turn, name))
     if role != ("user", "assistant")[number % 2]:
-        raise UserError(
-            f"turn {number + 1} is from {turn[name]!r}; turns alternate, the user's first"
-        )
+        message = f"turn {number + 1} is from {turn[name]!r}"
+        raise UserError(f"{message}; turns alternate, the user's first")
     return role
 
 
 def conversation(raw: dict, name: str = "conversations") -> list[Turn]:
-    """LLaVA's form of a talk, which must end with an answer; the image's placeholder is taken
-    out."""
+    """LLaVA's form of a talk, which must end with an answer; `<image>` is taken out."""
     talk = raw.get(name)
     if not isinstance(talk, list) or len(talk) < 2:
         raise UserError(f"field {name!r} must hold a question and its answer")
@@ -125,11 +122,8 @@ def message_text(message: object) -> str:
     parts = message.get("content") if isinstance(message, dict) else None
     if not isinstance(parts, list):
         return text_field(message, "content")
-    texts = [
-        text_field(part, "text")
-        for part in parts
-        if isinstance(part, dict) and part.get("type") != "image"
-    ]
+    said = [part for part in parts if isinstance(part, dict) and part.get("type") != "image"]
+    texts = [text_field(part, "text") for part in said]
     return text_field({"content": "\n".join(texts)}, "content")
 
 
@@ -149,15 +143,11 @@ def bdhs_field(raw: dict) -> dict:
     bdhs = raw.get("bdhs") or {}
     if not isinstance(bdhs, dict):
         raise UserError("field 'bdhs' must be an object")
-    for name, kind in BDHS_FIELDS.items():
+    for name, kinds in BDHS_FIELDS.items():
         value = bdhs.get(name)
-        right = isinstance(value, kind) and isinstance(value, bool) == (
-            kind is bool
-        )  # to Python, True is an int
-        if value is not None and not (right and abs(value) < 2**63):
-            raise UserError(
-                f"field 'bdhs.{name}' is {str(value)[:40]!r}, not what sample_bdhs.py writes"
-            )
+        if value is not None and (type(value) not in kinds or not abs(value) < 2**63):
+            message = f"is {str(value)[:40]!r}, not what sample_bdhs.py writes"
+            raise UserError(f"field 'bdhs.{name}' {message}")
     for name, limit in (("rho_th", 1), ("noise_steps", 1000)):
         if not 0 <= (bdhs.get(name) or 0) <= limit:
             raise UserError(f"field 'bdhs.{name}' is {bdhs[name]}, not between 0 and {limit}")
@@ -168,8 +158,7 @@ def bdhs_field(raw: dict) -> dict:
 
 
 def pair_record(raw: dict) -> Record:
-    """A pairs file's line; `prompt` is a question, or messages for several turns, then so are the
-    answers."""
+    """A pairs file's line; `prompt` is a question, or messages, and then so are the answers."""
     images = raw.get("images")
     if not isinstance(images, list) or len(images) != 1:
         raise UserError("field 'images' must be a list of one path")
@@ -180,17 +169,19 @@ def pair_record(raw: dict) -> Record:
             raise UserError("field 'prompt' must end with the user's message")
     else:
         turns = [("user", text_field(raw, "prompt"))]
-    image, chosen = text_field({"images": images[0]}, "images"), answer_field(raw, "chosen")
-    rejected, external = (
-        answer_field(raw, "rejected"),
-        answer_field(raw, "external") if raw.get("external") else "",
+    return Record(
+        id=identity(raw),
+        image=text_field({"images": images[0]}, "images"),
+        turns=turns,
+        chosen=answer_field(raw, "chosen"),
+        rejected=answer_field(raw, "rejected"),
+        external=answer_field(raw, "external") if raw.get("external") else "",
+        bdhs=bdhs_field(raw),
     )
-    return Record(identity(raw), image, turns, chosen, rejected, external, bdhs_field(raw))
 
 
 def instruct_record(raw: dict) -> Record:
-    """LLaVA-Instruct, 150k or the 665k mix: the last answer is y+, what stands before it the
-    prompt; no y-."""
+    """LLaVA-Instruct, 150k or the 665k mix: the last answer is y+, and there is no y-."""
     if raw.get("image") is None:
         raise LeftOut("text without an image, as in the 665k mix")
     turns = conversation(raw)
@@ -199,30 +190,31 @@ def instruct_record(raw: dict) -> Record:
 
 def povid_record(raw: dict) -> Record:
     """POVID: the talk with its last answer spoilt stands beside it."""
-    image, turns = text_field(raw, "image"), conversation(raw)
-    rejected = conversation(raw, "rejected_conversations")[-1][1]
+    image = text_field(raw, "image")
+    turns = conversation(raw)
+    _, rejected = conversation(raw, "rejected_conversations")[-1]
     return Record(identity(raw), image, turns[:-1], turns[-1][1], rejected)
 
 
 def llava_rlhf_record(raw: dict) -> Record:
-    """LLaVA-RLHF: two outputs stand for the last answer, and `preference` says which of them is
-    better, 1 or 2."""
-    image, turns = text_field(raw, "image"), conversation(raw)
+    """LLaVA-RLHF: two outputs stand for the last answer; `preference` names the better, 1 or 2."""
+    image = text_field(raw, "image")
+    turns = conversation(raw)
     better = raw.get("preference")
     if type(better) is not int or better not in (1, 2):
         raise UserError(f"field 'preference' is {str(better)[:40]!r}, neither 1 nor 2")
-    outputs = [
-        text_field(value_of(raw, f"output_{n}", dict, "an object"), "value")
+    chosen, rejected = (
+        text_field(value_of(raw, f"output_{n}", dict, "an object"), "value").strip()
         for n in (better, 3 - better)
-    ]
-    return Record(identity(raw), image, turns[:-1], *(output.strip() for output in outputs))
+    )
+    return Record(identity(raw), image, turns[:-1], chosen, rejected)
 
 
 def rlaif_v_record(raw: dict) -> Record:
     """RLAIF-V: question and both answers are columns."""
-    question, chosen, rejected = (
-        text_field(raw, name).strip() for name in ("question", "chosen", "rejected")
-    )
+    question = text_field(raw, "question").strip()
+    chosen = text_field(raw, "chosen").strip()
+    rejected = text_field(raw, "rejected").strip()
     return Record(identity(raw), text_field(raw, "image"), [("user", question)], chosen, rejected)
 
 
@@ -231,38 +223,34 @@ def rlhf_v_record(raw: dict) -> Record:
     try:
         inner = json.loads(text_field(raw, "text"))
     except (ValueError, RecursionError) as error:
-        raise UserError(
-            f"field 'text' is not JSON of question, chosen and rejected ({error})"
-        ) from None
+        message = f"field 'text' is not JSON of question, chosen and rejected ({error})"
+        raise UserError(message) from None
     if not isinstance(inner, dict):
         raise UserError("field 'text' is not a JSON object of question, chosen and rejected")
-    return rlaif_v_record(
-        raw | {name: inner.get(name) for name in ("question", "chosen", "rejected")}
-    )
+    columns = {name: inner.get(name) for name in ("question", "chosen", "rejected")}
+    return rlaif_v_record(raw | columns)
 
 
 def vlfeedback_record(raw: dict) -> Record:
-    """VLFeedback: of its rated answers the best and the worst by mean rating; where all are equal
-    there is no y-."""
+    """VLFeedback: of its rated answers the best and the worst by mean rating.
+
+    Where all are rated alike there is no y-.
+    """
     answers = raw.get("completions")
     if isinstance(answers, dict):  # columns, as `datasets` writes a list of objects
         columns = list(answers.values())
-        if not all(
-            isinstance(column, list) and len(column) == len(columns[0]) for column in columns
-        ):
-            raise UserError(
-                "field 'completions' must be a list, or an object of lists of one length"
-            )
+        if not all(isinstance(each, list) and len(each) == len(columns[0]) for each in columns):
+            message = "field 'completions' must be a list, or an object of lists of one length"
+            raise UserError(message)
         answers = [dict(zip(answers, row, strict=True)) for row in zip(*columns, strict=True)]
     if not isinstance(answers, list) or not answers:
         raise UserError("field 'completions' must hold the rated answers")
+
     ratings = [mean_rating(answer) for answer in answers]
     texts = [text_field(answer, "response").strip() for answer in answers]
     best, worst = max(ratings), min(ratings)
-    chosen, rejected = (
-        texts[ratings.index(best)],
-        texts[ratings.index(worst)] if best > worst else "",
-    )
+    chosen = texts[ratings.index(best)]
+    rejected = texts[ratings.index(worst)] if best > worst else ""
     question = text_field(raw, "prompt").strip()
     image = text_field(raw, "image" if "image" in raw and "img_path" not in raw else "img_path")
     return Record(identity(raw), image, [("user", question)], chosen, rejected)
@@ -271,19 +259,19 @@ def vlfeedback_record(raw: dict) -> Record:
 def mean_rating(answer: object) -> float:
     """The mean of an answer's ratings, which are numbers as texts."""
     annotations = value_of(answer, "annotations", dict, "an object")
+    if not annotations:
+        raise UserError("field 'annotations' is empty")
     ratings = []
     for aspect, annotation in annotations.items():
         rating = annotation.get("Rating") if isinstance(annotation, dict) else None
         try:
-            ratings.append(float(rating))
+            number = float(rating)
         except (TypeError, ValueError, OverflowError):
-            ratings.append(math.nan)
-        if not math.isfinite(ratings[-1]):
-            raise UserError(
-                f"field 'annotations': the Rating of {aspect[:40]!r} is {str(rating)[:40]!r}, no number"
-            )
-    if not ratings:
-        raise UserError("field 'annotations' is empty")
+            number = math.nan
+        if not math.isfinite(number):
+            message = f"the Rating of {aspect[:40]!r} is {str(rating)[:40]!r}, no number"
+            raise UserError(f"field 'annotations': {message}")
+        ratings.append(number)
     return sum(ratings) / len(ratings)
 
 
@@ -308,8 +296,7 @@ def preference_fields(turns: list[Turn], answers: dict[str, str], messages: bool
     """
     if not messages:
         return {"prompt": turns[-1][1]} | answers
-    sides = {"prompt": turns} | {name: [("assistant", answer)] for name, answer in answers.items()}
-    return {
-        name: [{"role": role, "content": text} for role, text in side]
-        for name, side in sides.items()
-    }
+    fields = {"prompt": [{"role": role, "content": text} for role, text in turns]}
+    for name, answer in answers.items():
+        fields[name] = [{"role": "assistant", "content": answer}]
+    return fields

@@ -168,7 +168,7 @@ class Tokenizer:
         return before, self.encode(before)
 
     def answer(self, text: str) -> list[int]:
-        """The ids of an answer, or its beginning, as they follow a prompt: without the end token."""
+        """The ids of an answer, or its beginning, as they follow a prompt; no end token."""
         if not text:
             return []
         before, head = self.lead

@@ -230,7 +230,7 @@ def copy_companions(source: Path, folder: Path, raw_config: dict) -> None:
 def save_model(
     state: dict[str, Tensor], raw_config: dict, source: Path, folder: Path, dtype: torch.dtype
 ) -> None:
-    """Write a new model as a Hugging Face folder: `state` by our names, companions from `source`."""
+    """Write a new model's folder: `state` by our names, what belongs to it from `source`."""
     state = dict(state)
     embeddings = state["language_model.embed_tokens.weight"]
     if state["lm_head.weight"].data_ptr() == embeddings.data_ptr():  # tied: stored once

@@ -43,7 +43,8 @@ class LayerCache:
 
 class KVCache:
     """A `LayerCache` per layer, and how many columns are filled: a tensor, so that a CUDA graph,
-    too, writes at another place in every step."""
+    too, writes at another place in every step.
+    """
 
     def __init__(self, config: LlamaConfig, batch: int, capacity: int, like: Tensor):
         shape = (batch, config.num_key_value_heads, capacity, config.head_dim)
@@ -58,7 +59,8 @@ class KVCache:
 
     def keep(self, rows: Tensor) -> None:
         """Attend to some rows alone from now on, given in order. They move up, and only what is
-        filled is copied; the memory of the others stays taken."""
+        filled is copied; the memory of the others stays taken.
+        """
         filled, count = int(self.filled), len(rows)
         for layer in self.layers:
             for tensor in (layer.keys, layer.values):
@@ -98,7 +100,8 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 
 def attention_bias(mask: Tensor, group: int, dtype: torch.dtype) -> Tensor:
     """A (B, 1, R, K) bool mask as what is added to the scores, once for all layers: 0 or -inf,
-    (B, 1, group, R, K), `group` being the query heads to a key-value head."""
+    (B, 1, group, R, K), `group` being the query heads to a key-value head.
+    """
     bias = torch.zeros_like(mask, dtype=dtype).masked_fill(~mask, -torch.inf)
     return bias[:, :, None].repeat(1, 1, group, 1, 1)
 
@@ -161,7 +164,8 @@ class Attention(nn.Module):
         columns: Tensor | None = None,
     ) -> Tensor:
         """(B, T, D) -> (B, T, D). The keys are the T tokens themselves, or with a cache, into whose
-        `columns` they go, as many of its first columns as the bias has."""
+        `columns` they go, as many of its first columns as the bias has.
+        """
         B, T, _ = x.shape
         q = self.q_proj(x).view(B, T, -1, self.head_dim).transpose(1, 2)  # (B, heads, T, head_dim)
         k = self.k_proj(x).view(B, T, -1, self.head_dim).transpose(1, 2)
@@ -213,7 +217,8 @@ class DecoderLayer(nn.Module):
 
 class Llama(nn.Module):
     """Token embedding, the layers and the final norm. The LM head is applied by the caller, where
-    it is needed."""
+    it is needed.
+    """
 
     def __init__(self, config: LlamaConfig):
         super().__init__()

@@ -24,7 +24,8 @@ PROJECTOR = "multi_modal_projector"
 
 class LoraLinear(nn.Module):
     """A frozen linear layer with a trainable low-rank update, and perhaps another that belongs to
-    the reference."""
+    the reference.
+    """
 
     def __init__(self, base: nn.Linear, rank: int, alpha: float):
         super().__init__()
@@ -84,7 +85,7 @@ class TrainableCopy(nn.Module):
 
 
 def add_adapters(model: Llava, rank: int, alpha: float) -> None:
-    """Freeze the model; give each linear of the decoder an update, the projector a trainable copy."""
+    """Freeze the model; add an update to each decoder linear, a trainable copy to the projector."""
     model.requires_grad_(False)
     for layer in model.language_model.layers:
         for block in (layer.self_attn, layer.mlp):
@@ -117,8 +118,7 @@ def adapters_off(model: Llava) -> Iterator[None]:
 
 
 def trainable_groups(model: Llava, lr: float, projector_lr: float) -> list[dict]:
-    """Optimizer groups: adapters, and a head if there is one, at `lr`; the projector at its own rate
-    (App. A)."""
+    """Optimizer groups: adapters and a head at `lr`, the projector at its own rate (App. A)."""
     projector = list(model.multi_modal_projector.copy.parameters())
     lora = [p for m in model.modules() if isinstance(m, LoraLinear) for p in (m.lora_A, m.lora_B)]
     if model.scalar_head is not None:

@@ -54,7 +54,8 @@ class TokenTree:
     @cached_property
     def mask(self) -> Tensor | None:
         """The rule for the queries behind the causal prefix, (B, 1, T - prefix, T) bool; None
-        where the prefix is all. Built once, for policy and reference."""
+        where the prefix is all. Built once, for policy and reference.
+        """
         if self.prefix == self.ids.shape[1]:
             return None
         return dense_mask(self.columns(self.prefix), self)
@@ -81,7 +82,8 @@ class TokenTree:
 
     def put(self, other: "TokenTree", first: int) -> None:
         """Write the columns of `other` over this tree's own, from column `first` on: so a tree of
-        fixed width fills up."""
+        fixed width fills up.
+        """
         for name in COLUMNS:
             getattr(self, name)[:, first : first + other.ids.shape[1]] = getattr(other, name)
 
@@ -117,7 +119,8 @@ def image_attention_mask(image_tokens: int, rho_th: float, generator: torch.Gene
 
 def mask_of_seed(image_tokens: int, rho_th: float, seed: int) -> Tensor:
     """The mask that a seed stands for: a pair stores its seed, and the report draws the same mask
-    again."""
+    again.
+    """
     return image_attention_mask(image_tokens, rho_th, torch.Generator().manual_seed(seed))
 
 

@@ -34,13 +34,15 @@ PLAIN_INITIALISATIONS = (None, True, False, "gaussian", "eva", "orthogonal")
 
 def merged(trained: dict[str, Tensor], scaling: float) -> Callable[[str, Tensor], Tensor]:
     """What makes a plain model that does the same: a function of the base's stored tensors and our
-    names of them, as `save_changed` takes it."""
+    names of them, as `save_changed` takes it.
+    """
     return partial(merged_tensor, trained, scaling)
 
 
 def merged_tensor(trained: dict[str, Tensor], scaling: float, name: str, stored: Tensor) -> Tensor:
     """W + (alpha / rank) B A for an adapted linear, the trained copy for the projector's tensors,
-    and anything else as it is."""
+    and anything else as it is.
+    """
     linear = name.removesuffix(".weight")
     if f"{linear}.lora_A" in trained:
         update = trained[f"{linear}.lora_B"] @ trained[f"{linear}.lora_A"] * scaling

@@ -33,7 +33,8 @@ def scalars(model: Llava, hidden: Tensor) -> Tensor:
 
 def branch_rewards(model: Llava, tree: TokenTree, tower_features: Tensor | None) -> Tensor:
     """r(x, y) of Eq. 1 for every branch, (B, S) float32: the head on the branch's last token, which
-    has seen all of it."""
+    has seen all of it.
+    """
     hidden = model(tree, tower_features)
     row = torch.arange(len(hidden), device=hidden.device)[:, None]
     return scalars(model, hidden[row, tree.tip.clamp(min=0)])
