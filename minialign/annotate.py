@@ -2,7 +2,8 @@
 
     python -m minialign.annotate --annotator DIR --pairs pairs.jsonl --images DIR   # Table 10
     python -m minialign.annotate --annotator runs/reward/merged --pairs a.jsonl,b.jsonl   # Table 7
-    python -m minialign.annotate --annotator DIR --rank FILE --model DIR --images DIR --out pairs.jsonl
+    python -m minialign.annotate --annotator DIR --rank FILE --model DIR --images DIR \\
+        --out pairs.jsonl
 
 With --pairs it judges pairs whose better response is known: its accuracy, and its bias of position.
 An annotator is a LLaVA, a reward model, or on the embedded world `oracle`, its exact truth.
@@ -23,6 +24,7 @@ from pathlib import Path
 from typing import Literal
 
 import torch
+from PIL import Image
 from tqdm import tqdm
 
 from minialign.align.annotators import Comparison, Verdict
@@ -35,6 +37,7 @@ from minialign.cli import (
     require_temperature,
     run_main,
 )
+from minialign.data.images import PreparedImage
 from minialign.data.record_files import open_pairs, sift
 from minialign.data.records import FormatName, Record, preference_fields, require_different
 from minialign.errors import UserError
@@ -46,10 +49,10 @@ from minialign.seeds import stable_seed
 from minialign.toy import edge
 
 FIGURES: Figures = {
-    "accuracy": ("right", "decided"),
-    "first": ("first", "placed"),
-    "ties": ("tie", "pairs"),
-    "unparsable": ("unparsable", "pairs"),
+    "accuracy": (("right",), ("decided",)),
+    "first": (("first",), ("placed",)),
+    "ties": (("tie",), ("pairs",)),
+    "unparsable": (("unparsable",), ("pairs",)),
 }
 
 
@@ -97,9 +100,6 @@ def check(config: Config) -> list[str]:
     paths = [config.pairs] if Path(config.pairs).exists() else config.pairs.split(",")
     twice = f"--pairs {config.pairs}: a file stands twice; name each once"
     require(len(set(paths)) == len(paths), twice)
-    for path in paths if len(paths) > 1 else ():
-        message = f"--pairs {path}: no such file; name files of preference pairs"
-        require(Path(path).is_file(), message)
     return paths
 
 
@@ -129,13 +129,13 @@ def count_verdict(verdict: Verdict, chosen: int) -> Counts:
 def judge(path: str, annotator, config: Config) -> tuple[list[Counts], list[str]]:
     """What the verdict on every pair of a file counts, and why pairs were left out."""
     records, pictures = open_pairs(path, config.format), edge.picture_source(config.images)
-    counts, left_out, numbers = [], [], list(records.numbers)
+    counts, left_out = [], []
 
     def parse(number: int) -> tuple[Comparison, int]:
         return comparison_of(records.parse(number), pictures, config.seed)
 
-    for start in tqdm(range(0, len(numbers), config.batch_size), desc="judge"):
-        part = numbers[start : start + config.batch_size]
+    for start in tqdm(range(0, len(records.numbers), config.batch_size), desc="judge"):
+        part = records.numbers[start : start + config.batch_size]
         places = ((records.file.place(number), number) for number in part)
         batch, refused = sift(places, parse, config.skip_bad_records)
         left_out += [f"{place}: {error}" for place, error in refused]
@@ -149,7 +149,8 @@ def judge(path: str, annotator, config: Config) -> tuple[list[Counts], list[str]
 
 def measure(config: Config, paths: list[str]) -> None:
     """Accuracy on pairs whose better response is known, and the bias of position; a column per
-    file."""
+    file.
+    """
     results = {}
     with redirect_stdout(sys.stderr):  # what is printed on the way is no result
         annotator = edge.annotator_of(config.annotator, config)
@@ -167,11 +168,11 @@ def measure(config: Config, paths: list[str]) -> None:
     if config.json:
         print(json.dumps(found))
         return
-    figures = {path: {name: result[name] for name in FIGURES} for path, result in results.items()}
-    if len(paths) == 1:
-        print_table({config.annotator: figures[paths[0]]})
-    else:
-        print_table({Path(path).name: column for path, column in figures.items()})
+    columns = {}
+    for path, result in results.items():
+        title = config.annotator if len(paths) == 1 else Path(path).name
+        columns[title] = {name: result[name] for name in FIGURES}
+    print_table(columns)
 
 
 # ---------------------------------------------------------------- pairs of a model's own answers
@@ -191,9 +192,13 @@ def rank(config: Config) -> None:
     counts: Counter = Counter()
     lines, left_out = [], []
 
-    def load(record: Record) -> tuple:
+    def load(record: Record) -> tuple[Record, Image.Image, PreparedImage]:
         picture = pictures(record.image)
-        return record, picture, assistant.processor.prepare(picture)
+        image = assistant.processor.prepare(picture)
+        if assistant.positions_left(record.turns, image) < 1:
+            message = f"image and prompt take all {assistant.positions} positions of the decoder"
+            raise UserError(f"{message}; drop the record")
+        return record, picture, image
 
     for start in tqdm(range(0, len(records), config.batch_size), desc="rank"):
         part = records[start : start + config.batch_size]
@@ -201,36 +206,32 @@ def rank(config: Config) -> None:
         batch, refused = sift(places, load, config.skip_bad_records)
         left_out += [f"{place}: {error}" for place, error in refused]
         if batch:
-            pairs = ranked_pairs(assistant, annotator, batch, config, counts)
-            for record, answers in pairs:
+            for record, answers in ranked_pairs(assistant, annotator, batch, config, counts):
                 fields = preference_fields(record.turns, answers, messages)
-                lines.append({"id": record.id, "images": [record.image], **fields})
+                line = {"id": record.id, "images": [record.image]} | fields
+                lines.append(json.dumps(line, ensure_ascii=False) + "\n")
 
     if left_out:
         tqdm.write(f"{len(left_out)} records left out on the way, the first: {left_out[0]}")
     if not lines:
         message = f"--rank {config.rank}: not one pair was ranked"
         raise UserError(f"{message}; give another --annotator, or more records")
-    text = "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines)
-    write_whole(Path(config.out), text)
-    print(
-        f"{config.out}: {len(lines)} pairs of {counts['judged']} prompts; left out: "
-        f"{counts['tie']} ties, {counts['unparsable']} without a clear verdict, "
-        f"{counts['empty']} with an empty answer"
-    )
+    write_whole(Path(config.out), "".join(lines))
+    ties, unclear, empty = counts["tie"], counts["unparsable"], counts["empty"]
+    unused = f"{ties} ties, {unclear} without a clear verdict, {empty} with an empty answer"
+    print(f"{config.out}: {len(lines)} pairs of {counts['judged']} prompts; left out: {unused}")
 
 
 def ranked_pairs(
     assistant: Assistant, annotator, batch: list[tuple], config: Config, counts: Counter
 ) -> list[tuple[Record, dict[str, str]]]:
     """The records of which one answer is better, with both; `counts` takes down the others."""
-    records, pictures, images = zip(*batch, strict=True)
     tokenizer = assistant.tokenizer
-    sequences = [
-        assistant.sequence(record.turns, image, [[], []])
-        for record, image in zip(records, images, strict=True)
-    ]
-    seeds = [[stable_seed(config.seed, 0, record.id, n) for n in (0, 1)] for record in records]
+    images = [image for _, _, image in batch]
+    sequences, seeds = [], []
+    for record, _, image in batch:
+        sequences.append(assistant.sequence(record.turns, image, [[], []]))
+        seeds.append([stable_seed(config.seed, 0, record.id, n) for n in (0, 1)])
     completions = generate(
         assistant.model,
         sequences,
@@ -241,10 +242,12 @@ def ranked_pairs(
         tokenizer.pad_id,
     )
 
+    # Which one is better?
     comparisons = []
-    for record, picture, row in zip(records, pictures, completions, strict=True):
+    for (record, picture, _), row in zip(batch, completions, strict=True):
         texts = tuple(tokenizer.decode(completion.ids) for completion in row)
         comparisons.append(Comparison(record, texts, picture))
+
     pairs = []
     for comparison, verdict in zip(comparisons, annotator.choose(comparisons), strict=True):
         texts = comparison.responses

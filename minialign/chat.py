@@ -73,8 +73,10 @@ def main(config: Config) -> None:
         sequence = assistant.sequence(turns, image, [[]], visible)
         sampling = Sampling(config.max_new_tokens, config.temperature)
         seeds, stops = [[stable_seed(config.seed)]], {tokenizer.eos_id}
-        [[done]] = generate(model, [sequence], features, sampling, stops, seeds, tokenizer.pad_id)
-        text, response_ids, logps = tokenizer.decode(done.ids), done.ids, done.logps
+        rows = generate(model, [sequence], features, sampling, stops, seeds, tokenizer.pad_id)
+        completion = rows[0][0]
+        text, response_ids = tokenizer.decode(completion.ids), completion.ids
+        logps = completion.logps
     else:
         text, response_ids = config.response, tokenizer.response(config.response)
         sequence = assistant.sequence(turns, image, [response_ids], visible)
@@ -83,22 +85,19 @@ def main(config: Config) -> None:
             logps = token_logps(model, tree, features)[2].tolist()
 
     if config.json:
-        print(
-            json.dumps(
-                {
-                    "text": text,
-                    "prompt_ids": sequence.trunk,
-                    "response_ids": response_ids,
-                    "image_tokens": len(image.packing),
-                    "logps": logps,
-                    "sum_logps": sum(logps),
-                }
-            )
-        )
+        result = {
+            "text": text,
+            "prompt_ids": sequence.trunk,
+            "response_ids": response_ids,
+            "image_tokens": len(image.packing),
+            "logps": logps,
+            "sum_logps": sum(logps),
+        }
+        print(json.dumps(result))
+    elif config.response is None:
+        print(text)
     else:
-        print(
-            text if config.response is None else f"{sum(logps):.4f} nats over {len(logps)} tokens"
-        )
+        print(f"{sum(logps):.4f} nats over {len(logps)} tokens")
 
 
 if __name__ == "__main__":

@@ -36,7 +36,7 @@ from minialign.toy.edge import CHECKPOINT
 from minialign.toy.world import TOY_RECORDS
 from minialign.training.progress import require_same_settings
 
-SCRIPTS = Path(__file__).resolve().parent.parent
+SCRIPTS = Path(__file__).resolve().parents[2]
 
 
 @dataclass(frozen=True)

@@ -1,6 +1,6 @@
 """The embedded world as files: pictures and records, rule-corrupted pairs, its checkpoint anew.
 
-python -m minialign.toy --export runs/toy-pictures           # pictures, data.json (LLaVA-Instruct)
+python -m minialign.toy --export runs/toy-pictures       # pictures, data.json (LLaVA-Instruct)
 python -m minialign.toy --export runs/slides --split test --limit 3 --scale 4
 python -m minialign.toy --corrupted runs/corrupted/pairs.jsonl
 python -m minialign.toy --pretrain /tmp/toy-llava
@@ -57,9 +57,8 @@ def main(config: Config) -> None:
     """Write what is asked for."""
     nothing = "nothing to do; give --export DIR, --corrupted FILE or --pretrain DIR"
     require(any((config.export, config.corrupted, config.pretrain)), nothing)
-    require_at_least(config, limit=1, scale=1)
+    require_at_least(config, limit=1, scale=1, first=0)
     require(config.scale <= 4, f"--scale {config.scale}: at most 4")
-    require(0 <= config.first < 10**8, f"--first {config.first}: between 0 and a hundred million")
     if config.corrupted:
         require_new_file(Path(config.corrupted))
         corrupt(config)
