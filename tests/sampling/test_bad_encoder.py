@@ -44,19 +44,15 @@ def test_pickle_is_refused(encoder_folder):
 def test_weights_that_do_not_fit_are_listed(encoder_folder):
     folder, _ = encoder_folder
     weights = load_file(folder / "model.safetensors")
-    missing = random.Random(1).choice(
-        sorted(key for key in weights if key.startswith("encoder.layer"))
-    )
+    of_layers = sorted(key for key in weights if key.startswith("encoder.layer"))
+    missing = random.Random(1).choice(of_layers)
     del weights[missing]
     weights["encoder.layer.99.output.dense.bias"] = torch.zeros(1)
     weights["embeddings.word_embeddings.weight"] = torch.zeros(3, 2)
     save_file(weights, folder / "model.safetensors")
-    listed = (
-        f"{missing} (expected (",
-        "encoder.layer.99.output.dense.bias (expected None",
-        "found (3, 2)",
-    )
-    check_error(folder, "found None", "embeddings.word_embeddings.weight", *listed)
+    other = "encoder.layer.99.output.dense.bias (expected None"
+    words = "embeddings.word_embeddings.weight", "found (3, 2)"
+    check_error(folder, f"{missing} (expected (", "found None", other, *words)
 
 
 @pytest.mark.parametrize(
@@ -86,10 +82,8 @@ def test_what_is_not_supported_is_refused(encoder_folder, part, changes, words):
 
 
 def test_position_limit_is_exact(tmp_path):
-    for kind, room in (
-        ("bert", LIMIT + 2),
-        ("mpnet", LIMIT),
-    ):  # MPNet spends two positions: 0 and padding
+    # MPNet spends two positions: 0 and padding.
+    for kind, room in (("bert", LIMIT + 2), ("mpnet", LIMIT)):
         folder = make_folder(tmp_path / kind, make_encoder(kind, 5), kind)
         set_fields(folder / "sentence_bert_config.json", max_seq_length=room)
         assert SentenceEncoder.from_folder(folder).embed(["w1 " * 400]).isfinite().all()
@@ -106,6 +100,5 @@ def test_a_dense_module_and_a_tokenizer_without_special_tokens_are_refused(encod
     tokenizer = make_tokenizer(kind)
     tokenizer.post_processor = processors.TemplateProcessing(single="$A")
     tokenizer.save(str(folder / "tokenizer.json"))
-    check_error(
-        folder, "special tokens (0, at least 1)"
-    )  # an empty text would have nothing to average
+    # An empty text would have nothing to average.
+    check_error(folder, "special tokens (0, at least 1)")

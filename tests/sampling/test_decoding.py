@@ -7,9 +7,9 @@ from dataclasses import replace
 
 import pytest
 import torch
+from decoding import SEEDS, random_rows, seeds_of
 from helpers import IMAGE, random_ids, random_model, worst
 from policies import wrap_layers
-from test_generate import SEEDS, random_rows, seeds_of
 
 from minialign.model.llama import KVCache
 from minialign.model.masks import PADDING, Branch, Sequence, TokenTree, dense_mask
@@ -27,11 +27,8 @@ def fed(monkeypatch) -> list:
     seen, plain = [], generate.next_logits
 
     def noted(model, new, kept, tree):
-        written = [
-            kept.filled,
-            tree.ids,
-            *(t for each in kept.layers for t in (each.keys, each.values)),
-        ]
+        stored = [tensor for each in kept.layers for tensor in (each.keys, each.values)]
+        written = [kept.filled, tree.ids, *stored]
         seen.append((new, tree, [tensor.data_ptr() for tensor in written]))
         return plain(model, new, kept, tree)
 
@@ -54,15 +51,8 @@ def caches(monkeypatch) -> list[KVCache]:
 
 def drawn(seed: int, sampling: Sampling, fixed: bool, model=None) -> list[list[Completion]]:
     rows, features = random_rows(seed)
-    return generate.generate(
-        model or random_model(seed),
-        rows,
-        features,
-        sampling,
-        STOPS,
-        seeds_of(rows, seed),
-        fixed=fixed,
-    )
+    model, seeds = model or random_model(seed), seeds_of(rows, seed)
+    return generate.generate(model, rows, features, sampling, STOPS, seeds, fixed=fixed)
 
 
 def assert_same(ours: list[list[Completion]], theirs: list[list[Completion]]) -> None:
@@ -81,14 +71,12 @@ def plain_pick(logits: torch.Tensor, uniform: torch.Tensor, sampling: Sampling) 
     probs, order = probs.sort(dim=-1, descending=True, stable=True)
     cumulative = probs.cumsum(-1)
     cumulative = probs.masked_fill(cumulative - probs >= sampling.top_p, 0).cumsum(-1)
-    chosen = (cumulative <= uniform[..., None].double() * cumulative[..., -1:]).sum(
-        -1, keepdim=True
-    )
+    passed = cumulative <= uniform[..., None].double() * cumulative[..., -1:]
+    chosen = passed.sum(-1, keepdim=True)
     return order.gather(-1, chosen)[..., 0]
 
 
-# What has ended is left out
-# ----------------------------------------------------------------------------------
+# ---------------------------------------------------------------- what has ended is left out
 
 
 @pytest.mark.parametrize("sampling", SAMPLINGS)
@@ -96,9 +84,8 @@ def plain_pick(logits: torch.Tensor, uniform: torch.Tensor, sampling: Sampling) 
 def test_no_step_is_wider_than_what_goes_on(seed, sampling, fed):
     """As many places as the row with most branches has left; rows that have ended go when they are
     half of all."""
-    lengths = [
-        [len(completion.ids) for completion in row] for row in drawn(seed, sampling, fixed=False)
-    ]
+    done = drawn(seed, sampling, fixed=False)
+    lengths = [[len(completion.ids) for completion in row] for row in done]
     assert len(fed) == max(map(max, lengths)) - 1
     rows = len(lengths)
     for step, (new, tree, _) in enumerate(fed, start=1):
@@ -114,10 +101,8 @@ def test_no_step_is_wider_than_what_goes_on(seed, sampling, fed):
 def test_rows_that_are_kept_keep_their_keys():
     generator = torch.Generator().manual_seed(0)
     config = random_model(0).config.text
-    cache, shape = (
-        KVCache(config, 5, 9, torch.zeros(())),
-        (5, config.num_key_value_heads, 4, config.head_dim),
-    )
+    cache = KVCache(config, 5, 9, torch.zeros(()))
+    shape = (5, config.num_key_value_heads, 4, config.head_dim)
     given = [torch.randn(2, *shape, generator=generator) for _ in range(config.num_hidden_layers)]
     first = cache.next_columns(4)
     for layer, both in zip(cache.layers, given, strict=True):
@@ -133,8 +118,7 @@ def test_rows_that_are_kept_keep_their_keys():
             assert torch.equal(found[:, :, :5], torch.cat([whole[rows], last], dim=2))
 
 
-# Fixed shapes
-# ------------------------------------------------------------------------------------------------
+# ---------------------------------------------------------------- fixed shapes
 
 
 @pytest.mark.parametrize("sampling", SAMPLINGS)
@@ -144,11 +128,8 @@ def test_both_forms_give_the_same(seed, sampling, fed):
     assert len({len(completion.ids) for row in grown for completion in row}) > 2
     fed.clear()
     assert_same(drawn(seed, sampling, fixed=True), grown)
-    assert (
-        len({(new.ids.shape, tree.ids.shape, *written) for new, tree, written in fed})
-        == 1
-        < len(fed)
-    )
+    steps = {(new.ids.shape, tree.ids.shape, *written) for new, tree, written in fed}
+    assert len(steps) == 1 < len(fed)
     for new, tree, _ in fed:
         assert_padding_sees_itself(new, tree)
 
@@ -158,9 +139,7 @@ def test_both_forms_end_where_the_positions_do(seed):
     few = copy.deepcopy(random_model(seed))
     few.config = replace(few.config, text=replace(few.config.text, max_position_embeddings=22))
     grown = drawn(seed, SAMPLINGS[1], False, few)
-    assert any(
-        not completion.stopped and len(completion.ids) < 16 for row in grown for completion in row
-    )
+    assert any(not each.stopped and len(each.ids) < 16 for row in grown for each in row)
     assert_same(drawn(seed, SAMPLINGS[1], True, few), grown)
 
 
@@ -179,18 +158,13 @@ def test_the_host_learns_one_step_later_that_all_have_ended(fed):
     context = object.__new__(generate.FixedContext)
     context.asked = None
     going, ended = torch.ones(2, 3).bool(), torch.zeros(2, 3).bool()
-    assert [context.all_ended(each) for each in (going, going, ended, ended)] == [
-        False,
-        False,
-        False,
-        True,
-    ]
+    answers = [context.all_ended(each) for each in (going, going, ended, ended)]
+    assert answers == [False, False, False, True]
     sampling, seen = Sampling(40, 0.6), 0
     for seed in range(4):
         fed.clear()
-        longest = max(
-            len(completion.ids) for row in drawn(seed, sampling, fixed=True) for completion in row
-        )
+        done = drawn(seed, sampling, fixed=True)
+        longest = max(len(completion.ids) for row in done for completion in row)
         if longest < sampling.max_new_tokens:
             assert len(fed) == longest  # the last draws nothing that counts
             seen += 1
@@ -206,15 +180,13 @@ def test_compiled_layers_sample_the_same_and_compile_few_times(compilations, mon
     wrap_layers(model, recompute=False, compile=True)
     for seed, limit in enumerate([5, 90, 8, 12, 40, 7, 60, 9]):
         rng = random.Random(seed)
-        count, branches = (
-            (4, 4) if seed == 0 else (rng.randrange(2, 6), rng.randrange(2, 5))
-        )  # as many as heads, too
-        rows = [
-            Sequence(
-                random_ids(rng, rng.randrange(4, 150)), [Branch(random_ids(rng, 1), 3)] * branches
-            )
-            for _ in range(count)
-        ]
+        count, branches = 4, 4  # as many as heads, too
+        if seed > 0:
+            count, branches = rng.randrange(2, 6), rng.randrange(2, 5)
+        rows = []
+        for _ in range(count):
+            trunk = random_ids(rng, rng.randrange(4, 150))
+            rows.append(Sequence(trunk, [Branch(random_ids(rng, 1), 3)] * branches))
         given = rows, None, Sampling(limit, 1.0), STOPS, seeds_of(rows, seed)
         expected = generate.generate(random_model(0), *given, fixed=False)
         assert_same(generate.generate(model, *given, fixed=False), expected)
@@ -261,8 +233,7 @@ def test_where_no_graph_can_be_made_the_plain_step_serves(monkeypatch, capsys):
     assert message.count("without a CUDA graph") == 1 and "not permitted" in message
 
 
-# Keys
-# --------------------------------------------------------------------------------------------------------
+# ---------------------------------------------------------------- keys
 
 
 @pytest.mark.parametrize("fixed", [False, True])
@@ -274,21 +245,17 @@ def test_keys_of_the_trunk_are_stored_once(seed, fixed, caches):
     for count in (1, 8):
         rows = [Sequence(trunk, [Branch([])] * count)] * 2
         generate.generate(model, rows, None, Sampling(limit, 0.0), set(), fixed=fixed)
-    column = (
-        2 * text.num_hidden_layers * text.num_key_value_heads * text.head_dim * 4
-    )  # bytes of a token
+    # Bytes of a token.
+    column = 2 * text.num_hidden_layers * text.num_key_value_heads * text.head_dim * 4
     for cache, count in zip(caches, (1, 8), strict=True):
         assert cache.filled == len(trunk) + count * (limit - 1)
-        taken = sum(
-            tensor.nbytes for layer in cache.layers for tensor in (layer.keys, layer.values)
-        )
+        taken = sum(layer.keys.nbytes + layer.values.nbytes for layer in cache.layers)
         room = taken - 2 * column * (len(trunk) + count * limit)
         assert 0 <= room < 2 * column * generate.ROUND
         assert cache.layers[0].keys.shape[2] % generate.ROUND == 0
 
 
-# Sorting
-# -----------------------------------------------------------------------------------------------------
+# ---------------------------------------------------------------- sorting
 
 
 @pytest.mark.parametrize("top_p", [1.0, 0.99, 0.6, 0.05])
@@ -316,11 +283,6 @@ def test_few_ids_are_sorted_where_few_are_likely(monkeypatch):
         torch.Tensor, "topk", lambda self, k: sizes.append((len(self), k)) or plain(self, k)
     )
     logits = torch.linspace(0, -600, 3000).expand(5, -1)
-    assert pick(logits, torch.tensor([0.1, 0.5, 0.9, 0.99, 0.9999]), Sampling()).tolist() == [
-        0,
-        3,
-        11,
-        23,
-        46,
-    ]
+    uniform = torch.tensor([0.1, 0.5, 0.9, 0.99, 0.9999])
+    assert pick(logits, uniform, Sampling()).tolist() == [0, 3, 11, 23, 46]
     assert sizes == [(5, 32), (1, 1024)]

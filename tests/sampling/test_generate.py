@@ -7,10 +7,10 @@ from dataclasses import replace
 
 import pytest
 import torch
+from decoding import SEEDS, random_rows, seeds_of
 from helpers import (
     IMAGE,
     plain_greedy,
-    random_ids,
     random_model,
     refused,
     toy_features,
@@ -21,36 +21,13 @@ from helpers import (
 )
 
 from minialign.align.logps import branch_logps
-from minialign.evaluation.metrics import TOY
 from minialign.model.masks import Branch, Sequence, build_tree
-from minialign.sampling.generate import Sampling, generate, pick
+from minialign.sampling.generate import Completion, Sampling, generate, pick
 from minialign.seeds import stable_seed
 from minialign.toy import world
+from minialign.toy.edge import CHECKPOINT
 
 GREEDY = Sampling(max_new_tokens=24, temperature=0.0)
-PATCHES = 9
-SEEDS = range(6)
-
-
-def random_rows(seed: int) -> tuple[list[Sequence], torch.Tensor]:
-    """Rows of unlike lengths; one to four branches each, with and without forced tokens, that fork
-    anywhere."""
-    rng = random.Random(seed)
-    rows = []
-    for row in range(4):
-        image = row == 0 or rng.random() < 0.6
-        trunk = (
-            random_ids(rng, 1 + rng.randrange(3))
-            + [IMAGE] * image
-            + random_ids(rng, 2 + rng.randrange(6))
-        )
-        forks = [None, *(rng.randrange(1, len(trunk) + 1) for _ in range(rng.randrange(4)))]
-        branches = [Branch(random_ids(rng, rng.randrange(4)), fork) for fork in forks]
-        rows.append(Sequence(trunk, branches, PATCHES if image else 0))
-    generator = torch.Generator().manual_seed(seed)
-    return rows, torch.randn(
-        sum(r.image_tokens > 0 for r in rows), PATCHES, 16, generator=generator
-    )
 
 
 def features_of(rows: list[Sequence], features: torch.Tensor) -> list[torch.Tensor | None]:
@@ -59,14 +36,17 @@ def features_of(rows: list[Sequence], features: torch.Tensor) -> list[torch.Tens
     return [next(pictures)[None] if row.image_tokens else None for row in rows]
 
 
-def seeds_of(rows: list[Sequence], base: int = 0) -> list[list[int]]:
-    return [
-        [stable_seed(base, r, b) for b in range(len(row.branches))] for r, row in enumerate(rows)
-    ]
+def completed(rows: list[Sequence], done: list[list[Completion]]) -> list[Sequence]:
+    """The rows with what was said behind every branch."""
+    whole = []
+    for row, completions in zip(rows, done, strict=True):
+        both = zip(row.branches, completions, strict=True)
+        branches = [Branch(branch.ids + new.ids, branch.fork) for branch, new in both]
+        whole.append(replace(row, branches=branches))
+    return whole
 
 
-# Against transformers
-# ----------------------------------------------------------------------------------------
+# ---------------------------------------------------------------- against transformers
 
 
 @pytest.mark.parametrize("first", [0, 40])
@@ -74,12 +54,8 @@ def test_greedy_equals_transformers(oracle, first):
     """Pictures and prompts of the embedded world, prompts of unlike length in one batch."""
     tokenizer, model = toy_tokenizer(), toy_model()
     patches = model.config.vision.patches
-    questions = [
-        *world.DESCRIBE,
-        "Is there a cup?",
-        "Do you see an umbrella?",
-        "What place is this?",
-    ]
+    others = ["Is there a cup?", "Do you see an umbrella?", "What place is this?"]
+    questions = [*world.DESCRIBE, *others]
     indices = tuple(range(first, first + len(questions)))
     prompts = [tokenizer.prompt([("user", question)]) for question in questions]
     assert len({len(prompt) for prompt in prompts}) > 2
@@ -91,13 +67,12 @@ def test_greedy_equals_transformers(oracle, first):
         {tokenizer.eos_id},
         pad_id=tokenizer.pad_id,
     )
-    peer = oracle.transformers.LlavaForConditionalGeneration.from_pretrained(
-        TOY, dtype=torch.float32
-    ).eval()
+    kind = oracle.transformers.LlavaForConditionalGeneration
+    peer = kind.from_pretrained(CHECKPOINT, dtype=torch.float32).eval()
     for [completion], prompt, i in zip(ours, prompts, indices, strict=True):
-        expanded = [
-            t for token in prompt for t in [token] * (patches if token == tokenizer.image_id else 1)
-        ]
+        expanded: list[int] = []
+        for token in prompt:
+            expanded += [token] * (patches if token == tokenizer.image_id else 1)
         pixels = toy_processor()(world.picture(world.make_scene("validation", i)))
         ids = torch.tensor([expanded])
         theirs = peer.generate(
@@ -114,8 +89,7 @@ def test_greedy_equals_transformers(oracle, first):
         assert completion.stopped == (completion.ids[-1] == tokenizer.eos_id)
 
 
-# Branches
-# ----------------------------------------------------------------------------------------------------
+# ---------------------------------------------------------------- branches
 
 
 @pytest.mark.parametrize("seed", SEEDS)
@@ -142,18 +116,9 @@ def test_recorded_logps_are_those_of_training(seed, temperature):
     """The untempered distribution's, whatever the temperature: the completed tree scored anew."""
     model = random_model(seed)
     rows, features = random_rows(seed)
-    done = generate(
-        model, rows, features, Sampling(12, temperature, 0.8), {5, 6, 7}, seeds_of(rows, seed)
-    )
-    completed = [
-        Sequence(
-            row.trunk,
-            [Branch(b.ids + c.ids, b.fork) for b, c in zip(row.branches, cs, strict=True)],
-            row.image_tokens,
-        )
-        for row, cs in zip(rows, done, strict=True)
-    ]
-    whole = branch_logps(model, build_tree(completed, IMAGE, pad_id=0), features)
+    sampling, seeds = Sampling(12, temperature, 0.8), seeds_of(rows, seed)
+    done = generate(model, rows, features, sampling, {5, 6, 7}, seeds)
+    whole = branch_logps(model, build_tree(completed(rows, done), IMAGE, pad_id=0), features)
     forced = branch_logps(model, build_tree(rows, IMAGE, pad_id=0), features)
     for row, completions in enumerate(done):
         for branch, completion in enumerate(completions):
@@ -165,29 +130,18 @@ def test_recorded_logps_are_those_of_training(seed, temperature):
 def test_recorded_logps_on_the_embedded_world(temperature):
     model, tokenizer = toy_model(), toy_tokenizer()
     features = toy_features((0, 1, 2))
-    rows = [
-        Sequence(
-            tokenizer.prompt([("user", q)]), [Branch([]), Branch(tokenizer.encode("This is"))], 36
-        )
-        for q in world.DESCRIBE
-    ]
-    done = generate(
-        model, rows, features, Sampling(30, temperature), {tokenizer.eos_id}, seeds_of(rows)
-    )
-    completed = [
-        Sequence(
-            row.trunk, [Branch(b.ids + c.ids) for b, c in zip(row.branches, cs, strict=True)], 36
-        )
-        for row, cs in zip(rows, done, strict=True)
-    ]
-    whole = branch_logps(model, build_tree(completed, tokenizer.image_id, 0), features)
+    prompts = [tokenizer.prompt([("user", question)]) for question in world.DESCRIBE]
+    branches = [Branch([]), Branch(tokenizer.encode("This is"))]
+    rows = [Sequence(prompt, branches, 36) for prompt in prompts]
+    sampling = Sampling(30, temperature)
+    done = generate(model, rows, features, sampling, {tokenizer.eos_id}, seeds_of(rows))
+    whole = branch_logps(model, build_tree(completed(rows, done), tokenizer.image_id, 0), features)
     forced = branch_logps(model, build_tree(rows, tokenizer.image_id, 0), features)
     recorded = torch.tensor([[sum(c.logps) for c in cs] for cs in done])
     assert worst(recorded, whole - forced) < 1e-4
 
 
-# Seeds
-# -------------------------------------------------------------------------------------------------------
+# ---------------------------------------------------------------- seeds
 
 
 @pytest.mark.parametrize("seed", SEEDS)
@@ -196,15 +150,12 @@ def test_completions_do_not_depend_on_the_batch(seed):
     rows, features = random_rows(seed)
     pictures, seeds = features_of(rows, features), seeds_of(rows, seed)
     together = generate(model, rows, features, sampling, stops, seeds)
-    alone = [
-        generate(model, [r], p, sampling, stops, [s])[0]
-        for r, p, s in zip(rows, pictures, seeds, strict=True)
-    ]
+    each = zip(rows, pictures, seeds, strict=True)
+    alone = [generate(model, [r], p, sampling, stops, [s])[0] for r, p, s in each]
     order = random.Random(seed).sample(range(len(rows)), len(rows))
     seen = torch.cat([pictures[i] for i in order if pictures[i] is not None])
-    shuffled = generate(
-        model, [rows[i] for i in order], seen, sampling, stops, [seeds[i] for i in order]
-    )
+    other_rows, other_seeds = [rows[i] for i in order], [seeds[i] for i in order]
+    shuffled = generate(model, other_rows, seen, sampling, stops, other_seeds)
     for i, row in enumerate(together):
         for a, b, c in zip(row, alone[i], shuffled[order.index(i)], strict=True):
             assert a.ids == b.ids == c.ids and a.stopped == b.stopped == c.stopped
@@ -221,22 +172,12 @@ def test_stable_seed():
     # printf '1\x1fab\x1f2' | sha256sum | cut -c1-16, halved
     assert stable_seed(1, "ab", 2) == 0x7C72159F62A0E6EF >> 1
     assert stable_seed(1, "ab", 2) == stable_seed("1", "ab", "2")
-    assert (
-        len(
-            {
-                stable_seed("a", "bc"),
-                stable_seed("ab", "c"),
-                stable_seed("abc"),
-                stable_seed("a", "bc", 0),
-            }
-        )
-        == 4
-    )
+    parts = [("a", "bc"), ("ab", "c"), ("abc",), ("a", "bc", 0)]
+    assert len({stable_seed(*each) for each in parts}) == 4
     assert all(0 <= stable_seed(i) < 2**63 for i in range(200))
 
 
-# Stopping and the image token
-# --------------------------------------------------------------------------------
+# ---------------------------------------------------------------- stopping and the image token
 
 
 @pytest.mark.parametrize("seed", SEEDS)
@@ -245,17 +186,11 @@ def test_stops_at_stop_tokens_and_at_the_limit(seed, temperature):
     model = random_model(seed)
     rows, features = random_rows(seed)
     sampling = Sampling(8, temperature)
-    free = [
-        c for row in generate(model, rows, features, sampling, set(), seeds_of(rows)) for c in row
-    ]
+    free = sum(generate(model, rows, features, sampling, set(), seeds_of(rows)), [])
     assert all(len(c.ids) == len(c.logps) == 8 and not c.stopped for c in free)
     for step in (0, 3, 7):  # at once, midway, with the very last token
         stop = free[0].ids[step]
-        cut = [
-            c
-            for row in generate(model, rows, features, sampling, {stop}, seeds_of(rows))
-            for c in row
-        ]
+        cut = sum(generate(model, rows, features, sampling, {stop}, seeds_of(rows)), [])
         for whole, part in zip(free, cut, strict=True):
             end = whole.ids.index(stop) + 1 if stop in whole.ids else 8
             assert part.ids == whole.ids[:end]  # the stop token included
@@ -269,24 +204,20 @@ def test_stops_at_stop_tokens_and_at_the_limit(seed, temperature):
 def test_the_image_token_is_never_sampled(seed, temperature):
     model = copy.deepcopy(random_model(seed))
     head = torch.nn.Linear(model.lm_head.in_features, model.lm_head.out_features)
-    head.weight, head.bias = (
-        model.lm_head.weight,
-        torch.nn.Parameter(torch.zeros(head.out_features)),
-    )
+    head.weight = model.lm_head.weight
     with torch.no_grad():
+        head.bias.zero_()
         head.bias[IMAGE] = 50.0  # by far the highest logit
     model.lm_head = head
     rows, features = random_rows(seed)
     for row in generate(model, rows, features, Sampling(10, temperature), set(), seeds_of(rows)):
         for completion in row:
             assert len(completion.ids) == 10 and IMAGE not in completion.ids
-            assert (
-                max(completion.logps) < -20
-            )  # of the whole distribution, as training computes them
+            # Of the whole distribution, as training computes them.
+            assert max(completion.logps) < -20
 
 
-# pick
-# --------------------------------------------------------------------------------------------------------
+# ---------------------------------------------------------------- pick
 
 
 def test_pick_inverts_the_cumulative_sum():
@@ -302,26 +233,10 @@ def test_pick_at_the_edges():
     whole."""
     logits, uniform = torch.zeros(8, 8), torch.arange(8) / 8
     assert pick(logits, uniform, Sampling(temperature=1.0)).tolist() == list(range(8))
-    assert pick(logits, uniform, Sampling(temperature=1.0, top_p=0.5)).tolist() == [
-        0,
-        0,
-        1,
-        1,
-        2,
-        2,
-        3,
-        3,
-    ]
-    assert pick(logits, uniform, Sampling(temperature=1.0, top_p=0.51)).tolist() == [
-        0,
-        0,
-        1,
-        1,
-        2,
-        3,
-        3,
-        4,
-    ]
+    half = pick(logits, uniform, Sampling(temperature=1.0, top_p=0.5))
+    assert half.tolist() == [0, 0, 1, 1, 2, 2, 3, 3]
+    more = pick(logits, uniform, Sampling(temperature=1.0, top_p=0.51))
+    assert more.tolist() == [0, 0, 1, 1, 2, 3, 3, 4]
 
 
 @pytest.mark.parametrize(
@@ -368,9 +283,8 @@ def test_temperature_zero_is_the_argmax(seed):
     uniform = torch.rand(5, 3, generator=generator)
     assert torch.equal(pick(logits, uniform, Sampling(temperature=0.0)), logits.argmax(-1))
     assert torch.equal(pick(logits, uniform, Sampling(temperature=1e-4)), logits.argmax(-1))
-    assert torch.equal(
-        pick(logits, uniform, Sampling(temperature=2.0, top_p=1e-9)), logits.argmax(-1)
-    )
+    nucleus = Sampling(temperature=2.0, top_p=1e-9)
+    assert torch.equal(pick(logits, uniform, nucleus), logits.argmax(-1))
 
 
 def test_pick_never_takes_what_is_impossible():
@@ -379,11 +293,8 @@ def test_pick_never_takes_what_is_impossible():
     logits = torch.full((1, 1000), -torch.inf)
     logits[0, [3, 500, 900]] = torch.tensor([0.1, 0.2, 0.3])
     for uniform in (0.0, 0.5, 1.0 - 2**-24):  # the largest that torch.rand gives
-        assert pick(logits, torch.tensor([uniform]), Sampling(temperature=1.0)).item() in (
-            3,
-            500,
-            900,
-        )
+        taken = pick(logits, torch.tensor([uniform]), Sampling(temperature=1.0)).item()
+        assert taken in (3, 500, 900)
 
 
 @pytest.mark.parametrize("seed", range(3))
@@ -399,7 +310,5 @@ def test_a_branch_ends_where_the_positions_do(seed):
     cut = generate(few, rows, None, Sampling(20, 0.0), set())
     for ours, theirs, room in zip(sum(cut, []), sum(whole, []), [5, 3, 2], strict=True):
         assert ours.ids == theirs.ids[:room] and not ours.stopped
-    refused(
-        lambda: generate(few, [Sequence([5] * 8, [Branch([])])], None, Sampling(2, 0.0), set()),
-        "take 8 positions",
-    )
+    full = [Sequence([5] * 8, [Branch([])])]
+    refused(lambda: generate(few, full, None, Sampling(2, 0.0), set()), "take 8 positions")

@@ -24,9 +24,8 @@ from minialign.sampling.similarity import load_similarity
 def random_texts(rng: random.Random, kind: str) -> list[str]:
     """Texts from empty to longer than LIMIT, in random order, and one with a literal padding token
     inside."""
-    lengths = [0, 1, 2, 17, 130, LIMIT - 2, LIMIT - 1, LIMIT + 50] + [
-        rng.randint(1, LIMIT) for _ in range(5)
-    ]
+    lengths = [0, 1, 2, 17, 130, LIMIT - 2, LIMIT - 1, LIMIT + 50]
+    lengths += [rng.randint(1, LIMIT) for _ in range(5)]
     rng.shuffle(lengths)
     texts = [" ".join(rng.choices(WORDS, k=length)) for length in lengths]
     return texts + [f"w1 {SPECIAL[kind][2]} unknown w2 w3"]
@@ -35,17 +34,16 @@ def random_texts(rng: random.Random, kind: str) -> list[str]:
 def oracle_embeddings(
     oracle: torch.nn.Module, kind: str, texts: list[str], pooling: str
 ) -> torch.Tensor:
-    """Each text alone, so without any padding: transformers' hidden states, pooled and normalised.
-    (N, D)"""
+    """Each text alone, so without any padding: transformers' hidden states, pooled and normalised,
+    (N, D)."""
     tokenizer = make_tokenizer(kind)
     tokenizer.no_padding()
     tokenizer.enable_truncation(LIMIT)
     rows = []
     for text in texts:
         ids = torch.tensor([tokenizer.encode(text).ids])  # (1, T)
-        hidden = oracle(input_ids=ids, attention_mask=torch.ones_like(ids)).last_hidden_state[
-            0
-        ]  # (T, D)
+        output = oracle(input_ids=ids, attention_mask=torch.ones_like(ids))
+        hidden = output.last_hidden_state[0]  # (T, D)
         rows.append(hidden[0] if pooling == "cls" else hidden.mean(0))
     return F.normalize(torch.stack(rows), dim=-1)
 
@@ -73,9 +71,8 @@ def test_hidden_states_equal_transformers_in_a_padded_batch(kind, seed, tmp_path
     encoder = SentenceEncoder.from_folder(make_folder(tmp_path, oracle, kind)).encoder
     lengths = torch.tensor([LIMIT, 150, 129, 3, 1])
     keep = torch.arange(LIMIT) < lengths[:, None]  # (B, T)
-    ids = torch.randint(4, 4 + len(WORDS), keep.shape).masked_fill(
-        ~keep, oracle.config.pad_token_id
-    )
+    ids = torch.randint(4, 4 + len(WORDS), keep.shape)
+    ids = ids.masked_fill(~keep, oracle.config.pad_token_id)
     with torch.no_grad():
         expected = oracle(input_ids=ids, attention_mask=keep.long()).last_hidden_state  # (B, T, D)
         got = encoder(ids, keep)
@@ -90,9 +87,8 @@ def test_padding_has_no_influence(encoder_folder):
     keep = torch.arange(40) < torch.tensor([[40], [23]])
     other = torch.where(keep, ids, torch.randint(4, 4 + len(WORDS), ids.shape))
     assert not torch.equal(ids, other)
-    torch.testing.assert_close(
-        encoder(ids, keep)[keep], encoder(other, keep)[keep], atol=1e-6, rtol=0
-    )
+    ours, theirs = encoder(ids, keep)[keep], encoder(other, keep)[keep]
+    torch.testing.assert_close(ours, theirs, atol=1e-6, rtol=0)
     alone = encoder(ids[1:, :23], keep[1:, :23])[0]
     torch.testing.assert_close(encoder(ids, keep)[1, :23], alone, atol=1e-5, rtol=0)
 
@@ -110,34 +106,13 @@ def test_minilm_equals_sentence_transformers():
     sentence_transformers = pytest.importorskip("sentence_transformers")
     folder = str(minilm.get_model_path())
     rng = random.Random(0)
-    words = "the a cat dog sits runs on under red blue table, mat. near far two children playing!".split()
-    lengths = (
-        1,
-        2,
-        5,
-        9,
-        14,
-        30,
-        60,
-        126,
-        127,
-        200,
-        230,
-        254,
-        255,
-        400,
-        900,
-    )  # max_seq_length is 256
+    words = "the a cat dog sits runs on under red blue table, mat. near far two children".split()
+    # max_seq_length is 256.
+    lengths = [1, 2, 5, 9, 14, 30, 60, 126, 127, 200, 230, 254, 255, 400, 900]
     texts = [" ".join(rng.choices(words, k=length)) for length in lengths]
-    texts += [
-        "",
-        " \n\t ",
-        "Naïve café, ÅNGSTRÖM ﬁancé",
-        "猫が机の上に座っている。",
-        "🐈 on a mat 👍🏽",
-        "THE CAT",
-    ]
-    texts += ["a [SEP] b [PAD] c [MASK]", "antidisestablishmentarianism-ish_tokens\u00a0123.45"]
+    texts += ["", " \n\t ", "Naïve café, ÅNGSTRÖM ﬁancé", "猫が机の上に座っている。"]
+    texts += ["🐈 on a mat 👍🏽", "THE CAT", "a [SEP] b [PAD] c [MASK]"]
+    texts += ["antidisestablishmentarianism-ish_tokens\u00a0123.45"]
     rng.shuffle(texts)
     expected = sentence_transformers.SentenceTransformer(folder, device="cpu").encode(
         texts, batch_size=8, convert_to_tensor=True, normalize_embeddings=True
@@ -175,21 +150,18 @@ def test_prefixed_and_unused_keys_are_accepted(encoder_folder):
     weights = load_file(folder / "model.safetensors")
     assert any(key.startswith("pooler.") for key in weights)
     weights["embeddings.position_ids"] = torch.arange(5)[None]
-    save_file(
-        {f"{kind}.{key}": tensor for key, tensor in weights.items()}, folder / "model.safetensors"
-    )
+    prefixed = {f"{kind}.{key}": tensor for key, tensor in weights.items()}
+    save_file(prefixed, folder / "model.safetensors")
     assert torch.equal(SentenceEncoder.from_folder(folder).embed(["w1 w2"]), expected)
 
 
 def test_half_precision_weights_are_computed_in_float32(encoder_folder):
     folder, _ = encoder_folder
-    weights = load_file(folder / "model.safetensors")
-    save_file({key: tensor.half() for key, tensor in weights.items()}, folder / "model.safetensors")
+    path = folder / "model.safetensors"
+    weights = {key: tensor.half() for key, tensor in load_file(path).items()}
+    save_file(weights, path)
     half = SentenceEncoder.from_folder(folder).embed(["w1 w2"])
-    save_file(
-        {key: tensor.half().float() for key, tensor in weights.items()},
-        folder / "model.safetensors",
-    )
+    save_file({key: tensor.float() for key, tensor in weights.items()}, path)
     assert half.dtype == torch.float32
     assert torch.equal(SentenceEncoder.from_folder(folder).embed(["w1 w2"]), half)
 
@@ -205,7 +177,6 @@ def test_folder_settings_are_followed(encoder_folder):
     short = SentenceEncoder.from_folder(folder)
     assert torch.equal(short.embed(["w1 w2 w3"]), short.embed(["w1 w2"]))
     assert not torch.allclose(short.embed(["w1 w2"]), short.embed(["w1"]), atol=1e-3)
-    (folder / "1_Pooling" / "config.json").write_text(
-        '{"embedding_dimension": 1, "pooling_mode": "cls"}'
-    )
+    newer = '{"embedding_dimension": 1, "pooling_mode": "cls"}'
+    (folder / "1_Pooling" / "config.json").write_text(newer)
     assert SentenceEncoder.from_folder(folder).pooling == "cls"

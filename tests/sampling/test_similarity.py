@@ -21,11 +21,8 @@ from minialign.sampling.similarity import lexical_cosine, load_similarity
         ("a b c d e", "a b c d x", 3 / 5),  # .ab abc bcd are shared of .ab abc bcd cde de.
         ("a a a a", "a a a", 4 / math.sqrt(18)),  # .aa 2aaa aa. and .aa aaa aa.: 4 / sqrt(6 * 3)
         ("a", "a b", 0.0),  # .a. and .ab ab.
-        (
-            "the cat sat on the mat",
-            "the cat lay on the mat",
-            3 / 6,
-        ),  # one word is in three trigrams
+        # One word is in three trigrams.
+        ("the cat sat on the mat", "the cat lay on the mat", 3 / 6),
         ("Été déjà", "été DÉJÀ", 1.0),
     ],
 )

@@ -64,18 +64,16 @@ def make_folder(folder: Path, oracle: torch.nn.Module, kind: str, pooling: str =
     """Save `oracle` as a sentence-transformers folder."""
     oracle.save_pretrained(folder, safe_serialization=True)
     make_tokenizer(kind).save(str(folder / "tokenizer.json"))
-    modules = [("", "Transformer"), ("1_Pooling", "Pooling"), ("2_Normalize", "Normalize")]
-    modules = [
-        {"path": path, "type": f"sentence_transformers.models.{name}"} for path, name in modules
-    ]
+    modules = []
+    for path, name in ("", "Transformer"), ("1_Pooling", "Pooling"), ("2_Normalize", "Normalize"):
+        modules.append({"path": path, "type": f"sentence_transformers.models.{name}"})
     (folder / "modules.json").write_text(json.dumps(modules))
     (folder / "sentence_bert_config.json").write_text(json.dumps({"max_seq_length": LIMIT}))
     names = ("cls_token", "mean_tokens", "max_tokens")
     flags = {f"pooling_mode_{name}": name.startswith(pooling) for name in names}
+    config = {"word_embedding_dimension": 1, **flags}
     (folder / "1_Pooling").mkdir(exist_ok=True)
-    (folder / "1_Pooling" / "config.json").write_text(
-        json.dumps({"word_embedding_dimension": 1, **flags})
-    )
+    (folder / "1_Pooling" / "config.json").write_text(json.dumps(config))
     return folder
 
 
