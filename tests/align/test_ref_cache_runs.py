@@ -1,5 +1,6 @@
 """train_dpo.py --ref-cache: the same training, without the reference's forward passes where its
-values are known."""
+values are known.
+"""
 
 import copy
 import json
@@ -16,6 +17,7 @@ from script_runs import contents, read_lines, stop_at, train
 from minialign.model import lora
 from minialign.model.hf_folder import fingerprint
 from minialign.model.llama import Llama
+from minialign.model.peft_folder import save_adapter
 from minialign.toy.edge import CHECKPOINT
 
 ADAPTER = "adapter/adapter_model.safetensors"
@@ -59,12 +61,10 @@ def assert_alike(a: Path, b: Path, tolerance: float = 1e-5) -> None:
 def test_a_second_epoch_asks_the_reference_nothing(
     model, pairs, cached, undisturbed, tmp_path, passes
 ):
-    train(
-        model, tmp_path / "out", pairs=pairs, epochs=2, lr=3e-3, ref_cache=str(tmp_path / "cache")
-    )
-    assert passes == [(n, grad) for n in (4, 4, 4, 2) for grad in (False, True)] + [
-        (n, True) for n in (4, 4, 4, 2)
-    ]
+    options = {"epochs": 2, "lr": 3e-3, "ref_cache": str(tmp_path / "cache")}
+    train(model, tmp_path / "out", pairs=pairs, **options)
+    first = [(n, grad) for n in (4, 4, 4, 2) for grad in (False, True)]
+    assert passes == first + [(n, True) for n in (4, 4, 4, 2)]
     rows, plain = (read_lines(out / "metrics.jsonl") for out in (cached, undisturbed))
     assert rows[:4] == plain[:4]  # to the last bit
     assert_alike(cached, undisturbed)
@@ -112,7 +112,7 @@ def some_adapter(folder: Path) -> str:
     lora.add_adapters(adapted, 2, 4.0)
     for parameter in lora.adapter_state(adapted).values():
         parameter.data += 0.01
-    lora.save_adapter(lora.adapter_state(adapted), 2, 4.0, str(CHECKPOINT), folder)
+    save_adapter(lora.adapter_state(adapted), 2, 4.0, str(CHECKPOINT), folder)
     return str(folder)
 
 
@@ -139,13 +139,14 @@ def test_a_policy_from_an_adapter_has_the_bases_cache(model, pairs, cache, tmp_p
 
 
 @pytest.mark.parametrize(
-    ("where", "count", "save_every"), [("pair_loss", 3, 2), ("append_lines", 6, 50)]
+    ("where", "count", "save_every"), [("preference_metrics", 3, 2), ("append_lines", 6, 50)]
 )
 def test_a_stopped_run_resumes_bit_for_bit(
     cached, model, pairs, tmp_path, monkeypatch, where, count, save_every
 ):
     """Steps that are done again take what the first time has kept; the cache may also be left out,
-    or be another."""
+    or be another.
+    """
     options = {"pairs": pairs, "epochs": 2, "lr": 3e-3, "save_every": save_every}
     with monkeypatch.context() as patch:
         stop_at(patch, where, count)
@@ -196,13 +197,11 @@ def test_what_is_refused_in_one_line(model, pairs, tmp_path, cache):
     def run(**changes):
         train(model, tmp_path / "out", pairs=pairs, limit=4, **({"ref_cache": cache} | changes))
 
-    refused(
-        lambda: run(rejected="distorted"),
-        "--ref-cache with --rejected distorted: these responses are made anew",
-    )
+    message = "--ref-cache with --rejected distorted: these responses are made anew"
+    refused(lambda: run(rejected="distorted"), message)
     refused(lambda: run(ref_cache=pairs), f"--ref-cache '{pairs}': is no folder; name one")
     (path,) = Path(cache).iterdir()
-    path.write_bytes(path.read_bytes().replace(b"logps", b"logqs", 1))
+    path.write_bytes(b"{\n" + path.read_bytes())
     refused(run, f"{path}: a line is damaged; delete the file")
     assert contents(tmp_path / "out") == before
     path.unlink()

@@ -1,17 +1,21 @@
 """Keys of the reference's cache: whatever a log-prob follows from gives another key, and nothing
-else does."""
+else does.
+"""
 
 import copy
 import math
 import random
+import shutil
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
 from helpers import random_model, toy_processor
 from policies import adapted
-from test_reference import random_pairs
+from reference_pairs import random_pairs
 
+from minialign.align import reference_cache
 from minialign.align.reference_cache import reference_key
 from minialign.data.collate import PairCollator, pair_key
 from minialign.data.records import Record
@@ -34,17 +38,18 @@ def test_each_part_of_a_reference_counts(tmp_path, monkeypatch):
         values[i] = torch.nextafter(values[i], torch.tensor(math.inf))  # its last bit
         keys.append(reference_key(adapted(model, 2, 4.0)))
     keys.append(reference_key(adapted(copy.deepcopy(base).bfloat16(), 2, 4.0)))
-    for change in (
-        {"vision_feature_layer": -1},
-        {"text": replace(base.config.text, rope_theta=5e5)},
-    ):
+    text = replace(base.config.text, rope_theta=5e5)
+    for change in ({"vision_feature_layer": -1}, {"text": text}):
         model = adapted(base, 2, 4.0)
         model.config = replace(model.config, **change)
         keys.append(reference_key(model))
-    source = tmp_path / "llama.py"
-    for text in ("x = 1", "x = 2"):
-        source.write_text(text)
-        monkeypatch.setattr(reference, "SOURCES", [source])
+    for room in reference_cache.ROOMS:  # a copy of the code, and a line more in each room
+        path = tmp_path / room / "__init__.py"
+        shutil.copytree(Path(reference_cache.__file__).parent.parent / room, path.parent)
+    monkeypatch.setattr(reference_cache, "__file__", str(tmp_path / "align/reference_cache.py"))
+    assert reference_key(adapted(base, 2, 4.0)) == keys[0]
+    for room in reference_cache.ROOMS:
+        (tmp_path / room / "__init__.py").write_text("x = 1\n")
         keys.append(reference_key(adapted(base, 2, 4.0)))
     assert len(set(keys)) == len(keys) == len(base.state_dict()) + 6
 
@@ -78,12 +83,8 @@ def test_a_reference_of_adapters_counts():
         return change
 
     names = list(adapter_state(adapted(base, 2, 4.0)))
-    keys = [
-        reference_key(adapted(base, 2, 4.0)),
-        key(),
-        key(alpha=2.0),
-        *(key(nudge(name)) for name in names),
-    ]
+    keys = [reference_key(adapted(base, 2, 4.0)), key(), key(alpha=2.0)]
+    keys += [key(nudge(name)) for name in names]
     assert len(set(keys)) == len(keys) == len(names) + 3 and key() == keys[1]
 
     def unused(value: float):
@@ -107,29 +108,23 @@ def test_each_part_of_a_pair_counts(seed):
     nudged = pixels.clone()
     nudged.view(-1)[rng.randrange(nudged.numel())] += 1e-3
     i, j = rng.randrange(len(trunk)), rng.randrange(len(chosen.ids))
+    moved = Branch(chosen.ids + rejected.ids[:1])
     others = [
         replace(sequence, trunk=[*trunk[:i], trunk[i] + 50, *trunk[i + 1 :]]),
         replace(sequence, branches=[Branch([*chosen.ids[:j], 60, *chosen.ids[j + 1 :]]), rejected]),
         replace(sequence, branches=[chosen, Branch([*rejected.ids, 60])]),
         replace(sequence, branches=[rejected, chosen]),
         replace(sequence, branches=[Branch(chosen.ids, len(trunk) - 1), rejected]),
-        replace(
-            sequence, branches=[Branch(chosen.ids + rejected.ids[:1]), Branch(rejected.ids[1:])]
-        ),
+        replace(sequence, branches=[moved, Branch(rejected.ids[1:])]),
         replace(sequence, trunk=trunk[:-1], branches=[Branch([trunk[-1], *chosen.ids]), rejected]),
         replace(sequence, image_features=10),
         replace(sequence, packing=torch.arange(9).flip(0)),
         replace(sequence, image_visible=torch.arange(9) > 0),
     ]
-    keys = [
-        pair_key(sequence, pixels),
-        *(pair_key(other, pixels) for other in others),
-        pair_key(sequence, nudged),
-    ]
-    keys += [
-        pair_key(sequence, pixels.view(1, 3, 6, 24)),
-        pair_key(sequence, pixels.view(torch.int32)),
-    ]
+    keys = [pair_key(sequence, pixels), pair_key(sequence, nudged)]
+    keys += [pair_key(other, pixels) for other in others]
+    keys.append(pair_key(sequence, pixels.view(1, 3, 6, 24)))
+    keys.append(pair_key(sequence, pixels.view(torch.int32)))
     assert len(set(keys)) == len(keys) == 14
     same = replace(sequence, branches=[Branch(list(chosen.ids)), rejected], packing=torch.arange(9))
     assert pair_key(same, pixels.clone()) == keys[0]
@@ -139,26 +134,19 @@ def test_a_pairs_key_in_a_batch():
     """It follows from texts, template, cut and picture, not from the other pairs; without a cache
     there is none."""
 
-    def keys(*records: Record, template: str | None = None, **options) -> list[str]:
-        tokenizer, options = Tokenizer.from_folder(CHECKPOINT, template), {"keyed": True} | options
-        return PairCollator(tokenizer, toy_processor(), "toy", 200, **options)(list(records)).keys
-
-    first, second = (
-        Record(
-            str(i),
-            world.image_name("alignment", i),
-            [("user", "What is there?")],
-            "A red cup.",
-            "A blue car.",
+    def keys(*records: Record, template: str | None = None, keyed=True, truncate=False):
+        tokenizer, processor = Tokenizer.from_folder(CHECKPOINT, template), toy_processor()
+        collate = PairCollator(
+            tokenizer, processor, world.open_picture, 200, truncate=truncate, keyed=keyed
         )
-        for i in range(2)
-    )
+        return collate.batch([collate.load(record) for record in records]).keys
+
+    turns, two = [("user", "What is there?")], ("A red cup.", "A blue car.")
+    names = [world.image_name("alignment", i) for i in range(2)]
+    first, second = (Record(name, name, turns, *two) for name in names)
     a, b = keys(first, second)
-    assert (
-        keys(second, first) == [b, a]
-        and keys(replace(first, id="other")) == [a]
-        and keys(first, keyed=False) == []
-    )
+    assert keys(second, first) == [b, a] and keys(replace(first, id="other")) == [a]
+    assert keys(first, keyed=False) == []
     assert keys(replace(first, image=second.image)) == [b] != [a]
     changed = [
         *keys(replace(first, chosen="A red cap.")),
