@@ -20,12 +20,13 @@ from benchmark_files import (
     toy_pope,
     write_lines,
 )
-from helpers import plain_greedy, random_toy, toy_model, toy_processor, toy_tokenizer
+from helpers import plain_greedy, random_toy, toy_processor, toy_tokenizer
 
 from minialign import evaluate
 from minialign.cli import parse_config
-from minialign.data.images import open_image
+from minialign.data.images import PictureFolder
 from minialign.evaluation.metrics import with_intervals
+from minialign.sampling.assistant import Assistant
 from minialign.toy import world
 from minialign.toy.benchmark import ToyBenchmark
 from minialign.toy.drawing import OBJECTS
@@ -41,7 +42,7 @@ def saved(out) -> list[dict]:
 def alone(images, name: str, question: str, limit: int) -> str:
     """The random model's answer to one question, the plain way."""
     tokenizer, model = toy_tokenizer(), random_toy(1)
-    features = model.encode_images(toy_processor()(open_image(str(images), name)))[0]
+    features = model.encode_images(toy_processor()(PictureFolder(str(images))(name)))[0]
     ids, _ = plain_greedy(
         model, tokenizer.prompt([("user", question)]), features, {tokenizer.eos_id}, limit
     )
@@ -325,9 +326,11 @@ def test_the_table_says_how_many(model, tmp_path, images, capsys, monkeypatch):
 def test_white_space_around_an_answer_is_not_saved(model, tmp_path, images, monkeypatch):
     """LLaVA's own scripts drop it too; to POPE's reading a line break before `No` would make it a
     yes."""
-    monkeypatch.setattr(
-        benchmarks, "answers", lambda *parts: [["\n No. "] * len(row) for row in parts[4]]
-    )
+
+    def answers(assistant, features, images, questions, limit):
+        return [["\n No. "] * len(row) for row in questions]
+
+    monkeypatch.setattr(Assistant, "answers", answers)
     result = run(
         "--model",
         model,
@@ -355,7 +358,7 @@ def test_white_space_around_an_answer_is_not_saved(model, tmp_path, images, monk
                 "limit": None,
                 "out": "runs/eval-pope",
                 "batch_size": 8,
-                "workers": 0,
+                "workers": 4,
             },
         ),
         (
@@ -384,7 +387,7 @@ def test_what_stands_for_flags_that_are_not_given(tmp_path, kind, filled):
 
 def test_no_figures_of_the_embedded_world_are_changed():
     """`--benchmark toy` prints what ToyBenchmark counts."""
-    counts = ToyBenchmark("validation", 3, 2).run(toy_model(), toy_tokenizer(), toy_processor())
+    counts = ToyBenchmark("validation", 3, 2).run(toy_assistant())
     assert run("--split", "validation", "--images", 3, "--batch-size", 2) == with_intervals(
         [counts]
     )

@@ -47,6 +47,9 @@ from minialign.evaluation.questions import by_image, counts_per_image
         ("None", True),
         ("know", True),
         ("no\u00a0dog", True),
+        ("It is, no, a dog.", False),
+        ("No!", True),
+        (".No", True),
     ],
 )
 def test_the_official_reading_of_an_answer(answer, yes):

@@ -6,7 +6,7 @@ import sys
 from contextlib import redirect_stdout
 from pathlib import Path
 
-from test_picture_files import photograph
+from data_sets import photograph
 
 from minialign import evaluate
 from minialign.cli import parse_config

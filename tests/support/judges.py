@@ -1,5 +1,7 @@
 """A scripted judge in a model's place, and what may be asked of it."""
 
+from collections.abc import Callable
+
 from minialign.sampling.assistant import Assistant
 from minialign.toy import world
 from minialign.toy.drawing import OBJECTS
@@ -10,12 +12,13 @@ def absent_objects(scene: world.Scene) -> list[str]:
     return [name for name in OBJECTS if name not in scene.objects]
 
 
-def script(monkeypatch, say) -> list[list[str]]:
-    """`Assistant.answers` says what `say(question, number of the question)` gives; the questions
-    asked so far."""
+def script(monkeypatch, say: Callable[[str, int], str]) -> list[list[str]]:
+    """Every assistant says what `say(question, number of the question)` gives; returns the
+    questions asked so far.
+    """
     asked: list[list[str]] = []
 
-    def answers(self, features, images, questions, limit):
+    def answers(assistant, features, images, questions, limit):
         assert len(images) == len(questions) and limit == 16
         asked.extend(questions)
         return [[say(question, number) for number, question in enumerate(row)] for row in questions]

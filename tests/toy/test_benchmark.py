@@ -2,16 +2,14 @@
 
 import random
 import re
+from contextlib import nullcontext
 from types import SimpleNamespace
 
-import numpy as np
 import pytest
-import torch
-from helpers import plain_greedy, random_toy, toy_features, toy_model, toy_processor, toy_tokenizer
+from helpers import plain_greedy, random_toy, toy_assistant, toy_model
 
-from minialign.evaluation.metrics import bootstrap, print_table, with_intervals
-from minialign.evaluation.pope import pope_verdict
-from minialign.toy import world
+from minialign.evaluation.metrics import print_table, with_intervals
+from minialign.toy import benchmark, world
 from minialign.toy.benchmark import (
     ToyBenchmark,
     count_description,
@@ -35,8 +33,7 @@ TEXTS = [
 ]
 
 
-# Descriptions
-# ------------------------------------------------------------------------------------------------
+# ---------------------------------------------------------------- descriptions
 
 
 @pytest.mark.parametrize(
@@ -159,32 +156,7 @@ def test_a_resample_without_objects_does_not_spoil_the_interval():
     assert len(set(with_intervals([[said, silent]])["chair_i"].values())) == 1
 
 
-# POPE
-# --------------------------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize(
-    ("answer", "yes"),
-    [
-        ("Yes, there is.", True),
-        ("No, there is.", False),
-        ("No", False),
-        ("no.", False),
-        ("not sure", False),
-        ("There is not, I think.", False),
-        ("It is, no, a dog.", False),  # commas are dropped
-        ("Nobody", True),
-        ("Nothing there.", True),
-        ("Yes. No.", True),  # the first sentence counts
-        ("There is. Not.", True),
-        ("NO", True),  # the rule knows No, no and not
-        ("No!", True),  # and commas alone are dropped
-        ("", True),
-        (".No", True),
-    ],
-)
-def test_pope_verdict(answer, yes):
-    assert pope_verdict(answer) == yes
+# ---------------------------------------------------------------- POPE
 
 
 def test_pope_by_hand():
@@ -261,161 +233,75 @@ def test_popular_objects_are_those_of_the_training_split():
     assert counts == sorted(counts, reverse=True)
 
 
-# Intervals
-# ---------------------------------------------------------------------------------------------------
+# ---------------------------------------------------------------- the whole benchmark
 
 
-def image_counts(hallucinating: int, mentioned: int = 1, length: int = 5) -> dict:
-    return {
-        "images": 1,
-        "length": length,
-        "objects": 2,
-        "mentioned": mentioned,
-        "hallucinated": hallucinating,
-        "hallucinating": hallucinating,
-        "found": 1,
-        **NOTHING,
-    }
+class Scripted:
+    """An assistant without a model: it tells the truth, or the exact opposite.
+
+    A picture is its scene here, and so is all that is made of it.
+    """
+
+    model = None
+
+    def __init__(self, truthful: bool):
+        self.truthful = truthful
+        self.processor = SimpleNamespace(prepare=lambda scene: scene)
+
+    def encode(self, scenes):
+        return scenes
+
+    def answers(self, features, scenes, questions, max_new_tokens):
+        assert features is scenes and len(scenes) == len(questions)
+        return [
+            [self.answer(scene, question) for question in asked]
+            for scene, asked in zip(scenes, questions, strict=True)
+        ]
+
+    def answer(self, scene: world.Scene, question: str) -> str:
+        if question == world.DESCRIBE[0]:
+            absent = next(name for name in OBJECTS if name not in scene.objects)
+            true = world.description(scene, random.Random(0))
+            return true if self.truthful else f"A {absent}."
+        there = any(re.search(rf"\b{name}\b", question) for name in scene.objects)
+        return "Yes, there is." if there == self.truthful else "No, there is not."
 
 
-@pytest.mark.parametrize("share", [0.1, 0.3, 0.5])
-def test_intervals_are_about_the_binomials(share):
-    widths = []
-    for images in (100, 400, 1600):
-        counts = [image_counts(int(i < share * images)) for i in range(images)]
-        random.Random(0).shuffle(counts)
-        figure = with_intervals([counts])["chair_s"]
-        assert figure["value"] == pytest.approx(share, abs=1e-5)
-        assert figure["low"] < figure["value"] < figure["high"]
-        widths.append(figure["high"] - figure["low"])
-        assert widths[-1] == pytest.approx(
-            2 * 1.96 * (share * (1 - share) / images) ** 0.5, rel=0.15
-        )
-    assert widths[0] > widths[1] > widths[2]
-
-
-def test_intervals_are_deterministic_and_paired():
-    """Two rows on the same images are resampled alike: what holds of every image holds of every
-    resample."""
-    rng = random.Random(0)
-    lengths = [rng.randrange(5, 50) for _ in range(80)]
-    shorter, longer = ([[image_counts(0, length=n + extra) for n in lengths]] for extra in (0, 3))
-    difference = bootstrap(longer)["length"] - bootstrap(shorter)["length"]
-    assert difference.shape == (1001,) and np.abs(difference - 3).max() < 1e-9
-    assert with_intervals(shorter) == with_intervals(shorter)
-    assert with_intervals(shorter)["length"]["high"] > with_intervals(shorter)["length"]["low"] + 1
-
-
-def test_runs_are_pooled():
-    """Three equal runs say no more than one; runs that disagree widen the interval; the value is
-    their mean."""
-    rng = random.Random(1)
-    run = [image_counts(rng.random() < 0.4) for _ in range(200)]
-    one, three = with_intervals([run])["chair_s"], with_intervals([run] * 3)["chair_s"]
-    width = one["high"] - one["low"]
-    assert three["value"] == one["value"] and three["high"] - three["low"] == pytest.approx(
-        width, rel=0.15
-    )
-    apart = with_intervals([run, [image_counts(0)] * 200, [image_counts(1)] * 200])["chair_s"]
-    assert apart["value"] == pytest.approx((one["value"] + 1) / 3, abs=1e-4)
-    assert apart["high"] - apart["low"] > 2 * width
-
-
-def test_missing_counts_are_zero():
-    """An image whose description mentions nothing has no `mentioned` at all."""
-    counts = [{**count_description(KITCHEN, text), **NOTHING} for text in (TEXTS[2], TEXTS[1])]
-    assert "mentioned" not in counts[0]
-    assert with_intervals([counts])["chair_i"]["value"] == pytest.approx(2 / 4, abs=1e-5)
-
-
-# The whole benchmark
-# -----------------------------------------------------------------------------------------
-
-
-class Scripted(ToyBenchmark):
-    """Answers without a model: true ones, or the exact opposite."""
-
-    truthful = True
-
-    def answers(self, model, tokenizer, features, layouts, questions, limit):
-        scenes = [world.make_scene(self.split, i) for i in range(self.images)]
-        scenes = [scene for scene in scenes if scene.seed in features.tolist()]
-        assert len(scenes) == len(questions)
-        if questions[0] == [world.DESCRIBE[0]]:
-            absent = [next(o for o in OBJECTS if o not in scene.objects) for scene in scenes]
-            true = [world.description(scene, random.Random(0)) for scene in scenes]
-            return [
-                [text] if self.truthful else [f"A {name}."]
-                for text, name in zip(true, absent, strict=True)
-            ]
-        replies = []
-        for scene, asked in zip(scenes, questions, strict=True):
-            there = [
-                any(re.search(rf"\b{name}\b", question) for name in scene.objects)
-                for question in asked
-            ]
-            replies.append(
-                ["Yes, there is." if t == self.truthful else "No, there is not." for t in there]
-            )
-        return replies
-
-
-class Liar(Scripted):
-    truthful = False
-
-
-class SeedProcessor:
-    def __call__(self, picture):
-        return picture[None]
-
-    def layout(self, picture):
-        return 1, None
-
-
-@pytest.mark.parametrize(("kind", "good"), [(Scripted, 1.0), (Liar, 0.0)])
+@pytest.mark.parametrize(("truthful", "good"), [(True, 1.0), (False, 0.0)])
 @pytest.mark.parametrize("batch_size", [1, 4, 10])
-def test_the_truth_scores_best_and_its_opposite_worst(kind, good, batch_size, monkeypatch):
-    """A picture is its scene's seed here, and so are its features: they say which scenes a batch
-    holds."""
-    monkeypatch.setattr(toyworld, "picture", lambda scene: torch.tensor(scene.seed))
-    model = SimpleNamespace(encode_images=lambda pixels: pixels)
-    counts = kind("validation", 10, batch_size).run(model, None, SeedProcessor())
+def test_the_truth_scores_best_and_its_opposite_worst(truthful, good, batch_size, monkeypatch):
+    monkeypatch.setattr(benchmark, "picture", lambda scene: scene)
+    monkeypatch.setattr(benchmark, "unsharded", lambda model: nullcontext())
+    counts = ToyBenchmark("validation", 10, batch_size).run(Scripted(truthful))
     assert len(counts) == 10
     figures = with_intervals([counts])
-    bad = {"chair_i", "chair_s"}
-    for name in (
-        "recall",
-        "pope_random",
-        "pope_popular",
-        "pope_adversarial",
-        "pope_random_f1",
-        *bad,
-    ):
-        assert figures[name] == dict.fromkeys(
-            ("value", "low", "high"), 1 - good if name in bad else good
-        ), name
+    for name in ("recall", "pope_random", "pope_popular", "pope_adversarial", "pope_random_f1"):
+        assert figures[name] == {"value": good, "low": good, "high": good}, name
+    for name in ("chair_i", "chair_s"):
+        assert figures[name] == {"value": 1 - good, "low": 1 - good, "high": 1 - good}, name
 
 
 @pytest.mark.parametrize("make", [toy_model, random_toy])
 def test_answers_equal_each_question_alone(make):
     """The picture is the trunk, the questions are branches; the plain way asks one by one."""
-    model, tokenizer = make(), toy_tokenizer()
+    assistant = toy_assistant(make())
     questions = [
         ["Is there a cup in the picture?", "What place is this?", "Where is the umbrella?"],
         ["Describe."],
     ]
-    features = toy_features((0, 1))
-    said = ToyBenchmark().answers(model, tokenizer, features, [(36, None)] * 2, questions, 12)
-    for row, (asked, answers) in enumerate(zip(questions, said, strict=True)):
-        for question, answer in zip(asked, answers, strict=True):
+    scenes = [world.make_scene("validation", i) for i in (0, 1)]
+    images = [assistant.processor.prepare(world.picture(scene)) for scene in scenes]
+    features = assistant.encode(images)
+    answers = assistant.answers(features, images, questions, 12)
+    tokenizer = assistant.tokenizer
+    for row, (asked, replies) in enumerate(zip(questions, answers, strict=True)):
+        assert len(replies) == len(asked)
+        for question, reply in zip(asked, replies, strict=True):
             prompt = tokenizer.prompt([("user", question)])
-            ids, _ = plain_greedy(model, prompt, features[row], {tokenizer.eos_id}, 12)
-            assert answer == tokenizer.decode(ids)
+            ids, _ = plain_greedy(assistant.model, prompt, features[row], {tokenizer.eos_id}, 12)
+            assert reply == tokenizer.decode(ids)
 
 
 def test_the_benchmark_does_not_depend_on_the_batch_size():
-    runs = [
-        ToyBenchmark("validation", 3, size).run(toy_model(), toy_tokenizer(), toy_processor())
-        for size in (1, 2)
-    ]
+    runs = [ToyBenchmark("validation", 3, size).run(toy_assistant()) for size in (1, 2)]
     assert runs[0] == runs[1] and len(runs[0]) == 3

@@ -1,4 +1,4 @@
-"""The study's arithmetic by hand: pooled counts, paired intervals."""
+"""Figures from counts by hand: pooled over runs and images, with paired intervals."""
 
 import json
 import random
@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from study_counts import POPE, some_runs
 
-from minialign.evaluation.metrics import SETTINGS_OF_POPE, bootstrap
+from minialign.evaluation.metrics import SETTINGS_OF_POPE, bootstrap, with_intervals
 from minialign.study.findings import judge
 
 RECALL = "bdhs misses fewer objects"
@@ -101,3 +101,62 @@ def test_a_row_may_lack_a_count_that_another_has():
     ]
     first, second = bootstrap(counts), bootstrap(without)
     assert np.array_equal(first["recall"], second["recall"]) and not second["position_errors"].any()
+
+
+# ---------------------------------------------------------------- intervals
+
+
+def counts_of(hallucinating: int, mentioned: int = 1, length: int = 5) -> dict:
+    return {
+        "images": 1,
+        "length": length,
+        "objects": 2,
+        "mentioned": mentioned,
+        "hallucinated": hallucinating,
+        "hallucinating": hallucinating,
+        "found": 1,
+        **POPE,
+    }
+
+
+@pytest.mark.parametrize("share", [0.1, 0.3, 0.5])
+def test_intervals_are_about_the_binomials(share):
+    widths = []
+    for images in (100, 400, 1600):
+        counts = [counts_of(int(i < share * images)) for i in range(images)]
+        random.Random(0).shuffle(counts)
+        figure = with_intervals([counts])["chair_s"]
+        assert figure["value"] == pytest.approx(share, abs=1e-5)
+        assert figure["low"] < figure["value"] < figure["high"]
+        widths.append(figure["high"] - figure["low"])
+        assert widths[-1] == pytest.approx(
+            2 * 1.96 * (share * (1 - share) / images) ** 0.5, rel=0.15
+        )
+    assert widths[0] > widths[1] > widths[2]
+
+
+def test_intervals_are_deterministic_and_paired():
+    """Two rows on the same images are resampled alike: what holds of every image holds of every
+    resample."""
+    rng = random.Random(0)
+    lengths = [rng.randrange(5, 50) for _ in range(80)]
+    shorter, longer = ([[counts_of(0, length=n + extra) for n in lengths]] for extra in (0, 3))
+    difference = bootstrap(longer)["length"] - bootstrap(shorter)["length"]
+    assert difference.shape == (1001,) and np.abs(difference - 3).max() < 1e-9
+    assert with_intervals(shorter) == with_intervals(shorter)
+    assert with_intervals(shorter)["length"]["high"] > with_intervals(shorter)["length"]["low"] + 1
+
+
+def test_runs_are_pooled():
+    """Three equal runs say no more than one; runs that disagree widen the interval; the value is
+    their mean."""
+    rng = random.Random(1)
+    run = [counts_of(rng.random() < 0.4) for _ in range(200)]
+    one, three = with_intervals([run])["chair_s"], with_intervals([run] * 3)["chair_s"]
+    width = one["high"] - one["low"]
+    assert three["value"] == one["value"] and three["high"] - three["low"] == pytest.approx(
+        width, rel=0.15
+    )
+    apart = with_intervals([run, [counts_of(0)] * 200, [counts_of(1)] * 200])["chair_s"]
+    assert apart["value"] == pytest.approx((one["value"] + 1) / 3, abs=1e-4)
+    assert apart["high"] - apart["low"] > 2 * width
