@@ -6,6 +6,7 @@ import math
 import pytest
 from input_files import (
     MESSAGE,
+    NO_DATA,
     array,
     gives_remedy,
     instruct,
@@ -17,24 +18,6 @@ from input_files import (
     train,
 )
 
-DEEP, LONG_NUMBER = "[" * 100_000, "1" * 5000
-# What is no data at all, for both readers: bytes, and what the message says of them.
-NO_DATA = [
-    (b"", "no usable record"),
-    (b"\n", "no usable record"),
-    (b"\x89PNG\r\n\x1a\n\x00\x00\xff\xfe", "line 1: not JSON"),
-    ("[{}]".encode("utf-16"), "line 1: not JSON"),
-    (b"\x00" * 50, "line 1: not JSON"),
-    (DEEP.encode(), "not readable as JSON"),
-    (LONG_NUMBER.encode(), "line 1: not JSON"),
-    (b"5", "expected a JSON"),
-    (b'"text"', "line 1: expected a JSON object"),
-    (
-        b'{"id": 1, "picture": "a.png"}',
-        r"fields id, picture are of no known format .*; give one of these",
-    ),
-    (b"null", "expected a JSON"),
-]
 BAD_INSTRUCT = [
     (array(), "no usable record"),
     (array(instruct())[:-30], "not readable as JSON"),

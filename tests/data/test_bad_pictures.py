@@ -7,7 +7,7 @@ from input_files import array, gives_remedy, instruct, left_in, lines, pair, pai
 from PIL import Image
 
 from minialign import chat
-from minialign.data.images import open_image
+from minialign.data.images import PictureFolder
 from minialign.errors import UserError
 
 BAD_PICTURES = [
@@ -31,7 +31,7 @@ BAD_PICTURES = [
 
 @pytest.mark.parametrize("name,match", BAD_PICTURES, ids=[name[:20] for name, _ in BAD_PICTURES])
 def test_bad_pictures(model, tmp_path, pictures, name, match):
-    gives_remedy(lambda: open_image(str(pictures), name), match)
+    gives_remedy(lambda: PictureFolder(str(pictures))(name), match)
     out, images = tmp_path / "out", ["--images", str(pictures)]
     (tmp_path / "pairs.jsonl").write_bytes(
         lines(pair(0, images=["good.png"]), pair(1, images=[name]))
@@ -67,7 +67,7 @@ def test_damaged_pictures(tmp_path, form):
             bad[rng.randrange(len(bad) if rng.random() < 0.5 else 100)] = rng.randrange(256)
         (tmp_path / "x").write_bytes(bad[: rng.randrange(len(bad))] if rng.random() < 0.3 else bad)
         try:
-            seen.add(open_image(str(tmp_path), "x").mode)
+            seen.add(PictureFolder(str(tmp_path))("x").mode)
         except UserError:
             seen.add("refused")
     assert "refused" in seen <= {"RGB", "refused"}
@@ -81,13 +81,13 @@ def test_good_pictures(pictures):
         "inside.png",
         str(pictures / "good.png"),
     ):
-        assert open_image(str(pictures), name).size == (40, 30)
+        assert PictureFolder(str(pictures))(name).size == (40, 30)
     for name in (
         "link.png",
         "up/outside.png",
     ):  # the user's own links, as to a data set's folder elsewhere
-        assert open_image(str(pictures), name).size == (256, 256)
-    assert open_image(str(pictures), "up/../good.png").size == (
+        assert PictureFolder(str(pictures))(name).size == (256, 256)
+    assert PictureFolder(str(pictures))("up/../good.png").size == (
         40,
         30,
     )  # never by way of a link's parent
@@ -103,7 +103,7 @@ def test_chat_takes_any_path(pictures, monkeypatch):
         str(pictures / "good.png"),
         "good.png",
     ):
-        assert chat.picture_for(chat.Config(image=name)).mode == "RGB"
+        assert chat.open_picture(name).mode == "RGB"
     Image.new("RGB", (7, 9)).save("test-000000.png")  # a file goes before the embedded world
-    assert chat.picture_for(chat.Config(image="test-000000.png")).size == (7, 9)
-    assert chat.picture_for(chat.Config(image="test-000001.png")).size == (96, 96)
+    assert chat.open_picture("test-000000.png").size == (7, 9)
+    assert chat.open_picture("test-000001.png").size == (96, 96)

@@ -7,13 +7,14 @@ import random
 import pytest
 import torch
 from data_sets import PHOTOGRAPHS, photographs
-from helpers import random_toy, refused, toy_processor, toy_tokenizer, worst
-from input_files import lines, pair
+from helpers import random_toy, refused, toy_tokenizer, worst
+from input_files import lines, pair, toy_collator
 from script_runs import train
 
-import train_dpo
-from minialign.data.collate import PairCollator, StepLoader
-from minialign.data.images import ImageProcessor, open_image
+from minialign.align.logps import branch_logps
+from minialign.align.losses import dpo_loss
+from minialign.data.collate import PairBatch, PairCollator, StepLoader
+from minialign.data.images import ImageProcessor, PictureFolder
 from minialign.data.record_files import open_pairs
 from minialign.data.records import Record
 from minialign.model import lora
@@ -25,27 +26,30 @@ CUP = Record(
 PATCHES = 36
 
 
-def collator(limit: int, positions: int = 4096, truncate: bool = False) -> PairCollator:
-    return PairCollator(toy_tokenizer(), toy_processor(), "toy", limit, positions, truncate)
+def alone(collate: PairCollator, record: Record) -> PairBatch:
+    """The batch of one record."""
+    return collate.batch([collate.load(record)])
 
 
 def branch_ids(collate: PairCollator, record: Record) -> list[list[int]]:
     """The two responses as they stand in the tree."""
-    tree = collate([record]).tree
+    tree = alone(collate, record).tree
     assert int((tree.feature >= 0).sum()) == PATCHES  # the whole picture, whatever was cut
     return [tree.ids[0][tree.branch[0] == number].tolist() for number in (1, 2)]
 
 
 def test_a_response_that_is_too_long():
     ids = [toy_tokenizer().response(text) for text in (CUP.chosen, CUP.rejected)]
-    assert branch_ids(collator(len(ids[0])), CUP) == ids
+    assert branch_ids(toy_collator(len(ids[0])), CUP) == ids
     limit = len(ids[0]) - 1
-    said = (
-        f"a response of {limit + 1} tokens is longer than --max-response-tokens {limit}; raise it"
-    )
-    refused(lambda: collator(limit)([CUP]), said, "pass --truncate")
-    assert branch_ids(collator(limit, truncate=True), CUP) == [ids[0][:-1], ids[1]]  # its end alone
-    assert branch_ids(collator(1, truncate=True), CUP) == [ids[0][:1], ids[1][:1]]
+    message = f"a response of {limit + 1} tokens is longer than --max-response-tokens {limit}"
+    refused(lambda: alone(toy_collator(limit), CUP), message, "; raise it, or pass --truncate")
+    refused(lambda: toy_collator(limit).check(CUP), message, "; raise it, or pass --truncate")
+    assert branch_ids(toy_collator(limit, truncate=True), CUP) == [
+        ids[0][:-1],
+        ids[1],
+    ]  # its end alone
+    assert branch_ids(toy_collator(1, truncate=True), CUP) == [ids[0][:1], ids[1][:1]]
 
 
 @pytest.mark.parametrize("truncate", [False, True])
@@ -54,17 +58,19 @@ def test_what_the_decoder_has_no_positions_for(truncate):
     refused."""
     ids = [toy_tokenizer().response(text) for text in (CUP.chosen, CUP.rejected)]
     trunk = len(toy_tokenizer().prompt(CUP.turns)) - 1 + PATCHES
-    assert branch_ids(collator(512, trunk + len(ids[0]), truncate), CUP) == ids
-    short = collator(512, trunk + 3, truncate)
+    exact = toy_collator(positions=trunk + len(ids[0]), truncate=truncate)
+    assert branch_ids(exact, CUP) == ids
+    short = toy_collator(positions=trunk + 3, truncate=truncate)
     if truncate:
         assert branch_ids(short, CUP) == [each[:3] for each in ids]
     else:
-        refused(lambda: short([CUP]), f"the 3 positions that image and prompt leave of {trunk + 3}")
+        message = f"the 3 positions that image and prompt leave of {trunk + 3}"
+        refused(lambda: alone(short, CUP), message)
+        refused(lambda: short.check(CUP), message)
     for positions in (trunk, trunk - 1, 5):
-        refused(
-            lambda p=positions: collator(512, p, truncate)([CUP]),
-            "which leaves none for a response",
-        )
+        full = toy_collator(positions=positions, truncate=truncate)
+        refused(lambda c=full: alone(c, CUP), "which leaves none for a response")
+        refused(lambda c=full: c.check(CUP), "which leaves none for a response")
 
 
 def test_the_flag(model, tmp_path):
@@ -89,8 +95,9 @@ def uneven(tmp_path_factory):
 
 
 def step(records, accumulate: int):
-    batches, left_out = StepLoader(records, collator(512), accumulate, False)(list(records.numbers))
-    assert left_out == [] and sum(len(batch) for batch in batches) == 16
+    loader = StepLoader(records, toy_collator(), accumulate, skip_bad=False)
+    batches = loader(list(records.numbers))
+    assert loader.left_out == [] and sum(len(batch) for batch in batches) == 16
     return batches
 
 
@@ -114,12 +121,19 @@ def test_the_gradient_is_that_of_the_whole_batch(uneven, loss, accumulate):
     model = copy.deepcopy(random_toy())
     torch.manual_seed(0)
     lora.add_adapters(model, 4, 8.0)
-    config = train_dpo.Config(loss=loss, beta=0.1)
     gradients = []
     for batches in (step(uneven, 1), step(uneven, accumulate)):
         mean = sum(batch.chosen_tokens for batch in batches) / 16
         for batch in batches:
-            value, _ = train_dpo.pair_loss(model, batch, config, mean)
+            features = model.encode_images(batch.pixels)
+            with lora.adapters_off(model):
+                ref_logps = branch_logps(model, batch.tree, features)
+            logps = branch_logps(model, batch.tree, features)
+            chosen, rejected = logps[:, :1], logps[:, 1:]
+            if loss == "sft":
+                value = -chosen.mean() / mean
+            else:
+                value = dpo_loss(chosen, rejected, ref_logps[:, :1], ref_logps[:, 1:], 0.1).mean()
             (value * len(batch) / 16).backward()
         gradients.append([p.grad.clone() for p in model.parameters() if p.requires_grad])
         model.zero_grad()
@@ -139,15 +153,16 @@ def test_pictures_of_many_sizes(tmp_path):
     """AnyRes: each row has its own picture's tokens and newlines, each batch its pictures' tiles in
     row order."""
     processor = ImageProcessor(16, 4, pinpoints=((16, 32), (32, 16), (32, 32), (48, 16), (16, 48)))
-    collate = PairCollator(toy_tokenizer(), processor, str(photographs(tmp_path / "pictures")), 512)
+    source = PictureFolder(str(photographs(tmp_path / "pictures")))
+    collate = PairCollator(toy_tokenizer(), processor, source, 512)
     path = tmp_path / "pairs.jsonl"
     path.write_bytes(lines(*(pair(i, images=[name]) for i, name in enumerate(PHOTOGRAPHS))))
     records = open_pairs(str(path), None)
-    pictures = [open_image(collate.images, name) for name in PHOTOGRAPHS]
+    pictures = [source(name) for name in PHOTOGRAPHS]
     layouts = [processor.layout(picture) for picture in pictures]
     order = sorted(range(4), key=lambda i: len(layouts[i][1]))
     assert order != list(range(4)) and len({len(packing) for _, packing in layouts}) > 1
-    batches, _ = StepLoader(records, collate, 4, False)(list(range(4)))
+    batches = StepLoader(records, collate, 4, skip_bad=False)(list(range(4)))
     for i, batch in zip(order, batches, strict=True):
         patches, packing = layouts[i]
         assert batch.tree.features_expected == patches and torch.equal(

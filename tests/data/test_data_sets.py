@@ -17,14 +17,14 @@ from script_runs import read_lines
 
 import sample_bdhs
 import train_dpo
-from minialign.data.images import ImageProcessor, open_image
-from minialign.data.record_files import order_of
+from minialign.data.images import ImageProcessor, PictureFolder
+from minialign.data.record_files import order_of, read_records
 from minialign.data.records import FORMATS, instruct_record
 from minialign.data.tokenizer import Tokenizer
-from minialign.evaluation.metrics import TOY
 from minialign.model.hf_folder import load_model
 from minialign.model.masks import Branch, Sequence, build_tree
 from minialign.model.peft_folder import load_adapter
+from minialign.toy.edge import CHECKPOINT
 
 PAIRED = [form for form in RAW if form != "instruct"]
 
@@ -79,10 +79,10 @@ def test_best_and_worst_by_mean_rating(tmp_path, ratings, best, worst_one):
 
 def test_format_overrides_what_is_detected(tmp_path):
     path = Path(write(tmp_path, "povid"))
-    records = sample_bdhs.read_records(str(path), "instruct", None, 0)
+    records = read_records(str(path), "instruct", None, 0)
     assert records == [instruct_record(raw) for raw in RAW["povid"]] and records[0].rejected == ""
     refused(
-        lambda: sample_bdhs.read_records(str(path), "rlhf-v", None, 0),
+        lambda: read_records(str(path), "rlhf-v", None, 0),
         path,
         "record",
         "field 'text' is missing",
@@ -187,7 +187,7 @@ def next_model(oracle, tmp_path_factory) -> Path:
     crop = {"height": vision.image_size, "width": vision.image_size}
     oracle.transformers.LlavaNextImageProcessorPil(crop_size=crop, **edge).save_pretrained(folder)
     for name in ("tokenizer.json", "tokenizer_config.json"):
-        shutil.copyfile(TOY / name, folder / name)
+        shutil.copyfile(CHECKPOINT / name, folder / name)
     return folder
 
 
@@ -197,7 +197,7 @@ def answers(oracle, folder: Path, pictures: Path, theirs, ours) -> list[float]:
     tokenizer, processor = Tokenizer.from_folder(folder), ImageProcessor.from_folder(folder)
     distances = []
     for record in expected("povid") + expected("rlhf-v"):
-        picture = open_image(str(pictures), record.image)
+        picture = PictureFolder(str(pictures))(record.image)
         ids = tokenizer.prompt(record.turns) + tokenizer.response(record.chosen)
         patches, packing = processor.layout(picture)
         pixels = processor(picture)

@@ -24,7 +24,7 @@ SEED = 1  # of the runs that meet a bad picture late
 
 @pytest.fixture
 def parsed(monkeypatch) -> list:
-    """What `data` has parsed as JSON so far."""
+    """What was parsed as JSON so far."""
     texts, real = [], json.loads
     monkeypatch.setattr(record_files.json, "loads", lambda text: texts.append(text) or real(text))
     return texts
@@ -34,7 +34,7 @@ def parsed(monkeypatch) -> list:
 @pytest.mark.parametrize("chunk", [7, 64, 2**24])
 def test_lines_are_found_by_their_offsets(tmp_path, monkeypatch, end, chunk):
     """Lines of any length, however many bytes are looked at together."""
-    monkeypatch.setattr(data, "CHUNK", chunk)
+    monkeypatch.setattr(record_files, "CHUNK", chunk)
     rng, path = random.Random(chunk), tmp_path / "data.jsonl"
     texts = [
         json.dumps({"n": i, "text": "é\u2028" * rng.randrange(60)}, ensure_ascii=False)
@@ -94,7 +94,7 @@ def test_a_limit_counts_what_can_be_used(tmp_path):
     assert len(pairs_in(path, 25)) == 20
 
 
-# ---------------------------------------------------------------- other threads, and what they meet late
+# ---------------------------------------------------------------- other threads, bad data met late
 
 
 def test_workers_change_nothing(model, pairs, tmp_path):
@@ -170,7 +170,7 @@ def test_what_nobody_waits_for_is_not_loaded():
 def late(tmp_path, pictures, monkeypatch) -> Path:
     """12 pairs of which the first 4 are looked at before the run; the picture of the tenth is cut
     off."""
-    monkeypatch.setattr(data, "CHECKED", 4)
+    monkeypatch.setattr(record_files, "CHECKED", 4)
     assert 9 not in sum(batches_of_epoch(range(12), 2, SEED, 0)[:3], [])  # steps come before it
     path = tmp_path / "pairs.jsonl"
     path.write_bytes(
@@ -232,7 +232,7 @@ def test_a_bad_picture_that_is_left_out_late(model, tmp_path, pictures, late, ca
 @pytest.mark.parametrize("form", [lines, array])
 def test_a_bad_line_that_is_mended_during_a_run(model, tmp_path, monkeypatch, form):
     """It is behind those that are looked at first: the run goes on where it stopped."""
-    monkeypatch.setattr(data, "CHECKED", 4)
+    monkeypatch.setattr(record_files, "CHECKED", 4)
     path, good = tmp_path / "pairs.json", [pair(i) for i in range(12)]
     flags = {"pairs": str(path), "batch_size": 2, "seed": SEED, "workers": 0}
     path.write_bytes(form(*good[:9], {"id": "bad"}, *good[10:]))

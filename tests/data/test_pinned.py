@@ -6,14 +6,13 @@ from dataclasses import replace
 
 import pytest
 import torch
-from helpers import random_toy, toy_processor, toy_tokenizer
-from input_files import pair
+from helpers import random_toy, toy_processor
+from input_files import pair, toy_collator
 from script_runs import contents, train
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from minialign.data.collate import PairCollator
+import train_dpo
 from minialign.data.records import pair_record
-from minialign.model import lora
 from minialign.training import flags
 
 
@@ -37,11 +36,11 @@ def pins(monkeypatch) -> list[torch.Size]:
 def test_pinned_for_a_gpu_alone(pins, device, noise_steps, count):
     """Pixels and noisy pixels, whose values are the same."""
     records = [pair_record(pair(number)) for number in range(2)]
-    means = {"noise_steps": noise_steps}
-    plain = PairCollator(toy_tokenizer(), toy_processor(), "toy", 512, **means)(records)
-    batch = PairCollator(toy_tokenizer(), toy_processor(), "toy", 512, device=device, **means)(
-        records
-    )
+    batches = []
+    for place in ("cpu", device):
+        collate = toy_collator(noise_steps=noise_steps, device=place)
+        batches.append(collate.batch([collate.load(record) for record in records]))
+    plain, batch = batches
     assert pins == [batch.pixels.shape] * count
     assert torch.equal(batch.pixels, plain.pixels)
     assert batch.noisy is plain.noisy is None or torch.equal(batch.noisy, plain.noisy)
@@ -76,12 +75,12 @@ def test_the_script_says_where_they_go(model, pairs, tmp_path, pins, monkeypatch
     train(model, tmp_path / "cpu", pairs=pairs)
     assert not pins
     monkeypatch.setattr(flags, "require_device", lambda device: None)
-    real = lora.load_policy_weights
-    monkeypatch.setattr(  # and so the model is here
-        lora,
-        "load_policy_weights",
-        lambda *given: real(*given[:2], replace(given[2], device="cpu"), *given[3:]),
-    )
+    real = train_dpo.load_policy_weights
+
+    def here(policy, folder, config):
+        real(policy, folder, replace(config, device="cpu"))
+
+    monkeypatch.setattr(train_dpo, "load_policy_weights", here)
     train(model, tmp_path / "cuda", pairs=pairs, device="cuda", workers=2)
     assert sorted(shape[0] for shape in pins) == [1, 2, 4, 4, 4]
     left = [contents(tmp_path / device) for device in ("cpu", "cuda")]

@@ -9,15 +9,17 @@ from helpers import refused
 from llama_tokenizer import AWKWARD, FORMS, joint, llama2_folder, random_text, with_metaspace
 
 from minialign.data.tokenizer import Tokenizer
-from minialign.evaluation.metrics import TOY
 from minialign.toy import world
+from minialign.toy.edge import CHECKPOINT
 
 
 @pytest.fixture(scope="module", params=["toy", *FORMS, "chatml-metaspace", "vicuna-metaspace"])
 def both(request, oracle, tmp_path_factory):
     """(our tokenizer, transformers' `text -> ids`, the template's form) of one folder."""
     name, _, metaspace = request.param.partition("-")
-    folder = TOY if name == "toy" else llama2_folder(tmp_path_factory.mktemp("llama") / "model")
+    folder = (
+        CHECKPOINT if name == "toy" else llama2_folder(tmp_path_factory.mktemp("llama") / "model")
+    )
     if metaspace:
         with_metaspace(folder)
     theirs = oracle.transformers.AutoTokenizer.from_pretrained(folder)

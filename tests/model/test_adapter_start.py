@@ -6,14 +6,15 @@ import math
 
 import pytest
 import torch
+from adapters import answers, batch_of, transformers_model
 from helpers import random_model, refused, toy_model, worst
+from policies import adapted
 from script_runs import contents, read_lines, train
-from test_lora import adapted, answers, batch_of, transformers_model
 
 from minialign.cli import parse_config
-from minialign.evaluation.metrics import TOY
 from minialign.model.lora import TARGETS, adapter_state, adapters_off, keep_reference
 from minialign.model.peft_folder import load_adapter, save_adapter
+from minialign.toy.edge import CHECKPOINT
 from train_dpo import Config, check
 
 PATTERN = r".*language_model\.layers\.\d+\.(self_attn|mlp)\.({})"
@@ -39,7 +40,7 @@ def foreign_adapter(oracle, folder, seed: int, init=False, **choices):
     peft = pytest.importorskip("peft")
     torch.manual_seed(seed)
     model = peft.get_peft_model(
-        transformers_model(oracle, TOY), peft.LoraConfig(init_lora_weights=init, **choices)
+        transformers_model(oracle, CHECKPOINT), peft.LoraConfig(init_lora_weights=init, **choices)
     )
     for name, parameter in model.named_parameters():
         if "modules_to_save" in name:
@@ -58,7 +59,7 @@ def test_adapters_that_peft_made(oracle, tmp_path, choices):
         adapter_state(ours),
         choices["r"],
         choices.get("lora_alpha", 8),
-        str(TOY),
+        str(CHECKPOINT),
         tmp_path / "again",
     )
     again = copy.deepcopy(toy_model())

@@ -6,9 +6,8 @@ import torch
 from helpers import refused
 from llava_folders import edit_json, laid_out, replace_weights
 
-from minialign.evaluation.metrics import TOY
 from minialign.model.hf_folder import load_model
-from minialign.toy.edge import resolve_model
+from minialign.toy.edge import CHECKPOINT, model_folder
 
 TENSORS = [
     "lm_head.weight",
@@ -176,11 +175,11 @@ def test_scaled_positions_of_transformers_4_are_refused(llava_folder, name):
         raw["text_config"]["rope_scaling"] = {name: "linear", "factor": 2.0}
 
     edit_json(llava_folder / "config.json", change)
-    refused(lambda: load_model(llava_folder), llava_folder / "config.json", "rope_type is 'linear'")
+    refused(lambda: load_model(llava_folder), llava_folder / "config.json", f"{name} is 'linear'")
 
 
 def test_model_folder_is_named_when_it_is_not_there(tmp_path):
-    refused(lambda: resolve_model(str(tmp_path / "nothing")), "--model", tmp_path / "nothing")
+    refused(lambda: model_folder(str(tmp_path / "nothing")), "--model", tmp_path / "nothing")
     (tmp_path / "file").write_text("x")
-    refused(lambda: resolve_model(str(tmp_path / "file")), "--model", tmp_path / "file")
-    assert resolve_model("toy") == TOY and resolve_model(str(tmp_path)) == tmp_path
+    refused(lambda: model_folder(str(tmp_path / "file")), "--model", tmp_path / "file")
+    assert model_folder("toy") == CHECKPOINT and model_folder(str(tmp_path)) == tmp_path

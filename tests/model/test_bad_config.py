@@ -9,13 +9,14 @@ from helpers import refused
 
 from minialign.data.images import ImageProcessor
 from minialign.data.tokenizer import Tokenizer
-from minialign.evaluation.metrics import TOY
 from minialign.model.config import read_config
+from minialign.toy.edge import CHECKPOINT
 
 PREPROCESSOR, CONFIG = "preprocessor_config.json", "config.json"
 CASES = [
     (PREPROCESSOR, {"crop_size": {"shortest_edge": 96}}, "crop_size"),
     (PREPROCESSOR, {"crop_size": "96", "size": "96"}, "crop_size"),
+    (PREPROCESSOR, {"crop_size": 96, "size": 64}, "size 64 is not crop_size, 96 pixels"),
     (PREPROCESSOR, {"crop_size": {"height": 96, "width": 90}}, "crop_size"),
     (
         PREPROCESSOR,
@@ -25,15 +26,16 @@ CASES = [
     (PREPROCESSOR, {"do_normalize": False}, "do_normalize"),
     (PREPROCESSOR, {"do_center_crop": False}, "do_center_crop"),
     (PREPROCESSOR, {"resample": 2}, "resample"),
+    (PREPROCESSOR, {"rescale_factor": 1.0}, "rescale_factor"),
     (PREPROCESSOR, {"image_std": [0, 0, 0]}, "image_std"),
     (PREPROCESSOR, {"image_std": [1, 1]}, "image_std"),
     (PREPROCESSOR, {"image_mean": ["a", "b", "c"]}, "image_mean"),
     (CONFIG, {"text_config": [1]}, "text_config"),
     (CONFIG, {"vision_config": "x"}, "vision_config"),
-    (CONFIG, {"image_token_index": -200}, "image_token_index -200"),
-    (CONFIG, {"image_token_index": 10**6}, "image_token_index 1000000"),
+    (CONFIG, {"image_token_index": -200}, "image_token_index is -200"),
+    (CONFIG, {"image_token_index": 10**6}, "image_token_index is 1000000"),
     (CONFIG, {"text_config": {"hidden_size": "128"}}, "hidden_size"),
-    (CONFIG, {"text_config": {"num_hidden_layers": None}}, "num_hidden_layers"),
+    (CONFIG, {"text_config": {"num_hidden_layers": 2.5}}, "num_hidden_layers"),
     (CONFIG, {"text_config": {"num_attention_heads": True}}, "num_attention_heads"),
     (CONFIG, {"text_config": {"rope_scaling": "linear"}}, "rope_scaling"),
     (CONFIG, {"vision_config": {"patch_size": 0}}, "patch_size"),
@@ -45,7 +47,7 @@ READERS = {PREPROCESSOR: ImageProcessor.from_folder, "tokenizer.json": Tokenizer
 
 @pytest.mark.parametrize(("name", "changes", "field"), CASES, ids=lambda value: str(value)[:40])
 def test_malformed_files_are_refused(tmp_path, name, changes, field):
-    folder = shutil.copytree(TOY, tmp_path / "model")
+    folder = shutil.copytree(CHECKPOINT, tmp_path / "model")
     raw = json.loads((folder / name).read_text(encoding="utf-8"))
     for key, value in changes.items():
         nested = isinstance(value, dict) and key.endswith("_config")
@@ -59,7 +61,7 @@ def test_malformed_files_are_refused(tmp_path, name, changes, field):
 
 @pytest.mark.parametrize("changes", [{"image_mean": None}, {"crop_size": 96, "size": 96}])
 def test_sparse_files_are_completed(tmp_path, changes):
-    folder = shutil.copytree(TOY, tmp_path / "model")
+    folder = shutil.copytree(CHECKPOINT, tmp_path / "model")
     raw = json.loads((folder / PREPROCESSOR).read_text(encoding="utf-8")) | changes
     (folder / PREPROCESSOR).write_text(json.dumps(raw), encoding="utf-8")
-    assert ImageProcessor.from_folder(folder) == ImageProcessor.from_folder(TOY)
+    assert ImageProcessor.from_folder(folder) == ImageProcessor.from_folder(CHECKPOINT)

@@ -7,9 +7,8 @@ from dataclasses import replace
 import pytest
 import torch
 from helpers import IMAGE, random_case, random_ids, toy_features, toy_model, worst
-from test_masks import random_batch
-from test_tree_logits import toy_rows, toy_tree
 from torch.utils._python_dispatch import TorchDispatchMode
+from trees import random_sequences, toy_rows, toy_tree
 
 from minialign.model.llava import Llava
 from minialign.model.masks import PADDING, Branch, Sequence, TokenTree, build_tree, dense_mask
@@ -37,7 +36,7 @@ def chains(seed: int):
 def test_the_prefix_is_as_long_as_the_rule_is_causal(seed, drop_hidden):
     """Row by row, each on its own and all together, whatever branches and hidden tokens they have:
     up to the prefix the rule is plain causal, and in the column behind it for some row not."""
-    batch = random_batch(seed)
+    batch = random_sequences(seed)
     for rows in [[row] for row in batch] + [batch]:
         tree = build_tree(rows, IMAGE, 0, drop_hidden)
         width = tree.ids.shape[1]

@@ -11,9 +11,9 @@ from safetensors.torch import load_file
 from script_runs import read_lines, sample, train
 
 import train_dpo
-from minialign.evaluation.metrics import TOY
 from minialign.model.hf_folder import NAMES, load_model, rename, save_model
 from minialign.model.lora import TARGETS
+from minialign.toy.edge import CHECKPOINT
 
 
 @pytest.fixture(scope="module")
@@ -21,7 +21,9 @@ def half(tmp_path_factory) -> Path:
     """Random weights in float16, as the hub's folders have them: values that bfloat16 would
     round."""
     folder = tmp_path_factory.mktemp("half") / "llava"
-    save_model(random_toy(1).state_dict(), toy_model().config.raw, TOY, folder, torch.float16)
+    save_model(
+        random_toy(1).state_dict(), toy_model().config.raw, CHECKPOINT, folder, torch.float16
+    )
     return folder
 
 

@@ -8,7 +8,6 @@ import pytest
 import torch
 from helpers import randomize, toy_model, toy_processor, toy_tokenizer, worst
 
-from minialign.evaluation.metrics import TOY
 from minialign.model.clip import Clip, ClipConfig
 from minialign.model.config import read_config
 from minialign.model.hf_folder import load_model
@@ -16,6 +15,7 @@ from minialign.model.llama import KVCache, Llama, LlamaConfig
 from minialign.model.llava import Projector
 from minialign.model.masks import Sequence, build_tree, dense_mask
 from minialign.toy import world
+from minialign.toy.edge import CHECKPOINT
 
 SEEDS = range(6)
 
@@ -243,7 +243,7 @@ def test_rows_of_a_batch_do_not_touch_one_another(oracle, tmp_path):
 def toy_oracle(oracle):
     """The embedded checkpoint as transformers reads it, in float32."""
     model, info = oracle.transformers.LlavaForConditionalGeneration.from_pretrained(
-        TOY, dtype=torch.float32, output_loading_info=True
+        CHECKPOINT, dtype=torch.float32, output_loading_info=True
     )
     assert not any(info.values())
     return model.eval()
@@ -294,7 +294,7 @@ def test_toy_with_hidden_image_tokens(oracle, toy_oracle, index, drop_hidden, ad
 @pytest.mark.parametrize("layer", [-1, -2, 1, 3])
 @torch.no_grad()
 def test_toy_at_other_feature_layers(oracle, toy_oracle, layer):
-    model = load_model(TOY)
+    model = load_model(CHECKPOINT)
     model.config = replace(model.config, vision_feature_layer=layer)
     ids, pixels, visible = toy_case(7)
     for seen in (None, visible):
@@ -308,8 +308,8 @@ def test_toy_folder_end_to_end(oracle, toy_oracle):
     other."""
     scene = world.make_scene("test", 11)
     picture, question = world.picture(scene), "Where is the cup?\nSay it."
-    tokenizer = oracle.transformers.AutoTokenizer.from_pretrained(TOY)
-    processor = oracle.transformers.CLIPImageProcessorPil.from_pretrained(TOY)
+    tokenizer = oracle.transformers.AutoTokenizer.from_pretrained(CHECKPOINT)
+    processor = oracle.transformers.CLIPImageProcessorPil.from_pretrained(CHECKPOINT)
     ids = tokenizer(f"<s>USER: <image>\n{question} ASSISTANT:", add_special_tokens=False).input_ids
     pixels = processor(picture, return_tensors="pt").pixel_values[0]
     _, logits = our_logits(
@@ -319,7 +319,7 @@ def test_toy_folder_end_to_end(oracle, toy_oracle):
 
 
 def test_toy_config_is_the_one_transformers_reads(toy_oracle):
-    ours, theirs = read_config(TOY), toy_oracle.config
+    ours, theirs = read_config(CHECKPOINT), toy_oracle.config
     for name in vars(ours.text):
         if name != "rope_theta":
             assert getattr(ours.text, name) == getattr(theirs.text_config, name), name

@@ -42,10 +42,10 @@ CONFIG = {
 MEASURE = """
 import sys, torch
 from pathlib import Path
-from minialign.checkpoint import TOY, load_model
+from minialign.checkpoint import CHECKPOINT, load_model
 def memory(name):
     return next(int(line.split()[1]) * 1024 for line in open("/proc/self/status") if line.startswith(name))
-load_model(TOY, dtype=torch.bfloat16)
+load_model(CHECKPOINT, dtype=torch.bfloat16)
 before = memory("VmRSS")
 model = load_model(Path(sys.argv[1]), dtype=getattr(torch, sys.argv[2]))
 print(memory("VmHWM") - before, sum(p.numel() * p.element_size() for p in model.parameters()))
@@ -59,7 +59,7 @@ from pathlib import Path
 sys.path.insert(0, {root!r})
 from torch.distributed.fsdp import fully_shard
 from minialign import parallel
-from minialign.checkpoint import TOY, empty_model, load_model, load_weights
+from minialign.checkpoint import CHECKPOINT, empty_model, load_model, load_weights
 def memory(name):
     return next(int(line.split()[1]) * 1024 for line in open("/proc/self/status") if line.startswith(name))
 def watch():
@@ -68,7 +68,7 @@ def watch():
         time.sleep(0.001)
 parallel.start("cpu")
 torch.set_num_threads(1)
-load_model(TOY, dtype=torch.bfloat16)
+load_model(CHECKPOINT, dtype=torch.bfloat16)
 done, before, seen = False, memory("RssAnon"), []
 watcher = threading.Thread(target=watch)
 watcher.start()

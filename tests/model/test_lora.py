@@ -3,28 +3,21 @@ bad folder."""
 
 import copy
 import json
-import random
 
 import pytest
 import torch
+from adapters import answers, batch_of, transformers_model
 from helpers import (
-    IMAGE,
-    plain_logits,
-    random_ids,
     random_model,
-    toy_features,
     toy_model,
-    toy_processor,
-    toy_tokenizer,
     worst,
 )
+from policies import adapted
 from safetensors.torch import load_file, save_file
 
 from minialign.align.logps import branch_logps
 from minialign.errors import UserError
-from minialign.evaluation.metrics import TOY
 from minialign.model.hf_folder import load_model, save_changed, save_model
-from minialign.model.llava import Llava
 from minialign.model.lora import (
     LoraLinear,
     adapter_state,
@@ -32,80 +25,23 @@ from minialign.model.lora import (
     add_adapters,
     trainable_groups,
 )
-from minialign.model.masks import Branch, Sequence, build_tree
 from minialign.model.peft_folder import load_adapter, merged, save_adapter
-from minialign.toy import world
+from minialign.toy.edge import CHECKPOINT
 
 SHAPES = [(1, 1.0), (4, 8.0), (16, 4.0)]  # rank, alpha
-
-
-def adapted(model: Llava, rank: int, alpha: float, seed: int = 0) -> Llava:
-    """A copy of `model` with adapters of nonzero A and B and a changed projector, as after
-    training."""
-    model = copy.deepcopy(model)
-    add_adapters(model, rank, alpha)
-    generator = torch.Generator().manual_seed(seed)
-    with torch.no_grad():
-        for parameter in adapter_state(model).values():
-            parameter.add_(torch.randn(parameter.shape, generator=generator) * 0.1)
-    return model
-
-
-def batch_of(seed: int, patches: int) -> tuple:
-    """A tree of two rows with two branches each, and features, for the random models."""
-    rng, generator = random.Random(seed), torch.Generator().manual_seed(seed)
-    rows = [
-        Sequence(
-            [1, IMAGE, *random_ids(rng, 3 + i)],
-            [Branch(random_ids(rng, 4)), Branch(random_ids(rng, 2))],
-            patches,
-        )
-        for i in range(2)
-    ]
-    return build_tree(rows, IMAGE, pad_id=0), torch.randn(2, patches, 16, generator=generator)
 
 
 # Against PEFT and transformers
 # -------------------------------------------------------------------------------
 
 
-def answers(model) -> list[torch.Tensor]:
-    """All logits of two toy conversations: by the plain way for our model, by its own for
-    transformers'."""
-    tokenizer, logits = toy_tokenizer(), []
-    for i, raw in enumerate(world.alignment_records(2, "validation")):
-        question, answer = (
-            turn["value"].removeprefix("<image>\n") for turn in raw["conversations"]
-        )
-        ids = tokenizer.prompt([("user", question)]) + tokenizer.response(answer)
-        with torch.no_grad():
-            if isinstance(model, Llava):
-                logits.append(plain_logits(model, ids, toy_features((i,))[0]))
-                continue
-            patches = toy_model().config.vision.patches
-            expanded = [
-                t
-                for token in ids
-                for t in [token] * (patches if token == tokenizer.image_id else 1)
-            ]
-            pixels = toy_processor()(world.picture(world.make_scene("validation", i)))
-            logits.append(model(input_ids=torch.tensor([expanded]), pixel_values=pixels).logits[0])
-    return logits
-
-
-def transformers_model(oracle, folder):
-    return oracle.transformers.LlavaForConditionalGeneration.from_pretrained(
-        folder, dtype=torch.float32
-    ).eval()
-
-
 @pytest.mark.filterwarnings("ignore::FutureWarning")
 @pytest.mark.parametrize(("rank", "alpha"), SHAPES)
 def test_peft_reads_the_adapter(oracle, rank, alpha, tmp_path):
     model = adapted(toy_model(), rank, alpha, seed=rank)
-    save_adapter(adapter_state(model), rank, alpha, str(TOY), tmp_path / "adapter")
+    save_adapter(adapter_state(model), rank, alpha, str(CHECKPOINT), tmp_path / "adapter")
     kind = pytest.importorskip("peft").PeftModel
-    peft = kind.from_pretrained(transformers_model(oracle, TOY), tmp_path / "adapter").eval()
+    peft = kind.from_pretrained(transformers_model(oracle, CHECKPOINT), tmp_path / "adapter").eval()
     for ours, theirs, base in zip(answers(model), answers(peft), answers(toy_model()), strict=True):
         assert worst(ours, theirs) < 1e-4
         assert worst(ours, base) > 0.01  # the adapter does something
@@ -126,7 +62,9 @@ def test_peft_reads_the_adapter(oracle, rank, alpha, tmp_path):
 @pytest.mark.parametrize(("rank", "alpha"), SHAPES[1:])
 def test_merged_checkpoint_is_a_plain_model(oracle, rank, alpha, tmp_path):
     model = adapted(toy_model(), rank, alpha, seed=rank)
-    save_model(toy_model().state_dict(), model.config.raw, TOY, tmp_path / "base", torch.float32)
+    save_model(
+        toy_model().state_dict(), model.config.raw, CHECKPOINT, tmp_path / "base", torch.float32
+    )
     save_changed(
         tmp_path / "base",
         merged(adapter_state(model), alpha / rank),

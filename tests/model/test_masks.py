@@ -5,7 +5,8 @@ import random
 
 import pytest
 import torch
-from helpers import toy_model
+from helpers import IMAGE, toy_model
+from trees import random_sequences
 
 from minialign.model.masks import (
     PADDING,
@@ -17,42 +18,11 @@ from minialign.model.masks import (
     image_attention_mask,
 )
 
-IMAGE, PAD = 3, 0
+PAD = 0
 SEEDS = range(12)
 
 
 # ---------------------------------------------------------------- the layout and the rule, in plain Python
-
-
-def random_sequence(rng: random.Random, image: bool, hide: float) -> Sequence:
-    """Any trunk that begins with a text token, and any branches that do not fork at its very
-    start."""
-    trunk = [rng.randrange(4, 99) for _ in range(rng.randrange(1, 9))]
-    patches = rng.randrange(1, 7) if image else 0
-    visible = None
-    if image:
-        trunk.insert(rng.randrange(1, len(trunk) + 1), IMAGE)
-        if rng.random() < 0.8:
-            visible = torch.tensor([rng.random() >= hide for _ in range(patches)])
-    forks = [None, *range(1, len(trunk) + 1)]
-    if visible is not None and not visible[-1]:  # not right behind a hidden token
-        forks = [
-            fork
-            for fork in forks
-            if (len(trunk) if fork is None else fork) != trunk.index(IMAGE) + 1
-        ]
-    count = rng.choice([0, 1, 2, 4]) if forks else 0
-    answers = [[rng.randrange(4, 99) for _ in range(rng.randrange(5))] for _ in range(count)]
-    return Sequence(trunk, [Branch(ids, rng.choice(forks)) for ids in answers], patches, visible)
-
-
-def random_batch(seed: int) -> list[Sequence]:
-    """One to four sequences, with and without a picture."""
-    rng = random.Random(seed)
-    return [
-        random_sequence(rng, rng.random() < 0.7, rng.choice([0.3, 0.9]))
-        for _ in range(rng.randrange(1, 5))
-    ]
 
 
 def plain_row(
@@ -119,7 +89,7 @@ def sees(query: dict, key: dict) -> bool:
 @pytest.mark.parametrize("drop_hidden", [True, False])
 @pytest.mark.parametrize("seed", SEEDS)
 def test_layout(seed, drop_hidden):
-    batch = random_batch(seed)
+    batch = random_sequences(seed)
     tree = build_tree(batch, IMAGE, PAD, drop_hidden)
     names = {
         "ids": "token",
@@ -151,7 +121,7 @@ def test_layout(seed, drop_hidden):
 @pytest.mark.parametrize("drop_hidden", [True, False])
 @pytest.mark.parametrize("seed", SEEDS)
 def test_rule_against_a_double_loop(seed, drop_hidden):
-    batch = random_batch(seed)
+    batch = random_sequences(seed)
     tree = build_tree(batch, IMAGE, PAD, drop_hidden)
     mask = dense_mask(tree, tree)
     width = tree.ids.shape[1]
@@ -168,8 +138,8 @@ def test_rule_against_a_double_loop(seed, drop_hidden):
 def test_the_random_trees_have_everything():
     """The seeds above cover padding, hidden tokens, forks inside the trunk, empty branches, rows
     without a picture."""
-    trees = [build_tree(random_batch(seed), IMAGE, PAD, False) for seed in SEEDS]
-    rows = [sequence for seed in SEEDS for sequence in random_batch(seed)]
+    trees = [build_tree(random_sequences(seed), IMAGE, PAD, False) for seed in SEEDS]
+    rows = [sequence for seed in SEEDS for sequence in random_sequences(seed)]
     assert any((tree.branch == PADDING).any() for tree in trees)
     assert any((~tree.visible & (tree.branch == TRUNK)).any() for tree in trees)
     branches = [(branch, len(row.trunk)) for row in rows for branch in row.branches]
@@ -181,7 +151,7 @@ def test_the_random_trees_have_everything():
 @pytest.mark.parametrize("drop_hidden", [True, False])
 @pytest.mark.parametrize("seed", SEEDS)
 def test_no_row_is_empty_and_padding_sees_only_itself(seed, drop_hidden):
-    tree = build_tree(random_batch(seed), IMAGE, PAD, drop_hidden)
+    tree = build_tree(random_sequences(seed), IMAGE, PAD, drop_hidden)
     mask = dense_mask(tree, tree)[:, 0]
     assert mask.any(-1).all()
     padding = tree.branch == PADDING
@@ -194,7 +164,7 @@ def test_no_row_is_empty_and_padding_sees_only_itself(seed, drop_hidden):
 def test_appended_columns(seed):
     """A tree and the columns behind it keep the rule: the mask of the last columns is the whole
     mask's."""
-    tree = build_tree(random_batch(seed), IMAGE, PAD)
+    tree = build_tree(random_sequences(seed), IMAGE, PAD)
     cut = random.Random(seed).randrange(tree.ids.shape[1])
     names = ("ids", "positions", "branch", "fork", "visible", "parent", "feature")
     left, right = (

@@ -6,41 +6,10 @@ from dataclasses import replace
 
 import pytest
 import torch
-from helpers import toy_features, toy_model, toy_tokenizer, worst
+from helpers import toy_model, toy_tokenizer, worst
+from trees import toy_rows, toy_tree
 
-from minialign.model.masks import PADDING, TRUNK, Branch, Sequence, build_tree
-from minialign.toy import world
-
-
-def toy_rows(seed: int, count: int = 2, hide: float = 0.5):
-    """[(prompt, chosen, rejected, visible)] for real pictures, and the tower's features of
-    those."""
-    rng, tokenizer = random.Random(seed), toy_tokenizer()
-    indices = tuple(rng.sample(range(500), count))
-    rows = []
-    for index in indices:
-        scene, other = (world.make_scene("validation", i) for i in (index, index + 1000))
-        kind = rng.choice(["description", "existence", "attribute"])
-        turns = world.conversation(scene, kind, rng)
-        chosen, rejected = turns[-1][1], world.conversation(other, kind, rng)[-1][1]
-        visible = torch.tensor(
-            [rng.random() >= hide for _ in range(toy_model().config.vision.patches)]
-        )
-        visible[:2] = torch.tensor([True, False])  # some of each
-        ids = (
-            tokenizer.prompt(turns[:-1]),
-            tokenizer.response(chosen),
-            tokenizer.response(rejected),
-        )
-        rows.append((*ids, visible))
-    return rows, toy_features(indices)
-
-
-def toy_tree(sequences: list[Sequence], drop_hidden: bool = True):
-    """A batch for the embedded checkpoint."""
-    return build_tree(
-        sequences, toy_model().config.image_token_id, toy_tokenizer().pad_id, drop_hidden
-    )
+from minialign.model.masks import PADDING, TRUNK, Branch, Sequence
 
 
 @torch.no_grad()

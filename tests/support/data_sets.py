@@ -3,8 +3,10 @@ them."""
 
 import importlib.util
 import json
+import random
 from pathlib import Path
 
+import numpy as np
 from PIL import Image
 
 from minialign.data.records import Record
@@ -28,6 +30,14 @@ def photograph(name: str) -> Image.Image:
     folder = Path(importlib.util.find_spec("skimage").origin).parent / "data"
     with Image.open(folder / name) as picture:
         return picture.convert("RGB")
+
+
+def random_picture(rng: random.Random, mode: str = "RGB", longest: int = 500) -> Image.Image:
+    """Noise over a gradient, of any size."""
+    width, height = rng.randrange(1, longest), rng.randrange(1, longest)
+    noise = np.random.default_rng(rng.randrange(2**32))
+    values = noise.integers(0, 128, (height, width, 3)) + np.linspace(0, 127, width)[None, :, None]
+    return Image.fromarray(values.astype(np.uint8)).convert(mode)
 
 
 def photographs(folder: Path) -> Path:
