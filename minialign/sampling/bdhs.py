@@ -17,11 +17,10 @@ SWAP = {"Yes": "No", "yes": "no", "No": "Yes", "no": "yes"}
 
 @dataclass(frozen=True)
 class Cut:
-    """One sentence of y+ cut in two: the white space before it, what is kept of it, and where it
-    forks."""
+    """One sentence of y+ cut in two: what a completion goes on from."""
 
-    separator: str
-    kept: str
+    separator: str  # the white space before the sentence
+    kept: str  # the sentence up to the cut
     kept_ids: list[int]  # of all of y+ before the sentence, and of what is kept
     shared: int  # leading tokens of kept_ids that are y+'s, so that the trunk holds them already
 
@@ -30,12 +29,10 @@ WHOLE_RESPONSE = Cut("", "", [], 0)  # nothing is kept: what l. 6 samples, ungui
 
 
 def split_sentences(text: str) -> list[tuple[int, int]]:
-    """Character spans of the sentences: each ends behind `.`, `!` or `?` that a space or the end
-    follows."""
-    return [
-        match.span()
-        for match in re.finditer(r"\S.*?(?:[.!?]+(?=\s|$)|$)", text.rstrip(), re.DOTALL)
-    ]
+    """Character spans of the sentences, which end behind a `.`, `!` or `?` before white space or
+    the end."""
+    found = re.finditer(r"\S.*?(?:[.!?]+(?=\s|$)|$)", text.rstrip(), re.DOTALL)
+    return [sentence.span() for sentence in found]
 
 
 def cut_sentence(

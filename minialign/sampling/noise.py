@@ -6,8 +6,7 @@ from PIL import Image
 
 
 def noise_level(steps: int) -> float:
-    """abar_N of Eq. 8-9: the product of 1 - beta_k for k = 1..N, with the sigmoid schedule of App.
-    E.1."""
+    """abar_N of Eq. 8-9: the product of 1 - beta_k over k = 1..N, by App. E.1's schedule."""
     k = torch.arange(1, steps + 1, dtype=torch.float64)
     beta = torch.sigmoid(-6 + 12 * k / 1000) * (0.5e-2 - 1e-5) + 1e-5
     return float(torch.prod(1 - beta))

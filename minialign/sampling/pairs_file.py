@@ -14,29 +14,20 @@ from minialign.data.records import Record, pair_record, preference_fields
 from minialign.files import read_lines
 from minialign.training.progress import require_same_settings
 
-# When a run is continued.
-MAY_CHANGE = (
-    "out",
-    "limit",
-    "batch_size",
-    "skip_bad_records",
-    "workers",
-    "shard",
-    "device",
-)
+# Settings that may be others when a run is continued.
+MAY_CHANGE = ("out", "limit", "batch_size", "skip_bad_records", "workers", "shard", "device")
 
 
 @dataclass(frozen=True)
 class Sampled:
-    """A rejected response y- and how it came about; `truncated`: the length limit ended a
-    completion."""
+    """A rejected response y- and how it came about."""
 
     rejected: str
-    iterations: int
-    similarity: float
-    mask_seed: int
-    guided: bool
-    truncated: bool
+    iterations: int  # after which it was kept
+    similarity: float  # phi, to y+
+    mask_seed: int  # draws its mask and cuts again
+    guided: bool  # False: a whole response, not y+'s sentences completed
+    truncated: bool  # the length limit ended a completion
 
 
 def beside(out: Path, what: str) -> Path:
@@ -68,12 +59,14 @@ def require_same_records(out: Path, pairs: list[dict], records: list[Record]) ->
 
 def needs_messages(out: Path, pairs: list[dict], records: list[Record]) -> bool:
     """Whether prompts and responses are lists of messages, in the whole file: where a record has
-    earlier turns, or pairs that are there have them."""
-    turns = any(len(record.turns) > 1 for record in records)
-    bare = bool(pairs) and isinstance(pairs[0]["prompt"], str)
+    earlier turns, or the pairs that are there already are so."""
+    several_turns = any(len(record.turns) > 1 for record in records)
+    if not pairs:
+        return several_turns
+    texts = isinstance(pairs[0]["prompt"], str)
     message = "its prompts are texts, and some records have several turns, which need messages"
-    require(not (bare and turns), f"--out {out}: {message}; name another --out")
-    return turns or bool(pairs) and not bare
+    require(not (texts and several_turns), f"--out {out}: {message}; name another --out")
+    return not texts
 
 
 def pair_line(record: Record, sampled: Sampled, config, messages: bool) -> dict:
@@ -87,17 +80,18 @@ def pair_line(record: Record, sampled: Sampled, config, messages: bool) -> dict:
 
 
 def resolved_curve(pairs: list[dict], n_bdhs: int, eps_s: float) -> list[float]:
-    """Fig. 10: the share of the pairs that are whole and differ from y+ (below eps_s) after 1, 2,
+    """Fig. 10: the share of the pairs that differ from y+ (phi < eps_s) and are whole, after 1, 2,
     ... iterations."""
     needed: Counter[int] = Counter()
     for pair in pairs:
         bdhs = pair["bdhs"]
-        # Whatever is sampled last is kept, different and whole or not.
+        # What the last iteration samples is kept, different and whole or not.
         different = bdhs["similarity"] < eps_s and not bdhs["truncated"]
         if bdhs["iterations"] < n_bdhs or different:
             needed[bdhs["iterations"]] += 1
-    shares = []
-    for last in range(1, n_bdhs + 1):
-        resolved = sum(needed[iteration] for iteration in range(1, last + 1))
+
+    shares, resolved = [], 0
+    for iteration in range(1, n_bdhs + 1):
+        resolved += needed[iteration]
         shares.append(round(resolved / max(1, len(pairs)), 4))
     return shares

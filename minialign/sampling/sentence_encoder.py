@@ -1,21 +1,20 @@
-"""Alg. 1, line 18: how similar a sampled response is to the chosen one.
+"""Sentence embeddings by BERT or MPNet, from a sentence-transformers folder: Alg. 1, line 18.
 
-phi is the cosine of two sentence embeddings; a sample with phi >= eps_s (0.97) says too nearly the
-same. The encoders are BERT and MPNet, read from a sentence-transformers folder: the paper's
-all-mpnet-base-v2, or the five times smaller all-MiniLM-L6-v2. One class serves both, for they
-differ in three things only:
+The paper's encoder is all-mpnet-base-v2; all-MiniLM-L6-v2, a BERT, is five times smaller. One class
+serves both, for they differ in three things only:
               BERT               MPNet
   positions   0, 1, 2, ...       2, 3, 4, ... (padding: 1)
   token type  row 0 is added     none
-  attention   no bias            a learned bias per head and relative distance, the same in every layer
+  attention   no bias            a learned bias per head and relative distance, the same in every
+                                 layer
 
 The numerics follow transformers (`BertModel`, `MPNetModel`) and sentence-transformers (truncation,
-pooling), in evaluation mode and float32. With no encoder there is `lexical_cosine` of word
-trigrams."""
+pooling), in evaluation mode and float32.
+"""
 
 import json
 import math
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from pathlib import Path
 
 import safetensors.torch
@@ -32,33 +31,42 @@ MPNET_PADDING = 1  # MPNet's padding token id, and the position of every padding
 MPNET_BUCKETS = 32  # of relative distances; as in transformers, whatever config.json says
 MPNET_MAX_DISTANCE = 128  # relative distances from here on share the last bucket of their direction
 
-# Our module -> the checkpoint's, without ".weight" and ".bias"; None: the model has no such module.
-# From "query" on, ours comes after "layers.N." and theirs after "encoder.layer.N.".
-KEY_TABLE = {  # ours        BERT                               MPNet
-    "word": ("embeddings.word_embeddings", "embeddings.word_embeddings"),
-    "position": ("embeddings.position_embeddings", "embeddings.position_embeddings"),
-    "token_type": ("embeddings.token_type_embeddings", None),
-    "relative_bias": (None, "encoder.relative_attention_bias"),
-    "input_norm": ("embeddings.LayerNorm", "embeddings.LayerNorm"),
-    "query": ("attention.self.query", "attention.attn.q"),
-    "key": ("attention.self.key", "attention.attn.k"),
-    "value": ("attention.self.value", "attention.attn.v"),
-    "attention_out": ("attention.output.dense", "attention.attn.o"),
-    "attention_norm": ("attention.output.LayerNorm", "attention.LayerNorm"),
-    "up": ("intermediate.dense", "intermediate.dense"),
-    "down": ("output.dense", "output.dense"),
-    "norm": ("output.LayerNorm", "output.LayerNorm"),
+# Our module -> the checkpoint's, both without ".weight" and ".bias". Those of a layer come after
+# "layers.N." in ours, after "encoder.layer.N." in theirs.
+SHARED = {
+    "word": "embeddings.word_embeddings",
+    "position": "embeddings.position_embeddings",
+    "input_norm": "embeddings.LayerNorm",
+    "up": "intermediate.dense",
+    "down": "output.dense",
+    "norm": "output.LayerNorm",
 }
-UNUSED_KEYS = (
-    "embeddings.position_ids",
-    "pooler.",
-)  # in the checkpoint, not part of a sentence embedding
+BERT = {
+    "token_type": "embeddings.token_type_embeddings",
+    "query": "attention.self.query",
+    "key": "attention.self.key",
+    "value": "attention.self.value",
+    "attention_out": "attention.output.dense",
+    "attention_norm": "attention.output.LayerNorm",
+}
+MPNET = {
+    "relative_bias": "encoder.relative_attention_bias",
+    "query": "attention.attn.q",
+    "key": "attention.attn.k",
+    "value": "attention.attn.v",
+    "attention_out": "attention.attn.o",
+    "attention_norm": "attention.LayerNorm",
+}
+KEYS = {"bert": SHARED | BERT, "mpnet": SHARED | MPNET}
+# In the checkpoint, but not part of a sentence embedding.
+UNUSED_KEYS = ("embeddings.position_ids", "pooler.")
+# What config.json may not say otherwise, as it would be another encoder.
+SUPPORTED = {"hidden_act": "gelu", "position_embedding_type": "absolute", "is_decoder": False}
 
 
 @dataclass(frozen=True)
 class EncoderConfig:
-    """The fields of a BERT or MPNet `config.json` that shape the encoder, under their names
-    there."""
+    """The fields of a BERT's or MPNet's `config.json` that shape it, by their names there."""
 
     model_type: str  # "bert" or "mpnet"
     vocab_size: int
@@ -68,52 +76,55 @@ class EncoderConfig:
     intermediate_size: int
     max_position_embeddings: int
     layer_norm_eps: float
-    type_vocab_size: int = 2  # BERT only
+    type_vocab_size: int  # BERT only
 
 
 class Layer(nn.Module):
-    """One post-norm transformer layer: x = norm(x + attention(x)), then x = norm(x +
-    feed_forward(x))."""
+    """A post-norm transformer layer: x = norm(x + attention(x)), x = norm(x + feed_forward(x))."""
 
     def __init__(self, config: EncoderConfig):
         super().__init__()
         width, eps = config.hidden_size, config.layer_norm_eps
         self.heads = config.num_attention_heads
-        self.query, self.key, self.value, self.attention_out = (
-            nn.Linear(width, width) for _ in range(4)
-        )
+        self.query = nn.Linear(width, width)
+        self.key = nn.Linear(width, width)
+        self.value = nn.Linear(width, width)
+        self.attention_out = nn.Linear(width, width)
         self.attention_norm = nn.LayerNorm(width, eps)
         self.up = nn.Linear(width, config.intermediate_size)
         self.down = nn.Linear(config.intermediate_size, width)
         self.norm = nn.LayerNorm(width, eps)
 
     def forward(self, x: Tensor, bias: Tensor) -> Tensor:
-        """x (B, T, D); bias (B, 1 or H, 1 or T, T) is added to the scaled scores, -inf at
-        padding."""
-        projected = (self.query(x), self.key(x), self.value(x))  # (B, T, D) each
-        q, k, v = (
-            y.unflatten(-1, (self.heads, -1)).transpose(1, 2) for y in projected
-        )  # (B, H, T, D/H)
+        """x (B, T, D) -> (B, T, D); bias (B, 1 or H, 1 or T, T) is added to the scaled scores, -inf
+        at padding."""
+        q = self.in_heads(self.query(x))
+        k = self.in_heads(self.key(x))
+        v = self.in_heads(self.value(x))
         attended = F.scaled_dot_product_attention(q, k, v, attn_mask=bias)  # (B, H, T, D/H)
-        x = self.attention_norm(
-            x + self.attention_out(attended.transpose(1, 2).flatten(2))
-        )  # (B, T, D)
-        return self.norm(x + self.down(F.gelu(self.up(x))))  # (B, T, D)
+        attended = attended.transpose(1, 2).flatten(2)  # (B, T, D)
+        x = self.attention_norm(x + self.attention_out(attended))
+        return self.norm(x + self.down(F.gelu(self.up(x))))
+
+    def in_heads(self, x: Tensor) -> Tensor:
+        """(B, T, D) -> (B, H, T, D/H)."""
+        return x.unflatten(-1, (self.heads, -1)).transpose(1, 2)
 
 
 class Encoder(nn.Module):
-    """BERT or MPNet without dropout and without the pooler; follows transformers' numerics."""
+    """BERT or MPNet without dropout and without the pooler."""
 
     def __init__(self, config: EncoderConfig):
         super().__init__()
         self.config = config
-        self.word = nn.Embedding(config.vocab_size, config.hidden_size)
-        self.position = nn.Embedding(config.max_position_embeddings, config.hidden_size)
+        width = config.hidden_size
+        self.word = nn.Embedding(config.vocab_size, width)
+        self.position = nn.Embedding(config.max_position_embeddings, width)
         if config.model_type == "bert":
-            self.token_type = nn.Embedding(config.type_vocab_size, config.hidden_size)
+            self.token_type = nn.Embedding(config.type_vocab_size, width)
         else:
             self.relative_bias = nn.Embedding(MPNET_BUCKETS, config.num_attention_heads)
-        self.input_norm = nn.LayerNorm(config.hidden_size, config.layer_norm_eps)
+        self.input_norm = nn.LayerNorm(width, config.layer_norm_eps)
         self.layers = nn.ModuleList(Layer(config) for _ in range(config.num_hidden_layers))
 
     def forward(self, ids: Tensor, keep: Tensor) -> Tensor:
@@ -121,26 +132,27 @@ class Encoder(nn.Module):
         steps = torch.arange(ids.shape[1], device=ids.device)  # (T,)
         bias = keep.float().log()[:, None, None, :]  # (B, 1, 1, T), 0 at tokens and -inf at padding
         if self.config.model_type == "bert":
-            x = self.word(ids) + self.position(steps) + self.token_type.weight[0]  # (B, T, D)
+            x = self.word(ids) + self.position(steps) + self.token_type.weight[0]
         else:
             real = (ids != MPNET_PADDING).long()  # (B, T)
             positions = real.cumsum(1) * real + MPNET_PADDING  # (B, T)
-            x = self.word(ids) + self.position(positions)  # (B, T, D)
+            x = self.word(ids) + self.position(positions)
             buckets = relative_buckets(steps - steps[:, None])  # (T, T)
             bias = bias + self.relative_bias(buckets).permute(2, 0, 1)  # (B, H, T, T)
-        x = self.input_norm(x)
+
+        x = self.input_norm(x)  # (B, T, D)
         for layer in self.layers:
             x = layer(x, bias)
         return x
 
 
 def relative_buckets(distance: Tensor) -> Tensor:
-    """The buckets of T5 and MPNet: key minus query position (any shape, int) -> bucket (same shape,
-    int).
+    """The buckets of T5 and MPNet: key minus query position -> bucket, both int of any shape.
 
     The lower half of the buckets is for keys at or before the query, the upper half for keys after
     it. Within a half, the first `exact` buckets hold one distance each; the others widen with the
-    log of the distance."""
+    log of the distance.
+    """
     half, exact = MPNET_BUCKETS // 2, MPNET_BUCKETS // 4
     far = distance.abs()
     growth = torch.log(far.clamp(min=1).float() / exact) / math.log(MPNET_MAX_DISTANCE / exact)
@@ -149,58 +161,58 @@ def relative_buckets(distance: Tensor) -> Tensor:
 
 
 class SentenceEncoder:
-    """Texts to unit-length embeddings; follows the numerics of sentence-transformers' `encode`."""
+    """Texts to embeddings of length 1, with the numerics of sentence-transformers' `encode`."""
 
     def __init__(self, encoder: Encoder, tokenizer: Tokenizer, pooling: str):
         self.encoder = encoder
-        # adds the special tokens, truncates, pads to the longest of a batch
+        # Adds the special tokens, truncates, pads to the longest of a batch.
         self.tokenizer = tokenizer
         self.pooling = pooling  # "mean" over the tokens, or "cls": the first token
 
     @classmethod
     def from_folder(cls, path: str | Path, device: str = "cpu") -> "SentenceEncoder":
-        """Read a sentence-transformers folder; anything missing or not supported is a
-        `UserError`."""
+        """Read a sentence-transformers folder; a `UserError` where anything is missing or not
+        supported."""
         folder = Path(path)
         if not folder.is_dir():
-            raise UserError(
-                f"{folder}: no such folder; {REMEDY}, or name no encoder to compare word trigrams"
-            )
+            remedy = f"{REMEDY}, or name no encoder to compare word trigrams"
+            raise UserError(f"{folder}: no such folder; {remedy}")
         pooling, config = read_pooling(folder), read_config(folder / "config.json")
         return cls(read_encoder(folder, config).to(device), read_tokenizer(folder, config), pooling)
 
     def embed(self, texts: list[str], batch_size: int = 32) -> Tensor:
-        """Embed N texts -> (N, D) float32, each row of length 1, on the encoder's device.
+        """N texts -> (N, D) float32 on the encoder's device, each row of length 1, whether or not
+        the folder has a `Normalize` module.
 
-        A text longer than the folder's `max_seq_length` (in tokens, special ones included) is cut
-        there. The rows are of unit length whether or not the folder has a `Normalize` module."""
+        A text longer than the folder's `max_seq_length`, in tokens with the special ones, is cut
+        there.
+        """
         weight = self.encoder.word.weight
         embeddings = weight.new_empty(len(texts), weight.shape[1])  # (N, D)
         for start in range(0, len(texts), batch_size):
             batch = slice(start, start + batch_size)
             rows = self.tokenizer.encode_batch(texts[batch])
             ids = torch.tensor([row.ids for row in rows], device=weight.device)  # (B, T)
-            keep = torch.tensor(
-                [row.attention_mask for row in rows], device=weight.device
-            ).bool()  # (B, T)
+            keep = torch.tensor([row.attention_mask for row in rows], device=weight.device).bool()
             hidden = self.encoder(ids, keep)  # (B, T, D)
             mean = (hidden * keep[..., None]).sum(1) / keep.sum(1, keepdim=True)  # (B, D)
             embeddings[batch] = mean if self.pooling == "mean" else hidden[:, 0]
         return F.normalize(embeddings, dim=-1)
 
     def cosine(self, first: list[str], second: list[str]) -> list[float]:
-        """phi of `first[i]` and `second[i]`, in [-1, 1]; `ValueError` where the lists differ in
+        """phi of `first[i]` and `second[i]`, in [-1, 1]; a `ValueError` where the lists differ in
         length."""
         if len(first) != len(second):
-            raise ValueError(
-                f"pairs need lists of one length, got {len(first)} and {len(second)} texts"
-            )
+            raise ValueError(f"lists of {len(first)} and {len(second)} texts")
         both = self.embed(first + second)  # (2N, D)
         return (both[: len(first)] * both[len(first) :]).sum(-1).clamp(-1, 1).tolist()
 
 
+# ---------------------------------------------------------------- the folder's files
+
+
 def unusable(path: Path, why: str) -> UserError:
-    """The error to raise for a file of the encoder folder that this module cannot use."""
+    """The error to raise for a file of the folder that cannot be used."""
     return UserError(f"{path}: {why}; {REMEDY}")
 
 
@@ -208,46 +220,48 @@ def read_pooling(folder: Path) -> str:
     """The pooling that `modules.json` and its pooling folder name: "mean" or "cls"."""
     path = folder / "modules.json"
     try:
-        modules = {
-            m["type"].rpartition(".")[2]: m["path"] for m in json.loads(path.read_text("utf-8"))
-        }
+        stored = json.loads(path.read_text("utf-8"))
+        modules = {module["type"].rpartition(".")[2]: module["path"] for module in stored}
     except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
         raise unusable(path, f"not readable as a list of modules ({error!r})") from None
     if list(modules) not in (["Transformer", "Pooling"], ["Transformer", "Pooling", "Normalize"]):
-        raise unusable(
-            path, f"modules {list(modules)}: only Transformer, Pooling, Normalize are supported"
-        )
+        supported = "only Transformer, Pooling, Normalize are supported"
+        raise unusable(path, f"modules {list(modules)}: {supported}")
+
+    # Older folders have a flag for each pooling, newer ones a name.
     path = folder / modules["Pooling"] / "config.json"
     config = read_json(path, REMEDY)
-    modes = [
-        key for key, on in config.items() if key.startswith("pooling_mode_") and on
-    ]  # flags, or,
-    modes = modes or [config.get("pooling_mode")]  # in newer folders, a name
-    for mode, flag in (("mean", "pooling_mode_mean_tokens"), ("cls", "pooling_mode_cls_token")):
-        if modes in ([mode], [flag]):
-            return mode
+    modes = [key for key, on in config.items() if key.startswith("pooling_mode_") and on]
+    modes = modes or [config.get("pooling_mode")]
+    if modes in (["mean"], ["pooling_mode_mean_tokens"]):
+        return "mean"
+    if modes in (["cls"], ["pooling_mode_cls_token"]):
+        return "cls"
     raise unusable(path, f"pooling {modes} is neither mean nor cls")
 
 
 def read_config(path: Path) -> EncoderConfig:
     """Read and check the `config.json` of a BERT or MPNet."""
     stored = read_json(path, REMEDY)
-    if stored.get("model_type") not in ("bert", "mpnet"):
+    if stored.get("model_type") not in KEYS:
         raise unusable(path, f"model_type {stored.get('model_type')!r} is neither bert nor mpnet")
-    for key, only in (
-        ("hidden_act", "gelu"),
-        ("position_embedding_type", "absolute"),
-        ("is_decoder", False),
-    ):
+    for key, only in SUPPORTED.items():
         if stored.get(key, only) != only:
             raise unusable(path, f"{key} {stored[key]!r} is not supported, only {only!r}")
-    known = {
-        field.name: stored[field.name] for field in fields(EncoderConfig) if field.name in stored
-    }
     try:
-        return EncoderConfig(**known)
-    except TypeError as error:
-        raise unusable(path, f"a field is missing ({error})") from None
+        return EncoderConfig(
+            model_type=stored["model_type"],
+            vocab_size=stored["vocab_size"],
+            hidden_size=stored["hidden_size"],
+            num_hidden_layers=stored["num_hidden_layers"],
+            num_attention_heads=stored["num_attention_heads"],
+            intermediate_size=stored["intermediate_size"],
+            max_position_embeddings=stored["max_position_embeddings"],
+            layer_norm_eps=stored["layer_norm_eps"],
+            type_vocab_size=stored.get("type_vocab_size", 2),
+        )
+    except KeyError as error:
+        raise unusable(path, f"field {error} is missing") from None
 
 
 def read_tokenizer(folder: Path, config: EncoderConfig) -> Tokenizer:
@@ -257,37 +271,33 @@ def read_tokenizer(folder: Path, config: EncoderConfig) -> Tokenizer:
         tokenizer = Tokenizer.from_file(str(path))
     except Exception as error:  # the library raises bare exceptions
         raise unusable(path, f"not readable as a tokenizer ({error})") from None
+
     path = folder / "sentence_bert_config.json"
     settings = read_json(path, REMEDY)
-    limit, special = (
-        settings.get("max_seq_length"),
-        tokenizer.num_special_tokens_to_add(is_pair=False),
-    )
-    room = config.max_position_embeddings - (
-        MPNET_PADDING + 1 if config.model_type == "mpnet" else 0
-    )
+    limit = settings.get("max_seq_length")
+    special = tokenizer.num_special_tokens_to_add(is_pair=False)
+    room = config.max_position_embeddings
+    if config.model_type == "mpnet":
+        room -= MPNET_PADDING + 1
     if not isinstance(limit, int) or not 0 < special < limit <= room:
-        bounds = (
-            f"more than the special tokens ({special}, at least 1) and at most {room} positions"
-        )
+        above = f"more than the special tokens ({special}, at least 1)"
+        bounds = f"{above} and at most {room} positions"
         raise unusable(path, f"max_seq_length is {limit}, must be {bounds}")
+
     if settings.get("do_lower_case"):
         rest = [tokenizer.normalizer] if tokenizer.normalizer else []
         tokenizer.normalizer = normalizers.Sequence([normalizers.Lowercase(), *rest])
-    tokenizer.enable_padding(
-        pad_id=MPNET_PADDING
-    )  # to the longest text of a batch; BERT takes any id there
+    tokenizer.enable_padding(pad_id=MPNET_PADDING)  # BERT takes any id there
     tokenizer.enable_truncation(limit)
     return tokenizer
 
 
 def checkpoint_key(name: str, model_type: str) -> str:
-    """The checkpoint's name of our parameter: "layers.3.down.bias" ->
+    """The checkpoint's name of our parameter: "layers.3.down.bias" is
     "encoder.layer.3.output.dense.bias"."""
-    column = ("bert", "mpnet").index(model_type)
     *layer, module, leaf = name.split(".")  # layer is ["layers", "3"] or []
     prefix = f"encoder.layer.{layer[1]}." if layer else ""
-    return f"{prefix}{KEY_TABLE[module][column]}.{leaf}"
+    return f"{prefix}{KEYS[model_type][module]}.{leaf}"
 
 
 def read_encoder(folder: Path, config: EncoderConfig) -> Encoder:
@@ -295,25 +305,26 @@ def read_encoder(folder: Path, config: EncoderConfig) -> Encoder:
     `UserError`."""
     path = folder / "model.safetensors"
     if not path.is_file() and any(folder.glob("*.bin")):
-        raise UserError(
-            f"{path}: only pickle (.bin) here, which is never loaded; convert it to safetensors"
-        )
+        only = "only pickle (.bin) here, which is never loaded; convert it to safetensors"
+        raise UserError(f"{path}: {only}")
     try:
-        stored = safetensors.torch.load_file(path)
+        loaded = safetensors.torch.load_file(path)
     except (safetensors.SafetensorError, OSError) as error:
         raise unusable(path, f"not readable as safetensors ({error})") from None
-    stored = {key.removeprefix(f"{config.model_type}."): tensor for key, tensor in stored.items()}
-    stored = {
-        key: tensor.float() for key, tensor in stored.items() if not key.startswith(UNUSED_KEYS)
-    }
+    stored = {}
+    for key, tensor in loaded.items():
+        key = key.removeprefix(f"{config.model_type}.")
+        if not key.startswith(UNUSED_KEYS):
+            stored[key] = tensor.float()
+
     with torch.device("meta"):  # shapes only; the weights are put in below
         encoder = Encoder(config)
-    wanted = {checkpoint_key(name, config.model_type): name for name in encoder.state_dict()}
+    ours = {checkpoint_key(name, config.model_type): name for name in encoder.state_dict()}
+    expected = {key: tuple(encoder.get_parameter(name).shape) for key, name in ours.items()}
     found = {key: tuple(tensor.shape) for key, tensor in stored.items()}
-    expected = {key: tuple(encoder.get_parameter(name).shape) for key, name in wanted.items()}
     wrong = [key for key in sorted(expected | found) if expected.get(key) != found.get(key)]
     if wrong:
-        listed = (f"{key} (expected {expected.get(key)}, found {found.get(key)})" for key in wrong)
+        listed = [f"{key} (expected {expected.get(key)}, found {found.get(key)})" for key in wrong]
         raise unusable(path, f"does not fit config.json: {', '.join(listed)}")
-    encoder.load_state_dict({wanted[key]: tensor for key, tensor in stored.items()}, assign=True)
+    encoder.load_state_dict({ours[key]: tensor for key, tensor in stored.items()}, assign=True)
     return encoder.requires_grad_(False)

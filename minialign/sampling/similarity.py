@@ -16,14 +16,19 @@ Similarity = Callable[[list[str], list[str]], list[float]]  # N texts, N texts -
 
 def load_similarity(encoder: str | None, device: str = "cpu") -> Similarity:
     """The pairwise phi: `similarity(sampled, chosen)` takes two lists of N texts and returns N
-    cosines.
+    cosines; lists of unlike length are a `ValueError`.
 
-    With a folder: the cosine of its encoder's embeddings, in [-1, 1]. With None: `lexical_cosine`,
-    in [0, 1]. A folder that is not usable is a `UserError` here, lists of unlike length are a
-    `ValueError` later."""
-    if encoder is not None:
-        return SentenceEncoder.from_folder(encoder, device).cosine
-    return lambda first, second: [lexical_cosine(a, b) for a, b in zip(first, second, strict=True)]
+    With a folder: the cosine of its encoder's embeddings, in [-1, 1]; a `UserError` where the
+    folder is not usable. With None: `lexical_cosine`, in [0, 1].
+    """
+    if encoder is None:
+        return lexical_cosines
+    return SentenceEncoder.from_folder(encoder, device).cosine
+
+
+def lexical_cosines(first: list[str], second: list[str]) -> list[float]:
+    """`lexical_cosine` of `first[i]` and `second[i]`."""
+    return [lexical_cosine(a, b) for a, b in zip(first, second, strict=True)]
 
 
 def word_trigrams(text: str) -> Counter:
@@ -36,10 +41,12 @@ def lexical_cosine(a: str, b: str) -> float:
     """Cosine of the two bags of lower-cased word trigrams, in [0, 1]; needs no encoder.
 
     Not single words: one wrong word among fifty gives 0.94, below eps_s = 0.97, where words alone
-    would give 0.99. Two texts without words give 1, one without gives 0."""
-    first, second = (word_trigrams(text) for text in (a, b))
+    would give 0.99. Two texts without words give 1, one without gives 0.
+    """
+    first, second = word_trigrams(a), word_trigrams(b)
     if not first or not second:
         return float(not first and not second)
-    dot = sum(count * second[word] for word, count in first.items())
-    squares = (sum(count * count for count in words.values()) for words in (first, second))
-    return dot / math.sqrt(math.prod(squares))  # all whole numbers, so never above 1
+    dot = sum(count * second[words] for words, count in first.items())
+    first_square = sum(count * count for count in first.values())
+    second_square = sum(count * count for count in second.values())
+    return dot / math.sqrt(first_square * second_square)  # whole numbers in it, so never above 1
