@@ -102,13 +102,13 @@ def completed(config: Config) -> Config:
     """The config with its defaults; refuses flags that do not go together or make no sense."""
     kind = config.benchmark
     flags = asdict(config)
-    for name, others in takers().items():
+    for name in NEEDED[kind]:
+        message = f"--{name} is missing; --benchmark {kind} needs --{' --'.join(NEEDED[kind])}"
+        require(flags[name] is not None, message)
+    for name, kinds in takers().items():
         given = flags[name] is not None and flags[name] is not False
-        flag = f"--{name.replace('_', '-')}"
-        message = f"{flag}: not for --benchmark {kind}, only for {', '.join(others)}; name one"
-        require(kind in others or not given, message)
-        message = f"{flag} is missing; --benchmark {kind} needs --{' --'.join(NEEDED[kind])}"
-        require(name not in NEEDED[kind] or given, message)
+        message = f"--{name.replace('_', '-')}: not for --benchmark {kind}"
+        require(kind in kinds or not given, f"{message}, only for {', '.join(kinds)}; name one")
     absent = {name: value for name, value in DEFAULTS[kind].items() if flags[name] is None}
     config = replace(config, **absent)
 
@@ -131,7 +131,7 @@ def takers() -> dict[str, list[str]]:
     """{flag: the benchmarks that take it}, of the flags that are not for all."""
     found: dict[str, list[str]] = {}
     for kind in NEEDED:
-        for name in dict.fromkeys((*NEEDED[kind], *DEFAULTS[kind])):
+        for name in {*NEEDED[kind], *DEFAULTS[kind]}:
             found.setdefault(name, []).append(kind)
     return found
 

@@ -157,9 +157,10 @@ class CocoFile:
         if not isinstance(records, list) or not records:
             message = f"{self.flag} {self.path}: field {name!r} must be a list"
             raise UserError(f"{message} with something in it; give COCO's file")
-        places = (f"{self.path}, {name}, record {n}" for n in range(1, len(records) + 1))
-        shown = tqdm(records, desc=name, leave=False)
-        return collect(zip(places, shown, strict=True), parse, None, self.skip_bad)
+        numbered = enumerate(records, start=1)
+        places = ((f"{self.path}, {name}, record {n}", record) for n, record in numbered)
+        shown = tqdm(places, desc=name, total=len(records), leave=False)
+        return collect(shown, parse, None, self.skip_bad)
 
 
 def read_instances(

@@ -20,7 +20,7 @@ from benchmark_files import (
     toy_pope,
     write_lines,
 )
-from helpers import plain_greedy, random_toy, toy_processor, toy_tokenizer
+from helpers import plain_greedy, random_toy, toy_assistant, toy_processor, toy_tokenizer
 
 from minialign import evaluate
 from minialign.cli import parse_config

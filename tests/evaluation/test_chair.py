@@ -138,7 +138,8 @@ def figures(tmp_path, said: dict[str, str], **changes) -> dict:
 
 def test_scores_by_hand(tmp_path):
     said = {
-        "a.jpg": "A kitten, a cat, and a cow on a sofa.",  # 4 mentions: cow and couch are not there; the dog is missed
+        # 4 mentions: cow and couch are not there; the dog is missed
+        "a.jpg": "A kitten, a cat, and a cow on a sofa.",
         "b.jpg": "A man. Another man.",  # 2 mentions, both there; 1 object of 1
         "c.jpg": "A boat, a boat.",  # 2 mentions, neither there; no object
     }

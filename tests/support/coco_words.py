@@ -1,9 +1,11 @@
-"""A synonym table of the size and the oddities of CHAIR's own, for the tests: 80 lines, one for
-each COCO category."""
+"""A synonym table of the size and the oddities of CHAIR's own: 80 lines, one for each COCO
+category.
+"""
 
 LINES = """\
-person, girl, boy, man, woman, kid, child, chef, baker, people, adult, rider, baby, worker, passenger, policeman, \
-officer, lady, cowboy, bride, groom, guy, gentleman, pitcher, player, skier, snowboarder, thief, grandchild
+person, girl, boy, man, woman, kid, child, chef, baker, people, adult, rider, baby, worker, \
+passenger, policeman, officer, lady, cowboy, bride, groom, guy, gentleman, pitcher, player, \
+skier, snowboarder, thief, grandchild
 bicycle, bike, unicycle, trike
 car, automobile, van, minivan, sedan, suv, cab, jeep, coupe, taxi, limo
 motorcycle, scooter, motor bike, motor cycle, motorbike, moped
@@ -17,9 +19,11 @@ fire hydrant, hydrant
 stop sign
 parking meter
 bench, pew
-bird, ostrich, owl, seagull, goose, duck, finch, pigeon, swan, flamingo, crow, turkey, peacock, cockatoo, osprey
+bird, ostrich, owl, seagull, goose, duck, finch, pigeon, swan, flamingo, crow, turkey, peacock, \
+cockatoo, osprey
 cat, kitten, feline, tabby
-dog, puppy, beagle, pup, canine, collie, pug, poodle, doggie, husky, bulldog, corgi, retriever, doggy
+dog, puppy, beagle, pup, canine, collie, pug, poodle, doggie, husky, bulldog, corgi, retriever, \
+doggy
 horse, colt, pony, stallion, mare, foal
 sheep, lamb, ram, goat, ewe
 cow, cattle, oxen, ox, calf, heifer, buffalo, bull, bison
