@@ -1,5 +1,6 @@
 """PPO: GAE by hand and by its definition, clipping by hand, REINFORCE's direction, and the optimum
-of Eq. 2."""
+of Eq. 2.
+"""
 
 import math
 
@@ -15,15 +16,13 @@ SEEDS = range(5)
 
 def test_gae_by_hand():
     """gamma = lam = 1/2. First response: delta 1 + 0.5 - 0.5 = 1, then 2 - 1 = 1; A 1 + 1/4, then
-    1. Second: 3 - 4."""
+    1. Second: 3 - 4.
+    """
     rewards, values = torch.tensor([1.0, 2.0, 3.0]), torch.tensor([0.5, 1.0, 4.0])
     last = torch.tensor([False, True, True])
     assert gae(rewards, values, last, 0.5, 0.5).tolist() == [1.25, 1.0, -1.0]
-    assert gae(rewards, values, last, 1.0, 1.0).tolist() == [
-        2.5,
-        1.0,
-        -1.0,
-    ]  # returns 3, 2, 3 less the values
+    # Returns 3, 2, 3 less the values.
+    assert gae(rewards, values, last, 1.0, 1.0).tolist() == [2.5, 1.0, -1.0]
     assert gae(rewards, values, last, 1.0, 0.0).tolist() == [1.5, 1.0, -1.0]  # deltas
 
 
@@ -40,13 +39,10 @@ def test_gae_equals_its_definition(seed):
     for r, v in zip(rewards.split(lengths), values.split(lengths), strict=True):
         after = [*v[1:].tolist(), 0.0]
         delta = [float(r[t]) + gamma * after[t] - float(v[t]) for t in range(len(r))]
-        expected += [
-            sum((gamma * lam) ** (s - t) * delta[s] for s in range(t, len(r)))
-            for t in range(len(r))
-        ]
-    torch.testing.assert_close(
-        gae(rewards, values, last, gamma, lam), torch.tensor(expected), rtol=1e-5, atol=1e-5
-    )
+        for t in range(len(r)):
+            expected.append(sum((gamma * lam) ** (s - t) * delta[s] for s in range(t, len(r))))
+    found = gae(rewards, values, last, gamma, lam)
+    torch.testing.assert_close(found, torch.tensor(expected), rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.parametrize(
@@ -99,14 +95,14 @@ def test_metrics_by_hand():
 @pytest.mark.parametrize("seed", SEEDS)
 def test_the_first_update_has_the_direction_of_reinforce(seed):
     """lam = gamma = 1, one epoch: grad log pi_t (return from t on less V_t), summed token by token,
-    same baseline."""
+    same baseline.
+    """
     bandit, generator = Bandit(2 + seed % 3, 3, seed), torch.Generator().manual_seed(seed)
     policy = torch.randn(bandit.reference.shape, generator=generator, requires_grad=True)
     drawn = bandit.draw(policy, 5, 3, generator)
     row, branch, prefix, token = bandit.tokens(drawn)
-    logps, ref_logps = (
-        table.log_softmax(-1)[prefix, token] for table in (policy, bandit.reference)
-    )
+    logps = policy.log_softmax(-1)[prefix, token]
+    ref_logps = bandit.reference.log_softmax(-1)[prefix, token]
     baseline = torch.randn(len(policy), generator=generator)
     rewards = token_rewards(bandit.scores[drawn], row, branch, logps, ref_logps, bandit.beta)
     advantages = gae(rewards, baseline[prefix], last_tokens(row, branch), 1.0, 1.0)
@@ -115,18 +111,15 @@ def test_the_first_update_has_the_direction_of_reinforce(seed):
     loss = 0.0
     for number in drawn.flatten().tolist():
         steps = [step for step in bandit.steps[number].tolist() if step[0] >= 0]
-        own, other = (
-            [logits.log_softmax(-1)[p, t] for p, t in steps]
-            for logits in (policy, bandit.reference)
-        )
+        own = [policy.log_softmax(-1)[p, t] for p, t in steps]
+        other = [bandit.reference.log_softmax(-1)[p, t] for p, t in steps]
         for t, (before, _) in enumerate(steps):
             kl = sum(a.item() - b.item() for a, b in zip(own[t:], other[t:], strict=True))
             loss = loss - own[t] * (bandit.scores[number] - bandit.beta * kl - baseline[before])
     (reinforce,) = torch.autograd.grad(loss, policy)
     assert torch.cosine_similarity(ours.flatten(), reinforce.flatten(), dim=0) > 0.999
-    torch.testing.assert_close(
-        ours * len(token), reinforce, rtol=1e-4, atol=1e-5
-    )  # a mean over tokens
+    # Ours is a mean over tokens.
+    torch.testing.assert_close(ours * len(token), reinforce, rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.parametrize("whiten", [False, True])
@@ -134,7 +127,8 @@ def test_the_first_update_has_the_direction_of_reinforce(seed):
 @pytest.mark.parametrize(("vocab", "longest"), [(2, 1), (2, 3), (3, 2)])
 def test_ppo_reaches_the_optimum_of_eq_2(vocab, longest, seed, whiten):
     """Two updates per rollout, values learned beside the policy; whitened advantages move no
-    optimum."""
+    optimum.
+    """
     bandit, generator = Bandit(vocab, longest, seed), torch.Generator().manual_seed(seed)
     policy = bandit.reference.clone().requires_grad_()
     table = torch.zeros(len(policy), requires_grad=True)  # the value head starts at zero
@@ -142,9 +136,8 @@ def test_ppo_reaches_the_optimum_of_eq_2(vocab, longest, seed, whiten):
     for _ in range(250):
         drawn = bandit.draw(policy, 128, 2, generator)
         row, branch, prefix, token = bandit.tokens(drawn)
-        old, ref = (
-            logits.detach().log_softmax(-1)[prefix, token] for logits in (policy, bandit.reference)
-        )
+        old = policy.detach().log_softmax(-1)[prefix, token]
+        ref = bandit.reference.log_softmax(-1)[prefix, token]
         values = table.detach()[prefix]
         rewards = token_rewards(bandit.scores[drawn], row, branch, old, ref, bandit.beta)
         advantages = gae(rewards, values, last_tokens(row, branch), 1.0, 0.95)

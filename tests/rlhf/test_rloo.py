@@ -22,8 +22,9 @@ def test_advantages_by_hand():
 
 
 def trl_trainer(logps, ref, scores, inside, beta: float) -> SimpleNamespace:
-    """What TRL's own code needs of a trainer, the text and the models aside: token log-probs (B k,
-    T)."""
+    """What TRL's own code needs of a trainer, the text and the models aside: token log-probs
+    (B k, T).
+    """
     policy = torch.nn.Identity()
     policy.is_gradient_checkpointing = False
     ids = [[1] * length for length in inside.sum(1).tolist()]
@@ -77,7 +78,8 @@ def trl_trainer(logps, ref, scores, inside, beta: float) -> SimpleNamespace:
 @pytest.mark.parametrize("seed", SEEDS)
 def test_advantages_and_gradient_equal_trl(seed):
     """TRL's code, called: rewards with their KL, advantages, and its loss in the first update,
-    where the ratio is 1."""
+    where the ratio is 1.
+    """
     trainer_class = pytest.importorskip("trl").RLOOTrainer
     generator = torch.Generator().manual_seed(seed)
     rows, k, longest, beta = 1 + seed, 2 + seed % 3, 1 + 2 * seed, 0.05 + 0.3 * seed
@@ -91,14 +93,15 @@ def test_advantages_and_gradient_equal_trl(seed):
     trainer = trl_trainer(theirs, ref, scores, inside, beta)
     batch = trainer_class._generate_and_score_completions(trainer, [{"prompt": "x"}] * (rows * k))
     sums, ref_sums = ((t * inside).sum(1).view(rows, k) for t in (mine, ref))
-    advantages = leave_one_out(sequence_rewards(scores, sums, ref_sums, beta))
+    rewards = sequence_rewards(scores, sums, ref_sums, beta)
+    advantages = leave_one_out(rewards)
     torch.testing.assert_close(
         advantages.flatten(), batch["advantages"].detach(), rtol=1e-5, atol=1e-5
     )
 
     detached = {name: value.detach() for name, value in batch.items()}
     trainer_class._compute_loss(trainer, trainer.model, detached).backward()
-    rloo_loss(sums, ref_sums, scores, beta).backward()
+    rloo_loss(sums, rewards).backward()
     assert theirs.grad.abs().max() > 0
     torch.testing.assert_close(mine.grad, theirs.grad, rtol=1e-4, atol=1e-6)
 
@@ -107,21 +110,22 @@ def test_advantages_and_gradient_equal_trl(seed):
 @pytest.mark.parametrize(("vocab", "longest"), [(2, 1), (2, 3), (3, 2)])
 def test_rloo_reaches_the_optimum_of_eq_2(vocab, longest, seed):
     """At the optimum r - beta log(pi / ref) is the same for all responses, so that even its noise
-    is gone."""
+    is gone.
+    """
     bandit, generator = Bandit(vocab, longest, seed), torch.Generator().manual_seed(seed)
     policy = bandit.reference.clone().requires_grad_()
     optimizer, schedule = decaying_adam([policy], 0.1, 300)
     for _ in range(300):
         drawn = bandit.draw(policy, 64, 4, generator)
         row, branch, prefix, token = bandit.tokens(drawn)
-        logps, ref_logps = (
-            torch.zeros(drawn.shape).index_put(
-                (row, branch), table.log_softmax(-1)[prefix, token], accumulate=True
-            )
-            for table in (policy, bandit.reference)
-        )
+        sums = []
+        for table in (policy, bandit.reference):
+            logps = table.log_softmax(-1)[prefix, token]
+            of_responses = torch.zeros(drawn.shape)
+            sums.append(of_responses.index_put((row, branch), logps, accumulate=True))
+        rewards = sequence_rewards(bandit.scores[drawn], *sums, bandit.beta)
         optimizer.zero_grad()
-        rloo_loss(logps, ref_logps, bandit.scores[drawn], bandit.beta).backward()
+        rloo_loss(sums[0], rewards).backward()
         optimizer.step()
         schedule.step()
     assert bandit.distance(policy) < 1e-2

@@ -15,20 +15,23 @@ class Bandit:
     from the seed.
 
     A policy is a table of logits, one row per prefix: (prefixes, vocab). vocab 2 and longest 1 is
-    two arms."""
+    two arms.
+    """
 
     def __init__(self, vocab: int, longest: int, seed: int):
-        inner = [
-            p for n in range(longest) for p in product(range(1, vocab), repeat=n)
-        ]  # what goes on
-        self.responses = [
-            (*p, t) for p in inner for t in range(vocab) if t == STOP or len(p) == longest - 1
-        ]
+        # Prefixes that go on, and the responses: a prefix and one token more that ends it.
+        inner = [p for n in range(longest) for p in product(range(1, vocab), repeat=n)]
+        self.responses = []
+        for prefix in inner:
+            ends = range(vocab) if len(prefix) == longest - 1 else [STOP]
+            self.responses += [(*prefix, token) for token in ends]
+
+        # The (prefix, token) of each step: (responses, longest, 2), -1 behind the last.
         numbers = {prefix: i for i, prefix in enumerate(inner)}
-        steps = [[(numbers[r[:t]], r[t]) for t in range(len(r))] for r in self.responses]
-        self.steps = torch.tensor(
-            [s + [(-1, -1)] * (longest - len(s)) for s in steps]
-        )  # (responses, longest, 2)
+        self.steps = torch.full((len(self.responses), longest, 2), -1)
+        for i, response in enumerate(self.responses):
+            for t, token in enumerate(response):
+                self.steps[i, t] = torch.tensor([numbers[response[:t]], token])
         generator = torch.Generator().manual_seed(seed)
         self.reference = 0.5 * torch.randn(len(inner), vocab, generator=generator)
         order = torch.randperm(len(self.responses), generator=generator)
@@ -37,7 +40,8 @@ class Bandit:
 
     def tokens(self, drawn: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """Row, branch, prefix and token of every token of the responses drawn (B, k), in
-        `token_logps`' order."""
+        `token_logps`' order.
+        """
         steps = self.steps[drawn.flatten()]  # (B k, longest, 2)
         response, place = (steps[..., 0] >= 0).nonzero(as_tuple=True)
         prefix, token = steps[response, place].unbind(-1)
@@ -50,11 +54,8 @@ class Bandit:
 
     def draw(self, policy: Tensor, rows: int, k: int, generator: torch.Generator) -> Tensor:
         """Samples of a policy, as numbers of responses: (rows, k)."""
-        return (
-            self.probabilities(policy.detach())
-            .multinomial(rows * k, True, generator=generator)
-            .view(rows, k)
-        )
+        chances = self.probabilities(policy.detach())
+        return chances.multinomial(rows * k, True, generator=generator).view(rows, k)
 
     def optimum(self, beta: float) -> Tensor:
         """Eq. 2's, in closed form: pi* proportional to pi_ref exp(r / beta)."""
@@ -63,13 +64,11 @@ class Bandit:
 
     def distance(self, policy: Tensor) -> float:
         """The largest error of a probability, from the optimum; which is far from the reference's
-        and other betas'."""
+        and other betas'.
+        """
         best = self.optimum(self.beta)
-        for other in (
-            self.probabilities(self.reference),
-            self.optimum(2 * self.beta),
-            self.optimum(self.beta / 2),
-        ):
+        reference = self.probabilities(self.reference)
+        for other in (reference, self.optimum(2 * self.beta), self.optimum(self.beta / 2)):
             assert (other - best).abs().max() > 0.02  # twice what the tests allow
         return (self.probabilities(policy.detach()) - best).abs().max().item()
 
