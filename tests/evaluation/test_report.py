@@ -6,6 +6,7 @@ import io
 import math
 import os
 import re
+from dataclasses import replace
 
 import pytest
 from html_page import EVIL, Page
@@ -17,20 +18,26 @@ from minialign.evaluation.report import ReportPair, write_report
 
 
 def make_pair(**changes) -> ReportPair:
-    image = Image.new("RGB", (96, 96), (200, 40, 0))
-    values = dict(id="7", image=image, visible=[True, False, False, True], prompt="Describe it.")
-    values |= dict(
-        chosen="A red ball.", rejected="A blue ball.", iterations=3, similarity=0.871, guided=True
+    pair = ReportPair(
+        id="7",
+        image=Image.new("RGB", (96, 96), (200, 40, 0)),
+        visible=[True, False, False, True],
+        prompt="Describe it.",
+        chosen="A red ball.",
+        rejected="A blue ball.",
+        iterations=3,
+        similarity=0.871,
+        guided=True,
     )
-    return ReportPair(**(values | changes))
+    return replace(pair, **changes)
 
 
 def make_metrics(steps: int) -> list[dict]:
-    keys = [key for _, _, keys, _ in report.CHARTS for key in keys]
-    return [
-        {"step": step, **{key: index - step / 7 for index, key in enumerate(keys)}}
-        for step in range(steps)
-    ]
+    keys = [key for _, keys, _ in report.CHARTS for key in keys]
+    rows = []
+    for step in range(steps):
+        rows.append({"step": step} | {key: i - step / 7 for i, key in enumerate(keys)})
+    return rows
 
 
 RESULT = {
@@ -79,29 +86,23 @@ def test_full_page_is_well_formed_and_in_order(tmp_path):
     assert any("width=device-width" in meta.get("content", "") for meta in page.all("meta"))
     assert "prefers-color-scheme: dark" in source
     assert len(page.all("article")) == len(page.all("img")) == 2
-    assert re.search(r"iterations3similarity0\.871guidedyesvisible patches2 of 4", page.text)
-    assert "iterations–similarity–guided–visible patches–" in page.text
+    facts = " ".join(page.text.split())
+    assert "iterations 3 · similarity 0.871 · guided yes · visible patches 2 of 4" in facts
+    assert "iterations – · similarity – · guided – · visible patches –" in facts
 
 
 def test_everything_from_outside_stays_text(tmp_path):
     pair = make_pair(id=EVIL, prompt=EVIL, chosen=EVIL + " one", rejected=EVIL + " two")
     config = {"name": EVIL, EVIL: 1}
     cell = {"value": 0.5, "low": 0.4, "high": 0.6}
-    metrics = [{"step": 1, "loss": 0.5, EVIL: 1.0}, {"step": 2, "loss": EVIL}]
+    metrics = [{"step": 1, "loss": 0.5, EVIL: 1.0}]
     result = {EVIL: {EVIL: cell}, "a": {}, "b": {}}
     source, page = write(tmp_path, EVIL, config, [pair], metrics, result)
     assert not page.all("script") and "<script" not in source.lower()
     assert len(page.all("img")) == 1 and not any("onerror" in attrs for _, attrs in page.tags)
-    # Shown letter by letter: title, h1, two in the summary, two names of the table, four texts of
-    # the pair.
+    # Letter by letter: title, h1, two in the summary, two names of the table, four texts of a pair.
     assert page.text.count(EVIL) == 10
-    assert [cell["data-column"] for cell in page.all("td")] == [EVIL, "a", "b"]
     assert page.all("img")[0]["alt"].startswith(f"Picture of pair {EVIL}")
-
-
-def test_characters_that_utf8_or_html_cannot_hold_are_replaced(tmp_path):
-    _, page = write(tmp_path, pairs=[make_pair(prompt="a\ud800b\x00c\x1bd\ne")])
-    assert "a\ufffdb\ufffdc\ufffdd\ne" in page.text
 
 
 def test_nothing_is_loaded_from_outside(tmp_path):
@@ -186,12 +187,6 @@ def test_unknown_visibility_leaves_the_picture_alone_and_small_pixels_stay_squar
     assert image.size == (2, 1)
 
 
-def test_a_mask_that_is_no_square_is_refused(tmp_path):
-    for visible in ([], [True, False, True]):
-        with pytest.raises(ValueError, match="square grid"):
-            write(tmp_path, pairs=[make_pair(visible=visible)])
-
-
 def test_table_shows_values_intervals_and_dashes(tmp_path):
     source, page = write(tmp_path, result=RESULT)
     rows = [re.sub("<[^>]+>", " ", row).split() for row in re.findall("<tr>(.*?)</tr>", source)]
@@ -199,10 +194,8 @@ def test_table_shows_values_intervals_and_dashes(tmp_path):
     assert rows[1][-6:] == ["0.200", "[0.180,", "0.220]", "0.150", "[0.130,", "0.170]"]
     assert rows[2][-4:] == ["0.800", "[0.700,", "0.900]", "–"]
     assert rows[3] == ["length", "–", "81.3", "[80.0,", "82.0]"]
-    _, page = write(
-        tmp_path, result={"before": {"x": {"value": math.nan, "low": math.nan, "high": None}}}
-    )
-    assert "x–" in page.text and "nan" not in page.text.lower()
+    _, page = write(tmp_path, result={"before": {"x": dict.fromkeys(("value", "low", "high"))}})
+    assert "x–" in page.text and "None" not in page.text
 
 
 def test_empty_inputs_are_said_in_words(tmp_path):
@@ -212,21 +205,19 @@ def test_empty_inputs_are_said_in_words(tmp_path):
     assert not page.all("svg")
 
 
-def test_missing_and_infinite_metrics_break_the_line_only(tmp_path):
-    losses = [0.5, 0.25, math.nan, 1.5, None, math.inf, 0.75, 0.5]
-    metrics = [{"step": step, "loss": loss} for step, loss in enumerate(losses)] + [{"step": 8}, {}]
-    source, page = write(tmp_path, metrics=metrics)
-    assert "Left out because not finite: 3." in page.text
-    assert "No values to draw." not in page.text and page.text.count("Left out") == 1
+def test_what_is_missing_or_not_finite_is_left_out(tmp_path):
+    losses = [0.5, 0.25, math.nan, 1.5, math.inf, 0.75]
+    metrics = [{"step": step, "loss": loss} for step, loss in enumerate(losses)]
+    source, page = write(tmp_path, metrics=[*metrics, {"step": 8}])
     assert "Rewards of the pairs" not in page.text  # what was not logged has no chart
-    chart = re.search('<svg class="chart".*?</svg>', source).group()
+    chart = re.search("<svg viewBox.*?</svg>", source).group()
     path = re.search('<path class="line s0" d="([^"]*)"', chart).group(1)
-    assert path.count("M") == 3 and path.count("m-3 0h6") == 1  # 0.5-0.25, the lone 1.5, 0.75-0.5
+    assert path.count("M") == 1 and path.count("L") == 3
     assert "nan" not in chart and "inf" not in chart
     ticks = re.findall(r"<text[^>]*>([^<]*)</text>", chart)
-    assert ticks == ["0.25", "1.5", "0", "7", "loss", "step"]
+    assert ticks == ["0.25", "1.5", "0", "5", "step"]
     _, page = write(tmp_path, metrics=[{"step": 1, "loss": math.nan}])
-    assert page.text.count("No values to draw.") == 1
+    assert not page.all("svg")
 
 
 def test_charts_of_rlhf(tmp_path):
@@ -234,9 +225,8 @@ def test_charts_of_rlhf(tmp_path):
     metrics = [{"step": step, "loss": 1.0, **objective} for step in (1, 2)]
     _, page = write(tmp_path, metrics=metrics)
     titles = ("Loss", *(f"{what} of the policy's answers" for what in ("Rewards", "KL", "Entropy")))
-    assert [title for title in titles if title in page.text] == [
-        *titles
-    ] and "Reward accuracy" not in page.text
+    assert all(title in page.text for title in titles)
+    assert "Reward accuracy" not in page.text
 
 
 def test_charts_have_legends_labels_and_ticks_where_the_values_lie(tmp_path):
@@ -245,40 +235,38 @@ def test_charts_have_legends_labels_and_ticks_where_the_values_lie(tmp_path):
         {"step": 30, "rewards/chosen": 1.0},
     ]
     source, page = write(tmp_path, metrics=metrics)
-    chart = re.search('<svg class="chart".*?</svg>', source).group()
+    chart = re.search("<svg viewBox.*?</svg>", source).group()
     assert re.findall(r"<text[^>]*>([^<]*)</text>", chart) == [
         "−1",
         "0",
         "3",
         "10",
         "30",
-        "reward",
         "step",
     ]
     for key in ("rewards/chosen", "rewards/rejected", "rewards/margins"):
-        assert f"</svg>{key}</span>" in source
+        assert f"<span>{key}</span>" in source
     # From the lower left corner of the frame to its right edge, half way up.
     left, right, bottom, top = report.LEFT, report.RIGHT, report.BOTTOM, report.TOP
-    assert f'd="M{left:.1f} {bottom:.1f}L{right:.1f} {(bottom + top) / 2:.1f}"' in chart
-    assert f'd="M{left:.1f} {top:.1f}m-3 0h6"' in chart
+    assert f'd="M{left:.1f} {bottom:.1f}L{right:.1f} {(bottom + top) / 2:.1f}h0"' in chart
+    assert f'd="M{left:.1f} {top:.1f}h0"' in chart  # one value: a dot
 
 
 def test_accuracy_spans_zero_to_one(tmp_path):
     source, _ = write(tmp_path, metrics=[{"step": s, "rewards/accuracies": 0.6} for s in (1, 2)])
-    chart = re.search('<svg class="chart".*?</svg>', source).group()
+    chart = re.search("<svg viewBox.*?</svg>", source).group()
     assert re.findall(r"<text[^>]*>([^<]*)</text>", chart) == [
         "0",
         "1",
         "1",
         "2",
-        "share of pairs",
         "step",
     ]
 
 
 def test_long_runs_are_averaged():
-    line, lost = report.series(make_metrics(1000), "loss", 5)
-    assert lost == 0 and len(line) == 200
+    line = report.curve(make_metrics(1000), "loss", 5)
+    assert len(line) == 200
     assert line[0] == (4, pytest.approx(-2 / 7)) and line[-1][0] == 999
     rows = [
         {"step": 1, "loss": 1.0},
@@ -287,7 +275,7 @@ def test_long_runs_are_averaged():
         {"step": 4, "loss": 4.0},
         {"step": 5, "loss": math.nan},
     ]
-    assert report.series(rows, "loss", 2) == ([(2, 1.0), (5, 4.0)], 2)
+    assert report.curve(rows, "loss", 2) == [(4, 2.5)]
 
 
 def test_long_runs_keep_the_page_small(tmp_path):
@@ -300,7 +288,7 @@ def test_long_runs_keep_the_page_small(tmp_path):
 def test_a_fault_leaves_the_old_page_and_no_partial_one(tmp_path, monkeypatch, fault):
     path = tmp_path / "report.html"
     path.write_text("old", encoding="utf-8")
-    pairs = [make_pair(), make_pair(visible=[True, False] if fault == "render" else None)]
+    pairs = [make_pair(), make_pair(guided="perhaps" if fault == "render" else None)]
     if fault == "rename":
         # The whole text lies beside the page at this point; the page itself is still the old one.
         def refuse(source, target):
@@ -309,7 +297,7 @@ def test_a_fault_leaves_the_old_page_and_no_partial_one(tmp_path, monkeypatch, f
             raise OSError("no space")
 
         monkeypatch.setattr(os, "replace", refuse)
-    with pytest.raises((UserError, ValueError)):
+    with pytest.raises((UserError, KeyError)):
         write_report(path, "Run", {}, pairs, make_metrics(3), RESULT)
     assert path.read_text(encoding="utf-8") == "old"
     if fault == "render":
