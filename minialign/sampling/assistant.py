@@ -17,7 +17,7 @@ from minialign.sampling.generate import Sampling, generate
 
 @dataclass(frozen=True)
 class Assistant:
-    """Model, tokenizer and preprocessing of one folder."""
+    """Model, tokenizer and image preprocessing of one folder."""
 
     model: Llava
     tokenizer: Tokenizer
@@ -56,7 +56,8 @@ class Assistant:
     def positions_left(self, turns: list[Turn], image: PreparedImage) -> int:
         """Of these, how many a prompt and its picture leave for a response."""
         prompt = self.tokenizer.prompt(turns)
-        return self.positions - (len(prompt) - 1 + len(image.packing))
+        taken = len(prompt) - 1 + len(image.packing)  # the prompt has one token for the picture
+        return self.positions - taken
 
     def sequence(
         self,
@@ -82,7 +83,8 @@ class Assistant:
         questions: list[list[str]],
         max_new_tokens: int,
     ) -> list[list[str]]:
-        """Greedy answers to several questions per picture: it is the trunk, each question a branch.
+        """Greedy answers to several questions about each picture, which is computed once: it is the
+        trunk, and each question a branch.
 
         features (tiles, patches, D): of all the pictures, as `encode` gives them.
         """
@@ -96,7 +98,6 @@ class Assistant:
             sequences.append(Sequence(trunk, branches, patches, packing=image.packing))
 
         greedy, stops = Sampling(max_new_tokens, temperature=0.0), {self.tokenizer.eos_id}
-        rows = generate(
-            self.model, sequences, features, greedy, stops, pad_id=self.tokenizer.pad_id
-        )
+        pad = self.tokenizer.pad_id
+        rows = generate(self.model, sequences, features, greedy, stops, pad_id=pad)
         return [[self.tokenizer.decode(completion.ids) for completion in row] for row in rows]

@@ -30,27 +30,25 @@ ROUND = 128  # columns: a context's room is a multiple of this, so that few widt
 
 @dataclass(frozen=True)
 class Sampling:
-    """How tokens are drawn. temperature 0 is greedy; top_p keeps the smallest set of that
-    probability."""
+    """How tokens are drawn."""
 
     max_new_tokens: int = 128
-    temperature: float = 1.0
-    top_p: float = 1.0
+    temperature: float = 1.0  # 0 is greedy
+    top_p: float = 1.0  # nucleus: of the likeliest tokens as many as have this probability together
 
 
 @dataclass(frozen=True)
 class Completion:
-    """What one branch got: new ids (the stop token included), their log-probs, and whether it
-    stopped by itself."""
+    """What one branch got."""
 
-    ids: list[int]
-    logps: list[float]
-    stopped: bool
+    ids: list[int]  # new ones, the stop token included
+    logps: list[float]  # of each of them
+    stopped: bool  # by itself: the last id is a stop token
 
 
 def pick(logits: Tensor, uniform: Tensor, sampling: Sampling) -> Tensor:
-    """Choose token ids: (..., V) logits and (...) uniform numbers -> (...) ids, by inverting the
-    cumulative sum."""
+    """Draw token ids (...) from logits (..., V) by uniform numbers (...), inverting the cumulative
+    sum of the probabilities."""
     if sampling.temperature == 0:
         return logits.argmax(-1)
     probs = torch.softmax(logits.double() / sampling.temperature, dim=-1).flatten(0, -2)
@@ -71,14 +69,18 @@ def invert(probs: Tensor, uniform: Tensor, top_p: float, count: int) -> Tensor:
     likely = torch.arange(vocabulary, device=probs.device).expand_as(probs)
     if count < vocabulary:
         likely = probs.topk(count).indices.sort().values  # by id: topk gives equals in any order
+
     values, order = probs.gather(-1, likely).sort(dim=-1, descending=True, stable=True)
-    cumulative = values.cumsum(-1)
-    kept = cumulative - values < top_p
-    total = cumulative.masked_fill(~kept, 0).amax(-1) if top_p < 1 else 1.0
+    cumulative = values.cumsum(-1)  # (N, count)
+    total = 1.0
+    if top_p < 1:
+        nucleus = cumulative - values < top_p
+        total = cumulative.masked_fill(~nucleus, 0).amax(-1)  # (N,)
     place = (cumulative <= (uniform * total)[:, None]).sum(-1, keepdim=True).clamp(max=count - 1)
     ids = likely.gather(-1, order.gather(-1, place))[:, 0]
+
+    # Equals of the last one may be missing, and some that top_p keeps.
     if count < vocabulary:
-        # Equals of the last one may be missing, and some that top_p keeps.
         unsure = values.gather(-1, place)[:, 0] == values[:, -1]
         if top_p < 1:
             unsure |= cumulative[:, -1] < top_p
@@ -93,7 +95,7 @@ def invert(probs: Tensor, uniform: Tensor, top_p: float, count: int) -> Tensor:
 def token_columns(
     ids: Tensor, position: Tensor, number: Tensor, fork: Tensor, active: Tensor, first: int
 ) -> TokenTree:
-    """(B, W) columns of a tree, from its column `first` on: a token of an active branch each, or
+    """(B, W) columns of a tree, from its column `first` on: each a token of an active branch, or
     padding."""
     column = torch.arange(first, first + ids.shape[1], device=ids.device).expand_as(ids)
     nothing = torch.full_like(ids, -1)  # no picture; parents and tips are for training
@@ -126,22 +128,23 @@ def prefill(
     (B, S, V) behind the branches' last tokens."""
     rows, width = prompts.ids.shape
     capacity = -(-(width + room) // ROUND) * ROUND
-    kept = KVCache(model.config.text, rows, capacity, model.lm_head.weight)
+    cache = KVCache(model.config.text, rows, capacity, model.lm_head.weight)
     with plain_layers():
-        hidden = model(prompts, tower_features, kept)
+        hidden = model(prompts, tower_features, cache)  # (B, T, D)
     tip = prompts.tip.clamp(min=0)[..., None].expand(-1, -1, hidden.shape[-1])
-    return kept, model.lm_head(hidden.gather(1, tip)).float()
+    return cache, model.lm_head(hidden.gather(1, tip)).float()
 
 
-def next_logits(model: Llava, new: TokenTree, kept: KVCache, tree: TokenTree) -> Tensor:
+def next_logits(model: Llava, new: TokenTree, cache: KVCache, tree: TokenTree) -> Tensor:
     """One step: (B, W, V) float32 logits behind the `new` tokens, which are columns of the tree
     by now."""
-    return model.lm_head(model(new, None, kept, tree)).float()
+    return model.lm_head(model(new, None, cache, tree)).float()
 
 
 def plain_layers():
     """Inside, layers that --compile has compiled run as plain code: where each call has another
-    length, there would be something to compile in each. Steps of a `FixedContext` run compiled."""
+    length, there would be something to compile in each. Steps of a `FixedContext` run compiled.
+    """
     if "torch._dynamo" not in sys.modules:
         return nullcontext()  # nothing was compiled; to load the compiler takes seconds
     return torch.compiler.set_stance("force_eager")
@@ -152,7 +155,7 @@ class GrowingContext:
 
     def __init__(self, model: Llava, prompts: TokenTree, tower_features: Tensor | None, room: int):
         self.model, self.tree = model, prompts
-        self.kept, self.logits = prefill(model, prompts, tower_features, room)
+        self.cache, self.logits = prefill(model, prompts, tower_features, room)
 
     @property
     def filled(self) -> int:
@@ -167,12 +170,12 @@ class GrowingContext:
         """Take a step: the next columns, and the logits (B, W, V) behind them."""
         self.tree = self.tree.append(new)
         with plain_layers():
-            self.logits = next_logits(self.model, new, self.kept, self.tree)
+            self.logits = next_logits(self.model, new, self.cache, self.tree)
 
     def keep(self, rows: Tensor) -> None:
         """Let go of all but some rows, given in order."""
         self.tree = self.tree.rows(rows)
-        self.kept.keep(rows)
+        self.cache.keep(rows)
 
 
 class FixedContext:
@@ -182,8 +185,8 @@ class FixedContext:
 
     def __init__(self, model: Llava, prompts: TokenTree, tower_features: Tensor | None, room: int):
         self.model, self.filled = model, prompts.ids.shape[1]
-        self.kept, self.logits = prefill(model, prompts, tower_features, room)
-        width = self.kept.layers[0].keys.shape[2]
+        self.cache, self.logits = prefill(model, prompts, tower_features, room)
+        width = self.cache.layers[0].keys.shape[2]
         free = prompts.ids.new_zeros(len(prompts.ids), width - self.filled)
         self.tree = prompts.append(token_columns(free, free, free, free, free.bool(), self.filled))
         self.steps, self.graph = 0, None
@@ -213,7 +216,7 @@ class FixedContext:
         if self.steps == 2 and new.ids.is_cuda:
             self.capture(new)
         if self.graph is None:
-            self.logits = next_logits(self.model, new, self.kept, self.tree)
+            self.logits = next_logits(self.model, new, self.cache, self.tree)
             return
 
         for name in COLUMNS:
@@ -228,7 +231,7 @@ class FixedContext:
         try:
             # Of this thread alone: others load pictures into pinned memory meanwhile.
             with torch.cuda.graph(graph, capture_error_mode="thread_local"):
-                logits = next_logits(self.model, static, self.kept, self.tree)
+                logits = next_logits(self.model, static, self.cache, self.tree)
         except RuntimeError as error:
             torch.cuda.set_stream(stream)
             tell_once(f"sampling without a CUDA graph, which is slower: {error}")
@@ -255,8 +258,8 @@ def uniform_numbers(seeds: list[list[int]], branches: int, count: int) -> Tensor
 
 
 def still_running(active: Tensor) -> tuple[Tensor, Tensor]:
-    """Of (B, W) branches: the rows to go on with, and for each the places (B', W') of its branches
-    that have not ended.
+    """Of (B, W) branches, active or ended: the rows to go on with (B',), and of each the places
+    (B', W') of its active branches.
 
     Rows go when half of them have ended: the others' keys are copied, and so all these copies
     together move at most one whole cache.
@@ -280,14 +283,17 @@ def generate(
     pad_id: int = 0,
     fixed: bool | None = None,
 ) -> list[list[Completion]]:
-    """Continue every branch of every sequence until a stop token or the limit; [row][branch] of
-    completions.
+    """Continue every branch of every sequence until a stop token or the limit; returns
+    [row][branch] of completions.
+
+    tower_features  (tiles, patches, D) of all pictures, in the order of the sequences
+    seeds           [row][branch], needed unless the temperature is 0
+    fixed           whether the context has its final width from the start; None: on a GPU, but not
+                    for a model in shards, whose FSDP hooks no graph can hold
 
     A branch also ends, without having stopped, where the decoder's positions do. Log-probs are
     natural, of the untempered distribution, as training computes them. The image token is never
-    sampled.
-    seeds[row][branch] is needed unless temperature is 0. fixed: the context has its final width
-    from the start; None: on a GPU, but for a model in shards, whose FSDP hooks no graph can hold.
+    sampled. A `UserError` where a prompt takes all positions.
     """
     device, limit = model.device, sampling.max_new_tokens
     positions = model.config.text.max_position_embeddings
@@ -303,15 +309,15 @@ def generate(
     last = last_tokens(prompts)
     taken = int(last.positions[last.visible].max()) + 1
     if taken >= positions:
-        said = f"image and prompt take {taken} positions, the decoder has {positions}"
-        raise UserError(f"{said}; ask less, or use another model")
+        message = f"image and prompt take {taken} positions, the decoder has {positions}"
+        raise UserError(f"{message}; ask less, or use another model")
+
     seeds = seeds if sampling.temperature > 0 else [[]] * rows
     uniform = uniform_numbers(seeds, branches, limit).to(device)
     stops = torch.tensor(sorted(stop_ids), device=device)
 
-    context = (FixedContext if fixed else GrowingContext)(
-        model, prompts, tower_features, branches * limit
-    )
+    kind = FixedContext if fixed else GrowingContext
+    context = kind(model, prompts, tower_features, branches * limit)
     steps = []
     for step in range(limit):
         # Draw a token for every branch that has not ended.
