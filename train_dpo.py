@@ -128,6 +128,7 @@ def main(config: Config) -> None:
     """Pairs, evaluation, training, evaluation, export, report."""
     config = with_defaults(config, DEFAULTS, toy=config.model == "toy")
     config = with_shape_of_adapter(config)
+    pictures = edge.picture_source(config.images)
     check(config)
     parallel.start(config.device)
     folder, out = edge.model_folder(config.model), Path(config.out)
@@ -144,7 +145,7 @@ def main(config: Config) -> None:
     collate = PairCollator(
         assistant.tokenizer,
         assistant.processor,
-        edge.picture_source(config.images),
+        pictures,
         config.max_response_tokens,
         assistant.positions,
         config.truncate,
@@ -197,7 +198,7 @@ def main(config: Config) -> None:
     schedule = batches_of_run(
         records.numbers, config.batch_size, config.seed, config.epochs, config.steps
     )
-    weights = torch.tensor(list(kinds.values()), device=config.device)  # (K,), of each y-
+    weights = torch.tensor(list(kinds.values()), device=policy.device)  # (K,), of each y-
     idle = loader.idle()
     with TrainingLog(out, policy, optimizer, config) as log:
         for step, batches in log.steps(schedule, loader):
@@ -264,7 +265,7 @@ def main(config: Config) -> None:
     if benchmark:
         counts["after"] = benchmark.run(assistant, "after")
     ranked = base_accuracy(log.rows, len(records.numbers), config.batch_size)
-    shown = report_pairs(records, assistant.processor, collate.pictures)
+    shown = report_pairs(records, assistant.processor, pictures)
     title = f"minialign: {config.loss} on {len(records.numbers)} pairs"
     facts = {"base_preference_accuracy": ranked}
     parallel.on_rank0(lambda: save_results(out, title, config, shown, log.rows, counts, facts))

@@ -11,15 +11,16 @@ from minialign import files
 from minialign.errors import UserError
 from minialign.files import (
     append_lines,
+    folder_written_whole,
     read_json,
     read_lines,
     whole_lines,
-    write_folder_whole,
     write_json,
     write_whole,
 )
 
-ODD = 'Zürich 東京 🚲 \u2028 \u2029 \x85 \x0b \x0c \x1c \t " \\ \r\n </script>'  # what str.splitlines would split
+# With what str.splitlines would split at.
+ODD = 'Zürich 東京 🚲 \u2028 \u2029 \x85 \x0b \x0c \x1c \t " \\ \r\n </script>'
 
 
 def contents(folder) -> dict[str, bytes]:
@@ -128,20 +129,19 @@ def test_a_json_file_that_is_not_there(tmp_path):
 # ---------------------------------------------------------------- a folder
 
 
-def writer(**texts):
-    def write(folder):
-        assert list(folder.iterdir()) == []  # nothing of an earlier try
+def write_files(folder, **texts) -> None:
+    """The folder, with these files and nothing of an earlier try."""
+    with folder_written_whole(folder) as partial:
+        assert list(partial.iterdir()) == []
         for name, text in texts.items():
-            (folder / name).write_text(text)
-
-    return write
+            (partial / name).write_text(text)
 
 
 def test_a_folder_is_replaced_whole(tmp_path):
     folder = tmp_path / "deep" / "model"
-    write_folder_whole(folder, writer(a="1", b="2"))
+    write_files(folder, a="1", b="2")
     assert contents(tmp_path) == {"deep/model/a": b"1", "deep/model/b": b"2"}
-    write_folder_whole(folder, writer(b="3", c="4"))
+    write_files(folder, b="3", c="4")
     assert contents(tmp_path) == {
         "deep/model/b": b"3",
         "deep/model/c": b"4",
@@ -154,27 +154,24 @@ def test_a_folder_is_replaced_whole(tmp_path):
 def test_a_folder_that_fails_midway_leaves_the_old_one(tmp_path, there, error):
     folder = tmp_path / "model"
     if there:
-        write_folder_whole(folder, writer(a="1"))
+        write_files(folder, a="1")
     before = contents(tmp_path)
 
-    def fail(partial):
+    with pytest.raises(error), folder_written_whole(folder) as partial:
         (partial / "a").write_text("half")
         assert contents(folder) == ({"a": b"1"} if there else {})
         raise error
-
-    with pytest.raises(error):
-        write_folder_whole(folder, fail)
     assert contents(tmp_path) == before and len(list(tmp_path.iterdir())) == there
 
 
 def test_a_killed_write_leaves_no_trace_in_the_next(tmp_path):
     """Killed outright, nothing is tidied up; the next write does."""
     folder = tmp_path / "model"
-    write_folder_whole(folder, writer(a="0"))
+    write_files(folder, a="0")
     for name in (".model.partial", ".model.old"):
         (tmp_path / name).mkdir()
         (tmp_path / name / "stale").write_text("half")
-    write_folder_whole(folder, writer(a="1"))
+    write_files(folder, a="1")
     assert contents(tmp_path) == {"model/a": b"1"} and len(list(tmp_path.iterdir())) == 1
 
 
@@ -182,7 +179,7 @@ def test_no_reader_sees_half_a_folder(tmp_path, monkeypatch):
     """At every call into the file system the folder is the old one, the new one or, between two
     renames, absent."""
     folder, seen = tmp_path / "model", []
-    write_folder_whole(folder, writer(a="1", b="1"))
+    write_files(folder, a="1", b="1")
 
     def watched(function):
         def call(*args, **options):
@@ -196,7 +193,7 @@ def test_no_reader_sees_half_a_folder(tmp_path, monkeypatch):
     monkeypatch.setattr(files.os, "replace", watched(os.replace))
     monkeypatch.setattr(files.os, "unlink", watched(os.unlink))
     monkeypatch.setattr(files.shutil, "rmtree", watched(files.shutil.rmtree))
-    write_folder_whole(folder, writer(a="2", b="2"))
+    write_files(folder, a="2", b="2")
     assert all(state in ({"a": b"1", "b": b"1"}, {}, {"a": b"2", "b": b"2"}) for state in seen)
     assert seen[-1] == {"a": b"2", "b": b"2"}
 

@@ -13,15 +13,24 @@ from typing import Literal
 
 import pytest
 
-from minialign.cli import field_comments, fill, parse_config, require, require_device, run_main
+from minialign.cli import (
+    field_comments,
+    parse_config,
+    require,
+    require_device,
+    run_main,
+    with_defaults,
+)
 from minialign.errors import UserError
 
 ROOT = Path(__file__).resolve().parents[2]
-# Every program: what parses flags into a Config. Found in the sources, so that a new one is tested
-# too.
+
+
+# Every program's module: what parses flags into a Config. Found in the sources, so that a new one
+# is tested too.
 PROGRAMS = sorted(
-    path.relative_to(ROOT).with_suffix("").as_posix().replace("/", ".")
-    for path in [*ROOT.glob("*.py"), *(ROOT / "minialign").glob("*.py")]
+    ".".join(path.relative_to(ROOT).with_suffix("").parts)
+    for path in [*ROOT.glob("*.py"), *ROOT.glob("minialign/**/*.py")]
     if "run_main(main, Config" in path.read_text(encoding="utf-8")
 )
 
@@ -36,7 +45,9 @@ class Config:
     mode: Literal["fast", "slow"] = "fast"  # which way
     loud: bool = False  # say more
     safe: bool = True  # look twice
-    name: str = "a, b"  # what it is called
+    # what it is
+    # called
+    name: str = "a, b"
 
 
 def parse(*argv: str) -> Config:
@@ -104,6 +115,7 @@ def test_the_comment_is_the_help(capsys):
     assert "Words about it. an example 100 %" in shown
     comments = field_comments(Config)
     assert comments["share"] == "50 % of the whole: {a} \\\\d" and len(comments) == 7
+    assert comments["name"] == "what it is called"  # on lines of its own
     for field in dataclasses.fields(Config):
         default = "" if field.default is None else f" [{field.default}]"
         assert f"{comments[field.name]}{default}" in shown
@@ -111,9 +123,34 @@ def test_the_comment_is_the_help(capsys):
     assert "{fast,slow}" in shown and "--no-safe" in shown
 
 
+def test_a_flag_that_is_no_text(capsys):
+    """Bytes that are no UTF-8 come as half surrogate pairs."""
+    with pytest.raises(UserError, match="^--name: not UTF-8; type it anew$"):
+        parse("--name", "a\udcff")
+    assert parse("--name", "Zürich 東京").name == "Zürich 東京"
+
+
+def test_inherited_flags_come_behind_a_programs_own(capsys):
+    @dataclass(frozen=True)
+    class Inner(Config):
+        extra: int = 1  # one of its own
+
+    with pytest.raises(SystemExit):
+        parse_config(Inner, "", ["--help"])
+    shown = capsys.readouterr().out
+    assert shown.index("one of its own") < shown.index("how often")
+    assert parse_config(Inner, "", ["--steps", "4"]) == Inner(steps=4)
+
+
 def test_programs_are_found():
-    known = {"sample_bdhs", "train_dpo", "minialign.chat", "minialign.evaluate", "minialign.study"}
-    assert known <= set(PROGRAMS)
+    known = {
+        "sample_bdhs",
+        "train_dpo",
+        "minialign.chat",
+        "minialign.evaluate",
+        "minialign.rlhf.ppo",
+    }
+    assert known | {"minialign.study.__main__", "minialign.toy.__main__"} <= set(PROGRAMS)
 
 
 @pytest.mark.parametrize("program", PROGRAMS)
@@ -176,18 +213,19 @@ def test_a_typo_ends_every_program(program, capsys, modules):
     assert "--devise" in err and "Traceback" not in err
 
 
-def test_fill_replaces_what_was_not_given():
+def test_defaults_replace_what_was_not_given():
     @dataclass(frozen=True)
     class Partial:
         rate: float | None = None
         size: int | None = None
         rest: str = "as it is"
 
-    assert fill(Partial(), {"rate": 0.1, "size": 4}) == Partial(0.1, 4)
-    assert fill(Partial(rate=0.0, size=0), {"rate": 0.1, "size": 4}) == Partial(
-        0.0, 0
-    )  # 0 was given
-    assert fill(Partial(size=2), {"rate": 0.1, "size": 4}) == Partial(0.1, 2)
+    defaults = {"rate": (0.5, 0.1), "size": (128, 4)}  # the paper's, the toy model's
+    assert with_defaults(Partial(), defaults, toy=True) == Partial(0.1, 4)
+    assert with_defaults(Partial(), defaults, toy=False) == Partial(0.5, 128)
+    zeros = Partial(rate=0.0, size=0)
+    assert with_defaults(zeros, defaults, toy=True) == zeros  # 0 was given
+    assert with_defaults(Partial(size=2), defaults, toy=True) == Partial(0.1, 2)
 
 
 def test_require():
