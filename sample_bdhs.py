@@ -251,10 +251,10 @@ def check(config: Config) -> None:
 def main(config: Config) -> None:
     """Sample every record that the pairs file does not hold yet."""
     config = with_defaults(config, DEFAULTS, toy=config.model == "toy")
+    pictures = edge.picture_source(config.images)
     check(config)
     parallel.start(config.device)
     folder, out = edge.model_folder(config.model), Path(config.out)
-    pictures = edge.picture_source(config.images)
     records = edge.records_of(
         config.data, config.format, config.limit, config.seed, config.skip_bad_records
     )

@@ -251,6 +251,7 @@ def main(config: Config) -> None:
     """Data, evaluation, training, evaluation, export, report."""
     config = with_defaults(config, DEFAULTS, toy=config.model == "toy")
     config = with_shape_of_adapter(config)
+    pictures = edge.picture_source(config.images)
     check(config)
     parallel.start(config.device)
     folder, out = edge.model_folder(config.model), Path(config.out)
@@ -272,7 +273,7 @@ def main(config: Config) -> None:
     collate = PairCollator(
         assistant.tokenizer,
         assistant.processor,
-        edge.picture_source(config.images),
+        pictures,
         config.max_response_tokens,
         assistant.positions,
         # In online DPO nobody reads the stored response.
@@ -448,7 +449,7 @@ def main(config: Config) -> None:
     save_weights(policy, folder, config, out)
     if benchmark:
         evaluations["after"] = benchmark.run(assistant, "after")
-    shown = report_pairs(records, assistant.processor, collate.pictures) if stored else []
+    shown = report_pairs(records, assistant.processor, pictures) if stored else []
     pairs = sum(row["pairs"] for row in log.rows)
     title = f"minialign: {config.method}"
     parallel.on_rank0(

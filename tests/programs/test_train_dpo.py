@@ -13,14 +13,14 @@ from script_runs import contents, read_lines, train
 
 from minialign.data.images import ImageProcessor
 from minialign.errors import UserError
-from minialign.evaluation.metrics import TOY
 from minialign.model.clip import Clip
 from minialign.model.hf_folder import load_model, save_model
 from minialign.model.llama import Llama
 from minialign.model.masks import Branch, Sequence, build_tree
 from minialign.model.peft_folder import load_adapter
 from minialign.toy import world
-from minialign.training.optimizer import batches_of_epoch, batches_of_run, learning_rate
+from minialign.toy.edge import CHECKPOINT
+from minialign.training.optimizer import batches_of_epoch, batches_of_run, lr_factor
 
 TRL_NAMES = {
     "loss",
@@ -161,8 +161,8 @@ def test_accumulating_changes_nothing(model, pairs, tmp_path, loss):
 def test_learning_rate_by_hand(step, expected):
     """9 steps, a third of them rising: cos(pi d) at d = 0, 1/6, ... for the cosine, 1 - d for the
     line."""
-    cosine = learning_rate(step, 9, 1 / 3, "cosine")
-    linear = learning_rate(step, 9, 1 / 3, "linear")
+    cosine = lr_factor(step, 9, 1 / 3, "cosine")
+    linear = lr_factor(step, 9, 1 / 3, "linear")
     if step < 3:
         assert cosine == linear == pytest.approx(expected)
     else:
@@ -210,7 +210,7 @@ def test_steps_in_the_place_of_epochs(model, pairs, tmp_path, steps):
     that there are."""
     rows = train(model, tmp_path, pairs=pairs, epochs=7, steps=steps)
     assert [row["pairs"] for row in rows] == [4, 4, 4, 2, 4, 4][:steps]
-    assert rows[-1]["lr"] == pytest.approx(1e-3 * learning_rate(steps - 1, steps, 0.1, "cosine"))
+    assert rows[-1]["lr"] == pytest.approx(1e-3 * lr_factor(steps - 1, steps, 0.1, "cosine"))
 
 
 def test_the_tower_sees_each_image_once_per_step(model, pairs, tmp_path, monkeypatch):
@@ -238,7 +238,7 @@ def some_logits(model) -> torch.Tensor:
     tokenizer = toy_tokenizer()
     answer = Branch(tokenizer.response("A red cup is at the top left."))
     sequence = Sequence(tokenizer.prompt([("user", "What is there?")]), [answer], 36)
-    pixels = ImageProcessor.from_folder(TOY)(world.picture(world.make_scene("test", 0)))
+    pixels = ImageProcessor.from_folder(CHECKPOINT)(world.picture(world.make_scene("test", 0)))
     tree = build_tree([sequence], tokenizer.image_id, tokenizer.pad_id)
     with torch.no_grad():
         return model.lm_head(model(tree, model.encode_images(pixels)))
@@ -257,7 +257,9 @@ def test_merged_and_adapter_are_the_trained_model(undisturbed, model):
 
 def test_merged_keeps_the_type_of_the_base(pairs, tmp_path):
     folder = tmp_path / "half"
-    save_model(random_toy(1).state_dict(), toy_model().config.raw, TOY, folder, torch.float16)
+    save_model(
+        random_toy(1).state_dict(), toy_model().config.raw, CHECKPOINT, folder, torch.float16
+    )
     train(str(folder), tmp_path / "out", pairs=pairs, limit=2)
     kinds = {
         tensor.dtype

@@ -8,15 +8,16 @@ import pytest
 import torch
 from helpers import random_model, random_toy, refused, worst
 from online_runs import TIMES, Scripted, online, weights_of
-from script_runs import contents, instruct_file, train
+from script_runs import contents, instruct_file, stop_at, train
 
 import train_online
 from minialign.align.logps import token_logps
-from minialign.model import lora
 from minialign.model.llava import Llava
+from minialign.model.lora import adapter_state, add_adapters
 from minialign.model.masks import Branch, Sequence, build_tree
-from minialign.rlhf import learn
+from minialign.model.peft_folder import save_adapter
 from minialign.sampling.generate import Sampling, generate
+from minialign.toy import edge
 
 # ---------------------------------------------------------------- limits
 
@@ -36,7 +37,7 @@ def test_what_is_not_sampled_is_offline_dpo(model, pairs, tmp_path, loss, beta, 
 def test_never_the_stored_pair_is_online_dpo(model, pairs, tmp_path, monkeypatch):
     """p = 0, to the last bit; and p between is neither."""
     scripted = Scripted(len)
-    monkeypatch.setattr(train_online, "load_annotator", lambda *_: scripted)
+    monkeypatch.setattr(edge, "annotator_of", lambda *_: scripted)
     rows = {}
     for name, flags in {
         "online": {"method": "online-dpo"},
@@ -44,11 +45,8 @@ def test_never_the_stored_pair_is_online_dpo(model, pairs, tmp_path, monkeypatch
         "p5": {"method": "mixed-dpo", "p": 0.5},
     }.items():
         rows[name] = online(model, tmp_path / name, data=pairs, epochs=2, **flags)
-    assert (
-        weights_of(tmp_path / "online")
-        == weights_of(tmp_path / "p0")
-        != weights_of(tmp_path / "p5")
-    )
+    weights = {name: weights_of(tmp_path / name) for name in rows}
+    assert weights["online"] == weights["p0"] != weights["p5"]
     assert rows["online"] == rows["p0"]
     judged = [row.get("sampled/length") is not None for row in rows["p5"]]
     assert any(judged) and rows["p5"][0]["loss"] == pytest.approx(0.693147, abs=1e-5)
@@ -57,23 +55,20 @@ def test_never_the_stored_pair_is_online_dpo(model, pairs, tmp_path, monkeypatch
 def test_the_draw_of_eq_4(model, pairs, tmp_path, monkeypatch):
     """Stored pairs are taken with probability p, anew in every step."""
     asked = []
-    real = train_online.RankedPairs.__call__
-    monkeypatch.setattr(train_online, "load_annotator", lambda *_: Scripted(len))
-    monkeypatch.setattr(
-        train_online.RankedPairs,
-        "__call__",
-        lambda self, part, rows, *rest: (
-            asked.append((len(part), [part.records[i].id for i in rows]))
-            or real(self, part, rows, *rest)
-        ),
-    )
+    real = train_online.ranked_samples
+    monkeypatch.setattr(edge, "annotator_of", lambda *_: Scripted(len))
+
+    def noting(assistant, annotator, pairs, *rest):
+        asked.append([pair.record.id for pair in pairs])
+        return real(assistant, annotator, pairs, *rest)
+
+    monkeypatch.setattr(train_online, "ranked_samples", noting)
     online(model, tmp_path, data=pairs, method="mixed-dpo", p=0.25, epochs=12, max_new_tokens=1)
-    total, sampled = sum(n for n, _ in asked), sum(len(ids) for _, ids in asked)
-    assert total == 14 * 12 and abs(sampled / total - 0.75) < 0.12  # 3.5 standard deviations
-    often = [sum(f"pair-{number:02d}" in ids for _, ids in asked) for number in range(14)]
-    assert max(often) < 13 and 0 < min(often) < max(
-        often
-    )  # no record is always, or never, the stored one
+    sampled, total = sum(map(len, asked)), 14 * 12
+    assert len(asked) == 4 * 12 and abs(sampled / total - 0.75) < 0.12  # 3.5 standard deviations
+    # No record is always, or never, the stored one.
+    often = [sum(f"pair-{number:02d}" in ids for ids in asked) for number in range(14)]
+    assert max(often) < 13 and 0 < min(often) < max(often)
 
 
 # ---------------------------------------------------------------- the samples
@@ -98,27 +93,23 @@ def test_sampled_log_probs_are_those_of_training(seed):
     ]
     row, branch, logps = token_logps(model, build_tree(rows, image, 0), features)
     sampled = torch.tensor([logp for completions in done for c in completions for logp in c.logps])
-    assert (
-        worst(logps, sampled) < 1e-4
-        and len({len(c.ids) for completions in done for c in completions}) > 1
-    )
+    assert worst(logps, sampled) < 1e-4
+    assert len({len(c.ids) for completions in done for c in completions}) > 1
     for i, completions in enumerate(done):  # and alone, unpadded, one branch at a time
         for c in completions:
             tree = build_tree([Sequence(prompts[i], [Branch(c.ids)], patches)], image, 0)
-            assert (
-                worst(token_logps(model, tree, features[i : i + 1])[2], torch.tensor(c.logps))
-                < 1e-4
-            )
+            alone = token_logps(model, tree, features[i : i + 1])[2]
+            assert worst(alone, torch.tensor(c.logps)) < 1e-4
 
 
 def test_the_first_step_learns_from_the_policys_own_words(model, tmp_path, monkeypatch):
     """In a step before anything was learned kl is 0, and entropy is that of what was sampled."""
-    seen = []
-    real = learn.both_logps
-    monkeypatch.setattr(train_online, "load_annotator", lambda *_: Scripted(len))
-    monkeypatch.setattr(learn, "both_logps", lambda *args: seen.append(real(*args)) or seen[-1])
+    seen, real = [], train_online.branch_logps
+    monkeypatch.setattr(edge, "annotator_of", lambda *_: Scripted(len))
+    noting = lambda *args: seen.append(real(*args)) or seen[-1]  # noqa: E731
+    monkeypatch.setattr(train_online, "branch_logps", noting)
     rows = online(model, tmp_path, method="online-dpo", limit=4, max_new_tokens=5)
-    logps, ref_logps = seen[0]
+    ref_logps, logps = seen[:2]
     assert torch.equal(logps, ref_logps) and rows[0]["objective/kl"] == 0
     assert rows[0]["objective/entropy"] == pytest.approx(-logps.mean().item(), rel=1e-5)
     assert rows[0]["pairs"] == len(logps) and rows[0]["loss"] == pytest.approx(0.693147, abs=1e-5)
@@ -147,7 +138,7 @@ def test_noise_needs_its_own_view(model, tmp_path, monkeypatch):
 
 def test_responses_that_hit_the_limit_are_counted(model, tmp_path, monkeypatch):
     """The model of random weights never stops by itself."""
-    monkeypatch.setattr(train_online, "load_annotator", lambda *_: Scripted(len))
+    monkeypatch.setattr(edge, "annotator_of", lambda *_: Scripted(len))
     rows = online(model, tmp_path, method="online-dpo", limit=4, max_new_tokens=3)
     assert rows[0]["sampled/truncated"] == 1 and rows[0]["sampled/length"] == 3
 
@@ -157,17 +148,16 @@ def test_every_step_draws_anew(model, tmp_path, monkeypatch, method):
     """The same record gets other responses in the next epoch, though nothing was learned; one seed
     gives the same."""
     said = []
-    monkeypatch.setattr(
-        train_online, "load_annotator", lambda *_: Scripted(lambda text: said.append(text) or 0)
-    )
-    real = train_online.OwnRejected.__call__
+    scripted = Scripted(lambda text: said.append(text) or 0)
+    monkeypatch.setattr(edge, "annotator_of", lambda *_: scripted)
+    real = train_online.own_rejected
 
-    def noting(self, part, rows, *rest):
-        found = real(self, part, rows, *rest)
-        said.extend(tuple(answer.sequence.branches[-1].ids) for answer in found)
+    def noting(*args):
+        found = real(*args)
+        said.extend(tuple(sequence.branches[-1].ids) for sequence in found)
         return found
 
-    monkeypatch.setattr(train_online.OwnRejected, "__call__", noting)
+    monkeypatch.setattr(train_online, "own_rejected", noting)
     flags = {"method": method, "limit": 1, "lr": 1e-20, "projector_lr": 0.0, "max_new_tokens": 8}
     online(model, tmp_path / "a", epochs=2, **flags)
     assert len(said) == (4 if method == "online-dpo" else 2) and len(set(said)) == len(said)
@@ -183,7 +173,7 @@ def test_it_learns_what_the_annotator_prefers(tmp_path, monkeypatch, sign):
     """To begin a description in the north with one annotator, in the south with the other, within a
     few steps."""
     scripted = Scripted(lambda text: sign * ("north" in " ".join(text.split()[:7])))
-    monkeypatch.setattr(train_online, "load_annotator", lambda *_: scripted)
+    monkeypatch.setattr(edge, "annotator_of", lambda *_: scripted)
     talks = [[("human", "<image>\nDescribe the picture."), ("gpt", "A cup.")]] * 24
     data = instruct_file(tmp_path / "data.json", *talks)
     flags = {
@@ -208,16 +198,15 @@ def test_it_learns_what_the_annotator_prefers(tmp_path, monkeypatch, sign):
 
 def test_ties_teach_nothing(model, tmp_path, monkeypatch):
     """A step of ties alone leaves the weights, and is logged."""
-    monkeypatch.setattr(train_online, "load_annotator", lambda *_: Scripted(lambda text: 0))
+    monkeypatch.setattr(edge, "annotator_of", lambda *_: Scripted(lambda text: 0))
     rows = online(model, tmp_path, method="online-dpo", limit=8)
-    assert [row["pairs"] for row in rows] == [0, 0] and {row["annotator/ties"] for row in rows} == {
-        1.0
-    }
+    assert [row["pairs"] for row in rows] == [0, 0]
+    assert {row["annotator/ties"] for row in rows} == {1.0}
     assert "loss" not in rows[0]
     fresh = copy.deepcopy(random_toy(1))
     torch.manual_seed(0)
-    lora.add_adapters(fresh, 4, 8.0)
-    lora.save_adapter(lora.adapter_state(fresh), 4, 8.0, model, tmp_path / "fresh")
+    add_adapters(fresh, 4, 8.0)
+    save_adapter(adapter_state(fresh), 4, 8.0, model, tmp_path / "fresh")
     assert weights_of(tmp_path) == (tmp_path / "fresh" / "adapter_model.safetensors").read_bytes()
 
 
@@ -228,19 +217,11 @@ def test_ties_teach_nothing(model, tmp_path, monkeypatch):
     "flags", [{"method": "online-dpo"}, {"method": "mixed-dpo"}, {"gamma": 0.5}, {}], ids=str
 )
 def test_a_stopped_run_resumes_bit_for_bit(model, pairs, tmp_path, monkeypatch, flags):
-    monkeypatch.setattr(train_online, "load_annotator", lambda *_: Scripted(len))
+    monkeypatch.setattr(edge, "annotator_of", lambda *_: Scripted(len))
     flags = flags | {"data": pairs, "epochs": 2, "save_every": 2}
     rows = online(model, tmp_path / "whole", **flags)
-    calls, real = [], train_online.update
-
-    def stopping(*args):
-        calls.append(1)
-        if len(calls) == 6:
-            raise KeyboardInterrupt
-        return real(*args)
-
     with monkeypatch.context() as patch:
-        patch.setattr(train_online, "update", stopping)
+        stop_at(patch, "clip_gradients", 6, train_online)
         with pytest.raises(KeyboardInterrupt):
             online(model, tmp_path / "out", **flags)
     assert online(model, tmp_path / "out", resume=True, **flags) == rows

@@ -110,7 +110,10 @@ def test_the_remedy_works(script, model, long_pairs, tmp_path):
 
 
 GPU = "CUDA out of memory. Tried to allocate 20.00 MiB. GPU 0 has a total capacity of 79.11 GiB"
-CPU = "[enforce fail at alloc_cpu.cpp:127] . DefaultCPUAllocator: can't allocate memory: you tried to allocate 8 bytes."
+CPU = (
+    "[enforce fail at alloc_cpu.cpp:127] . DefaultCPUAllocator: can't allocate memory: "
+    "you tried to allocate 8 bytes."
+)
 
 
 @pytest.mark.parametrize(
@@ -148,10 +151,8 @@ def test_remedies_are_flags_that_were_not_given():
     assert "--accumulate" not in out_of_memory(train_dpo.Config(batch_size=4, accumulate=4))
     said = out_of_memory(sample_bdhs.Config())
     assert "--batch-size" in said and "--shard" not in said and "--resume" not in said
-    assert (
-        out_of_memory(chat.Config(dtype="bfloat16"))
-        == "out of memory; give a smaller --max-new-tokens"
-    )
+    said = out_of_memory(chat.Config(dtype="bfloat16"))
+    assert said == "out of memory; give a smaller --max-new-tokens"
 
 
 def test_while_it_samples_its_own_pairs(model, tmp_path, monkeypatch):
@@ -161,10 +162,8 @@ def test_while_it_samples_its_own_pairs(model, tmp_path, monkeypatch):
         raise torch.OutOfMemoryError(GPU)
 
     monkeypatch.setattr(sample_bdhs, "main", failing)
-    with pytest.raises(
-        UserError,
-        match="while pairs were sampled; run `sample_bdhs.py --batch-size 8 --out .*--pairs",
-    ):
+    message = "while pairs were sampled; run `sample_bdhs.py --batch-size 8 --out .*--pairs"
+    with pytest.raises(UserError, match=message):
         train(model, tmp_path)
 
 
@@ -175,28 +174,20 @@ def test_what_was_done_is_saved_and_goes_on_in_smaller_parts(
     """In the fourth step, half of which is done: the three before it are there, and the rest is the
     same."""
     whole = train(model, tmp_path / "whole", pairs=pairs, epochs=2, lr=3e-3)
-    real, calls = train_dpo.pair_loss, []
+    real, calls = train_dpo.dpo_loss, []
 
-    def failing(*given, **options):
+    def failing(*given):
         calls.append(given)
         if len(calls) == 4:
             raise error
-        return real(*given, **options)
+        return real(*given)
 
     with monkeypatch.context() as patch, pytest.raises(type(error)):
-        patch.setattr(train_dpo, "pair_loss", failing)
+        patch.setattr(train_dpo, "dpo_loss", failing)
         train(model, tmp_path / "cut", pairs=pairs, epochs=2, lr=3e-3)
     assert len(read_lines(tmp_path / "cut/metrics.jsonl")) == 3
-    rows = train(
-        model,
-        tmp_path / "cut",
-        pairs=pairs,
-        epochs=2,
-        lr=3e-3,
-        resume=True,
-        accumulate=2,
-        recompute=True,
-    )
+    flags = {"pairs": pairs, "epochs": 2, "lr": 3e-3, "accumulate": 2, "recompute": True}
+    rows = train(model, tmp_path / "cut", resume=True, **flags)
     assert rows[:3] == whole[:3] and len(rows) == len(whole)
     for row, also in zip(rows, whole, strict=True):
         assert row == pytest.approx(also, abs=1e-4, rel=1e-4)

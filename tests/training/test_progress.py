@@ -11,9 +11,9 @@ import train_dpo
 from minialign.errors import UserError
 
 STOPS = [
-    ("pair_loss", 1, 1),
-    ("pair_loss", 3, 2),
-    ("pair_loss", 6, 5),
+    ("preference_metrics", 1, 1),
+    ("preference_metrics", 3, 2),
+    ("preference_metrics", 6, 5),
     ("append_lines", 2, 3),
     ("append_lines", 5, 3),
     ("append_lines", 7, 50),
@@ -64,7 +64,7 @@ def test_a_finished_run_resumes_to_itself(undisturbed, model, pairs, tmp_path, m
     options = {"pairs": pairs, "limit": 4}
     train(model, tmp_path, **options)
     before = contents(tmp_path)
-    monkeypatch.setattr(train_dpo, "pair_loss", None)  # no step is left
+    monkeypatch.setattr(train_dpo, "preference_metrics", None)  # no step is left
     train(model, tmp_path, resume=True, **options)
     assert contents(tmp_path) == before
 
