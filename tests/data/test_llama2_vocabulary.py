@@ -230,13 +230,12 @@ def check(both, turns: list, response: str) -> None:
         assert [i for i in ids + said if i in CONTROL.values()] == control and said[-1] == control[
             -1
         ]
-        if "▁" not in response and not (
-            name == "chatml" and response.startswith(" ")
-        ):  # else the decoder loses it
+        # Else the decoder loses it.
+        if "▁" not in response and not (name == "chatml" and response.startswith(" ")):
             assert ours.decode(said) == ours.decode(said[:-1]) == response
 
 
-# ---------------------------------------------------------------- the vocabulary, and ids that others published
+# ---------------------------------------------------------------- ids that others published
 
 
 def test_merges_are_in_the_order_of_the_pieces_they_make(package):

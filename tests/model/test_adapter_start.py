@@ -14,6 +14,7 @@ from script_runs import contents, read_lines, train
 from minialign.cli import parse_config
 from minialign.model.lora import TARGETS, adapter_state, adapters_off, keep_reference
 from minialign.model.peft_folder import load_adapter, save_adapter
+from minialign.model.policy import empty_policy
 from minialign.toy.edge import CHECKPOINT
 from train_dpo import Config, check
 
@@ -110,6 +111,16 @@ def test_training_from_an_adapter(model, pairs, tmp_path, oracle, reference):
     before, after = adapter_state(started), adapter_state(trained)
     moved = [worst(before[name], after[name]) for name in before if "q_proj" in name]
     assert 0 < max(moved) < 0.1  # it went on from the adapter
+
+
+@pytest.mark.parametrize("head", [None, "value", "reward"])
+def test_a_policy_without_memory_draws_nothing(head):
+    """What adapters and head begin with is drawn once, when the weights are read."""
+    torch.manual_seed(0)
+    before = torch.get_rng_state()
+    policy = empty_policy(CHECKPOINT, Config(lora_rank=2, lora_alpha=4.0), head)
+    assert all(parameter.is_meta for parameter in policy.parameters())
+    assert torch.equal(torch.get_rng_state(), before)
 
 
 @pytest.mark.parametrize(

@@ -84,17 +84,15 @@ def test_the_two_types_train_alike(half, runs):
 
 
 def test_the_model_has_that_type(half, pairs, tmp_path, monkeypatch):
-    seen, real = set(), train_dpo.pair_loss
+    seen, real = set(), train_dpo.branch_logps
 
-    def spy(model, *args):
-        seen.update(
-            (name.split(".")[-1], p.dtype)
-            for name, p in model.named_parameters()
-            if "projector" not in name
-        )
-        return real(model, *args)
+    def spy(model, tree, features):
+        for name, parameter in model.named_parameters():
+            if "projector" not in name:
+                seen.add((name.split(".")[-1], parameter.dtype))
+        return real(model, tree, features)
 
-    monkeypatch.setattr(train_dpo, "pair_loss", spy)
+    monkeypatch.setattr(train_dpo, "branch_logps", spy)
     train(str(half), tmp_path, pairs=pairs, limit=4, dtype="bfloat16", workers=0)
     assert {kind for name, kind in seen if name.startswith("lora_")} == {torch.float32}
     assert {kind for name, kind in seen if not name.startswith("lora_")} == {torch.bfloat16}

@@ -131,7 +131,7 @@ def test_attention_in_two_parts_and_with_folded_groups(seed):
     assert_same_with_gradients(ours, written_out, [q, k, v], 1e-5)
 
 
-# ---------------------------------------------------------------- grouped heads, as transformers has them
+# ---------------------------------------------------------------- grouped heads, as transformers'
 
 
 def both(oracle, tmp_path, family: str, seed: int):

@@ -42,9 +42,11 @@ CONFIG = {
 MEASURE = """
 import sys, torch
 from pathlib import Path
-from minialign.checkpoint import CHECKPOINT, load_model
+from minialign.model.hf_folder import load_model
+from minialign.toy.edge import CHECKPOINT
 def memory(name):
-    return next(int(line.split()[1]) * 1024 for line in open("/proc/self/status") if line.startswith(name))
+    lines = open("/proc/self/status")
+    return next(int(line.split()[1]) * 1024 for line in lines if line.startswith(name))
 load_model(CHECKPOINT, dtype=torch.bfloat16)
 before = memory("VmRSS")
 model = load_model(Path(sys.argv[1]), dtype=getattr(torch, sys.argv[2]))
@@ -58,10 +60,12 @@ import sys, threading, time, torch
 from pathlib import Path
 sys.path.insert(0, {root!r})
 from torch.distributed.fsdp import fully_shard
-from minialign import parallel
-from minialign.checkpoint import CHECKPOINT, empty_model, load_model, load_weights
+from minialign.model.hf_folder import empty_model, load_model, load_weights
+from minialign.toy.edge import CHECKPOINT
+from minialign.training import parallel
 def memory(name):
-    return next(int(line.split()[1]) * 1024 for line in open("/proc/self/status") if line.startswith(name))
+    lines = open("/proc/self/status")
+    return next(int(line.split()[1]) * 1024 for line in lines if line.startswith(name))
 def watch():
     while not done:
         seen.append(memory("RssAnon"))
@@ -80,7 +84,9 @@ done = True
 watcher.join()
 mine = sum(p.to_local().nbytes for p in model.parameters())
 largest = max(p.numel() * p.element_size() for p in model.parameters())
-checksum = sum(p.full_tensor().double().abs().nan_to_num(0, 0, 0).sum().item() for p in model.parameters())
+checksum = 0.0
+for p in model.parameters():
+    checksum += p.full_tensor().double().abs().nan_to_num(0, 0, 0).sum().item()
 found = parallel.gather((max(seen) - before, mine, largest))
 print(checksum, *(number for each in found for number in each))
 """
@@ -126,9 +132,8 @@ def test_memory_of_loading(gigabyte, dtype):
     )
     peak, model = map(int, done.stdout.split())
     sizes = [file.stat().st_size for file in gigabyte.glob("*.safetensors")]
-    print(
-        f"{dtype}: model {model / 1e6:.0f} MB, largest shard {max(sizes) / 1e6:.0f} MB, peak {peak / 1e6:.0f} MB"
-    )
+    shown = {"model": model, "largest shard": max(sizes), "peak": peak}
+    print(dtype, {name: f"{size / 1e6:.0f} MB" for name, size in shown.items()})
     assert sum(sizes) > 0.99e9 and model >= sum(sizes) * 0.99
     assert peak < model + max(sizes)
 
@@ -141,9 +146,8 @@ def test_memory_of_loading_shards(gigabyte, tmp_path, dtype):
     script.write_text(MEASURE_SHARDS.format(root=str(Path(__file__).resolve().parents[2])))
     checksum, *numbers = map(float, run(2, str(script), gigabyte, dtype).stdout.split())
     for peak, mine, largest in zip(*[iter(numbers)] * 3, strict=True):
-        print(
-            f"{dtype}: share {mine / 1e6:.0f} MB, largest tensor {largest / 1e6:.0f} MB, peak {peak / 1e6:.0f} MB"
-        )
+        shown = {"share": mine, "largest tensor": largest, "peak": peak}
+        print(dtype, {name: f"{size / 1e6:.0f} MB" for name, size in shown.items()})
         assert 0.95 * mine < peak < mine + largest
     whole = load_model(gigabyte, dtype=getattr(torch, dtype))
     expected = sum(p.double().abs().nan_to_num(0, 0, 0).sum().item() for p in whole.parameters())

@@ -31,8 +31,7 @@ from minialign.toy.edge import CHECKPOINT
 SHAPES = [(1, 1.0), (4, 8.0), (16, 4.0)]  # rank, alpha
 
 
-# Against PEFT and transformers
-# -------------------------------------------------------------------------------
+# ---------------------------------------------------------------- against PEFT and transformers
 
 
 @pytest.mark.filterwarnings("ignore::FutureWarning")
@@ -80,8 +79,7 @@ def test_merged_checkpoint_is_a_plain_model(oracle, rank, alpha, tmp_path):
         assert worst(a, base) > 0.01
 
 
-# The reference and the gradients
-# -----------------------------------------------------------------------------
+# ---------------------------------------------------------------- the reference and the gradients
 
 
 @pytest.mark.parametrize("seed", range(4))
@@ -150,8 +148,7 @@ def test_a_half_precision_base_keeps_its_type():
     assert on.dtype == torch.bfloat16 and worst(on, base(tree, features)) > 0.01
 
 
-# Folders
-# -----------------------------------------------------------------------------------------------------
+# ---------------------------------------------------------------- folders
 
 
 @pytest.mark.parametrize("seed", range(3))

@@ -22,7 +22,7 @@ PAD = 0
 SEEDS = range(12)
 
 
-# ---------------------------------------------------------------- the layout and the rule, in plain Python
+# ---------------------------------------------------------------- layout and rule, in plain Python
 
 
 def plain_row(

@@ -1,4 +1,4 @@
-"""What the tests of adapters ask of models: trees for random ones, and all logits on the toy world."""
+"""What tests of adapters ask of models: trees for random ones, logits on the toy world."""
 
 import random
 

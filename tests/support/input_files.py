@@ -1,4 +1,4 @@
-"""Good input files to spoil, the scripts run on them from flags, and what a bad one's error says."""
+"""Good input files to spoil, the scripts run on them by flags, what a bad one's error says."""
 
 import json
 import re

@@ -40,9 +40,8 @@ def fetch(url: str = URL, sha256: str = SHA256) -> bytes:
         )
     found = hashlib.sha256(data).hexdigest()
     if found != sha256:
-        pytest.fail(
-            f"{kept if cached else url}: sha256 {found}, not {sha256}; remove it or mend the pinned one"
-        )
+        where = kept if cached else url
+        pytest.fail(f"{where}: sha256 {found}, not {sha256}; remove it or mend the pinned one")
     if not cached:
         with suppress(OSError):  # a cache that cannot be written is no reason to fail
             root.mkdir(parents=True, exist_ok=True)

@@ -1,5 +1,4 @@
-"""Tokenizers in the form of Llama-2's, the templates' words, and texts that are hard to
-tokenise."""
+"""Tokenizers in the form of Llama-2's, the templates' words, and texts hard to tokenise."""
 
 import json
 import random
@@ -9,8 +8,8 @@ from tokenizers import Tokenizer as FastTokenizer
 from tokenizers import decoders, models, normalizers, processors
 
 VICUNA = (
-    "A chat between a curious human and an artificial intelligence assistant. The assistant gives helpful, detailed, "
-    "and polite answers to the human's questions. "
+    "A chat between a curious human and an artificial intelligence assistant. The assistant gives "
+    "helpful, detailed, and polite answers to the human's questions. "
 )
 # template -> (what stands before the first turn, a question, an answer), as the models' pages have
 # them.
