@@ -7,22 +7,18 @@ from pathlib import Path
 import pytest
 import torch
 from helpers import refused
-from online_runs import online
+from online_runs import online, rlhf
 
 from minialign.data.records import Record
-from minialign.rlhf.scorers import load_reward
-from minialign.toy.oracle import OracleReward
+from minialign.rlhf.rloo import Config
+from minialign.toy import oracle
+from minialign.toy.edge import scorer_of
 from minialign.toy.world import Scene
-from train_online import Config
 
 ROOT = Path(__file__).resolve().parents[2]
 SCENE = Scene("park", {(0, 0): ("cup", "red"), (0, 1): ("dog", "white"), (0, 2): ("dog", "red")}, 5)
-RECORD = Record(
-    "a",
-    "test-000001.png",
-    [("user", "One."), ("assistant", "Two."), ("user", "What is there?")],
-    "A cup.",
-)
+TURNS = [("user", "One."), ("assistant", "Two."), ("user", "What is there?")]
+RECORD = Record("a", "test-000001.png", TURNS, "A cup.")
 
 
 @pytest.mark.parametrize(
@@ -42,36 +38,42 @@ RECORD = Record(
 )
 def test_the_truth_pays_in_objects(monkeypatch, text, score):
     """One for each that is there, minus one for each that is not and for each wrong colour or
-    place."""
-    monkeypatch.setattr(toyworld, "scene_of", lambda name: SCENE)
-    assert OracleReward()([RECORD], [None], [(text, "")]).tolist() == [[score, 0]]
+    place.
+    """
+    monkeypatch.setattr(oracle, "scene_of", lambda name: SCENE)
+    assert oracle.oracle_reward([RECORD], [None], [(text, "")]).tolist() == [[score, 0]]
 
 
 def reward_of(path: Path, source: str, name: str = "pay"):
     path.write_text(source)
-    return load_reward(f"{path}:{name}", Config())
+    return scorer_of(f"{path}:{name}", Config())
 
 
 def test_a_function_gets_picture_prompt_and_response(tmp_path):
     """Of several turns all of them; a number of any kind comes back, and what is beside the file
-    can be imported."""
+    can be imported.
+    """
     (tmp_path / "beside_the_reward.py").write_text("FACTOR = 2\n")
-    source = (
-        "from __future__ import annotations\nfrom dataclasses import dataclass\nfrom beside_the_reward import FACTOR\n"
-        "@dataclass\nclass Seen:\n    words: int = 0\n"
-        "def pay(image, prompt, response):\n"
-        "    assert image == 'picture' and prompt == 'One.\\nTwo.\\nWhat is there?'\n"
-        "    return FACTOR * len(response)\n"
-    )
+    source = """
+from __future__ import annotations
+from dataclasses import dataclass
+from beside_the_reward import FACTOR
+
+@dataclass
+class Seen:
+    words: int = 0
+
+def pay(image, prompt, response):
+    assert image == 'picture' and prompt == 'One.\\nTwo.\\nWhat is there?'
+    return FACTOR * len(response)
+"""
     reward = reward_of(tmp_path / "pay.py", source)
-    assert reward([RECORD, RECORD], ["picture"] * 2, [("a", "bcd"), ("", "e")]).tolist() == [
-        [2, 6],
-        [0, 2],
-    ]
+    scores = reward([RECORD, RECORD], ["picture"] * 2, [("a", "bcd"), ("", "e")])
+    assert scores.tolist() == [[2, 6], [0, 2]]
 
 
 @pytest.mark.parametrize(
-    ("body", "said"),
+    ("body", "message"),
     [
         ("return 'much'", "raised ValueError("),
         ("return None", "raised TypeError("),
@@ -82,18 +84,15 @@ def test_a_function_gets_picture_prompt_and_response(tmp_path):
         ("return [1, 2]", "raised TypeError("),
     ],
 )
-def test_a_function_that_gives_no_number_is_refused(tmp_path, body, said):
-    reward = reward_of(tmp_path / "pay.py", f"def pay(image, prompt, response):\n    {body}\n")
-    refused(
-        lambda: reward([RECORD], [None], [("a", "b")]),
-        f"--reward {tmp_path / 'pay.py'}:pay: ",
-        said,
-        "record a",
-    )
+def test_a_function_that_gives_no_number_is_refused(tmp_path, body, message):
+    path = tmp_path / "pay.py"
+    reward = reward_of(path, f"def pay(image, prompt, response):\n    {body}\n")
+    parts = f"--reward {path}:pay: ", message, "record a"
+    refused(lambda: reward([RECORD], [None], [("a", "b")]), *parts)
 
 
 @pytest.mark.parametrize(
-    ("source", "said"),
+    ("source", "message"),
     [
         ("x = 1", "has no function 'pay'"),
         ("pay = 3", "has no function 'pay'"),
@@ -102,91 +101,63 @@ def test_a_function_that_gives_no_number_is_refused(tmp_path, body, said):
         ("import not_a_module_of_any_kind", "raised ModuleNotFoundError("),
     ],
 )
-def test_a_file_without_the_function_is_refused(tmp_path, source, said):
-    refused(lambda: reward_of(tmp_path / "pay.py", source), "--reward", "pay.py", said)
+def test_a_file_without_the_function_is_refused(tmp_path, source, message):
+    refused(lambda: reward_of(tmp_path / "pay.py", source), "--reward", "pay.py", message)
 
 
 @pytest.mark.parametrize("reward", ["nothing/here", "nothing.py:pay", "", "pay.py"])
 def test_a_reward_that_is_not_there_is_refused_before_anything_is_loaded(tmp_path, reward):
-    out = tmp_path / "out"
-    refused(
-        lambda: online("toy", out, method="rloo", reward=reward),
-        f"--reward {reward}: no such folder",
-        "give one",
-    )
+    out, message = tmp_path / "out", f"--reward {reward}: no such folder"
+    refused(lambda: rlhf("rloo", "toy", out, reward=reward), message, "give one")
     assert not out.exists()
 
 
 def test_the_truth_knows_its_own_world_alone(tmp_path):
-    refused(
-        lambda: load_reward("oracle", Config(images=str(tmp_path))),
-        "--reward oracle: knows the embedded world",
-    )
-    refused(lambda: load_reward("toy", Config()), "no reward model", "reward_head.safetensors")
+    elsewhere = Config(images=str(tmp_path))
+    refused(lambda: scorer_of("oracle", elsewhere), "--reward oracle: knows the embedded world")
 
 
 def test_a_bad_reward_can_be_mended_in_the_same_out(model, tmp_path):
     """It fails at its first call: one line, exit code 2, and no checkpoint that would refuse the
-    next try."""
+    next try.
+    """
     path, out = tmp_path / "pay.py", tmp_path / "out"
+    words = [sys.executable, "-m", "minialign.rlhf.rloo", "--model", model, "--out", out]
+    words += ["--reward", f"{path}:pay", "--limit", 4, "--batch-size", 4, "--max-new-tokens", 4]
+    words = list(map(str, [*words, "--eval-images", 0, "--workers", 0]))
+
     path.write_text("def pay(image, prompt):\n    return 1.0\n")
-    flags = [
-        "--limit",
-        4,
-        "--method",
-        "rloo",
-        "--reward",
-        f"{path}:pay",
-        "--max-new-tokens",
-        4,
-        "--eval-images",
-        0,
-    ]
-    flags += ["--workers", 0, "--batch-size", 4]
-    words = [sys.executable, ROOT / "train_online.py", "--model", model, "--out", out, *flags]
-    done = subprocess.run(list(map(str, words)), capture_output=True, text=True, check=False)
-    [said] = [line for line in done.stderr.splitlines() if line.startswith("error")]
-    assert (
-        done.returncode == 2
-        and f"--reward {path}:pay: raised TypeError(" in said
-        and "Traceback" not in done.stderr
-    )
+    done = subprocess.run(words, cwd=ROOT, capture_output=True, text=True, check=False)
+    [message] = [line for line in done.stderr.splitlines() if line.startswith("error")]
+    assert done.returncode == 2 and f"--reward {path}:pay: raised TypeError(" in message
+    assert "Traceback" not in done.stderr
     assert not (out / "checkpoint/progress.safetensors").exists()
+
     path.write_text("def pay(image, prompt, response):\n    return 1.0\n")
-    done = subprocess.run(list(map(str, words)), capture_output=True, text=True, check=False)
+    done = subprocess.run(words, cwd=ROOT, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
 
 
 def test_a_step_of_which_some_updates_were_made_is_not_saved(model, tmp_path):
     """PPO at a rate that breaks the model in a later update: the last checkpoint stays, of whole
-    steps."""
-    flags = {
-        "method": "ppo",
-        "limit": 16,
-        "warmup": 0.0,
-        "lr": 1e6,
-        "clip": 1e9,
-        "save_every": 1,
-        "updates": 8,
-    }
-    refused(lambda: online(model, tmp_path, **flags), "what was saved before it stays")
-    assert (
-        tmp_path / "metrics.jsonl"
-    ).read_text() == ""  # in the first step, behind its first update
+    steps.
+    """
+    flags = {"limit": 16, "warmup": 0.0, "lr": 1e6, "clip": 1e9, "save_every": 1, "updates": 8}
+    message = "what was saved before it stays"
+    refused(lambda: rlhf("ppo", model, tmp_path, **flags), message)
+    # In the first step, behind its first update.
+    assert (tmp_path / "metrics.jsonl").read_text() == ""
     assert not (tmp_path / "checkpoint/progress.safetensors").exists()
 
 
-def test_out_over_what_is_read_is_refused(trained_reward, tmp_path):
+def test_out_over_what_is_read_is_refused(trained_reward):
     """A reward model, or an annotator, within --out would be overwritten."""
-    for flag in (
-        {"method": "rloo", "reward": str(trained_reward / "merged")},
-        {"method": "online-dpo", "annotator": str(trained_reward / "merged")},
-    ):
-        refused(
-            lambda flag=flag: online("toy", trained_reward, **flag),
-            "which would be overwritten; name another",
-        )
-    assert (trained_reward / "merged/reward_head.safetensors").exists()
+    merged, message = trained_reward / "merged", "which would be overwritten; name another"
+    for method in ("rloo", "ppo"):
+        refused(lambda m=method: rlhf(m, "toy", trained_reward, reward=str(merged)), message)
+    flags = {"method": "online-dpo", "annotator": str(merged)}
+    refused(lambda: online("toy", trained_reward, **flags), message)
+    assert (merged / "reward_head.safetensors").exists()
 
 
 @pytest.fixture
