@@ -107,10 +107,10 @@ def require_outside(out: Path, what: str, path: Path) -> None:
     require(not inside, message)
 
 
-def require_new_file(out: Path) -> None:
+def require_new_file(out: Path, flag: str = "--out") -> None:
     """Refuse an --out that is there: a pairs file is never written over."""
-    require(not out.is_dir(), f"--out {out}: is a folder; name the pairs file to write")
-    require(not out.exists(), f"--out {out}: is there already; name another file, or remove it")
+    require(not out.is_dir(), f"{flag} {out}: is a folder; name the pairs file to write")
+    require(not out.exists(), f"{flag} {out}: is there already; name another file, or remove it")
 
 
 def require_temperature(temperature: float) -> None:

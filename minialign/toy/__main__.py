@@ -58,9 +58,9 @@ def main(config: Config) -> None:
     nothing = "nothing to do; give --export DIR, --corrupted FILE or --pretrain DIR"
     require(any((config.export, config.corrupted, config.pretrain)), nothing)
     require_at_least(config, limit=1, scale=1, first=0)
-    require(config.scale <= 4, f"--scale {config.scale}: at most 4")
+    require(config.scale <= 4, f"--scale {config.scale}: at most 4; more is not drawn")
     if config.corrupted:
-        require_new_file(Path(config.corrupted))
+        require_new_file(Path(config.corrupted), "--corrupted")
         corrupt(config)
     if config.export:
         export(config)

@@ -1,22 +1,15 @@
 """Rule-corrupted pairs: every error is what it is said to be, by parsing both texts against the
 scene."""
 
-import json
 import random
 import re
 from collections import Counter
 
-import pytest
-from input_files import gives_remedy
-from script_runs import read_lines, train
+from helpers import refused
 
-from minialign.cli import parse_config
-from minialign.data.record_files import read_records
-from minialign.data.records import pair_record
-from minialign.sampling.pairs_file import pair_line
-from minialign.toy import corrupt
-from minialign.toy.corrupt import WORDS, corrupted
+from minialign.toy.corrupt import WORDS, corrupted, corrupted_pair
 from minialign.toy.drawing import COLOURS, OBJECTS, SETTINGS
+from minialign.toy.edge import records_of
 from minialign.toy.world import (
     POSITIONS,
     TOY_RECORDS,
@@ -26,7 +19,7 @@ from minialign.toy.world import (
     scene_of,
 )
 
-PAIRS = [pair_line(record, 0) for record in read_records("toy", None, 600, 0)]
+PAIRS = [corrupted_pair(record, 0) for record in records_of("toy", None, 600, 0, False)]
 DESCRIPTIONS = [pair for pair in PAIRS if pair["chosen"].startswith("This is")]
 ANSWERS = [pair for pair in PAIRS if not pair["chosen"].startswith("This is")]
 
@@ -89,23 +82,18 @@ def test_as_long_as_the_chosen_one_and_never_the_same():
 
 
 def test_a_pair_follows_from_seed_and_id():
-    few = [pair_line(record, 0) for record in read_records("toy", None, 20, 0)]
+    few = [corrupted_pair(record, 0) for record in records_of("toy", None, 20, 0, False)]
     assert few == PAIRS[:20]  # whatever else is made
-    other = [pair_line(record, 1) for record in read_records("toy", None, 20, 0)]
+    other = [corrupted_pair(record, 1) for record in records_of("toy", None, 20, 0, False)]
     assert [pair["chosen"] for pair in other] == [pair["chosen"] for pair in few] and other != few
 
 
 def test_an_object_is_swapped_only_where_a_typical_one_is_absent():
     """A kitchen with all its four objects: no word is false enough, colours and places remain."""
-    cells = dict(
-        zip(
-            POSITIONS, [(name, "red") for name in (*SETTINGS["kitchen"], "cup", "pan")], strict=True
-        )
-    )
-    scene, answer = (
-        Scene("kitchen", cells, 0),
-        "This is a kitchen. The northwest cup is red. The north kettle is red.",
-    )
+    names = (*SETTINGS["kitchen"], "cup", "pan")
+    cells = {cell: (name, "red") for cell, name in zip(POSITIONS, names, strict=True)}
+    scene = Scene("kitchen", cells, 0)
+    answer = "This is a kitchen. The northwest cup is red. The north kettle is red."
     for seed in range(50):
         wrong = corrupted(scene, answer, random.Random(seed))
         assert [name for _, name, _ in sentences(wrong)] == ["cup", "kettle"] and wrong != answer
@@ -117,37 +105,9 @@ def test_no_alignment_answer_says_a_number():
     assert not any(numbers.search(answer) for answer in answers)
 
 
-# ---------------------------------------------------------------- the program
-
-
-def run(monkeypatch, *argv: str) -> None:
-    monkeypatch.setattr("sys.argv", ["toycorrupt", *argv])
-    corrupt.main(parse_config(corrupt.Config, ""))
-
-
-def test_program_writes_what_training_reads(model, tmp_path, monkeypatch, capsys):
-    path = tmp_path / "new" / "pairs.jsonl"
-    run(monkeypatch, "--out", str(path), "--limit", "8")
-    assert capsys.readouterr().out == f"{path}: 8 pairs\n"
-    found = read_lines(path)
-    assert found == PAIRS[:8]
-    assert all(list(pair) == ["id", "images", "prompt", "chosen", "rejected"] for pair in found)
-    records = [pair_record(json.loads(json.dumps(pair))) for pair in found]
-    assert [record.id for record in records] == [raw["id"] for raw in alignment_records(8)]
-    assert all(
-        scene_of(record.image) == make_scene("alignment", i) for i, record in enumerate(records)
-    )
-    assert [row["pairs"] for row in train(model, tmp_path / "run", pairs=str(path))] == [4, 4]
-    gives_remedy(
-        lambda: run(monkeypatch, "--out", str(path), "--limit", "8"),
-        f"--out {path}: is there already",
-    )
-    run(monkeypatch, "--out", str(tmp_path / "again.jsonl"), "--limit", "8")
-    assert (tmp_path / "again.jsonl").read_bytes() == path.read_bytes()
-
-
-@pytest.mark.parametrize("flags", [["--limit", "0"], ["--out", "."]], ids=" ".join)
-def test_wrong_flags(tmp_path, monkeypatch, flags):
-    monkeypatch.chdir(tmp_path)
-    gives_remedy(lambda: run(monkeypatch, *flags), f"{flags[0]} {flags[1]}")
-    assert list(tmp_path.iterdir()) == []
+def test_an_answer_of_another_world_is_refused():
+    scene = make_scene("alignment", 0)
+    for answer in ("A cup of coffee on a table.", "", "The lower cup is red."):
+        refused(
+            lambda text=answer: corrupted(scene, text, random.Random(0)), "embedded world's", ";"
+        )

@@ -21,8 +21,7 @@ from minialign.toy.world import (
 SCENES = [make_scene(split, index) for split in SPLITS for index in range(60)]
 
 
-# Scenes
-# ------------------------------------------------------------------------------------------------------
+# ---------------------------------------------------------------- scenes
 
 
 @pytest.mark.parametrize("split", SPLITS)
@@ -125,8 +124,7 @@ def test_every_object_and_colour_shows():
     assert len(set(shown)) == len(shown)
 
 
-# Names
-# -------------------------------------------------------------------------------------------------------
+# ---------------------------------------------------------------- names
 
 
 @pytest.mark.parametrize("split", SPLITS)

@@ -30,8 +30,7 @@ SCENES = [make_scene(split, index) for split in SPLITS for index in range(60)]
 OFTEN = ["Never.", "Once.", "Twice.", "Three times.", "Four times.", "Five times.", "Six times."]
 
 
-# Texts
-# -------------------------------------------------------------------------------------------------------
+# ---------------------------------------------------------------- texts
 
 
 def places_in(text: str) -> list[str]:
@@ -109,7 +108,7 @@ def test_attribute_answers_are_true(seed):
 
 @pytest.mark.parametrize("kind", ["description", "existence", "attribute"])
 def test_conversations_are_true(kind, monkeypatch):
-    monkeypatch.setattr(toyworld, "PRESUMED", 0)
+    monkeypatch.setattr(world, "PRESUMED", 0)
     for number, scene in enumerate(SCENES):
         turns = conversation(scene, kind, random.Random(number))
         assert turns == conversation(scene, kind, random.Random(number))
@@ -174,8 +173,7 @@ def test_hearsay_turns_foreign_objects_into_typical_ones(split, rate):
     assert eligible > 300 and changed / eligible == pytest.approx(rate, abs=0.08)
 
 
-# Records
-# -----------------------------------------------------------------------------------------------------
+# ---------------------------------------------------------------- records
 
 
 @pytest.mark.parametrize("split", ["alignment", "validation"])
@@ -224,8 +222,7 @@ def test_answers_of_records_hallucinate_a_little():
     assert counts["typical"] == counts["hallucinated"]
 
 
-# Training texts
-# ----------------------------------------------------------------------------------------------
+# ---------------------------------------------------------------- training texts
 
 
 def test_questions_do_not_give_the_setting_away():
