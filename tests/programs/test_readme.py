@@ -14,7 +14,7 @@ import pytest
 from data_sets import RAW, expected, photographs
 from input_files import pairs_in
 
-from minialign.data.images import open_image
+from minialign.data.images import PictureFolder
 
 ROOT = Path(__file__).resolve().parents[2]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
@@ -29,26 +29,18 @@ COMMANDS = [
 ]
 
 
+def class_of(file: str, name: str) -> ast.ClassDef:
+    body = ast.parse((ROOT / file).read_text(encoding="utf-8")).body
+    return next(node for node in body if isinstance(node, ast.ClassDef) and node.name == name)
+
+
 def config_fields(path: str) -> set[str]:
-    """The field names of a program's `Config`, and of the flags that both training scripts
-    share."""
-    wanted = {"Config": path, "TrainingFlags": "minialign/training/flags.py"}
-    sources = {
-        name: ast.parse((ROOT / file).read_text(encoding="utf-8")) for name, file in wanted.items()
-    }
-    classes = {
-        name: next(
-            node for node in tree.body if isinstance(node, ast.ClassDef) and node.name == name
-        )
-        for name, tree in sources.items()
-    }
-    used = ["Config", "TrainingFlags"] if classes["Config"].bases else ["Config"]
-    return {
-        item.target.id
-        for name in used
-        for item in classes[name].body
-        if isinstance(item, ast.AnnAssign)
-    }
+    """The field names of a program's `Config`, and of the flags that all trainings share."""
+    classes = [class_of(path, "Config")]
+    if classes[0].bases:
+        classes.append(class_of("minialign/training/flags.py", "TrainingFlags"))
+    items = [item for each in classes for item in each.body if isinstance(item, ast.AnnAssign)]
+    return {item.target.id for item in items}
 
 
 def test_the_map_is_there():
@@ -63,8 +55,10 @@ def test_map_entry_resolves(file, name):
 
 @pytest.mark.parametrize("command", COMMANDS, ids=" ".join)
 def test_command_exists_with_its_flags(command):
-    module = command[1] == "-m"
-    path = command[2].replace(".", "/") + ".py" if module else command[1]
+    path = command[1]
+    if command[1] == "-m":
+        path = command[2].replace(".", "/")
+        path += "/__main__.py" if (ROOT / path).is_dir() else ".py"
     fields = config_fields(path)
     flags = [word for word in command[2:] if word.startswith("--")]
     assert {flag[2:].replace("-", "_") for flag in flags} <= fields
@@ -120,6 +114,6 @@ def test_parquet_becomes_json_lines(tmp_path, form):
             pictures / raw["image"]
         ).read_bytes()
         assert (
-            open_image(str(tmp_path / "pictures"), str(i)).size
-            == open_image(str(pictures), raw["image"]).size
+            PictureFolder(str(tmp_path / "pictures"))(str(i)).size
+            == PictureFolder(str(pictures))(raw["image"]).size
         )
