@@ -2,21 +2,23 @@
 
 import importlib
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 from study_counts import some_runs
 
-from minialign.cli import fill, parse_config
+from minialign.cli import parse_config, with_defaults
 from minialign.errors import UserError
 from minialign.evaluation.metrics import SETTINGS_OF_POPE, bootstrap, interval
 from minialign.files import write_json, write_whole
-from minialign.study import __main__
+from minialign.study import __main__ as study
 from minialign.study.__main__ import ROWS, Config
 from minialign.study.findings import judge
-from minialign.training import flags as flags_of_both
+from minialign.training.flags import check_training
 
 IDS = ("bdhs lowers adversarial POPE error", "bdhs misses fewer objects", "bdhs lowers CHAIR_i")
+METRICS = '{"step": 1, "pairs": 16}\n{"step": 2, "pairs": 3}\n'
 
 
 @pytest.fixture
@@ -27,23 +29,17 @@ def programs(monkeypatch):
     def run(program: str, flags: list[str]) -> None:
         calls.append((program, flags))
         out, options = flags[1], dict(zip(flags[::2], flags[1::2], strict=False))
-        if program == "minialign.annotate":
-            paths = options["--pairs"].split(",")
-            return write_json(
-                Path(out),
-                {path: {"accuracy": {"value": 0.5 + 0.1 * i}} for i, path in enumerate(paths)},
-            )
+        if "--annotator" in options and "--pairs" in options:
+            figures = {}
+            for i, path in enumerate(options["--pairs"].split(",")):
+                figures[path] = {"accuracy": {"value": 0.5 + 0.1 * i}}
+            return write_json(Path(out), figures)
         if "--eval-images" in options:
             images, seed = int(options["--eval-images"]), int(options["--seed"])
-            counts = {
-                "before": some_runs(100, 1, images)[0],
-                "after": some_runs(seed, 1, images)[0],
-            }
-            write_json(Path(out) / "counts.json", counts)
-            write_whole(
-                Path(out) / "metrics.jsonl", '{"step": 1, "pairs": 16}\n{"step": 2, "pairs": 3}\n'
-            )
-        write_whole(Path(out + __main__.LAST[program]), "done")
+            [before], [after] = some_runs(100, 1, images), some_runs(seed, 1, images)
+            write_json(Path(out) / "counts.json", {"before": before, "after": after})
+            write_whole(Path(out) / "metrics.jsonl", METRICS)
+        write_whole(Path(out + study.LAST[f"{program} {flags[0]}"]), "done")
 
     monkeypatch.setattr(study, "run", run)
     return calls
@@ -51,7 +47,7 @@ def programs(monkeypatch):
 
 def run_study(monkeypatch, *argv: str) -> None:
     monkeypatch.setattr("sys.argv", ["study", *argv])
-    __main__.main(parse_config(__main__.Config, ""))
+    study.main(parse_config(study.Config, ""))
 
 
 def test_study_leaves_rows_and_findings(tmp_path, monkeypatch, programs, capsys):
@@ -84,7 +80,7 @@ def test_study_leaves_rows_and_findings(tmp_path, monkeypatch, programs, capsys)
 
 def test_flags_of_a_row(tmp_path, programs):
     config = Config(out=str(tmp_path), seeds=1, split="validation", images=4, limit=50)
-    __main__.run_row("noise", 3, config)
+    study.run_row("noise", 3, config)
     (sample, sample_flags), (train, train_flags) = programs
     assert (sample, train) == ("sample_bdhs.py", "train_dpo.py")
     pairs = str(tmp_path / "noise-3" / "pairs.jsonl")
@@ -110,7 +106,7 @@ def test_flags_of_a_row(tmp_path, programs):
         "--steps": "4",
     }
     programs.clear()
-    __main__.run_row("sft", 0, Config(out=str(tmp_path), images=4))
+    study.run_row("sft", 0, Config(out=str(tmp_path), images=4))
     assert programs[0][1][-2:] == ["--limit", "2000"] and programs[1][1][-4:] == [
         "--loss",
         "sft",
@@ -121,7 +117,7 @@ def test_flags_of_a_row(tmp_path, programs):
 
 def test_an_out_with_spaces_and_braces_stays_one_word(tmp_path, programs):
     out = str(tmp_path / "my {row} study")
-    __main__.run_row("online-dpo", 0, Config(out=out, images=4))
+    study.run_row("online-dpo", 0, Config(out=out, images=4))
     [(_, flags)] = programs
     assert (
         flags[:2] == ["--out", f"{out}/online-dpo-0"]
@@ -129,45 +125,51 @@ def test_an_out_with_spaces_and_braces_stays_one_word(tmp_path, programs):
     )
 
 
+def module_of(program: str):
+    """The module of a program by the name that a command has for it."""
+    name = program.removesuffix(".py")
+    return importlib.import_module("minialign.toy.__main__" if name == "minialign.toy" else name)
+
+
 @pytest.mark.parametrize("row", ROWS)
 def test_flags_of_every_row_are_known_to_the_programs(tmp_path, row, programs):
-    """And all make as many steps."""
-    config = Config(out=str(tmp_path), images=5, limit=50)
-    __main__.run_row(row, 1, config)
-    *others, (_, train_flags) = programs
-    for program, flags in programs:
-        module = importlib.import_module(program.removesuffix(".py"))
+    """They pass the programs' own checks, all rows make as many steps of as many pairs, and what is
+    made before is for what comes later.
+    """
+    study.run_row(row, 1, Config(out=str(tmp_path), images=5, limit=50))
+    trained = None
+    for number, (program, flags) in enumerate(programs):
+        module = module_of(program)
         parsed = parse_config(module.Config, "", flags)
-        assert parsed.seed == 1 and parsed.out.startswith(str(tmp_path))
-        if program.startswith("train"):
-            of_method = module.TOY_RL.get(parsed.method, {}) if program == "train_online.py" else {}
-            toy = getattr(module, "TOY", flags_of_both.TOY) | of_method
-            parsed = fill(fill(parsed, toy), {"lora_alpha": 128.0})
+        assert parsed.seed == 1 and flags[1].startswith(str(tmp_path))
+        if program not in ("train_dpo.py", "minialign.rlhf.reward_model"):
+            assert parsed.limit == 50
+        if "--steps" in flags or program == "minialign.rlhf.reward_model":
             if "--reward" in flags:
                 Path(parsed.reward).mkdir()  # as it will stand there by then
-            module.check(parsed)
-            reward = parsed.loss == "reward"
-            assert (parsed.steps, parsed.eval_images) == (
-                (500, 500) if reward else (4, 5)
-            ) and parsed.batch_size == 16
-            online = 1e-4 if row.startswith("ppo") else 5e-4
-            rate = (
-                1e-3 if row == "sft" or reward else online if program == "train_online.py" else 2e-4
-            )
-            assert parsed.lr == rate
-        if program != "train_dpo.py":
-            assert parsed.limit == 50
-    for program, flags in others:  # each is for what comes later
-        assert program in ("sample_bdhs.py", "minialign.toy.corrupt", "train_dpo.py")
-        later = [
-            word for _, words in programs[programs.index((program, flags)) + 1 :] for word in words
-        ]
-        assert flags[1] in later or f"{flags[1]}/merged" in later
+            trained = with_defaults(parsed, module.DEFAULTS, toy=True)
+            trained = replace(trained, lora_alpha=128.0)  # as the rank gives it
+            check = getattr(module, "check", check_training)
+            check(trained)
+        if flags is not programs[-1][1]:
+            later = [word for _, words in programs[number + 1 :] for word in words]
+            assert flags[1] in later or f"{flags[1]}/merged" in later
+
+    online = 1e-4 if row.startswith("ppo") else 5e-4
+    offline = ("bdhs", "unguided", "noise", "corrupted", "distorted", "ipo", "slic")
+    rates = {"sft": 1e-3} | dict.fromkeys(offline, 2e-4)
+    assert (trained.steps, trained.eval_images, trained.batch_size) == (4, 5, 16)
+    assert trained.lr == rates.get(row, online)
 
 
 def test_rows_share_the_pairs_of_a_seed(tmp_path, monkeypatch, programs):
     run_study(monkeypatch, "--out", str(tmp_path), "--seeds", "2", "--images", "5")
-    made = [flags[1] for program, flags in programs if not program.startswith("train")]
+    made = [flags[1] for _, flags in programs if "--eval-images" not in flags]
+    made = [
+        out
+        for out in made
+        if not out.rstrip("01").endswith(("reward-corrupted-", "reward-ranked-"))
+    ]
     names = (
         "bdhs-{}.jsonl",
         "corrupted-{}.jsonl",
@@ -215,10 +217,10 @@ def test_table_7(tmp_path, monkeypatch, programs, capsys):
         (a, b) for a in ("corrupted", "ranked") for b in ("corrupted", "bdhs", "ranked")
     ]
     assert [each["accuracy"] for each in found] == 2 * [[0.5, 0.5], [0.6, 0.6], [0.7, 0.7]]
-    [export] = [flags for program, flags in programs if program == "minialign.toy"]
+    [export] = [flags for _, flags in programs if flags[0] == "--export"]
     assert export[2:] == ["--first", "2000", "--limit", "300"]
-    asked = [flags for program, flags in programs if program == "minialign.annotate"]
-    assert [flags[3] for flags in asked] == [
+    asked = [flags for program, flags in programs if "--pairs" in flags and "--annotator" in flags]
+    assert [flags[flags.index("--annotator") + 1] for flags in asked] == [
         str(tmp_path / f"reward-{kind}-{seed}" / "merged")
         for kind in ("corrupted", "ranked")
         for seed in (0, 1)
@@ -316,9 +318,17 @@ def test_a_script_that_fails_ends_the_study(tmp_path, monkeypatch):
     monkeypatch.setattr(study, "SCRIPTS", tmp_path)
     (tmp_path / "sample_bdhs.py").write_text("raise SystemExit(2)")
     with pytest.raises(UserError, match=r"^sample_bdhs\.py --out .* ended with exit code 2"):
-        __main__.run_row("bdhs", 0, Config(out=str(tmp_path / "out")))
+        study.run_row("bdhs", 0, Config(out=str(tmp_path / "out")))
+
+
+def test_scripts_are_where_the_study_looks_for_them():
+    programs = {name.split()[0] for name in study.LAST}
+    scripts = {name for name in programs if name.endswith(".py")}
+    assert scripts == {"sample_bdhs.py", "train_dpo.py", "train_online.py"}
+    assert all((study.SCRIPTS / name).is_file() for name in scripts)
 
 
 def test_modules_run_as_scripts_do(tmp_path):
-    __main__.run("minialign.toy.corrupt", ["--out", str(tmp_path / "pairs.jsonl"), "--limit", "2"])
-    assert len((tmp_path / "pairs.jsonl").read_text().splitlines()) == 2
+    pairs = tmp_path / "pairs.jsonl"
+    study.run("minialign.toy", ["--corrupted", str(pairs), "--limit", "2"])
+    assert len(pairs.read_text().splitlines()) == 2
