@@ -38,7 +38,7 @@ from minialign.cli import (
     run_main,
 )
 from minialign.data.images import PreparedImage
-from minialign.data.record_files import open_pairs, sift
+from minialign.data.record_files import Records, open_pairs, sift
 from minialign.data.records import FormatName, Record, preference_fields, require_different
 from minialign.errors import UserError
 from minialign.evaluation.metrics import Counts, Figures, print_table, with_intervals
@@ -126,9 +126,8 @@ def count_verdict(verdict: Verdict, chosen: int) -> Counts:
     }
 
 
-def judge(path: str, annotator, config: Config) -> tuple[list[Counts], list[str]]:
+def judge(records: Records, pictures, annotator, config: Config) -> tuple[list[Counts], list[str]]:
     """What the verdict on every pair of a file counts, and why pairs were left out."""
-    records, pictures = open_pairs(path, config.format), edge.picture_source(config.images)
     counts, left_out = [], []
 
     def parse(number: int) -> tuple[Comparison, int]:
@@ -143,7 +142,7 @@ def judge(path: str, annotator, config: Config) -> tuple[list[Counts], list[str]
         for verdict, (_, chosen) in zip(verdicts, batch, strict=True):
             counts.append(count_verdict(verdict, chosen))
     if not counts:
-        raise UserError(f"--pairs {path}: no usable pair, {left_out[0]}; give pairs")
+        raise UserError(f"--pairs {records.file.path}: no usable pair, {left_out[0]}; give pairs")
     return counts, left_out
 
 
@@ -153,9 +152,11 @@ def measure(config: Config, paths: list[str]) -> None:
     """
     results = {}
     with redirect_stdout(sys.stderr):  # what is printed on the way is no result
+        files = {path: open_pairs(path, config.format) for path in paths}
+        pictures = edge.picture_source(config.images)
         annotator = edge.annotator_of(config.annotator, config)
-        for path in paths:
-            counts, left_out = judge(path, annotator, config)
+        for path, records in files.items():
+            counts, left_out = judge(records, pictures, annotator, config)
             if left_out:
                 first = f"{len(left_out)} pairs left out, the first: {left_out[0]}"
                 tqdm.write(f"{path}: {first}", file=sys.stderr)

@@ -1,4 +1,5 @@
-"""`python -m minialign.annotate`: its figures by hand, what it prints, and what it refuses."""
+"""`python -m minialign.annotate`: figures by hand, pairs of a model's own answers, ranked, and what
+it refuses."""
 
 import json
 import random
@@ -10,18 +11,24 @@ from data_sets import photographs, write
 from helpers import refused
 from input_files import array, instruct, lines, pair
 from judges import absent_objects, script, shown
+from online_runs import Scripted
+from script_runs import instruct_file
 
-from minialign.align import annotators
+from minialign import annotate
+from minialign.align.annotators import Verdict
 from minialign.cli import parse_config
-from minialign.toy import world
+from minialign.data.tokenizer import Tokenizer
+from minialign.sampling import assistant
+from minialign.toy import edge, world
+from minialign.toy.oracle import truth
 
 TALK = {"prompt": "Is it there?"}
 
 
 def run(monkeypatch, capsys, *argv: object) -> dict:
     """The object that --json prints, and nothing else on stdout."""
-    monkeypatch.setattr(sys, "argv", ["annotator", *map(str, argv), "--json"])
-    annotators.main(parse_config(annotators.Config, ""))
+    monkeypatch.setattr(sys, "argv", ["annotate", *map(str, argv), "--json"])
+    annotate.main(parse_config(annotate.Config, ""))
     out, err = capsys.readouterr()
     assert out.count("\n") == 1 and "read as" in err
     return json.loads(out)
@@ -29,8 +36,8 @@ def run(monkeypatch, capsys, *argv: object) -> dict:
 
 def refuse(monkeypatch, *argv: object, parts=()) -> None:
     """The flags end in one line that names these things."""
-    monkeypatch.setattr(sys, "argv", ["annotator", *map(str, argv)])
-    refused(lambda: annotators.main(parse_config(annotators.Config, "")), *parts)
+    monkeypatch.setattr(sys, "argv", ["annotate", *map(str, argv)])
+    refused(lambda: annotate.main(parse_config(annotate.Config, "")), *parts)
 
 
 def values(result: dict) -> dict:
@@ -150,12 +157,11 @@ def test_a_real_model_judges(monkeypatch, capsys, tmp_path):
 def test_the_table(monkeypatch, capsys, tmp_path):
     """Without --json every figure is a line, under the annotator's name."""
     path = file_of(tmp_path / "pairs.jsonl", *(yes_no(i, i > 0) for i in range(4)))
-    monkeypatch.setattr(sys, "argv", ["annotator", "--pairs", str(path)])
-    annotators.main(parse_config(annotators.Config, ""))
+    monkeypatch.setattr(sys, "argv", ["annotate", "--pairs", str(path)])
+    annotate.main(parse_config(annotate.Config, ""))
     rows = capsys.readouterr().out.splitlines()
-    assert rows[0].split() == ["oracle"] and [row.split()[0] for row in rows[1:]] == list(
-        annotators.FIGURES
-    )
+    assert rows[0].split() == ["oracle"]
+    assert [row.split()[0] for row in rows[1:]] == list(annotate.FIGURES)
     assert rows[1].split()[1] == "0.750" and "not measured" in rows[2]
 
 
@@ -200,10 +206,12 @@ def test_bad_pairs_end_the_run_or_are_skipped(monkeypatch, capsys, tmp_path):
 
 def test_bad_flags(monkeypatch, tmp_path):
     """Before any model is loaded."""
-    monkeypatch.setattr(annotator, "load_model", None)
+    monkeypatch.setattr(assistant, "load_model", None)
     path = file_of(tmp_path / "pairs.jsonl", yes_no(0, True))
     (tmp_path / "data.json").write_bytes(array(instruct()))
-    refuse(monkeypatch, parts=["--pairs is missing"])
+    refuse(monkeypatch, parts=["give --pairs", "or --rank"])
+    refuse(monkeypatch, "--pairs", path, "--rank", "toy", parts=["give --pairs", "or --rank"])
+    refuse(monkeypatch, "--pairs", f"{path},{path}", parts=["a file stands twice"])
     refuse(monkeypatch, "--pairs", tmp_path / "no.jsonl", parts=["no.jsonl: no such file"])
     refuse(monkeypatch, "--pairs", tmp_path / "data.json", parts=["holds no rejected responses"])
     refuse(monkeypatch, "--pairs", path, "--batch-size", 0, parts=["--batch-size 0: at least 1"])
@@ -221,3 +229,92 @@ def test_bad_flags(monkeypatch, tmp_path):
     )
     refuse(monkeypatch, "--pairs", path, "--annotator", tmp_path / "no", parts=[tmp_path / "no"])
     refuse(monkeypatch, "--pairs", path, "--device", "abacus", parts=["--device abacus"])
+
+
+# ---------------------------------------------------------------- --rank
+
+
+def rank(out: Path, *flags: object, data: object = "toy") -> list[dict]:
+    """The pairs file that a run leaves."""
+    argv = ["--rank", data, "--out", out, *flags]
+    annotate.main(parse_config(annotate.Config, "", [str(word) for word in argv]))
+    return [json.loads(line) for line in out.read_text().splitlines()]
+
+
+def test_the_truth_ranks_the_toys_answers(tmp_path, capsys):
+    """The chosen one is better by the truth; no pair of equals; the same pairs whatever the
+    batch."""
+    pairs = rank(tmp_path / "a.jsonl", "--limit", 12, "--batch-size", 5)
+    assert 3 <= len(pairs) < 12
+    for each in pairs:
+        assert each.keys() == {"id", "images", "prompt", "chosen", "rejected"}
+        scene = world.scene_of(each["images"][0])
+        assert truth(scene, each["chosen"]) > truth(scene, each["rejected"])
+    printed = capsys.readouterr().out
+    assert f"{len(pairs)} pairs of 12 prompts; left out: {12 - len(pairs)} ties" in printed
+    assert rank(tmp_path / "b.jsonl", "--limit", 12, "--batch-size", 12) == pairs
+    assert rank(tmp_path / "c.jsonl", "--limit", 12, "--seed", 1) != pairs
+
+
+def test_the_same_text_twice_is_a_tie_whoever_judges(tmp_path, monkeypatch):
+    """Two answers of next to no temperature; a judge that always says 1."""
+
+    class First:
+        def choose(self, comparisons):
+            return [Verdict(0) for _ in comparisons]
+
+    monkeypatch.setattr(edge, "annotator_of", lambda *_: First())
+    flags = ["--limit", 4, "--temperature", 0.001]
+    refused(lambda: rank(tmp_path / "a.jsonl", *flags), "not one pair was ranked")
+    assert not (tmp_path / "a.jsonl").exists()
+
+
+def test_an_empty_answer_is_no_pair(tmp_path, monkeypatch, capsys):
+    judge, real = Scripted(lambda text: (len(text), text)), Tokenizer.decode
+
+    def decode(tokenizer, ids):
+        return real(tokenizer, ids) if sum(ids) % 3 else ""
+
+    monkeypatch.setattr(edge, "annotator_of", lambda *_: judge)
+    monkeypatch.setattr(Tokenizer, "decode", decode)
+    pairs = rank(tmp_path / "a.jsonl", "--limit", 16)
+    assert all(each["chosen"] and each["rejected"] for each in pairs)
+    assert "0 with an empty answer" not in capsys.readouterr().out
+
+
+def test_bad_records_are_met_with_their_place_or_skipped(tmp_path, capsys):
+    """A picture that is not there, and a prompt that fills all positions."""
+    good = [("human", "<image>\nDescribe the picture."), ("gpt", "A cup.")]
+    long = [("human", "<image>\n" + "a cup " * 900), ("gpt", "A.")]
+    data = Path(instruct_file(tmp_path / "data.json", good, long, good, good, good))
+    raws = json.loads(data.read_text())
+    raws[2]["image"] = "nothere.png"
+    data.write_text(json.dumps(raws))
+    out, flags = tmp_path / "a.jsonl", ["--batch-size", 2]
+    refused(lambda: rank(out, *flags, data=data), f"{data}, record 2: image and prompt take")
+    rank(out, *flags, "--skip-bad-records", data=data)
+    shown = capsys.readouterr()
+    assert f"2 records left out on the way, the first: {data}, record 2" in shown.out + shown.err
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["--temperature", 0], "--temperature 0: two greedy answers are the same"),
+        (["--limit", 0], "--limit 0"),
+        (["--annotator", "nowhere"], "--annotator nowhere: no such folder"),
+        (["--batch-size", 0], "--batch-size 0"),
+    ],
+)
+def test_bad_flags_of_rank(tmp_path, flags, message):
+    refused(lambda: rank(tmp_path / "a.jsonl", *flags), message)
+    assert not (tmp_path / "a.jsonl").exists()
+
+
+def test_a_file_that_is_there_is_kept(tmp_path):
+    (tmp_path / "a.jsonl").write_text("precious")
+    refused(
+        lambda: rank(tmp_path / "a.jsonl"),
+        "is there already; name another file, or remove it",
+    )
+    assert (tmp_path / "a.jsonl").read_text() == "precious"
