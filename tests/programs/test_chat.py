@@ -1,228 +1,85 @@
-"""Tokenisation: text is never a control token, and comes back as it was; folders that are
-refused."""
+"""`python -m minialign.chat`: what it answers, and the log-probs of an answer that is given."""
 
 import json
-import random
-import shutil
-from pathlib import Path
 
 import pytest
-from helpers import toy_tokenizer
-from llama_tokenizer import AWKWARD, VICUNA, llama2_folder, random_text
-from tokenizers import AddedToken
-from tokenizers import Tokenizer as FastTokenizer
-
-from minialign.data.tokenizer import Tokenizer
-from minialign.errors import UserError
-from minialign.evaluation.metrics import TOY
-
-CONTROL = ["<s>", "</s>", "<image>", "<pad>", "<unk>"]
-
-
-@pytest.fixture(scope="module", params=["toy", "llama-2"])
-def both(request, oracle, tmp_path_factory):
-    """(our tokenizer, transformers' `text -> ids`) of one folder."""
-    folder = (
-        TOY
-        if request.param == "toy"
-        else llama2_folder(tmp_path_factory.mktemp("llama") / "model", chatml=False)
-    )
-    theirs = oracle.transformers.AutoTokenizer.from_pretrained(folder)
-    return Tokenizer.from_folder(
-        folder
-    ), lambda text: theirs(text, add_special_tokens=False).input_ids
-
-
-def test_ids_of_llava(tmp_path):
-    """The ids that LLaVA-1.5 gives to the head of a question; and its template, word for word."""
-    tokenizer = Tokenizer.from_folder(llama2_folder(tmp_path / "model", chatml=False))
-    assert tokenizer.template.system == VICUNA
-    bare = Tokenizer.from_folder(tmp_path / "model", "short")
-    ids = bare.prompt([("user", "What")])
-    assert ids[:9] == [1, 3148, 1001, 29901, 29871, 32000, 29871, 13, 5618]
-    assert (tokenizer.bos[0], tokenizer.eos_id, tokenizer.pad_id, tokenizer.image_id) == (
-        1,
-        2,
-        32001,
-        32000,
-    )
-    ids = tokenizer.prompt([("user", "What is it?"), ("assistant", "A dog."), ("user", "Sure?")])
-    # Decoding shows the space that stands for the beginning of every piece of text between control
-    # tokens.
-    assert tokenizer.fast.decode(ids, skip_special_tokens=False) == (
-        f"<s> {VICUNA}USER: <image> \nWhat is it? ASSISTANT: A dog.</s> USER: Sure? ASSISTANT:"
-    )
-
-
-def test_template_of_the_embedded_world():
-    tokenizer = toy_tokenizer()
-    assert tokenizer.template.system == ""
-    assert [tokenizer.fast.id_to_token(i) for i in (tokenizer.bos[0], tokenizer.eos_id)] == [
-        "<s>",
-        "</s>",
-    ]
-    assert [tokenizer.fast.id_to_token(i) for i in (tokenizer.pad_id, tokenizer.image_id)] == [
-        "<pad>",
-        "<image>",
-    ]
-
-
-# ---------------------------------------------------------------- text is data
-
-
-@pytest.mark.parametrize("control", CONTROL)
-@pytest.mark.parametrize(
-    "around", ["{}", "a{}b", " {} ", "{0}{0}", "say {}", "{}\n", "\n{}.", "<{}>", "it is {} ?"]
+from helpers import (
+    plain_greedy,
+    plain_logits,
+    toy_features,
+    toy_model,
+    toy_processor,
+    toy_tokenizer,
 )
-def test_typed_control_tokens_are_text(both, control, around):
-    ours, theirs = both
-    text = around.format(control)
-    forbidden = {ours.fast.token_to_id(name) for name in CONTROL}
-    assert None not in forbidden and len(forbidden) == len(CONTROL)
-    ids = ours.encode(text)
-    assert ids and not forbidden & set(ids)
-    assert ours.decode(ids) == text
-    assert forbidden & set(theirs(text))  # transformers does make a control token of it
-    prompt = ours.prompt([("user", text), ("assistant", text), ("user", text)])
-    assert (prompt.count(ours.bos[0]), prompt.count(ours.eos_id), prompt.count(ours.image_id)) == (
-        1,
-        1,
-        1,
-    )
-    assert not (forbidden - {ours.bos[0], ours.eos_id, ours.image_id}) & set(prompt)
-    assert ours.response(text).count(ours.eos_id) == 1
+
+from minialign import chat
+from minialign.cli import parse_config
+from minialign.model.masks import mask_of_seed
+from minialign.toy import world
+
+QUESTION = "Is there a cup in the picture?"
+PICTURE = "validation-000003.png"
 
 
-def test_tokens_that_were_added_as_ordinary_are_control_tokens_all_the_same(tmp_path):
-    """Hub folders have `<image>` with `special: false`; so has this one, with any other added
-    token."""
-    folder = llama2_folder(tmp_path / "model", chatml=False)
-    fast = FastTokenizer.from_file(str(folder / "tokenizer.json"))
-    fast.add_tokens([AddedToken("<video>", special=False, normalized=False)])
-    fast.save(str(folder / "tokenizer.json"))
-    raw = json.loads((folder / "tokenizer.json").read_text())
-    assert {token["content"]: token["special"] for token in raw["added_tokens"]}["<video>"] is False
-    ours = Tokenizer.from_folder(folder)
-    for text in ("<video>", "a <video> b"):
-        assert fast.token_to_id("<video>") in fast.encode(text).ids
-        assert (
-            fast.token_to_id("<video>") not in ours.encode(text)
-            and ours.decode(ours.encode(text)) == text
-        )
+def run(capsys, *argv: object) -> str:
+    """What it prints last."""
+    given = ["--image", PICTURE, "--prompt", QUESTION, *argv]
+    chat.main(parse_config(chat.Config, "", [str(word) for word in given]))
+    return capsys.readouterr().out.splitlines()[-1]
 
 
-@pytest.mark.parametrize("text", AWKWARD, ids=ascii)
-def test_decode_gives_awkward_texts_back(both, text):
-    ours, _ = both
-    assert ours.decode(ours.encode(text)) == text
-    assert ours.decode(ours.response(text)) == text
+def plain_logps(
+    prompt: list[int], ids: list[int], visible: list[bool] | None = None
+) -> list[float]:
+    """Of each of the ids, from one plain forward pass of the whole sequence."""
+    [features] = toy_features((3,))
+    logits = plain_logits(toy_model(), prompt + ids, features, visible).log_softmax(-1)
+    first = len(logits) - len(ids) - 1
+    return [logits[first + i, token].item() for i, token in enumerate(ids)]
 
 
-@pytest.mark.parametrize("seed", range(20))
-def test_decode_gives_random_texts_back(both, seed):
-    ours, _ = both
-    rng = random.Random(seed)
-    text = "".join(rng.choice([random_text(rng), rng.choice(CONTROL)]) for _ in range(4))
-    assert ours.decode(ours.encode(text)) == text
-
-
-def test_decode_leaves_control_tokens_out(both):
-    ours, _ = both
-    inside = [
-        ours.bos[0],
-        *ours.encode("It is A"),
-        ours.image_id,
-        ours.pad_id,
-        ours.eos_id,
-        ours.pad_id,
-    ]
-    assert ours.decode(inside) == "It is A" and ours.decode([]) == ""
-    assert ours.encode("") == [] and ours.response("") == [ours.eos_id]
-
-
-# ---------------------------------------------------------------- folders
-
-
-@pytest.fixture
-def folder(tmp_path) -> Path:
-    """The embedded tokenizer's files, to be spoilt."""
-    for name in ("tokenizer.json", "config.json"):
-        shutil.copyfile(TOY / name, tmp_path / name)
-    return tmp_path
-
-
-BAD = [(name, text) for name in ("tokenizer.json", "config.json") for text in (None, "{", "[]")]
-
-
-@pytest.mark.parametrize("name,text", [*BAD, ("tokenizer.json", "{}")])
-def test_bad_files_are_refused_by_name(folder, name, text):
-    (folder / name).unlink() if text is None else (folder / name).write_text(text)
-    with pytest.raises(UserError) as caught:
-        Tokenizer.from_folder(folder)
-    assert str(folder / name) in str(caught.value)
-
-
-def test_a_tokenizer_of_another_family(folder):
-    raw = json.loads((folder / "tokenizer.json").read_text())
-    raw["model"]["vocab"]["<eos>"] = raw["model"]["vocab"].pop("</s>")
-    for token in raw["added_tokens"]:
-        token["content"] = token["content"].replace("</s>", "<eos>")
-    (folder / "tokenizer.json").write_text(json.dumps(raw))
-    with pytest.raises(UserError, match="</s>") as caught:
-        Tokenizer.from_folder(folder)
-    assert str(folder / "tokenizer.json") in str(caught.value)
-
-
-@pytest.mark.parametrize("pad,expected", [(None, 0), (0, 0), (578, 578), ("absent", 0)])
-def test_padding_id(folder, pad, expected):
-    raw = json.loads((folder / "config.json").read_text()) | {"pad_token_id": pad}
-    if pad == "absent":
-        del raw["pad_token_id"]
-    (folder / "config.json").write_text(json.dumps(raw))
-    assert Tokenizer.from_folder(folder).pad_id == expected
-
-
-def test_template_without_our_own_key_is_vicuna(folder):
-    raw = json.loads((folder / "config.json").read_text())
-    del raw["minialign_template"]
-    (folder / "config.json").write_text(json.dumps(raw))
-    assert Tokenizer.from_folder(folder).template.system == VICUNA
-
-
-@pytest.mark.parametrize("name", ["pad_token_id", "image_token_index"])
-@pytest.mark.parametrize("value", [-1, 579, 10**9, "x", True, 1.5])
-def test_ids_that_the_model_does_not_have(folder, name, value):
-    raw = json.loads((folder / "config.json").read_text()) | {name: value}
-    (folder / "config.json").write_text(json.dumps(raw))
-    with pytest.raises(
-        UserError, match=f"config.json: {name} is {value!r}, no id below vocab_size"
-    ):
-        Tokenizer.from_folder(folder)
-
-
-def test_a_tokenizer_of_a_larger_model(folder):
-    raw = json.loads((folder / "config.json").read_text())
-    raw["text_config"]["vocab_size"] = 570
-    (folder / "config.json").write_text(json.dumps(raw))
-    with pytest.raises(UserError, match="has ids up to 578, config.json a vocab_size of 570"):
-        Tokenizer.from_folder(folder)
-
-
-def test_stored_truncation_and_padding_are_ignored(folder):
-    """As transformers ignores them: a prompt is never cut."""
-    turns, whole = [("user", "What is there? " * 5)], toy_tokenizer()
-    fast = FastTokenizer.from_file(str(folder / "tokenizer.json"))
-    fast.enable_truncation(8)
-    fast.enable_padding(length=16)
-    fast.save(str(folder / "tokenizer.json"))
-    ours = Tokenizer.from_folder(folder)
-    assert ours.prompt(turns) == whole.prompt(turns) and ours.answer("A cup.") == whole.answer(
-        "A cup."
-    )
-
-
-def test_ids_behind_the_vocabulary_decode_to_nothing():
-    """A model may have more rows than the tokenizer has pieces; marks stand there, and must not be
-    seen."""
+def test_the_answer_is_the_models_own(capsys):
     tokenizer = toy_tokenizer()
-    assert tokenizer.decode([*tokenizer.answer("A cup."), *range(579, 600)]) == "A cup."
+    prompt = tokenizer.prompt([("user", QUESTION)])
+    [features] = toy_features((3,))
+    ids, logps = plain_greedy(toy_model(), prompt, features, {tokenizer.eos_id}, 256)
+    assert run(capsys) == tokenizer.decode(ids)
+    found = json.loads(run(capsys, "--json"))
+    assert found["response_ids"] == ids and found["text"] == tokenizer.decode(ids)
+    assert found["logps"] == pytest.approx(logps, abs=1e-4)
+
+
+@pytest.mark.parametrize("rho_th", [0.0, 0.7, 1.0])
+def test_the_score_of_a_given_answer(capsys, rho_th):
+    """Text, ids and log-probabilities; with --rho-th under Eq. 6's mask, which the seed gives."""
+    text = "Yes, there is a cup."
+    given = ("--response", text, "--rho-th", rho_th, "--seed", 5)
+    found = json.loads(run(capsys, *given, "--json"))
+    tokenizer = toy_tokenizer()
+    prompt, ids = tokenizer.prompt([("user", QUESTION)]), tokenizer.response(text)
+    visible = mask_of_seed(toy_processor().patches, rho_th, 5)
+    expected = plain_logps(prompt, ids, None if visible is None else visible.tolist())
+    assert set(found) == {
+        *("text", "prompt_ids", "response_ids", "image_tokens", "logps", "sum_logps")
+    }
+    assert (found["text"], found["prompt_ids"], found["response_ids"]) == (text, prompt, ids)
+    assert found["image_tokens"] == toy_processor().patches
+    assert found["logps"] == pytest.approx(expected, abs=1e-4)
+    assert found["sum_logps"] == pytest.approx(sum(expected), abs=1e-3)
+    assert run(capsys, *given) == f"{found['sum_logps']:.4f} nats over {len(ids)} tokens"
+
+
+def test_a_sampled_answer_follows_from_the_seed(capsys, model):
+    """Of a random model, which has no favourite."""
+    flags = ("--model", model, "--temperature", 1, "--max-new-tokens", 12, "--json")
+    answers = [json.loads(run(capsys, *flags, "--seed", seed)) for seed in (0, 0, 1)]
+    assert answers[0] == answers[1] and answers[0]["response_ids"] != answers[2]["response_ids"]
+    assert len(answers[0]["logps"]) == len(answers[0]["response_ids"]) <= 12
+
+
+def test_a_picture_of_the_users_own(capsys, tmp_path):
+    """A file, and the scene of that name, which a file of the same name goes before."""
+    world.open_picture(PICTURE).save(tmp_path / "mine.png")
+    flags = ("--response", "A cup.", "--json")
+    own = json.loads(run(capsys, *flags, "--image", tmp_path / "mine.png"))
+    assert own == json.loads(run(capsys, *flags))
