@@ -85,7 +85,8 @@ class Config:
 def check(config: Config) -> list[str]:
     """Refuse values that make no sense; returns the pairs files."""
     given = (config.pairs is None) != (config.rank is None)
-    require(given, "give --pairs, preference pairs to judge, or --rank, records to make pairs of")
+    what = "--pairs, preference pairs to judge, or --rank, records to make pairs of"
+    require(given, f"one of two things to do; give either {what}")
     require_at_least(config, batch_size=1, limit=1, max_new_tokens=1)
     require_seed(config.seed)
     require_device(config.device)

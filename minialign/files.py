@@ -116,3 +116,17 @@ def read_lines(path: Path, remedy: str) -> list[dict]:
     if not all(isinstance(value, dict) for value in values):
         raise UserError(f"{path}: expected a JSON object in every line; {remedy}")
     return values
+
+
+def require_same_settings(
+    path: Path, settings: dict, may_change: tuple[str, ...], remedy: str
+) -> None:
+    """A continued run must have the settings that `path` notes of the run so far, but for those
+    that `may_change`."""
+    before = read_json(path, remedy)
+    settings = json.loads(json.dumps(settings))  # as a file gives them back
+    for name, value in settings.items():
+        if name not in may_change and before.get(name) != value:
+            raise UserError(
+                f"{path}: of another {name}, {before.get(name)!r} and not {value!r}; {remedy}"
+            )

@@ -20,6 +20,14 @@ CHAIR: Figures = {
 }
 
 
+def pope_verdict(answer: str) -> bool:
+    """POPE's reading of an answer: in its first sentence, without commas, the word No, no or not
+    means no.
+    """
+    words = answer.split(".")[0].replace(",", "").split(" ")
+    return not any(word in ("No", "no", "not") for word in words)
+
+
 def pope_figures(setting: str) -> Figures:
     """POPE's figures of one setting ("" where there is but one), from its true and false yeses and
     noes.

@@ -8,18 +8,16 @@ import re
 from pathlib import Path
 
 from minialign.errors import UserError
-from minialign.evaluation.metrics import SETTINGS_OF_POPE, Counts, Figures, pope_figures
+from minialign.evaluation.metrics import (
+    SETTINGS_OF_POPE,
+    Counts,
+    Figures,
+    pope_figures,
+    pope_verdict,
+)
 from minialign.evaluation.questions import Benchmark, Question, question_of, read_questions
 
 YES_OR_NO = re.compile(r"\b(yes|no|not)\b", re.IGNORECASE)
-
-
-def pope_verdict(answer: str) -> bool:
-    """POPE's reading of an answer: in its first sentence, without commas, the word No, no or not
-    means no.
-    """
-    words = answer.split(".")[0].replace(",", "").split(" ")
-    return not any(word in ("No", "no", "not") for word in words)
 
 
 def setting_of(path: Path) -> str:

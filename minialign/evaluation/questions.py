@@ -24,9 +24,8 @@ from minialign.data.record_files import collect, open_file
 from minialign.data.records import text_field
 from minialign.errors import UserError
 from minialign.evaluation.metrics import Counts, Figures
-from minialign.files import append_lines, read_lines
+from minialign.files import append_lines, read_lines, require_same_settings
 from minialign.sampling.assistant import Assistant
-from minialign.training.progress import require_same_settings
 
 FILES = ("config.json", "answers.jsonl", "result.json")  # what a run leaves
 # What changes no answer, and so may change when a run is continued.

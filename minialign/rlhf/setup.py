@@ -111,8 +111,6 @@ def check_rlhf(config) -> None:
     kl_stop = config.kl_stop
     require(kl_stop is None or kl_stop > 0, f"--kl-stop {kl_stop}: above 0")
     require_at_least(config, max_new_tokens=1)
-    missing = "--data is missing; name a file of records or pairs"
-    require(config.data is not None or config.images == "toy", missing)
 
     reward = config.reward
     is_folder = reward != "" and Path(reward).is_dir()

@@ -11,8 +11,7 @@ from pathlib import Path
 
 from minialign.cli import require
 from minialign.data.records import Record, pair_record, preference_fields
-from minialign.files import read_lines
-from minialign.training.progress import require_same_settings
+from minialign.files import read_lines, require_same_settings
 
 # Settings that may be others when a run is continued.
 MAY_CHANGE = ("out", "limit", "batch_size", "skip_bad_records", "workers", "shard", "device")

@@ -14,8 +14,7 @@ from typing import Literal
 
 from tqdm import tqdm
 
-from minialign.evaluation.metrics import SETTINGS_OF_POPE, Counts
-from minialign.evaluation.pope import pope_verdict
+from minialign.evaluation.metrics import SETTINGS_OF_POPE, Counts, pope_verdict
 from minialign.sampling.assistant import Assistant
 from minialign.toy.drawing import COLOURS, OBJECTS, SETTINGS
 from minialign.toy.world import (

@@ -68,6 +68,8 @@ def training_records(config) -> Records:
     are written into --out.
     """
     data = config.data
+    missing = "--data is missing; name a file of records or pairs"
+    require(data is not None or config.images == "toy", missing)
     if data is None:
         data = str(Path(config.out) / "data.json")
         on_rank0(lambda: write_records(Path(data), config.limit))

@@ -21,7 +21,14 @@ from minialign.cli import is_out_of_memory
 from minialign.data.prefetch import load_ahead
 from minialign.data.record_files import Records
 from minialign.errors import UserError
-from minialign.files import append_lines, read_json, read_lines, write_json, write_whole
+from minialign.files import (
+    append_lines,
+    read_json,
+    read_lines,
+    require_same_settings,
+    write_json,
+    write_whole,
+)
 from minialign.model.hf_folder import check_tensors, opened, read_tensors
 from minialign.model.llava import Llava
 from minialign.model.lora import adapter_state
@@ -45,20 +52,6 @@ SHOWN = (
     "objective/kl",
     "sampled/length",
 )
-
-
-def require_same_settings(
-    path: Path, settings: dict, may_change: tuple[str, ...], remedy: str
-) -> None:
-    """A continued run must have the settings that `path` notes of the run so far, but for those
-    that `may_change`."""
-    before = read_json(path, remedy)
-    settings = json.loads(json.dumps(settings))  # as a file gives them back
-    for name, value in settings.items():
-        if name not in may_change and before.get(name) != value:
-            raise UserError(
-                f"{path}: of another {name}, {before.get(name)!r} and not {value!r}; {remedy}"
-            )
 
 
 def require_same_flags(out: Path, config) -> None:
