@@ -55,7 +55,7 @@ DEFAULTS = {
     "lora_rank": (128, 64),
     "batch_size": (32, 16),
     "warmup": (0.03, 0.1),
-    "schedule": ("cosine", "cosine"),
+    "schedule": ("constant", "cosine"),
     "workers": (4, 0),
 }
 STEPS = (4000, 500)  # unless --steps or --epochs is given
