@@ -97,8 +97,8 @@ def test_a_prompt_continues_the_one_before(both):
         ({}, "vicuna"),
         ({"minialign_template": "llava_v1"}, "llava_v1"),
         ({"minialign_template": "short"}, "short"),
-        ({"text_config": {"model_type": "mistral"}}, "mistral"),
-        ({"text_config": {"model_type": "llama"}}, "vicuna"),
+        ({"text_config": {"vocab_size": 32064, "model_type": "mistral"}}, "mistral"),
+        ({"text_config": {"vocab_size": 32064, "model_type": "llama"}}, "vicuna"),
     ],
 )
 def test_template_follows_from_the_config(tmp_path, changes, expected):

@@ -144,7 +144,7 @@ def test_memory_of_loading_shards(gigabyte, tmp_path, dtype):
     """Two processes: each reads a tensor, keeps its rows and lets the rest go."""
     script = tmp_path / "measure.py"
     script.write_text(MEASURE_SHARDS.format(root=str(Path(__file__).resolve().parents[2])))
-    checksum, *numbers = map(float, run(2, str(script), gigabyte, dtype).stdout.split())
+    checksum, *numbers = map(float, run(2, str(script), f"{gigabyte} {dtype}").stdout.split())
     for peak, mine, largest in zip(*[iter(numbers)] * 3, strict=True):
         shown = {"share": mine, "largest tensor": largest, "peak": peak}
         print(dtype, {name: f"{size / 1e6:.0f} MB" for name, size in shown.items()})
