@@ -17,7 +17,7 @@ from benchmark_files import (
     pope_line,
     pope_photographs,
 )
-from input_files import array, left_in, lines
+from input_files import NO_DATA, array, left_in, lines
 
 from minialign import evaluate
 from minialign.cli import run_main
@@ -51,19 +51,6 @@ def ends(capsys, monkeypatch, tmp_path):
     return call
 
 
-NO_DATA = [
-    b"",
-    b"\n",
-    b"\x89PNG\r\n\x1a\n\x00\x00\xff\xfe",
-    "[{}]".encode("utf-16"),
-    b"\x00" * 50,
-    b"[" * 100_000,
-    b"1" * 5000,
-    b"5",
-    b'"text"',
-    b'{"id": 1, "picture": "a.png"}',
-    b"PAR1 a parquet file",
-]
 BAD_POPE = [
     (lines(pope_line(), "{"), "line 2: not JSON"),
     (lines(pope_line(), "", pope_line()), "line 2: not JSON"),
@@ -154,7 +141,7 @@ def test_bad_questions(model, tmp_path, ends, kind, data, said):
 
 
 @pytest.mark.parametrize("kind", ["pope", "llava-bench", "mmhal"])
-@pytest.mark.parametrize("data", NO_DATA, ids=range(len(NO_DATA)))
+@pytest.mark.parametrize("data", [data for data, _ in NO_DATA], ids=range(len(NO_DATA)))
 def test_what_is_no_data_at_all(model, tmp_path, ends, kind, data):
     ends(flags_of(tmp_path, model, kind, data), tmp_path / "q.json")
 

@@ -7,8 +7,8 @@ import pytest
 from benchmark_files import NAMES, photographs, pope_line, pope_photographs, run, write_lines
 from helpers import refused
 
-from minialign.evaluation.metrics import with_intervals
-from minialign.evaluation.pope import pope_verdict, read_pope
+from minialign.evaluation.metrics import pope_verdict, with_intervals
+from minialign.evaluation.pope import read_pope
 from minialign.evaluation.questions import by_image, counts_per_image
 
 

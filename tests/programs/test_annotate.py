@@ -209,8 +209,10 @@ def test_bad_flags(monkeypatch, tmp_path):
     monkeypatch.setattr(assistant, "load_model", None)
     path = file_of(tmp_path / "pairs.jsonl", yes_no(0, True))
     (tmp_path / "data.json").write_bytes(array(instruct()))
-    refuse(monkeypatch, parts=["give --pairs", "or --rank"])
-    refuse(monkeypatch, "--pairs", path, "--rank", "toy", parts=["give --pairs", "or --rank"])
+    refuse(monkeypatch, parts=["give either --pairs", "or --rank"])
+    refuse(
+        monkeypatch, "--pairs", path, "--rank", "toy", parts=["give either --pairs", "or --rank"]
+    )
     refuse(monkeypatch, "--pairs", f"{path},{path}", parts=["a file stands twice"])
     refuse(monkeypatch, "--pairs", tmp_path / "no.jsonl", parts=["no.jsonl: no such file"])
     refuse(monkeypatch, "--pairs", tmp_path / "data.json", parts=["holds no rejected responses"])

@@ -5,9 +5,12 @@ import pytest
 from input_files import gives_remedy, left_in, lines, pair, sample, train
 
 import sample_bdhs
-from minialign import chat, evaluate
+from minialign import annotate, chat, evaluate
 from minialign.cli import parse_config
 from minialign.errors import UserError
+from minialign.rlhf import ppo, reward_model, rloo
+from minialign.study import __main__ as study
+from minialign.toy import __main__ as toy
 
 
 def test_files_that_are_not_there(model, tmp_path):
@@ -121,8 +124,17 @@ def test_wrong_values_of_flags(tmp_path, script, flag, value, model):
         (evaluate, ["--model", "none"]),
         (study, ["--rows", "none"]),
         (study, ["--seeds", "0"]),
-        (toyworld, []),
-        (toyworld, ["--export", "none", "--limit", "0"]),
+        (annotate, []),
+        (annotate, ["--pairs", "none.jsonl"]),
+        (annotate, ["--rank", "none.json", "--out", "pairs.jsonl"]),
+        (toy, []),
+        (toy, ["--export", "none", "--limit", "0"]),
+        (reward_model, ["--pairs", "none.jsonl"]),
+        (reward_model, ["--epochs", "0"]),
+        (rloo, ["--k", "1"]),
+        (rloo, ["--reward", "none"]),
+        (ppo, ["--updates", "0"]),
+        (ppo, ["--gae-lambda", "2"]),
     ],
     ids=str,
 )
