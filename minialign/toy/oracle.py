@@ -18,7 +18,8 @@ DENIED = re.compile(rf"\bno (?:(?:{'|'.join(COLOURS)}) )?(?:{'|'.join(OBJECTS)})
 
 def truth(scene: Scene, text: str) -> tuple[float, float, float]:
     """How true a text is of a scene, the higher the better: hallucinated objects and wrong
-    attributes, which count against it, then the objects that it names."""
+    attributes, which count against it, then the objects that it names.
+    """
     counts = count_description(scene, DENIED.sub("", text))
     wrong_attributes = counts["wrong_colour"] + counts["wrong_place"]
     return -counts["hallucinated"], -wrong_attributes, counts["found"]

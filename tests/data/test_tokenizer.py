@@ -1,5 +1,6 @@
 """Tokenisation: text is never a control token, and comes back as it was; folders that are
-refused."""
+refused.
+"""
 
 import json
 import random
@@ -95,7 +96,8 @@ def test_typed_control_tokens_are_text(both, control, around):
 
 def test_tokens_that_were_added_as_ordinary_are_control_tokens_all_the_same(tmp_path):
     """Hub folders have `<image>` with `special: false`; so has this one, with any other added
-    token."""
+    token.
+    """
     folder = llama2_folder(tmp_path / "model", chatml=False)
     fast = FastTokenizer.from_file(str(folder / "tokenizer.json"))
     fast.add_tokens([AddedToken("<video>", special=False, normalized=False)])
@@ -223,6 +225,7 @@ def test_stored_truncation_and_padding_are_ignored(folder):
 
 def test_ids_behind_the_vocabulary_decode_to_nothing():
     """A model may have more rows than the tokenizer has pieces; marks stand there, and must not be
-    seen."""
+    seen.
+    """
     tokenizer = toy_tokenizer()
     assert tokenizer.decode([*tokenizer.answer("A cup."), *range(579, 600)]) == "A cup."

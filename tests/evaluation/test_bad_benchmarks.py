@@ -1,5 +1,6 @@
 """Bad benchmark files and flags: one line that names the place and the remedy, exit code 2, nothing
-left in --out."""
+left in --out.
+"""
 
 import json
 import subprocess
@@ -29,7 +30,8 @@ SAID = captions([(1, "A cup.")])
 @pytest.fixture
 def ends(capsys, monkeypatch, tmp_path):
     """Run it: it must end with exit code 2 and one line with these words in it, and leave only
-    these files."""
+    these files.
+    """
 
     def call(argv: list, *words: str, left: tuple[str, ...] = ()) -> None:
         monkeypatch.setattr("sys.argv", ["evaluate", *map(str, argv)])

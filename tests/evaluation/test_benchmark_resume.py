@@ -1,5 +1,6 @@
 """A killed evaluation goes on to the same bytes; answers of other settings are refused, and nothing
-is overwritten."""
+is overwritten.
+"""
 
 import json
 import random

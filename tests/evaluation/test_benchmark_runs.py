@@ -1,5 +1,6 @@
 """The four benchmarks on files from end to end: photographs and a random model; the embedded
-world's own figures."""
+world's own figures.
+"""
 
 import json
 import re
@@ -105,7 +106,8 @@ def test_pope_on_photographs(model, tmp_path, images, workers):
 
 def test_chair_on_photographs(model, tmp_path, images):
     """Three words that the random model says often are made names of objects: its answers are
-    counted anew."""
+    counted anew.
+    """
     out, coco_flags = tmp_path / "out", chair_photographs(tmp_path / "coco")
     flags = ["--model", model, "--benchmark", "chair", *coco_flags, "--images", images]
     run(*flags, "--out", out, "--max-new-tokens", 80)
@@ -204,7 +206,8 @@ def test_llava_bench_on_photographs(model, tmp_path, images):
 
 def test_mmhal_on_photographs(model, tmp_path, images):
     """Pictures are found by the end of their source, or by their id; what is not asked stays
-    empty."""
+    empty.
+    """
     (images / "chelsea.png").rename(images / "0a1b.jpg")
     items = [
         mmhal_item(),
@@ -244,7 +247,8 @@ def test_mmhal_on_photographs(model, tmp_path, images):
 
 def test_the_embedded_world_from_files(tmp_path):
     """Its pictures as PNG and its questions as POPE's and CHAIR's files give what `--benchmark toy`
-    gives."""
+    gives.
+    """
     count, images = 12, toy_pictures(tmp_path / "images", 12)
     toy = run("--images", count)
     pope = run(
@@ -325,7 +329,8 @@ def test_the_table_says_how_many(model, tmp_path, images, capsys, monkeypatch):
 
 def test_white_space_around_an_answer_is_not_saved(model, tmp_path, images, monkeypatch):
     """LLaVA's own scripts drop it too; to POPE's reading a line break before `No` would make it a
-    yes."""
+    yes.
+    """
 
     def answers(assistant, features, images, questions, limit):
         return [["\n No. "] * len(row) for row in questions]

@@ -1,5 +1,6 @@
 """CHAIR: the objects that a text names, by awkward sentences and by every plural; scores by
-hand."""
+hand.
+"""
 
 import json
 

@@ -77,7 +77,8 @@ def test_the_same_counts_twice_differ_by_exactly_nothing():
 
 def test_rows_are_paired_by_image():
     """One more object found in every image of four objects: the difference is 1/4 in every
-    resample."""
+    resample.
+    """
     rng = random.Random(7)
     base = [
         [POPE | {"images": 1, "objects": 4, "found": rng.randrange(4)} for _ in range(15)]
@@ -137,7 +138,8 @@ def test_intervals_are_about_the_binomials(share):
 
 def test_intervals_are_deterministic_and_paired():
     """Two rows on the same images are resampled alike: what holds of every image holds of every
-    resample."""
+    resample.
+    """
     rng = random.Random(0)
     lengths = [rng.randrange(5, 50) for _ in range(80)]
     shorter, longer = ([[counts_of(0, length=n + extra) for n in lengths]] for extra in (0, 3))
@@ -149,7 +151,8 @@ def test_intervals_are_deterministic_and_paired():
 
 def test_runs_are_pooled():
     """Three equal runs say no more than one; runs that disagree widen the interval; the value is
-    their mean."""
+    their mean.
+    """
     rng = random.Random(1)
     run = [counts_of(rng.random() < 0.4) for _ in range(200)]
     one, three = with_intervals([run])["chair_s"], with_intervals([run] * 3)["chair_s"]

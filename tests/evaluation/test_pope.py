@@ -1,5 +1,6 @@
 """POPE's files: answers as its own evaluation reads them, figures by hand, settings, repeated
-ids."""
+ids.
+"""
 
 import json
 
@@ -54,7 +55,8 @@ from minialign.evaluation.questions import by_image, counts_per_image
 )
 def test_the_official_reading_of_an_answer(answer, yes):
     """By hand: up to the first full stop, commas gone, cut at spaces and at nothing else, is a word
-    No, no or not?"""
+    No, no or not?
+    """
     assert pope_verdict(answer) == yes
 
 
@@ -112,7 +114,8 @@ def test_figures_by_hand(tmp_path):
 
 def test_the_settings_of_a_folder_stay_apart(tmp_path):
     """The same ids and the same picture in all three; the answers are right in one, wrong in one,
-    half in one."""
+    half in one.
+    """
     for setting in ("adversarial", "popular", "random"):
         write_lines(
             tmp_path / f"coco_pope_{setting}.json",

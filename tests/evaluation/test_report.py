@@ -1,5 +1,6 @@
 """The report page: escaped, self-contained, well formed, true to the masks, written whole or not at
-all."""
+all.
+"""
 
 import base64
 import io

@@ -1,5 +1,6 @@
 """`python -m minialign.annotate`: figures by hand, pairs of a model's own answers, ranked, and what
-it refuses."""
+it refuses.
+"""
 
 import json
 import random
@@ -52,7 +53,8 @@ def values(result: dict) -> dict:
 
 def yes_no(number: int, right: bool) -> dict:
     """A pair about an object that is there: the chosen response says so, or (not `right`) the
-    rejected one."""
+    rejected one.
+    """
     name = next(iter(world.make_scene("alignment", number).objects))
     two = [f"Yes, there is {world.with_article(name)}.", f"No, there is no {name}."]
     chosen, rejected = two if right else two[::-1]
@@ -66,7 +68,8 @@ def file_of(path: Path, *raws: dict) -> Path:
 
 def test_the_oracles_figures_by_hand(monkeypatch, capsys, tmp_path):
     """Four right of five that it decides, two ties of seven; it reads no positions, and all can be
-    read."""
+    read.
+    """
     first, second = absent_objects(world.make_scene("alignment", 5))[:2]
     ties = (
         pair(5, chosen=f"A {first}.", rejected=f"A {second}.", **TALK),
@@ -87,7 +90,8 @@ def test_the_oracles_figures_by_hand(monkeypatch, capsys, tmp_path):
 
 def test_a_judge_that_prefers_the_first(monkeypatch, capsys, tmp_path):
     """It is right where the chosen response happens to stand first: half of the time; where both
-    are asked it ties."""
+    are asked it ties.
+    """
     asked = script(monkeypatch, lambda question, number: "Response 1")
     raws = [pair(i, chosen=f"good {i}", rejected=f"bad {i}") for i in range(160)]
     path = file_of(tmp_path / "pairs.jsonl", *raws)
@@ -245,7 +249,8 @@ def rank(out: Path, *flags: object, data: object = "toy") -> list[dict]:
 
 def test_the_truth_ranks_the_toys_answers(tmp_path, capsys):
     """The chosen one is better by the truth; no pair of equals; the same pairs whatever the
-    batch."""
+    batch.
+    """
     pairs = rank(tmp_path / "a.jsonl", "--limit", 12, "--batch-size", 5)
     assert 3 <= len(pairs) < 12
     for each in pairs:

@@ -1,5 +1,6 @@
 """Wrong values of flags, files that are not there and an --out that cannot be end every program in
-one line."""
+one line.
+"""
 
 import pytest
 from input_files import gives_remedy, left_in, lines, pair, sample, train

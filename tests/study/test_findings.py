@@ -1,5 +1,6 @@
 """The findings: which way is better, margins, what is undecided, and evidence that says what was
-compared."""
+compared.
+"""
 
 import numpy as np
 import pytest
@@ -14,7 +15,8 @@ METRICS = ("pope_adversarial", "recall", "chair_i")
 
 def bootstrapped(value: float, low: float, high: float) -> np.ndarray:
     """1 + 1000 numbers: the value, then evenly spread ones, so that 95 % of them lie between low
-    and high."""
+    and high.
+    """
     spread = (high - low) / 0.95
     middle = (low + high) / 2
     return np.concatenate([[value], np.linspace(middle - spread / 2, middle + spread / 2, 1000)])

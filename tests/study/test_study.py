@@ -207,7 +207,8 @@ def test_rows_share_the_pairs_of_a_seed(tmp_path, monkeypatch, programs):
 
 def test_table_7(tmp_path, monkeypatch, programs, capsys):
     """Every kind of reward model is asked about every kind of held-out pairs, which no training has
-    seen."""
+    seen.
+    """
     run_study(
         monkeypatch, "--out", str(tmp_path), "--seeds", "2", "--images", "5", "--rows", "ppo-reward"
     )

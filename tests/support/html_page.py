@@ -1,5 +1,6 @@
 """A page as a test reads it: elements and text, with every tag closed in order; and a text that
-breaks bad pages."""
+breaks bad pages.
+"""
 
 from html.parser import HTMLParser
 

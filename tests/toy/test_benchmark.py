@@ -134,7 +134,8 @@ def test_metrics_by_hand():
 
 def test_what_nobody_mentions_is_not_measured(capsys):
     """No object is mentioned: there is no share of hallucinated ones, least of all a perfect
-    one."""
+    one.
+    """
     figures = with_intervals([[{**count_description(KITCHEN, TEXTS[2]), **NOTHING}] * 3])
     assert all(
         set(figures[name].values()) == {None}
@@ -161,7 +162,8 @@ def test_a_resample_without_objects_does_not_spoil_the_interval():
 
 def test_pope_by_hand():
     """Present: yes, no, yes. Random: no, no, yes. Popular: no, no, no. Adversarial: yes, yes,
-    no."""
+    no.
+    """
     names = {
         "present": ["cup", "dog", "car"],
         "random": ["bus", "pan", "fork"],

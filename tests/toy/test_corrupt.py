@@ -1,5 +1,6 @@
 """Rule-corrupted pairs: every error is what it is said to be, by parsing both texts against the
-scene."""
+scene.
+"""
 
 import random
 import re

@@ -45,7 +45,8 @@ def test_scenes_are_well_formed_and_deterministic(split):
 
 def test_names_of_places_and_colours():
     """Rows count from the top of the picture, columns from its left, whatever the words for
-    them."""
+    them.
+    """
     rows, columns = (
         (("north", "top"), ("south", "bottom")),
         (("west", "left"), (), ("east", "right")),
@@ -65,7 +66,8 @@ def test_names_of_places_and_colours():
 @pytest.mark.parametrize("split", SPLITS)
 def test_bias_in_training_scenes_only(split, first):
     """In train 85 % are typical on purpose, and some by chance (1 in 5, 1 in 8); elsewhere by
-    chance alone."""
+    chance alone.
+    """
     scenes = [make_scene(split, first + i) for i in range(2000)]
     things = [(scene.setting, *thing) for scene in scenes for thing in scene.cells.values()]
     at_home = [(name, colour) for setting, name, colour in things if name in SETTINGS[setting]]

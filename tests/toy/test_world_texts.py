@@ -7,7 +7,7 @@ from collections import Counter
 import pytest
 
 from minialign.data.records import instruct_record
-from minialign.evaluation.pope import pope_verdict
+from minialign.evaluation.metrics import pope_verdict
 from minialign.toy import world
 from minialign.toy.benchmark import MENTION, count_description
 from minialign.toy.drawing import COLOURS, OBJECTS, SETTINGS
@@ -149,7 +149,8 @@ def test_articles(words, expected):
 )
 def test_hearsay_turns_foreign_objects_into_typical_ones(split, rate):
     """... of the same colour, at that rate; nothing else changes, and the scene itself stays as it
-    is."""
+    is.
+    """
     eligible = changed = 0
     for index in range(1500):
         scene = make_scene(split, index)
@@ -198,7 +199,8 @@ def test_alignment_records_are_well_formed(split):
 
 def test_questions_of_records_are_balanced():
     """Half of the answers are yes; of the absent objects every other is typical on purpose, some by
-    chance."""
+    chance.
+    """
     raws, yes, typical = alignment_records(2000), 0, []
     for index in range(1, 2000, 2):
         scene, answer = make_scene("alignment", index), raws[index]["conversations"][1]["value"]
@@ -227,7 +229,8 @@ def test_answers_of_records_hallucinate_a_little():
 
 def test_questions_do_not_give_the_setting_away():
     """Scene and talk have their own random numbers: every question is asked as often in every
-    setting."""
+    setting.
+    """
     asked = Counter(
         (talks(index)[0][0][1], make_scene("train", index).setting) for index in range(3000)
     )
@@ -250,7 +253,8 @@ def test_presumption_says_yes_of_what_everybody_expects(rate):
 
 def test_conversations_ask_first_for_what_the_prior_gets_wrong():
     """Foreign objects that are there and own ones that are not, as many as there are, up to five of
-    each."""
+    each.
+    """
     for number, scene in enumerate(SCENES):
         own = SETTINGS[scene.setting]
         text = " ".join(text for _, text in conversation(scene, "existence", random.Random(number)))
