@@ -20,26 +20,27 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-import train_dpo
-from minialign.align.logps import both_logps, branch_logps
-from minialign.align.losses import preference_loss
+from minialign.align.logps import branch_logps, reference_logps
+from minialign.align.losses import dpo_loss
 from minialign.data.collate import PairBatch, PairCollator
-from minialign.data.images import ImageProcessor
+from minialign.data.images import PictureFolder
 from minialign.data.records import Record
-from minialign.data.tokenizer import Tokenizer
 from minialign.model.hf_folder import NAMES, rename
 from minialign.model.llava import Llava
 from minialign.model.lora import adapter_state, add_adapters
+from minialign.model.masks import TokenTree
 from minialign.model.peft_folder import save_adapter
-from minialign.training.optimizer import make_optimizer, update
+from minialign.sampling.assistant import Assistant
+from minialign.training.optimizer import clip_gradients, make_optimizer, trained_parameters
 from tests.bench import roofline
 from tests.bench.models import load_ours, load_peer, peer_processor
 from tests.bench.rows import Facts
 from tests.bench.sizes import Size, picture
 from tests.bench.timing import alone, compared, measured
 
-# Rates so low that every repeat is the first step again.
-CONFIG = train_dpo.Config(beta=0.1, lr=1e-9, projector_lr=1e-9, clip=1.0)
+BETA, CLIP = 0.1, 1.0
+LR = 1e-9  # so low that every repeat is the first step again
+MAX_RESPONSE_TOKENS = 1024
 # Of losses and gradient norms, relative. In bfloat16 the log-prob of a response of 100 tokens is
 # right to some tenths, on either side.
 TOLERANCE = {"float32": 1e-3, "bfloat16": 1e-1}
@@ -54,13 +55,14 @@ def record(size: Size, folder: Path, number: int) -> Record:
     return Record(str(number), name, turns, chosen, rejected)
 
 
-def collator(
-    tokenizer: Tokenizer, processor: ImageProcessor, folder: Path, keep: bool = False
-) -> PairCollator:
-    """The training scripts' collator, for pictures beside the model; `keep` them for the model to
-    sample from."""
-    limit = CONFIG.max_response_tokens
-    return PairCollator(tokenizer, processor, str(folder), limit, keep_pictures=keep)
+def batch_of(
+    assistant: Assistant, folder: Path, records: list[Record], limit: int = MAX_RESPONSE_TOKENS
+) -> PairBatch:
+    """Some records as the training scripts collate them, responses cut to `limit` tokens; their
+    pictures are beside the model."""
+    pictures = PictureFolder(str(folder))
+    collate = PairCollator(assistant.tokenizer, assistant.processor, pictures, limit, truncate=True)
+    return collate.batch([collate.load(each) for each in records])
 
 
 def with_adapters(model: Llava, rank: int) -> Llava:
@@ -76,41 +78,45 @@ def with_adapters(model: Llava, rank: int) -> Llava:
 
 @dataclass
 class Ours:
-    """Our side of a step."""
+    """Our side of a step: train_dpo.py's, without its metrics."""
 
     model: Llava
     batch: PairBatch
 
     def __post_init__(self):
-        self.optimizer = make_optimizer(self.model, CONFIG.lr, CONFIG.projector_lr)
+        self.optimizer = make_optimizer(self.model, LR, LR)
 
-    def step(self) -> tuple[float, float]:
-        """One whole step; its loss and gradient norm."""
-        return self.learn(train_dpo.pair_loss(self.model, self.batch, CONFIG, 1.0)[0])
-
-    def cached_step(self, ref_logps: Tensor) -> tuple[float, float]:
-        """The same where the reference's log-probs (B, 2) are known."""
+    def step(self, ref_logps: Tensor | None = None) -> tuple[float, float]:
+        """One whole step; its loss and gradient norm. ref_logps (B, 2): the reference's log-probs,
+        where a cache has them."""
         features = self.model.encode_images(self.batch.pixels)
-        logps = branch_logps(self.model, self.batch.tree.to(self.model.device), features)
-        weights = torch.ones(1, device=self.model.device)
-        return self.learn(preference_loss(logps, ref_logps, CONFIG.loss, CONFIG.beta, weights))
+        return self.learn(self.batch.tree, features, ref_logps)
 
-    def learn(self, loss: Tensor) -> tuple[float, float]:
-        """Backward pass, clipping and AdamW."""
+    def learn(
+        self, tree: TokenTree, features: Tensor, ref_logps: Tensor | None = None
+    ) -> tuple[float, float]:
+        """What comes behind the tower."""
+        tree = tree.to(self.model.device)
+        if ref_logps is None:
+            ref_logps = reference_logps(self.model, tree, features)
+        logps = branch_logps(self.model, tree, features)
+        chosen, rejected = logps[:, :1], logps[:, 1:]
+        loss = dpo_loss(chosen, rejected, ref_logps[:, :1], ref_logps[:, 1:], BETA).mean()
         loss.backward()
-        return loss.item(), update(self.optimizer, 1.0, CONFIG.clip, loss.item(), "bench")
 
-    @torch.no_grad()
+        grad_norm = clip_gradients(trained_parameters(self.optimizer), CLIP)
+        self.optimizer.step()
+        self.optimizer.zero_grad()
+        return loss.item(), grad_norm
+
     def ref_logps(self) -> Tensor:
         """What a cache would hold."""
         features = self.model.encode_images(self.batch.pixels)
-        return both_logps(self.model, self.batch.tree.to(self.model.device), features)[1]
+        return reference_logps(self.model, self.batch.tree.to(self.model.device), features)
 
     def flops(self, reference: bool = True) -> int:
         """Of a step, by mathematics."""
-        return roofline.dpo_flops(
-            self.model, self.batch.tree, len(self.batch.pixels), reference=reference
-        )
+        return roofline.dpo_flops(self.model, self.batch.tree, len(self.batch.pixels), reference)
 
 
 class Peer:
@@ -135,9 +141,9 @@ class Peer:
             use_cpu=size.device == "cpu",
             max_length=None,
             report_to="none",
-            learning_rate=CONFIG.lr,
-            max_grad_norm=CONFIG.clip,
-            beta=CONFIG.beta,
+            learning_rate=LR,
+            max_grad_norm=CLIP,
+            beta=BETA,
             use_liger_kernel=liger,
         )
         adapter = folder / "adapter"
@@ -166,7 +172,7 @@ class Peer:
         """What `Trainer.train` does of one step; its loss and gradient norm."""
         loss = self.trainer.training_step(self.model, self.batch).item()
         trained = [p for p in self.model.parameters() if p.requires_grad]
-        norm = torch.nn.utils.clip_grad_norm_(trained, CONFIG.clip).item()
+        norm = torch.nn.utils.clip_grad_norm_(trained, CLIP).item()
         self.optimizer.step()
         self.optimizer.zero_grad()
         return loss, norm
@@ -200,20 +206,11 @@ def with_liger_kernels(model, config) -> None:
 
 def make_ours(size: Size, folder: Path) -> tuple[Ours, Record]:
     """Our side before its first step, its adapters written for the peer, and the pair."""
-    model, tokenizer, processor = load_ours(size, folder)
-    with_adapters(model, size.lora_rank)
-    rank = size.lora_rank
+    assistant, rank = load_ours(size, folder), size.lora_rank
+    model = with_adapters(assistant.model, rank)
     save_adapter(adapter_state(model), rank, 2.0 * rank, str(folder), folder / "adapter")
     pair = record(size, folder, 0)
-    return Ours(model, collator(tokenizer, processor, folder)([pair])), pair
-
-
-def make_sides(size: Size, folder: Path) -> tuple[Ours, Peer]:
-    """Both sides before their first step, on the same pair and the same adapters."""
-    ours, pair = make_ours(size, folder)
-    peer = Peer(size, folder, pair, ours.model)
-    require_same_tokens(ours.batch, peer.batch)
-    return ours, peer
+    return Ours(model, batch_of(assistant, folder, [pair])), pair
 
 
 def require_same_tokens(ours: PairBatch, peer: dict) -> None:
@@ -222,30 +219,27 @@ def require_same_tokens(ours: PairBatch, peer: dict) -> None:
     for branch in (1, 2):
         ids = tree.ids[0][(tree.branch[0] == 0) | (tree.branch[0] == branch)]
         row = peer["input_ids"][branch - 1].cpu()
-        assert torch.equal(row[peer["attention_mask"][branch - 1].bool().cpu()], ids), (
-            "other tokens"
-        )
+        shown = peer["attention_mask"][branch - 1].bool().cpu()
+        assert torch.equal(row[shown], ids), "other tokens"
 
 
 def require_same_work(ours: tuple[float, float], peer: tuple[float, float], dtype: str) -> str:
     """The first steps' losses and gradient norms agree; in words."""
+    message = f"loss and gradient norm {ours}, the peer's {peer}"
     for a, b in zip(ours, peer, strict=True):
-        said = f"loss and gradient norm {ours}, the peer's {peer}"
-        assert abs(a - b) <= TOLERANCE[dtype] * abs(b), said
-    return (
-        f"loss {ours[0]:.5f} and gradient norm {ours[1]:.4f}, "
-        f"the peer's {peer[0]:.5f} and {peer[1]:.4f}"
-    )
+        assert abs(a - b) <= TOLERANCE[dtype] * abs(b), message
+    theirs = f"the peer's {peer[0]:.5f} and {peer[1]:.4f}"
+    return f"loss {ours[0]:.5f} and gradient norm {ours[1]:.4f}, {theirs}"
 
 
 def measure(size: Size, folder: Path, facts: Facts) -> None:
     """The rows dpo-step and dpo-step-cached-ref."""
     ours, pair = make_ours(size, folder)
     ref_logps = ours.ref_logps()  # before the first step; the base does not change
-    first, cached = ours.step(), ours.cached_step(ref_logps)
+    first, cached = ours.step(), ours.step(ref_logps)
     steps: dict[str, Callable] = {
         "dpo-step": ours.step,
-        "dpo-step-cached-ref": lambda: ours.cached_step(ref_logps),
+        "dpo-step-cached-ref": lambda: ours.step(ref_logps),
     }
     for row, step in steps.items():
         facts.add(row, ours=alone(step, ours.model, size.device))

@@ -15,17 +15,18 @@ from unittest import mock
 
 import torch
 
+import sample_bdhs
 from minialign.align.logps import branch_logps
 from minialign.data.anyres import PINPOINTS
-from minialign.data.collate import PairBatch, PairCollator
-from minialign.data.images import ImageProcessor
-from minialign.sampling.bdhs import Bdhs, BdhsConfig, Example
-from minialign.sampling.generate import Sampling
+from minialign.data.collate import PairCollator
+from minialign.data.images import ImageProcessor, PictureFolder
+from minialign.data.tokenizer import Tokenizer
+from minialign.sampling.assistant import Assistant
 from tests.bench import memory
-from tests.bench.dpo import Ours, collator, record, with_adapters
+from tests.bench.dpo import Ours, batch_of, record, with_adapters
 from tests.bench.models import load_ours, make_folder
 from tests.bench.plot import write_plot
-from tests.bench.sampling import never_similar
+from tests.bench.sampling import bdhs_config, bdhs_example, never_similar
 from tests.bench.scaling import markdown
 from tests.bench.sizes import TINY, Size, picture, text_config, vision_config
 from tests.bench.timing import interleaved, peak_bytes
@@ -39,29 +40,22 @@ SIDES = (6, 9, 12, 15, 18)  # patches along a tile's edge, of which the image to
 MEMORY = replace(TINY, text=text_config(8192, 384, 1032, 4, 6))
 
 
-def loaded(size: Size, folder: Path):
-    """(model, tokenizer, processor) of a folder that is made here."""
+def loaded(size: Size, folder: Path) -> Assistant:
+    """The model of a folder that is made here."""
     torch.set_num_threads(1)
     torch.manual_seed(0)
     return load_ours(size, make_folder(size, folder))
 
 
-def batch_of(collate: PairCollator, folder: Path, size: Size, response: int) -> PairBatch:
-    """One pair whose responses have so many tokens."""
-    pair = record(size, folder, 0)
-    collate = replace(collate, max_response_tokens=response, truncate=True)
-    words = replace(size, sentence_tokens=response)  # of five sentences: enough
-    return collate(
-        [replace(pair, chosen=words.answer(0, "chosen"), rejected=words.answer(0, "rejected"))]
-    )
-
-
 def dpo_steps(size: Size, folder: Path, lengths: Iterable[int]) -> dict[int, Ours]:
-    """A DPO step for each length of response, on one model."""
-    model, tokenizer, processor = loaded(size, folder)
-    with_adapters(model, size.lora_rank)
-    collate = collator(tokenizer, processor, folder)
-    return {length: Ours(model, batch_of(collate, folder, size, length)) for length in lengths}
+    """A DPO step for each length of response, in tokens, on one model."""
+    assistant, steps = loaded(size, folder), {}
+    model = with_adapters(assistant.model, size.lora_rank)
+    for length in lengths:
+        words = replace(size, sentence_tokens=length)  # of five sentences: enough
+        batch = batch_of(assistant, folder, [record(words, folder, 0)], length)
+        steps[length] = Ours(model, batch)
+    return steps
 
 
 # ---------------------------------------------------------------- memory
@@ -106,7 +100,7 @@ def dpo_times(
     for length, ours in steps.items():
         ref_logps = ours.ref_logps()
         sides["reference computed", length] = ours.step
-        sides["--ref-cache", length] = partial(ours.cached_step, ref_logps)
+        sides["--ref-cache", length] = partial(ours.step, ref_logps)
     return by_line(interleaved(sides, repeats, "cpu"))
 
 
@@ -118,31 +112,26 @@ def by_line(seconds: dict[tuple[str, int], float]) -> dict[str, list[tuple[float
     return lines
 
 
-def bdhs_work(size: Size, loads: tuple, sentences: int, rho_th: float):
+def bdhs_work(size: Size, assistant: Assistant, sentences: int, rho_th: float):
     """Algorithm 1 for one example of so many sentences: the tower, a prefill, and as many
     branches."""
-    model, tokenizer, processor = loads
-    sampling = Sampling(size.sentence_tokens, temperature=0.0)
-    bdhs = Bdhs(
-        model, tokenizer, processor, never_similar, BdhsConfig(rho_th, n_bdhs=1, sampling=sampling)
-    )
-    sentence = size.answer(0, "chosen").split(". ")[0] + "."
-    example = Example(
-        "0", picture(0), [("user", size.question(0))], " ".join([sentence] * sentences)
-    )
-    pixels = processor(example.image)
+    config = replace(bdhs_config(size), rho_th=rho_th)
+    example = bdhs_example(assistant, size, 0)
+    sentence = example.record.chosen.split(". ")[0] + "."
+    chosen = " ".join([sentence] * sentences)
+    example = replace(example, record=replace(example.record, chosen=chosen))
 
     def work() -> None:
-        with mock.patch.object(Bdhs, "sentence_stops", {-1}):  # no token stops
-            bdhs.sample([example], [model.encode_images(pixels)])
+        with mock.patch.object(Tokenizer, "sentence_ends", {-1}):  # no token stops
+            sample_bdhs.sample(assistant, never_similar, [example], config)
 
     return work
 
 
 def sentence_times(size: Size, folder: Path, counts: Iterable[int], repeats: int):
     """Seconds per example by sentences of y+."""
-    loads = loaded(size, folder)
-    sides = {("BDHS, rho_th 0.99", n): bdhs_work(size, loads, n, 0.99) for n in counts}
+    assistant = loaded(size, folder)
+    sides = {("BDHS, rho_th 0.99", n): bdhs_work(size, assistant, n, 0.99) for n in counts}
     return by_line(interleaved(sides, repeats, "cpu"))
 
 
@@ -152,40 +141,41 @@ def image_times(size: Size, folder: Path, sides: Iterable[int], repeats: int):
     works = {}
     for side in sides:
         shape = replace(size, vision=vision_config(96, 3, 3, side))
-        loads = loaded(shape, folder / str(side))
-        tokens = len(loads[2].layout(picture(0))[1])
+        assistant = loaded(shape, folder / str(side))
+        tokens = len(assistant.processor.layout(picture(0))[1])
         for rho_th in (0.99, 0.0):
-            works[f"rho_th {rho_th:g}", tokens] = bdhs_work(shape, loads, 5, rho_th)
+            works[f"rho_th {rho_th:g}", tokens] = bdhs_work(shape, assistant, 5, rho_th)
     return by_line(interleaved(works, repeats, "cpu"))
 
 
 def loading_seconds(folder: Path, repeats: int) -> float:
     """Median seconds in which one process parses, decodes and tiles a pair's JPEG of 640 x 480 for
     a 7B's tower."""
-    tokenizer = loaded(TINY, folder)[1]
+    tokenizer = loaded(TINY, folder).tokenizer
     picture(0).save(folder / "0.jpg")
     pair = replace(record(TINY, folder, 0), image="0.jpg")
-    collate = collator(tokenizer, ImageProcessor(pinpoints=PINPOINTS), folder)
-    assert collate([pair]).tree.ids.shape[1] > 2340
-    return interleaved({"load": lambda: collate([pair])}, repeats, "cpu")["load"]
+    processor, pictures = ImageProcessor(pinpoints=PINPOINTS), PictureFolder(str(folder))
+    collate = PairCollator(tokenizer, processor, pictures, max_response_tokens=1024)
+
+    def load():
+        return collate.batch([collate.load(pair)])
+
+    assert load().tree.ids.shape[1] > 2340
+    return interleaved({"load": load}, repeats, "cpu")["load"]
 
 
 def memory_table(rows: list[dict]) -> str:
     """MB, and the largest tensor's shape."""
+    keys = ("kept", "formula", "peak", "peak formula", "dense", "largest")
     shown = []
     for row in rows:
-        sizes = [
-            f"{row[key] / 1e6:.1f}"
-            for key in ("kept", "formula", "peak", "peak formula", "dense", "largest")
-        ]
+        sizes = [f"{row[key] / 1e6:.1f}" for key in keys]
         per_token = f"{row['kept'] / row['tokens'] / 1e3:.2f}"
         shape = " x ".join(str(n) for n in row["shape"])
         shown.append([f"{row['tokens']:,}", *sizes[:2], per_token, *sizes[2:], shape])
-    return markdown(
-        "tokens | MB kept | formula | kB per token | MB peak | formula | mask | largest tensor |"
-        " its shape",
-        shown,
-    )
+    head = "tokens | MB kept | formula | kB per token"
+    head += " | MB peak | formula | mask | largest tensor | its shape"
+    return markdown(head, shown)
 
 
 def main(out: str) -> None:
@@ -195,19 +185,13 @@ def main(out: str) -> None:
         folder = Path(name)
         rows = memory_rows(MEMORY, folder / "memory", LENGTHS)
         print(f"## Memory against length\n\n{memory_table(rows)}")
+        responses = dpo_times(TINY, folder / "response", LENGTHS, REPEATS)
+        sentences = sentence_times(TINY, folder / "sentences", SENTENCES, BDHS_REPEATS)
+        images = image_times(TINY, folder / "images", SIDES, BDHS_REPEATS)
         plots = {
-            "response": (
-                "tokens of each response",
-                dpo_times(TINY, folder / "response", LENGTHS, REPEATS),
-            ),
-            "sentences": (
-                "sentences of y+",
-                sentence_times(TINY, folder / "sentences", SENTENCES, BDHS_REPEATS),
-            ),
-            "image-tokens": (
-                "image tokens",
-                image_times(TINY, folder / "images", SIDES, BDHS_REPEATS),
-            ),
+            "response": ("tokens of each response", responses),
+            "sentences": ("sentences of y+", sentences),
+            "image-tokens": ("image tokens", images),
         }
         loading = loading_seconds(folder / "loading", BDHS_REPEATS)
     for plot, (across, lines) in plots.items():
@@ -217,7 +201,5 @@ def main(out: str) -> None:
         columns = [f"{x:,}" for x, _ in next(iter(lines.values()))]
         figures = [[line, *(f"{y:,.0f}" for _, y in points)] for line, points in lines.items()]
         print(f"## {up}\n\n{markdown(' | '.join([across, *columns]), figures)}")
-    print(
-        f"{loading * 1e3:.0f} ms to load a pair; "
-        f"load average {os.getloadavg()[0]:.1f}, torch {torch.__version__}"
-    )
+    load = f"load average {os.getloadavg()[0]:.1f}, torch {torch.__version__}"
+    print(f"{loading * 1e3:.0f} ms to load a pair; {load}")

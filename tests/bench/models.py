@@ -8,11 +8,8 @@ from pathlib import Path
 
 import torch
 
-from minialign.data.images import ImageProcessor
-from minialign.data.tokenizer import Tokenizer
-from minialign.evaluation.metrics import TOY
-from minialign.model.hf_folder import load_model
-from minialign.model.llava import Llava
+from minialign.sampling.assistant import Assistant
+from minialign.toy.edge import CHECKPOINT
 from tests.bench.rows import Facts
 from tests.bench.sizes import Size
 
@@ -43,11 +40,10 @@ def make_folder(size: Size, folder: Path) -> Path:
         tie_word_embeddings=False,
         dtype=size.dtype,
     )
+    kind, dtype = transformers.LlavaNextForConditionalGeneration, getattr(torch, size.dtype)
     torch.manual_seed(0)
     with torch.device(size.device):
-        model = transformers.LlavaNextForConditionalGeneration._from_config(
-            config, dtype=getattr(torch, size.dtype)
-        )
+        model = kind._from_config(config, dtype=dtype)
     # Of the size that the layers add, so that what is said depends on what was asked.
     with torch.no_grad():
         model.get_input_embeddings().weight.mul_(size.text["hidden_size"] ** 0.5)
@@ -60,7 +56,7 @@ def make_folder(size: Size, folder: Path) -> Path:
     )
     pictures.save_pretrained(folder)
     for name in ("tokenizer.json", "tokenizer_config.json"):
-        shutil.copyfile(TOY / name, folder / name)
+        shutil.copyfile(CHECKPOINT / name, folder / name)
     return folder
 
 
@@ -71,24 +67,19 @@ def measure(size: Size, folder: Path, facts: Facts) -> None:
     facts.finish("model", bytes=sum(files), shards=len(files))
 
 
-def load_ours(size: Size, folder: Path) -> tuple[Llava, Tokenizer, ImageProcessor]:
-    """The model as minialign has it."""
-    model = load_model(folder, size.device, getattr(torch, size.dtype))
-    return model, Tokenizer.from_folder(folder, TEMPLATE), ImageProcessor.from_folder(folder)
+def load_ours(size: Size, folder: Path) -> Assistant:
+    """The model as minialign has it, with what belongs to it."""
+    return Assistant.from_folder(folder, size.device, getattr(torch, size.dtype), TEMPLATE)
 
 
 def load_peer(size: Size, folder: Path):
     """The model as transformers has it, with SDPA."""
-    return (
-        quiet_transformers()
-        .LlavaNextForConditionalGeneration.from_pretrained(
-            folder,
-            dtype=getattr(torch, size.dtype),
-            device_map=size.device,
-            attn_implementation="sdpa",
-        )
-        .eval()
+    kind = quiet_transformers().LlavaNextForConditionalGeneration
+    dtype = getattr(torch, size.dtype)
+    model = kind.from_pretrained(
+        folder, dtype=dtype, device_map=size.device, attn_implementation="sdpa"
     )
+    return model.eval()
 
 
 def peer_processor(size: Size, folder: Path):

@@ -10,36 +10,29 @@ from collections import Counter
 from dataclasses import asdict
 from pathlib import Path
 
-import torch
-from minialign.rlhf.rollout import OwnRejected, features_of
-
-from minialign.align.logps import both_logps
-from minialign.align.losses import preference_loss
-from minialign.model.masks import build_tree
-from tests.bench.dpo import CONFIG, Ours, collator, record, require_same_work, with_adapters
+import train_online
+from tests.bench.dpo import Ours, batch_of, record, require_same_work, with_adapters
 from tests.bench.models import load_ours
 from tests.bench.rows import Facts
-from tests.bench.sampling import make_bdhs
+from tests.bench.sampling import bdhs_config, never_similar
 from tests.bench.sizes import Size
 from tests.bench.timing import measured
 
 
 def measure(size: Size, folder: Path, facts: Facts) -> None:
     """The row: time and memory beyond the offline step's, as shares of it."""
-    model, tokenizer, processor = load_ours(size, folder)
-    with_adapters(model, size.lora_rank)
-    pair = record(size, folder, 0)
-    offline = Ours(model, collator(tokenizer, processor, folder)([pair]))
-    part = collator(tokenizer, processor, folder, keep=True)([pair])
-    respond, counts = OwnRejected(make_bdhs(size, model, tokenizer, processor)), Counter()
+    assistant = load_ours(size, folder)
+    model = with_adapters(assistant.model, size.lora_rank)
+    offline = Ours(model, batch_of(assistant, folder, [record(size, folder, 0)]))
+    batch, config = offline.batch, bdhs_config(size)
 
     def online_step() -> tuple[float, float]:
-        features = features_of(model.encode_images(part.pixels), part.sequences)
-        respond(part, [0], features, 0, counts)
-        tree = build_tree(part.sequences, tokenizer.image_id, tokenizer.pad_id).to(model.device)
-        logps, ref_logps = both_logps(model, tree, torch.cat(features))
-        weights = torch.ones(1, device=model.device)
-        return offline.learn(preference_loss(logps, ref_logps, CONFIG.loss, CONFIG.beta, weights))
+        """Sample, then learn."""
+        features = model.encode_images(batch.pixels)
+        tiles = [len(pair.image.pixels) for pair in batch.pairs]
+        seen, counts = list(features.split(tiles)), Counter()
+        train_online.own_rejected(assistant, never_similar, batch.pairs, seen, config, 0, counts)
+        return offline.learn(batch.tree, features)
 
     online, stored = online_step(), offline.step()
     require_same_work(online, stored, size.dtype)

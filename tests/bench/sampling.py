@@ -16,12 +16,11 @@ from unittest import mock
 import torch
 from torch import Tensor
 
-import minialign.sampling.bdhs
-from minialign.data.images import ImageProcessor
-from minialign.data.tokenizer import Tokenizer
+import sample_bdhs
+from minialign.data.records import Record
 from minialign.model.llava import Llava
-from minialign.model.masks import Branch, Sequence
-from minialign.sampling.bdhs import Bdhs, BdhsConfig, Example
+from minialign.model.masks import Sequence
+from minialign.sampling.assistant import Assistant
 from minialign.sampling.generate import Completion, Sampling, generate
 from tests.bench import roofline
 from tests.bench.models import load_ours, load_peer, quiet_transformers
@@ -57,17 +56,17 @@ class PeerBatch:
                 rows.append((whole, seen, number))
 
         self.width = max(len(ids) for ids, _, _ in rows)
-        gaps = [self.width - len(ids) for ids, _, _ in rows]
-        columns = {
-            "input_ids": [[0] * gap + ids for gap, (ids, _, _) in zip(gaps, rows, strict=True)],
-            "attention_mask": [
-                [0] * gap + seen for gap, (_, seen, _) in zip(gaps, rows, strict=True)
-            ],
-            "position_ids": [[0] * gap + [*range(self.width - gap)] for gap in gaps],
-            "image_sizes": [PICTURE[::-1]] * len(rows),
-        }
+        input_ids, attention_mask, position_ids = [], [], []
+        for ids, seen, _ in rows:
+            gap = [0] * (self.width - len(ids))
+            input_ids.append(gap + ids)
+            attention_mask.append(gap + seen)
+            position_ids.append(gap + [*range(len(ids))])
         self.inputs = {
-            name: torch.tensor(values, device=model.device) for name, values in columns.items()
+            "input_ids": torch.tensor(input_ids, device=model.device),
+            "attention_mask": torch.tensor(attention_mask, device=model.device),
+            "position_ids": torch.tensor(position_ids, device=model.device),
+            "image_sizes": torch.tensor([PICTURE[::-1]] * len(rows), device=model.device),
         }
         tiles = torch.stack([pixels[number] for _, _, number in rows])
         self.inputs["pixel_values"] = tiles.to(model.device, model.dtype)
@@ -110,22 +109,22 @@ def never_similar(texts: list[str], references: list[str]) -> list[float]:
     return [0.0] * len(texts)
 
 
-def make_bdhs(size: Size, model: Llava, tokenizer: Tokenizer, processor: ImageProcessor) -> Bdhs:
+def bdhs_config(size: Size) -> sample_bdhs.Config:
     """Algorithm 1, one guided and greedy iteration."""
-    sampling = Sampling(size.sentence_tokens, temperature=0.0)
-    config = BdhsConfig(RHO_TH, n_bdhs=1, sampling=sampling)
-    return Bdhs(model, tokenizer, processor, never_similar, config)
+    flags = {"temperature": 0.0, "max_new_tokens": size.sentence_tokens}
+    return sample_bdhs.Config(rho_th=RHO_TH, n_bdhs=1, **flags)
 
 
 def recorded(work) -> tuple[list[Sequence], list[list[Completion]]]:
-    """The sequences that `work` gives to `generate` inside of bdhs.py, and what comes back."""
+    """The sequences that `work` gives to `generate` inside of sample_bdhs.py, and what comes
+    back."""
     calls = []
 
-    def recording(model, sequences, *rest, **options):
-        calls.append((sequences, generate(model, sequences, *rest, **options)))
+    def recording(model, sequences, *rest):
+        calls.append((sequences, generate(model, sequences, *rest)))
         return calls[-1][1]
 
-    with mock.patch.object(minialign.bdhs, "generate", recording):
+    with mock.patch.object(sample_bdhs, "generate", recording):
         work()
     [call] = calls
     return call
@@ -144,43 +143,45 @@ class Work:
     stops: set[int]
 
 
-def bdhs_work(size: Size, ours) -> Work:
+def bdhs_example(assistant: Assistant, size: Size, number: int) -> sample_bdhs.Example:
+    """A question about a picture, and its y+."""
+    turns = [("user", size.question(number))]
+    record = Record(str(number), "", turns, size.answer(number, "chosen"))
+    image = assistant.processor.prepare(picture(number))
+    return sample_bdhs.Example(record, picture(number), image)
+
+
+def bdhs_work(size: Size, assistant: Assistant) -> Work:
     """y- for a batch of examples."""
-    model, _, processor = ours
-    bdhs = make_bdhs(size, *ours)
-    numbers = range(size.examples)
-    batch = [
-        Example(str(i), picture(i), [("user", size.question(i))], size.answer(i, "chosen"))
-        for i in numbers
-    ]
-    pixels = [processor(example.image) for example in batch]
+    config = bdhs_config(size)
+    batch = [bdhs_example(assistant, size, number) for number in range(size.examples)]
 
     def call() -> list:
-        features = model.encode_images(torch.cat(pixels))
-        return bdhs.sample(batch, list(features.split([len(tiles) for tiles in pixels])))
+        return sample_bdhs.sample(assistant, never_similar, batch, config)
 
     sequences, said = recorded(call)
     sentences = sum(len(sequence.branches) for sequence in sequences)
     title = f"BDHS, rho_th {RHO_TH}: {sentences} sentences of {len(batch)} pictures"
-    return Work(call, title, sequences, pixels, said, size.sentence_tokens, bdhs.sentence_stops)
+    pixels = [example.image.pixels for example in batch]
+    stops = assistant.tokenizer.sentence_ends
+    return Work(call, title, sequences, pixels, said, size.sentence_tokens, stops)
 
 
-def two_samples(
-    size: Size, tokenizer: Tokenizer, processor: ImageProcessor
-) -> tuple[list[Sequence], list[Tensor]]:
+def two_samples(size: Size, assistant: Assistant) -> tuple[list[Sequence], list[Tensor]]:
     """Questions with two empty branches each, and their pictures' pixels."""
-    pictures, sequences = [picture(i) for i in range(size.examples)], []
-    for number, one in enumerate(pictures):
-        patches, packing = processor.layout(one)
-        prompt = tokenizer.prompt([("user", size.question(number))])
-        sequences.append(Sequence(prompt, [Branch([]), Branch([])], patches, packing=packing))
-    return sequences, [processor(one) for one in pictures]
+    sequences, pixels = [], []
+    for number in range(size.examples):
+        image = assistant.processor.prepare(picture(number))
+        turns = [("user", size.question(number))]
+        sequences.append(assistant.sequence(turns, image, [[], []]))
+        pixels.append(image.pixels)
+    return sequences, pixels
 
 
-def generate_work(size: Size, ours) -> Work:
+def generate_work(size: Size, assistant: Assistant) -> Work:
     """Two samples of each picture, as long as asked for: `call` takes the number of tokens."""
-    model, tokenizer, processor = ours
-    sequences, pixels = two_samples(size, tokenizer, processor)
+    model = assistant.model
+    sequences, pixels = two_samples(size, assistant)
 
     def call(tokens: int = size.new_tokens) -> list:
         features = model.encode_images(torch.cat(pixels))
@@ -197,13 +198,12 @@ def bandwidth_share(size: Size, model: Llava, work: Work, seconds: float) -> dic
     steps = size.new_tokens - 1
     found = {"prefill_seconds": prefill, "ms_per_token": 1e3 * (seconds - prefill) / steps}
     if size.device == "cuda":
-        found["bandwidth_share"] = roofline.bandwidth_share(
-            model, work.sequences, steps, seconds - prefill
-        )
+        share = roofline.bandwidth_share(model, work.sequences, steps, seconds - prefill)
+        found["bandwidth_share"] = share
     return found
 
 
-def compare(size: Size, work: Work, ours, peer, static: bool = False) -> dict:
+def compare(size: Size, work: Work, ours: Llava, peer, static: bool = False) -> dict:
     """The row's facts: both sides do the same, and what each takes."""
     prompts = PeerBatch(peer, work.sequences, work.pixels, static)
 
@@ -211,7 +211,7 @@ def compare(size: Size, work: Work, ours, peer, static: bool = False) -> dict:
         return prompts.generate(work.limit, work.stops)
 
     checked = require_same_tokens(work.said, theirs(), size.dtype)
-    works, models = {"ours": work.call, "peer": theirs}, {"ours": ours[0], "peer": peer}
+    works, models = {"ours": work.call, "peer": theirs}, {"ours": ours, "peer": peer}
     side = measured(works, models, size.repeats, size.device)
     means = "transformers' generate" + (", static cache" if static else "")
     return compared(f"{work.title}: {means}", checked, side["ours"], side["peer"])
@@ -220,17 +220,17 @@ def compare(size: Size, work: Work, ours, peer, static: bool = False) -> dict:
 def measure_bdhs(size: Size, folder: Path, facts: Facts, static: bool = False) -> None:
     """The row bdhs, or bdhs-static-cache."""
     row = "bdhs-static-cache" if static else "bdhs"
-    ours = load_ours(size, folder)
-    work = bdhs_work(size, ours)
-    facts.add(row, ours=alone(work.call, ours[0], size.device))
-    facts.finish(row, **compare(size, work, ours, load_peer(size, folder), static))
+    assistant = load_ours(size, folder)
+    work, model = bdhs_work(size, assistant), assistant.model
+    facts.add(row, ours=alone(work.call, model, size.device))
+    facts.finish(row, **compare(size, work, model, load_peer(size, folder), static))
 
 
 def measure_generate(size: Size, folder: Path, facts: Facts, static: bool = False) -> None:
     """The row generate, or generate-static-cache."""
     row = "generate-static-cache" if static else "generate"
-    ours = load_ours(size, folder)
-    work = generate_work(size, ours)
-    own = alone(work.call, ours[0], size.device)
-    facts.add(row, ours=own, **bandwidth_share(size, ours[0], work, own["seconds"]))
-    facts.finish(row, **compare(size, work, ours, load_peer(size, folder), static))
+    assistant = load_ours(size, folder)
+    work, model = generate_work(size, assistant), assistant.model
+    own = alone(work.call, model, size.device)
+    facts.add(row, ours=own, **bandwidth_share(size, model, work, own["seconds"]))
+    facts.finish(row, **compare(size, work, model, load_peer(size, folder), static))

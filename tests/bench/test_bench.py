@@ -13,8 +13,8 @@ import torch
 from helpers import IMAGE, random_ids, random_model, refused
 from torch.utils.flop_counter import FlopCounterMode
 
-from minialign.align.logps import both_logps, branch_logps
-from minialign.align.losses import preference_loss
+from minialign.align.logps import branch_logps, reference_logps
+from minialign.align.losses import dpo_loss
 from minialign.model.llama import LlamaConfig
 from minialign.model.lora import add_adapters
 from minialign.model.masks import Branch, Sequence, build_tree
@@ -54,11 +54,11 @@ def folder(tmp_path_factory):
 @pytest.fixture(scope="module")
 def steps(folder):
     """Both sides of a DPO step."""
-    return dpo.make_sides(SMALL, folder)
+    ours, pair = dpo.make_ours(SMALL, folder)
+    return ours, dpo.Peer(SMALL, folder, pair, ours.model)
 
 
-# Seconds and bytes
-# ---------------------------------------------------------------------------------------------
+# ---------------------------------------------------------------- seconds and bytes
 
 
 def test_the_sides_take_turns(monkeypatch):
@@ -88,19 +88,13 @@ def test_the_peak_is_what_is_held_at_a_time(seed):
 
 
 def test_ratios_are_the_peers_over_ours():
-    row = timing.compared(
-        "work", "checked", timing.Side(2.0, 100, 50), timing.Side(3.0, 400, 50), tokens=7
-    )
-    assert (row["time_ratio"], row["memory_ratio"], row["with_model_ratio"], row["tokens"]) == (
-        1.5,
-        4.0,
-        3.0,
-        7,
-    )
+    ours, peer = timing.Side(2.0, 100, 50), timing.Side(3.0, 400, 50)
+    row = timing.compared("work", "checked", ours, peer, tokens=7)
+    assert (row["time_ratio"], row["memory_ratio"]) == (1.5, 4.0)
+    assert (row["with_model_ratio"], row["tokens"]) == (3.0, 7)
 
 
-# Near to the GPU's limits
-# --------------------------------------------------------------------------------------
+# ---------------------------------------------------------------- near to the GPU's limits
 
 
 @pytest.mark.parametrize("seed", range(4))
@@ -116,32 +110,22 @@ def test_flops_of_a_step(seed, reference):
     tree = build_tree([Sequence(trunk, branches, 9)], IMAGE, 0)
     with FlopCounterMode(display=False) as counter:
         features = model.encode_images(torch.rand(1, 3, 12, 12))
-        logps, ref = (
-            both_logps(model, tree, features)
-            if reference
-            else [branch_logps(model, tree, features)] * 2
-        )
-        preference_loss(logps, ref.detach(), "dpo", 0.1, torch.ones(1)).backward()
-    counted = sum(
-        n
-        for op, n in counter.get_flop_counts()["Global"].items()
-        if str(op) in ("aten.mm", "aten.addmm")
-    )
+        ref = torch.zeros(1, 2)
+        if reference:
+            ref = reference_logps(model, tree, features)
+        logps = branch_logps(model, tree, features)
+        dpo_loss(logps[:, :1], logps[:, 1:], ref[:, :1], ref[:, 1:], 0.1).mean().backward()
+    products, counts = ("aten.mm", "aten.addmm"), counter.get_flop_counts()["Global"]
+    counted = sum(count for op, count in counts.items() if str(op) in products)
 
     text, vision, first = model.config.text, model.config.vision, 9 + prompt
     pairs = first * (first + 1) // 2 + sum(n * first + n * (n + 1) // 2 for n in (long, short))
-    attention = (
-        (16 if reference else 12)
-        * text.num_attention_heads
-        * text.head_dim
-        * pairs
-        * text.num_hidden_layers
-    )
+    width = text.num_attention_heads * text.head_dim
+    attention = (16 if reference else 12) * width * pairs * text.num_hidden_layers
     blocks = vision.num_hidden_layers - 1
     attention += 4 * vision.hidden_size * 10 * 10 * blocks  # 9 patches and the class token
-    again = (
-        2 * model.lm_head.weight.numel() * (long + short)
-    )  # the backward pass computes the head's logits once more
+    # The backward pass computes the head's logits once more.
+    again = 2 * model.lm_head.weight.numel() * (long + short)
     assert roofline.dpo_flops(model, tree, 1, reference) == counted + attention - again
 
 
@@ -166,27 +150,17 @@ def test_bytes_of_decoding():
 def test_shares_of_a_known_gpu(monkeypatch, name, share):
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda: name)
     assert roofline.utilisation(round(989e12), 2.0) == share
-    model, sequences = random_model(1), [Sequence([5] * 4, [Branch([])])]
-    needed = roofline.decoding_bytes(
-        sum(
-            p.numel()
-            for n, p in model.named_parameters()
-            if "layers" in n and "proj" in n and "vision" not in n
-        )
-        + model.lm_head.weight.numel(),
-        model.config.text,
-        4,
-        [(4, 1)],
-        5,
-    )
-    found = roofline.bandwidth_share(
-        model, [replace(one, trunk=[5] * 5) for one in sequences], 5, needed / 3.35e12
-    )
+    model = random_model(1)
+    weights = model.lm_head.weight.numel()
+    for key, parameter in model.language_model.layers.named_parameters():
+        weights += parameter.numel() if "proj" in key else 0
+    needed = roofline.decoding_bytes(weights, model.config.text, 4, [(4, 1)], 5)
+    sequences = [Sequence([5] * 5, [Branch([])])]
+    found = roofline.bandwidth_share(model, sequences, 5, needed / 3.35e12)
     assert found == (None if share is None else pytest.approx(1.0))
 
 
-# The rows
-# ------------------------------------------------------------------------------------------------------
+# ---------------------------------------------------------------- the rows
 
 
 @pytest.fixture(scope="module")
@@ -231,11 +205,8 @@ def test_the_whole_bench(tmp_path, monkeypatch, capsys):
     assert found["machine"]["versions"]["torch"] == torch.__version__
     assert found["size"]["name"] == "small"
     statuses = {name: row["status"] for name, row in found["rows"].items()}
-    assert list(statuses.items()) == [
-        ("online-bdhs-overhead", "ok"),
-        ("nonsense", "failed"),
-        ("load", "ok"),
-    ]
+    assert list(statuses) == ["online-bdhs-overhead", "nonsense", "load"]
+    assert list(statuses.values()) == ["ok", "failed", "ok"]
     assert "--row nonsense" in found["rows"]["nonsense"]["error"]
     assert found["rows"]["load"]["time_ratio"] > 0 and found["rows"]["load"]["bytes"] > 0
     printed = capsys.readouterr().out
@@ -256,29 +227,25 @@ def test_the_peer_is_late(tmp_path, folder, monkeypatch):
 
 
 def test_texts_have_their_lengths(folder):
-    tokenizer, size = models.load_ours(SMALL, folder)[1], replace(SMALL, sentence_tokens=9)
-    lengths = {
-        len(tokenizer.response(size.answer(i, kind)))
-        for i in range(20)
-        for kind in ("chosen", "rejected")
-    }
+    tokenizer, size = models.load_ours(SMALL, folder).tokenizer, replace(SMALL, sentence_tokens=9)
+    answers = [size.answer(i, "chosen") for i in range(20)]
+    rejected = [size.answer(i, "rejected") for i in range(20)]
+    lengths = {len(tokenizer.response(answer)) for answer in answers + rejected}
     assert lengths == {sizes.SENTENCES * 9}
-    assert all(a != b for a, b in pairwise(size.answer(i, "chosen") for i in range(20)))
+    assert all(a != b for a, b in pairwise(answers))
 
 
 def test_the_peer_stops_and_never_says_the_image_token(folder, monkeypatch):
     """Both have a head that would say the image token often; a token of what they say instead is
     made a stop."""
-    (ours, *rest), peer = models.load_ours(SMALL, folder), models.load_peer(SMALL, folder)
-    sequences, pixels = sampling.two_samples(SMALL, *rest)
-    sequences = [
-        replace(one, branches=[Branch([100 + i]), Branch([200 + i])])
-        for i, one in enumerate(sequences)
-    ]
-    prompts, features = (
-        sampling.PeerBatch(peer, sequences, pixels),
-        ours.encode_images(torch.cat(pixels)),
-    )
+    assistant, peer = models.load_ours(SMALL, folder), models.load_peer(SMALL, folder)
+    ours, (samples, pixels) = assistant.model, sampling.two_samples(SMALL, assistant)
+    sequences = []
+    for i, sequence in enumerate(samples):
+        branches = [Branch([100 + i]), Branch([200 + i])]
+        sequences.append(replace(sequence, branches=branches))
+    prompts = sampling.PeerBatch(peer, sequences, pixels)
+    features = ours.encode_images(torch.cat(pixels))
 
     def both(stops: set[int]) -> list[list[int]]:
         said = generate(ours, sequences, features, Sampling(8, 0.0), stops)
@@ -293,24 +260,23 @@ def test_the_peer_stops_and_never_says_the_image_token(folder, monkeypatch):
     assert both(set()) == [first, *others] and any(other[0] != first[0] for other in others)
     assert both({first[0]})[0] == first[:1]
     real, widths = peer.generate, []
-    monkeypatch.setattr(
-        peer, "generate", lambda **inputs: widths.append((out := real(**inputs)).shape[1]) or out
-    )
+
+    def noted(**inputs):
+        out = real(**inputs)
+        widths.append(out.shape[1])
+        return out
+
+    monkeypatch.setattr(peer, "generate", noted)
     assert both({said[0] for said in (first, *others)}) == [said[:1] for said in (first, *others)]
     assert widths == [prompts.width + 1]  # it does not go on, either
 
 
 def test_no_gpu(monkeypatch, tmp_path):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    refused(
-        lambda: bench.main(bench.Config("7b", str(tmp_path / "bench.json"))),
-        "--size 7b",
-        "GPU",
-        "--size tiny",
-    )
-    refused(
-        lambda: bench.main(bench.Config("tiny", str(tmp_path / "none" / "bench.json"))), "--out"
-    )
+    large = bench.Config("7b", str(tmp_path / "bench.json"))
+    refused(lambda: bench.main(large), "--size 7b", "GPU", "--size tiny")
+    nowhere = bench.Config("tiny", str(tmp_path / "none" / "bench.json"))
+    refused(lambda: bench.main(nowhere), "--out")
 
 
 def test_frozen_weights_lie_in_memory_once(steps):
@@ -322,8 +288,7 @@ def test_frozen_weights_lie_in_memory_once(steps):
     assert all("lora_" not in n for n, p in peer.model.named_parameters() if n not in other)
 
 
-# Work that is not the same
-# ---------------------------------------------------------------------------------------
+# ---------------------------------------------------------------- work that is not the same
 
 
 @pytest.mark.parametrize("change", ["nothing", "adapters", "projector", "tokens"])
@@ -365,18 +330,14 @@ def test_other_tokens_are_noticed(folder, monkeypatch, change):
 
     monkeypatch.setattr(sampling.PeerBatch, "generate", changed)
     size = replace(SMALL, sentence_tokens=12)
-    sides = models.load_ours(size, folder), models.load_peer(size, folder)
-    with (
-        pytest.raises(AssertionError, match="other tokens")
-        if change != "nothing"
-        else nullcontext()
-    ):
-        ours, peer = sides
-        sampling.compare(size, sampling.bdhs_work(size, ours), ours, peer)
+    ours, peer = models.load_ours(size, folder), models.load_peer(size, folder)
+    noticed = pytest.raises(AssertionError, match="other tokens")
+    with noticed if change != "nothing" else nullcontext():
+        sampling.compare(size, sampling.bdhs_work(size, ours), ours.model, peer)
 
 
 def test_another_checkpoint_is_noticed(folder):
-    ours, peer = models.load_ours(SMALL, folder)[0], models.load_peer(SMALL, folder)
+    ours, peer = models.load_ours(SMALL, folder).model, models.load_peer(SMALL, folder)
     load.require_same_tensors(ours, peer)
     with torch.no_grad():
         peer.model.language_model.layers[1].self_attn.q_proj.weight[3, 5] += 1

@@ -11,18 +11,19 @@ from pathlib import Path
 import pytest
 import torch
 from helpers import IMAGE, random_ids, random_model
-from test_layers_in_training import wrap_layers
+from policies import wrap_layers
 from torchruns import run
 
-from minialign.align import losses
+from minialign.align import logps
 from minialign.align.logps import branch_logps
 from minialign.model.llama import KVCache
 from minialign.model.lora import add_adapters
 from minialign.model.masks import Branch, Sequence, build_tree
-from minialign.training.optimizer import make_optimizer, update
+from minialign.training.optimizer import make_optimizer
 from tests.bench import memory
 from tests.bench.timing import peak_bytes
 
+ROOT = Path(__file__).resolve().parents[2]
 TYPES = [torch.float32, torch.bfloat16]
 
 
@@ -35,27 +36,21 @@ def trained_model(seed: int, dtype: torch.dtype, rank: int = 3, vocab: int = 50)
 
 def rows_of(rng: random.Random, branches: int, low: int = 1, high: int = 30) -> list[Sequence]:
     """One to three rows on a picture of 9 patches each."""
-    return [
-        Sequence(
-            [
-                *random_ids(rng, rng.randrange(low, high)),
-                IMAGE,
-                *random_ids(rng, rng.randrange(low, high)),
-            ],
-            [Branch(random_ids(rng, rng.randrange(low, high))) for _ in range(branches)],
-            9,
-        )
-        for _ in range(rng.randrange(1, 4))
-    ]
+    rows = []
+    for _ in range(rng.randrange(1, 4)):
+        before = random_ids(rng, rng.randrange(low, high))
+        trunk = [*before, IMAGE, *random_ids(rng, rng.randrange(low, high))]
+        responses = [Branch(random_ids(rng, rng.randrange(low, high))) for _ in range(branches)]
+        rows.append(Sequence(trunk, responses, 9))
+    return rows
 
 
 def case(seed: int, dtype: torch.dtype, branches: int = 2, **lengths) -> tuple:
     """(model, tree, the tower's features) of a seed."""
     rng = random.Random(seed)
     model, rows = trained_model(seed, dtype, rng.randrange(1, 6)), rows_of(rng, branches, **lengths)
-    features = model.encode_images(
-        torch.randn(len(rows), 3, 12, 12, generator=torch.Generator().manual_seed(seed))
-    )
+    generator = torch.Generator().manual_seed(seed)
+    features = model.encode_images(torch.randn(len(rows), 3, 12, 12, generator=generator))
     return model, build_tree(rows, IMAGE, 0), features
 
 
@@ -68,13 +63,12 @@ def case(seed: int, dtype: torch.dtype, branches: int = 2, **lengths) -> tuple:
 def test_what_autograd_keeps(monkeypatch, seed, branches, dtype):
     """To the byte, padding and chunks of the logits included; one branch is plain causal and has no
     dense mask."""
-    monkeypatch.setattr(losses, "CHUNK", 5)
+    monkeypatch.setattr(logps, "CHUNK", 5)
     model, tree, features = case(10 * seed + branches, dtype, branches)
     kept = memory.saved_bytes(model, lambda: branch_logps(model, tree, features))
     dense = 0 if branches == 1 else memory.dense_mask_bytes(model, tree)
-    assert (tree.mask is None) == (branches == 1) and kept == memory.activation_bytes(
-        model, tree
-    ) + dense
+    assert (tree.mask is None) == (branches == 1)
+    assert kept == memory.activation_bytes(model, tree) + dense
 
 
 @pytest.mark.parametrize("dtype", TYPES)
@@ -115,7 +109,7 @@ def test_nothing_is_as_tall_as_the_sequence_and_as_wide_as_vocabulary_or_sequenc
     monkeypatch, seed
 ):
     """Forward and backward, the mask left out; what is kept grows by as much with every token."""
-    monkeypatch.setattr(losses, "CHUNK", 8)
+    monkeypatch.setattr(logps, "CHUNK", 8)
     model, kept = trained_model(seed, torch.float32, vocab=1500), {}
     features = model.encode_images(torch.randn(1, 3, 12, 12))
     for count in (120, 180, 300):
@@ -127,14 +121,13 @@ def test_nothing_is_as_tall_as_the_sequence_and_as_wide_as_vocabulary_or_sequenc
         with memory.LargestTensor() as largest:
             branch_logps(model, tree, features).sum().backward()
         mask = memory.dense_mask_bytes(model, tree)
-        assert largest.bytes < 4 * min(width**2, scored * 1500) or largest.bytes == mask, (
-            largest.shape
-        )
+        tall = 4 * min(width**2, scored * 1500)
+        assert largest.bytes < tall or largest.bytes == mask, largest.shape
     (a, x), (b, y), (c, z) = kept.items()
     assert (y - x) * (c - b) == (z - y) * (b - a) > 0
 
 
-# ---------------------------------------------------------------- weights, gradients, moments, keys and values
+# ---------------------------------------------------------------- weights and what else stays
 
 
 @pytest.mark.parametrize("dtype", TYPES)
@@ -147,22 +140,17 @@ def test_weights_and_optimizer(seed, dtype):
     shapes = memory.meta_model(model.config, dtype, rank)
     optimizer = make_optimizer(model, 1e-3, 1e-3)
     branch_logps(model, tree, features).sum().backward()
-    trained = [p for p in model.parameters() if p.requires_grad]
-    assert (
-        memory.trained_bytes(shapes)
-        == sum(p.nbytes for p in trained)
-        == sum(p.grad.nbytes for p in trained)
-    )
-    assert memory.frozen_bytes(shapes) == sum(
-        p.nbytes for p in model.parameters() if not p.requires_grad
-    )
-    update(optimizer, 1.0, 1.0, 0.0, "step")
+    weights = sum(p.nbytes for p in model.parameters())
+    trained = sum(p.nbytes for p in model.parameters() if p.requires_grad)
+    gradients = sum(p.grad.nbytes for p in model.parameters() if p.requires_grad)
+    assert memory.trained_bytes(shapes) == trained == gradients
+    assert memory.frozen_bytes(shapes) == weights - trained
+
+    optimizer.step()
     state = [t for moments in optimizer.state.values() for t in moments.values() if t.dim() > 0]
     parts = memory.peak_parts(shapes, tree, 1, False)
-    assert parts["gradients and moments"] == sum(p.nbytes for p in trained) + sum(
-        t.nbytes for t in state
-    )
-    assert parts["weights"] == sum(p.nbytes for p in model.parameters()) and parts["gathered"] == 0
+    assert parts["gradients and moments"] == gradients + sum(t.nbytes for t in state)
+    assert parts["weights"] == weights and parts["gathered"] == 0
 
 
 @pytest.mark.parametrize("seed", range(3))
@@ -177,14 +165,16 @@ def test_keys_and_values(seed):
 
 
 SHARDS = """
-import sys, torch
-sys.path[:0] = [{tests!r}, {root!r}]
+import copy, sys, torch
+sys.path[:0] = [{root!r}, {support!r}]
 from torch.distributed.fsdp import fully_shard
-from minialign import parallel
-from test_bench_memory import trained_model
+from helpers import random_model
+from minialign.model.lora import add_adapters
+from minialign.training import parallel
 parallel.start("cpu")
 for seed, dtype in ((0, torch.float32), (1, torch.bfloat16)):
-    model = trained_model(seed, dtype, vocab=51)
+    model = copy.deepcopy(random_model(seed, 51)).to(dtype)
+    add_adapters(model, 3, 6.0)
     mesh = parallel.mesh("cpu")
     for unit in (*model.language_model.layers, model.vision_tower, model):
         fully_shard(unit, mesh=mesh)
@@ -196,10 +186,9 @@ for seed, dtype in ((0, torch.float32), (1, torch.bfloat16)):
 @pytest.mark.parametrize("processes", [2, 3])
 def test_shards(tmp_path, processes):
     """Of the first process, which has the most where rows do not go round: to the byte."""
-    tests = Path(__file__).resolve().parent
     script = tmp_path / "shards.py"
-    script.write_text(SHARDS.format(tests=str(tests), root=str(tests.parent)))
-    found = [int(line) for line in run(processes, str(script)).stdout.split()]
+    script.write_text(SHARDS.format(root=str(ROOT), support=str(ROOT / "tests/support")))
+    found = [int(line) for line in run(processes, str(script), "").stdout.split()]
     models = [trained_model(0, torch.float32, vocab=51), trained_model(1, torch.bfloat16, vocab=51)]
     counts = (memory.frozen_bytes, memory.trained_bytes)
     assert found == [count(model, processes) for model in models for count in counts]
@@ -210,40 +199,41 @@ def test_shards(tmp_path, processes):
 RSS = """
 import sys, torch
 sys.path[:0] = [{root!r}]
-from minialign.clip import ClipConfig
-from minialign.llama import LlamaConfig
-from minialign.llava import Llava, LlavaConfig
-from minialign.lora import add_adapters
-from minialign.losses import branch_logps
-from minialign.masks import Branch, Sequence, build_tree
+from minialign.align.logps import branch_logps
+from minialign.model.clip import ClipConfig
+from minialign.model.llama import LlamaConfig
+from minialign.model.llava import Llava, LlavaConfig
+from minialign.model.lora import add_adapters
+from minialign.model.masks import Branch, Sequence, build_tree
 from tests.bench import memory
 torch.set_num_threads(1)
 def resident(name):
-    return next(int(line.split()[1]) * 1024 for line in open("/proc/self/status") if line.startswith(name))
+    lines = open("/proc/self/status")
+    return next(int(line.split()[1]) * 1024 for line in lines if line.startswith(name))
 def step(response):
     tree = build_tree([Sequence([3, 5, 6], [Branch([7] * response)], 9)], 3, 0)
     branch_logps(model, tree, features).sum().backward()
     return tree
 text = LlamaConfig(2000, 256, 688, 4, 4, 2, 64)
-model = Llava(LlavaConfig(text, ClipConfig(16, 24, 3, 2, image_size=12, patch_size=4), image_token_id=3))
+vision = ClipConfig(16, 24, 3, 2, image_size=12, patch_size=4)
+model = Llava(LlavaConfig(text, vision, image_token_id=3))
 add_adapters(model, 16, 32.0)
 features = model.encode_images(torch.zeros(1, 3, 12, 12))
 step(20)  # what comes once: the gradients, the libraries' own
 before = resident("VmRSS")
 for response in (1200, 2600):
     tree = step(response)
-    print(resident("VmHWM") - before, memory.activation_bytes(model, tree) + memory.workspace_bytes(model, tree))
+    formula = memory.activation_bytes(model, tree) + memory.workspace_bytes(model, tree)
+    print(resident("VmHWM") - before, formula)
 """
 
 
 @pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="peak memory is read from /proc")
 def test_peak_of_a_process():
     """Resident memory at its highest in steps of some 100 and 200 MB, against the formula."""
-    script = RSS.format(root=str(Path(__file__).resolve().parents[2]))
-    environment = os.environ | {
-        "OMP_NUM_THREADS": "1",
-        "MALLOC_MMAP_THRESHOLD_": "65536",
-    }  # freed is given back
+    script = RSS.format(root=str(ROOT))
+    # What is freed is given back.
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "MALLOC_MMAP_THRESHOLD_": "65536"}
     words = [sys.executable, "-c", script]
     done = subprocess.run(words, capture_output=True, text=True, check=True, env=environment)
     for peak, formula in (map(int, line.split()) for line in done.stdout.splitlines()):

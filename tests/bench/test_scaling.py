@@ -26,22 +26,19 @@ TOKENS = 60 + 2340 + 2 * 100
 def test_the_pages_tables_are_these():
     """And it shows every plot that is there."""
     page = (ROOT / "docs/scaling.md").read_text(encoding="utf-8")
+    remedy = "run python -m tests.bench.scaling, and put its table into docs/scaling.md"
     for title, table in scaling.tables().items():
-        assert table in page, (
-            f"{title}: run python -m tests.bench.scaling, and put its table into docs/scaling.md"
-        )
+        assert table in page, f"{title}: {remedy}"
     plots = {path.name for path in (ROOT / "docs").glob("scaling-*.svg")}
     assert set(re.findall(r"\]\((scaling-[\w-]+\.svg)\)", page)) == plots and len(plots) == 3
 
 
 def test_bytes_by_hand():
     """Weights of the 7B; what is trained, its gradients and moments; shards among eight."""
-    outside = (
-        2 * (2 * 32064 * 4096 + 4096 + 4096) + 4 * PROJECTOR
-    )  # embeddings, head, norm, newline; the original
-    tower = 1024 * (3 * 14 * 14 + 577 + 1 + 4) + 24 * (
-        4 * (1024**2 + 1024) + 2 * 1024 * 4096 + 5 * 1024 + 4 * 1024
-    )
+    # Embeddings, head, norm, newline; the original projector.
+    outside = 2 * (2 * 32064 * 4096 + 4096 + 4096) + 4 * PROJECTOR
+    block = 4 * (1024**2 + 1024) + 2 * 1024 * 4096 + 5 * 1024 + 4 * 1024
+    tower = 1024 * (3 * 14 * 14 + 577 + 1 + 4) + 24 * block
     model, trained = scaling.policy("7B"), 4 * (32 * ADAPTERS + PROJECTOR)
     assert memory.trained_bytes(model) == trained
     assert memory.frozen_bytes(model) == outside + 2 * tower + 32 * 2 * (MATRICES + 2 * 4096)
@@ -61,22 +58,19 @@ def test_seconds_by_hand():
     features = 576 + 36 * 48  # of the whole picture and its tiles, the padding left out
     wide = features * (6 * 1024 * 4096 + 8 * 4096**2)
     assert step.projector == pytest.approx(2 * wide / (0.5 * 67e12))
-    products = (
-        2 * TOKENS * (6 * 32 * MATRICES + 6 * 32 * ADAPTERS)
-    )  # attention, head and tower come to it
+    # Attention, head and tower come to it.
+    products = 2 * TOKENS * (6 * 32 * MATRICES + 6 * 32 * ADAPTERS)
     assert products < step.base * 0.5 * 989e12 < 1.15 * products
     whole, trained = memory.whole_bytes(shards.model), memory.trained_bytes(shards.model)
     assert step.hidden == pytest.approx(2 * (whole + 2 * 32 * LAYER + trained) * 7 / 8 / 450e9)
     assert step.hidden - cached.hidden == pytest.approx(2 * 32 * LAYER * 7 / 8 / 450e9)
     assert plain.step().summing == pytest.approx(2 * trained * 7 / 8 / 450e9)
     assert plain.step().base == step.base and plain.step().hidden == step.summing == 0
-    matrices = 2 * 32 * MATRICES * TOKENS * 2  # the reference's forward pass, twice
-    assert (
-        matrices < (step.base - cached.base) * 0.5 * 989e12 < 1.2 * matrices
-    )  # and attention, head, projector
-    assert (
-        Plan("7B", 1, "none").step().summing == 0 and scaling.bus(8) > scaling.bus(32) == 8 * 50e9
-    )
+    # The reference's forward pass, twice; and attention, head, projector.
+    matrices = 2 * 32 * MATRICES * TOKENS * 2
+    assert matrices < (step.base - cached.base) * 0.5 * 989e12 < 1.2 * matrices
+    assert Plan("7B", 1, "none").step().summing == 0
+    assert scaling.bus(8) > scaling.bus(32) == 8 * 50e9
 
 
 @pytest.mark.parametrize("shard", ["none", "full"])
@@ -93,9 +87,8 @@ def test_more_gpus_are_faster_by_as_much(shard):
 def test_recompute_where_it_must_be(monkeypatch):
     """It is another forward pass; and what does not fit even so is not timed."""
     plan = Plan("7B", 8, "full")
-    forward = (
-        plan.step().base - plan.step(cached=True).base
-    )  # of the reference; the policy has adapters, too
+    # That of the reference; the policy has adapters, too.
+    forward = plan.step().base - plan.step(cached=True).base
     forward += 2 * 2 * 32 * ADAPTERS * TOKENS / (0.5 * 989e12)
     assert not plan.recompute and plan.fits
     monkeypatch.setattr(scaling, "LARGE", sum(plan.parts.values()) - 1)
@@ -112,10 +105,8 @@ def test_slow_networks_are_seen(monkeypatch):
     plan = Plan("7B", 32, "full")
     assert plan.step().total == plan.step().computing and "computing" in plan.bound()
     monkeypatch.setattr(scaling, "NETWORK", scaling.NETWORK / 100)
-    assert (
-        plan.step().total == plan.step().hidden > plan.step().computing
-        and "gathering" in plan.bound()
-    )
+    assert plan.step().total == plan.step().hidden > plan.step().computing
+    assert "gathering" in plan.bound()
 
 
 def test_a_plot(tmp_path):
@@ -125,15 +116,13 @@ def test_a_plot(tmp_path):
     tree = ElementTree.parse(tmp_path / "new" / "plot.svg").getroot()
     kinds = [element.tag.rpartition("}")[2] for element in tree.iter()]
     said = [element.text for element in tree.iter() if element.text]
-    assert kinds.count("circle") == 5 and {"a < b", "c", "x & y", "ms", "0", "10", "40"} <= set(
-        said
-    )
+    assert kinds.count("circle") == 5
+    assert {"a < b", "c", "x & y", "ms", "0", "10", "40"} <= set(said)
     heights = [float(e.get("cy")) for e in tree.iter() if e.tag.endswith("circle")]
     assert heights[0] > heights[1] and len(set(heights)) == 5
 
 
-# What is measured
-# ----------------------------------------------------------------------------------------------
+# ---------------------------------------------------------------- what is measured
 
 
 @pytest.fixture(scope="module")
@@ -150,11 +139,9 @@ def small():
     """The bench's size, but smaller."""
     from tests.bench import sizes
 
-    shape = {
-        "text": sizes.text_config(579, 48, 64, 2, 3),
-        "vision": sizes.vision_config(24, 3, 2, 4),
-    }
-    return replace(sizes.TINY, **shape, lora_rank=2, question_words=3, sentence_tokens=4)
+    text, vision = sizes.text_config(579, 48, 64, 2, 3), sizes.vision_config(24, 3, 2, 4)
+    size = replace(sizes.TINY, text=text, vision=vision)
+    return replace(size, lora_rank=2, question_words=3, sentence_tokens=4)
 
 
 def test_memory_by_length(growth, small, tmp_path):
@@ -170,14 +157,13 @@ def test_times_are_of_equal_work(growth, small, tmp_path):
     """BDHS completes so many sentences, each by all its tokens, behind so many image tokens."""
     from tests.bench.sampling import recorded
 
-    loads = growth.loaded(small, tmp_path)
-    tokens = len(loads[2].layout(growth.picture(0))[1])
+    assistant = growth.loaded(small, tmp_path)
+    tokens = len(assistant.processor.layout(growth.picture(0))[1])
     for sentences, rho_th in ((1, 0.0), (3, 0.99)):
-        [sequence], [completions] = recorded(growth.bdhs_work(small, loads, sentences, rho_th))
+        [sequence], [completions] = recorded(growth.bdhs_work(small, assistant, sentences, rho_th))
         assert [len(completion.ids) for completion in completions] == [4] * sentences
-        assert len(sequence.image_visible) == tokens and sequence.image_visible.all() == (
-            rho_th == 0
-        )
+        assert len(sequence.image_visible) == tokens
+        assert sequence.image_visible.all() == (rho_th == 0)
 
 
 def test_lines_of_times(growth, small, tmp_path):
@@ -188,8 +174,6 @@ def test_lines_of_times(growth, small, tmp_path):
     [line] = growth.sentence_times(small, tmp_path / "sentences", (1, 2), 1).values()
     assert [x for x, _ in line] == [1, 2] and all(y > 0 for _, y in line)
     few, all_ = growth.image_times(small, tmp_path / "images", (3, 4), 1).values()
-    tokens = [
-        9 + 4 * (6 + 1),
-        16 + 6 * (8 + 1),
-    ]  # the whole, and the rows of 2 x 2 tiles that are no padding
+    # The whole, and the rows of 2 x 2 tiles that are no padding.
+    tokens = [9 + 4 * (6 + 1), 16 + 6 * (8 + 1)]
     assert [x for x, _ in few] == [x for x, _ in all_] == tokens

@@ -10,21 +10,19 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from minialign.align.logps import both_logps
-from minialign.align.losses import preference_loss
+import sample_bdhs
+from minialign.align.logps import branch_logps, reference_logps
+from minialign.align.losses import dpo_loss
 from minialign.data.collate import PairCollator
-from minialign.data.images import ImageProcessor
-from minialign.data.record_files import read_records
-from minialign.data.tokenizer import Tokenizer
-from minialign.evaluation.metrics import TOY
+from minialign.data.records import instruct_record
 from minialign.model.hf_folder import load_model
 from minialign.model.llava import Llava
-from minialign.model.masks import Branch, Sequence
-from minialign.sampling.bdhs import Bdhs, BdhsConfig, Example
+from minialign.sampling.assistant import Assistant
 from minialign.sampling.generate import Completion, Sampling, generate
 from minialign.sampling.similarity import load_similarity
 from minialign.toy import world
-from tests.bench.dpo import with_adapters
+from minialign.toy.edge import CHECKPOINT
+from tests.bench.dpo import BETA, with_adapters
 from tests.bench.rows import Facts
 from tests.bench.sizes import Size
 from tests.gpu.ours import Graphs, recompute_layers
@@ -37,34 +35,25 @@ ALLOWED = {"float32": (1e-4, 1e-3, 1e-3), "bfloat16": (3e-2, 1e-1, 3e-1)}
 # ---------------------------------------------------------------- sampling
 
 
-def prompts(tokenizer: Tokenizer, processor: ImageProcessor) -> tuple[list[Sequence], Tensor]:
-    """Questions about pictures, two samples of each, and the pictures' pixels."""
-    sequences, pixels = [], []
+def toy(device: str, dtype: torch.dtype = torch.float32) -> Assistant:
+    """The embedded checkpoint."""
+    return Assistant.from_folder(CHECKPOINT, device, dtype)
+
+
+def said_by(assistant: Assistant, temperature: float, fixed: bool) -> list[Completion]:
+    """Two samples of each of some questions about pictures, on the model's device."""
+    sequences, images = [], []
     for i in range(PICTURES):
         picture = world.picture(world.make_scene("validation", i))
-        patches, packing = processor.layout(picture)
-        ids = tokenizer.prompt([("user", world.DESCRIBE[i % len(world.DESCRIBE)])])
-        sequences.append(Sequence(ids, [Branch([]), Branch([])], patches, packing=packing))
-        pixels.append(processor(picture))
-    return sequences, torch.cat(pixels)
+        images.append(assistant.processor.prepare(picture))
+        turns = [("user", world.DESCRIBE[i % len(world.DESCRIBE)])]
+        sequences.append(assistant.sequence(turns, images[-1], [[], []]))
 
-
-def said_by(model: Llava, temperature: float, fixed: bool) -> list[Completion]:
-    """All completions, on the model's device."""
-    tokenizer, processor = Tokenizer.from_folder(TOY), ImageProcessor.from_folder(TOY)
-    sequences, pixels = prompts(tokenizer, processor)
-    seeds = [[2 * i, 2 * i + 1] for i in range(len(sequences))]
-    rows = generate(
-        model,
-        sequences,
-        model.encode_images(pixels),
-        Sampling(TOKENS, temperature),
-        {tokenizer.eos_id},
-        seeds,
-        tokenizer.pad_id,
-        fixed=fixed,
-    )
-    return [completion for row in rows for completion in row]
+    tokenizer, features = assistant.tokenizer, assistant.encode(images)
+    seeds = [[2 * i, 2 * i + 1] for i in range(PICTURES)]
+    sampling, stops, pad = Sampling(TOKENS, temperature), {tokenizer.eos_id}, tokenizer.pad_id
+    rows = generate(assistant.model, sequences, features, sampling, stops, seeds, pad, fixed=fixed)
+    return sum(rows, [])
 
 
 def distance(some: list[Completion], others: list[Completion]) -> dict:
@@ -80,29 +69,25 @@ def distance(some: list[Completion], others: list[Completion]) -> dict:
                 break
             tokens += 1
             furthest = max(furthest, abs(one.logps[i] - two.logps[i]))
-    return {
-        "texts": f"{texts} of {len(others)}",
-        "tokens": tokens / total,
-        "logps": furthest,
-    }
+    return {"texts": f"{texts} of {len(others)}", "tokens": tokens / total, "logps": furthest}
 
 
-def sampled_pairs(model: Llava) -> list[str]:
+def sampled_pairs(assistant: Assistant) -> list[str]:
     """y- of some examples by Algorithm 1, whole."""
-    tokenizer, processor = Tokenizer.from_folder(TOY), ImageProcessor.from_folder(TOY)
-    config = BdhsConfig(rho_th=0.7, sampling=Sampling(TOKENS))
-    bdhs = Bdhs(model, tokenizer, processor, load_similarity(None), config)
-    examples = [
-        Example(r.id, world.picture(world.scene_of(r.image)), r.turns, r.chosen)
-        for r in read_records("toy", None, PICTURES, 0)
-    ]
-    return [sampled.rejected for sampled in bdhs.sample(examples)]
+    config = sample_bdhs.Config(rho_th=0.7, max_new_tokens=TOKENS)
+    examples = []
+    for record in map(instruct_record, world.alignment_records(PICTURES)):
+        picture = world.open_picture(record.image)
+        image = assistant.processor.prepare(picture)
+        examples.append(sample_bdhs.Example(record, picture, image))
+    sampled = sample_bdhs.sample(assistant, load_similarity(None), examples, config)
+    return [each.rejected for each in sampled]
 
 
 def measure_sampling(row: str, size: Size, folder: Path, facts: Facts) -> None:
     """Steps of a fixed width (on a GPU a graph) and a growing context here, a growing one on the
     CPU: greedy and drawn."""
-    here, cpu = load_model(TOY, size.device), load_model(TOY)
+    here, cpu = toy(size.device), toy("cpu")
     graphs, worst = Graphs(), {"tokens": 1.0, "logps": 0.0}
     with graphs.watch():
         for name, temperature in (("greedy", 0.0), ("drawn", 1.0)):
@@ -121,13 +106,12 @@ def measure_sampling(row: str, size: Size, folder: Path, facts: Facts) -> None:
         same = sum(a == b for a, b in zip(pairs, others, strict=True))
         facts.add(row, bdhs=f"{same} of {len(pairs)}")
 
-        half = load_model(TOY, size.device, torch.bfloat16)
+        half = toy(size.device, torch.bfloat16)
         both = [said_by(half, 0.0, fixed=fixed) for fixed in (True, False)]
         facts.add(row, **{"bfloat16 greedy fixed against growing": distance(*both)})
 
-    said = (
-        f"{worst['tokens']:.1%} of tokens the same as the CPU's, log-probs to {worst['logps']:.1e}"
-    )
+    said = f"{worst['tokens']:.1%} of tokens the same as the CPU's"
+    said += f", log-probs to {worst['logps']:.1e}"
     said += f", BDHS {same} of {len(pairs)}"
     said += f", {graphs.captured} graphs captured and {graphs.refused} refused"
     facts.add(row, said=said, captured=graphs.captured, refused=graphs.refused)
@@ -142,23 +126,24 @@ def measure_sampling(row: str, size: Size, folder: Path, facts: Facts) -> None:
 def policy(device: str, dtype: torch.dtype) -> Llava:
     """The toy model with adapters that do something, the same numbers wherever it is."""
     torch.manual_seed(0)
-    return with_adapters(load_model(TOY, "cpu", dtype), RANK).to(device)
+    return with_adapters(load_model(CHECKPOINT, "cpu", dtype), RANK).to(device)
 
 
 def learned(model: Llava) -> tuple[Tensor, Tensor, Tensor]:
     """Log-probs (2, B, 2) of policy and reference, the loss and all gradients (N,), in float32 on
     the CPU."""
-    tokenizer, processor = Tokenizer.from_folder(TOY), ImageProcessor.from_folder(TOY)
-    records = read_records("toy", None, 2 * PAIRS, 0)
-    pairs = [
-        replace(a, rejected=b.chosen) for a, b in zip(records[::2], records[1::2], strict=True)
-    ]
-    batch = PairCollator(tokenizer, processor, "toy", 512)(pairs)
+    cpu = toy("cpu")
+    collate = PairCollator(cpu.tokenizer, cpu.processor, world.open_picture, 512)
+    records = [instruct_record(raw) for raw in world.alignment_records(2 * PAIRS)]
+    both = zip(records[::2], records[1::2], strict=True)
+    pairs = [replace(one, rejected=other.chosen) for one, other in both]
+    batch = collate.batch([collate.load(pair) for pair in pairs])
 
     tree, features = batch.tree.to(model.device), model.encode_images(batch.pixels)
-    logps, ref_logps = both_logps(model, tree, features)
-    weights = torch.ones(1, device=model.device)
-    loss = preference_loss(logps, ref_logps, "dpo", 0.1, weights)
+    ref_logps = reference_logps(model, tree, features)
+    logps = branch_logps(model, tree, features)
+    chosen, rejected = logps[:, :1], logps[:, 1:]
+    loss = dpo_loss(chosen, rejected, ref_logps[:, :1], ref_logps[:, 1:], BETA).mean()
     loss.backward()
     grads = [p.grad.float().flatten() for p in model.parameters() if p.requires_grad]
     found = torch.stack([logps.detach(), ref_logps]), loss.detach()[None], torch.cat(grads)

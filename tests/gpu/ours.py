@@ -15,7 +15,7 @@ from minialign.model.llava import Llava
 from minialign.sampling.generate import FixedContext
 from minialign.training.flags import COMPILE_OPTIONS
 from tests.bench import roofline
-from tests.bench.dpo import Ours, collator, record, require_same_work, with_adapters
+from tests.bench.dpo import Ours, batch_of, record, require_same_work, with_adapters
 from tests.bench.models import load_ours
 from tests.bench.rows import Facts
 from tests.bench.sampling import bandwidth_share, bdhs_work, generate_work
@@ -55,9 +55,9 @@ def measure_step(
     recompute: bool = False,
 ) -> None:
     """A whole step: seconds, bytes beyond the model, model FLOPs utilisation, kernels."""
-    model, tokenizer, processor = load_ours(size, folder)
-    with_adapters(model, size.lora_rank)
-    batch = collator(tokenizer, processor, folder)([record(size, folder, i) for i in range(pairs)])
+    assistant = load_ours(size, folder)
+    model = with_adapters(assistant.model, size.lora_rank)
+    batch = batch_of(assistant, folder, [record(size, folder, i) for i in range(pairs)])
     ours = Ours(model, batch)
 
     # Other means, the same loss and gradient norm.
@@ -85,7 +85,7 @@ def measure_step(
     # The same with the reference's log-probs given.
     if not compiled and not recompute:
         ref_logps = ours.ref_logps()
-        works = {"cached": lambda: ours.cached_step(ref_logps)}
+        works = {"cached": lambda: ours.step(ref_logps)}
         cached = measured(works, {"cached": model}, size.repeats, size.device)["cached"]
         facts.add(row, cached_seconds=cached.seconds)
         facts.add(row, said=f"{said}; with a cached reference {cached.seconds:.3f} s")
@@ -119,14 +119,14 @@ def measure_decoding(
 ) -> None:
     """Two samples of each picture: milliseconds a token, share of the bandwidth, kernels of a
     step."""
-    ours = load_ours(size, folder)
-    model = ours[0]
+    assistant = load_ours(size, folder)
+    model = assistant.model
     if compiled:
         compile_layers(model)
     graphs = Graphs()
     with graphs.watch():
         begin = time.perf_counter()
-        work = generate_work(size, ours)
+        work = generate_work(size, assistant)
         first = time.perf_counter() - begin
         facts.add(row, first_call=first, captured=graphs.captured, refused=graphs.refused)
 
@@ -147,10 +147,10 @@ def measure_decoding(
 
 def measure_bdhs(row: str, size: Size, folder: Path, facts: Facts) -> None:
     """Algorithm 1 for a batch of examples: seconds, bytes, kernels."""
-    ours = load_ours(size, folder)
-    work = bdhs_work(size, ours)
-    side = measured({"bdhs": work.call}, {"bdhs": ours[0]}, size.repeats, size.device)["bdhs"]
-    once = seconds_of(lambda: ours[0].encode_images(torch.cat(work.pixels)), size.device)
+    assistant = load_ours(size, folder)
+    work, model = bdhs_work(size, assistant), assistant.model
+    side = measured({"bdhs": work.call}, {"bdhs": model}, size.repeats, size.device)["bdhs"]
+    once = seconds_of(lambda: model.encode_images(torch.cat(work.pixels)), size.device)
     said = f"{side.seconds:.3f} s, of which the tower {once:.3f} s, {in_words(side.peak)}"
     said += f"; {work.title}"
     facts.add(row, bdhs_seconds=side.seconds, tower_seconds=once, peak=side.peak, said=said)

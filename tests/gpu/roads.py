@@ -18,18 +18,19 @@ EVERY = 0.02  # seconds between two looks
 
 @dataclass(frozen=True)
 class Road:
-    """A script, its flags, and whether torchrun starts it."""
+    """A script, or a module that `-m` runs, its flags, and whether torchrun starts it."""
 
-    script: str
+    program: str
     flags: tuple[str, ...] = ()
     torchrun: bool = False
 
 
 BFLOAT16, SHARD = ("--dtype", "bfloat16"), ("--shard", "full")
+RLOO, PPO, REWARD_MODEL = (f"minialign.rlhf.{name}" for name in ("rloo", "ppo", "reward_model"))
 
 
 def online(method: str, *flags: str, torchrun: bool = False) -> Road:
-    """A road of train_online.py; the world's exact truth annotates and rewards."""
+    """A road of train_online.py; the world's exact truth annotates."""
     return Road("train_online.py", ("--method", method, *flags), torchrun)
 
 
@@ -39,25 +40,25 @@ ROADS = {
     "online-dpo": online("online-dpo"),
     "mixed-dpo": online("mixed-dpo"),
     "online-bdhs": online("online-bdhs"),
-    "rloo": online("rloo"),
-    "ppo": online("ppo"),
+    "rloo": Road(RLOO),
+    "ppo": Road(PPO),
     "sample": Road("sample_bdhs.py"),
-    "reward": Road("train_dpo.py", ("--loss", "reward")),
+    "reward": Road(REWARD_MODEL),
     "dpo-compile": Road("train_dpo.py", ("--compile",)),
     "dpo-recompute": Road("train_dpo.py", ("--recompute",)),
     "dpo-bf16": Road("train_dpo.py", BFLOAT16),
     "dpo-shard": Road("train_dpo.py", (*SHARD, *BFLOAT16), True),
     "online-bdhs-bf16": online("online-bdhs", *BFLOAT16),
     "online-bdhs-shard": online("online-bdhs", *SHARD, torchrun=True),
-    "rloo-bf16": online("rloo", *BFLOAT16, "--recompute"),
-    "ppo-shard": online("ppo", *SHARD, *BFLOAT16, torchrun=True),
+    "rloo-bf16": Road(RLOO, (*BFLOAT16, "--recompute")),
+    "ppo-shard": Road(PPO, (*SHARD, *BFLOAT16), True),
     "sample-bf16": Road("sample_bdhs.py", BFLOAT16),
     "sample-shard": Road("sample_bdhs.py", (*SHARD, *BFLOAT16), True),
     "online-dpo-bf16": online("online-dpo", *BFLOAT16),
     "mixed-dpo-bf16": online("mixed-dpo", *BFLOAT16),
-    "ppo-bf16": online("ppo", *BFLOAT16),
-    "reward-bf16": Road("train_dpo.py", ("--loss", "reward", *BFLOAT16)),
-    "rloo-compile": online("rloo", "--compile"),
+    "ppo-bf16": Road(PPO, BFLOAT16),
+    "reward-bf16": Road(REWARD_MODEL, BFLOAT16),
+    "rloo-compile": Road(RLOO, ("--compile",)),
 }
 
 
@@ -66,15 +67,18 @@ def command(road: Road, size: Size, folder: Path) -> tuple[list[str], Path]:
     few = size.name == "tiny"
     flags = ["--device", size.device, "--limit", "8" if few else "96", *road.flags]
     pairs = folder / "pairs.jsonl"
-    if road.script == "sample_bdhs.py":
+    if road.program == "sample_bdhs.py":
         flags += ["--out", str(pairs)]
     else:
         flags += ["--out", str(folder), "--batch-size", "4" if few else "16"]
         flags += ["--eval-images", "1" if few else "50"]
-    if "reward" in road.flags:
+    if road.program == REWARD_MODEL:
         flags += ["--steps", "2" if few else "20"]
+
     start = [sys.executable, *(TORCHRUN if road.torchrun else [])]
-    return [*start, str(ROOT / road.script), *flags], pairs
+    if road.program.endswith(".py"):
+        return [*start, str(ROOT / road.program), *flags], pairs
+    return [*start, "-m", road.program, *flags], pairs
 
 
 def measure(name: str, row: str, size: Size, folder: Path, facts: Facts) -> None:
