@@ -25,14 +25,6 @@ TURNS = {
     8: Image.Transpose.ROTATE_90,
 }
 LONGEST = 2000  # times the short edge: a longer picture would fill the memory on being resized
-# What preprocessor_config.json may not say otherwise, as it would be another preprocessing.
-SUPPORTED = {
-    "do_resize": True,
-    "do_center_crop": True,
-    "do_rescale": True,
-    "do_normalize": True,
-    "resample": 3,
-}
 
 
 def to_rgb(image: Image.Image) -> Image.Image:
@@ -78,26 +70,26 @@ class ImageProcessor:
         raw = read_json(path, "a model folder needs Hugging Face's preprocessor_config.json")
         config = read_config(folder)
 
-        for name, supported in SUPPORTED.items():
-            if raw.get(name, supported) not in (supported, None):
-                message = f"{name} is {raw[name]!r}; only {supported!r} is supported"
-                raise UserError(f"{path}: {message}")
-        if abs((raw.get("rescale_factor") or 1 / 255) * 255 - 1) > 1e-6:
-            message = f"rescale_factor is {raw['rescale_factor']!r}; only 1/255 is supported"
-            raise UserError(f"{path}: {message}")
-
-        crop, edge = raw.get("crop_size", 336), raw.get("size", 336)
+        # Anything else would be another preprocessing; a name that is missing has CLIP's value.
         tower = config.vision.image_size
-        if crop not in (tower, {"height": tower, "width": tower}):
-            message = f"crop_size {crop}, but the tower of config.json takes {tower}; mend the file"
-            raise UserError(f"{path}: {message}")
-        if edge not in (tower, {"shortest_edge": tower}):
-            message = f"size {edge} is not crop_size, {tower} pixels, as CLIP's are; mend the file"
-            raise UserError(f"{path}: {message}")
-        given = raw.get("image_grid_pinpoints")
-        if config.pinpoints and given not in (None, [list(size) for size in config.pinpoints]):
-            message = "image_grid_pinpoints are not those of config.json; mend the file"
-            raise UserError(f"{path}: {message}")
+        allowed = {
+            "do_resize": (True, None),
+            "do_center_crop": (True, None),
+            "do_rescale": (True, None),
+            "do_normalize": (True, None),
+            "resample": (3, None),
+            "rescale_factor": (1 / 255, None),
+            "crop_size": (tower, {"height": tower, "width": tower}),
+            "size": (tower, {"shortest_edge": tower}),
+        }
+        if config.pinpoints:
+            allowed["image_grid_pinpoints"] = ([list(size) for size in config.pinpoints], None)
+        clip = {"crop_size": 336, "size": 336}
+        for name, values in allowed.items():
+            found = raw.get(name, clip.get(name))
+            if found not in values:
+                message = f"{name} is {found!r}, and only {values[0]!r} is supported"
+                raise UserError(f"{path}: {message} with this config.json; mend the file")
 
         default = ImageProcessor()
         mean = raw.get("image_mean") or default.mean

@@ -15,16 +15,6 @@ from typing import Literal
 from minialign.data.tokenizer import Turn
 from minialign.errors import UserError
 
-# What a sampled pair says of how it came about, and the types of that.
-BDHS_FIELDS = {
-    "iterations": (int,),
-    "similarity": (int, float),
-    "mask_seed": (int,),
-    "guided": (bool,),
-    "rho_th": (int, float),
-    "noise_steps": (int,),
-    "truncated": (bool,),
-}
 ROLES = {"human": "user", "user": "user", "gpt": "assistant", "assistant": "assistant"}
 
 
@@ -138,22 +128,6 @@ def answer_field(raw: dict, name: str) -> str:
     return message_text(value[0])
 
 
-def bdhs_field(raw: dict) -> dict:
-    """How a pair came about. Only the report uses it; pairs from elsewhere lack it."""
-    bdhs = raw.get("bdhs") or {}
-    if not isinstance(bdhs, dict):
-        raise UserError("field 'bdhs' must be an object")
-    for name, kinds in BDHS_FIELDS.items():
-        value = bdhs.get(name)
-        if value is not None and (type(value) not in kinds or not abs(value) < 2**63):
-            message = f"is {str(value)[:40]!r}, not what sample_bdhs.py writes"
-            raise UserError(f"field 'bdhs.{name}' {message}")
-    for name, limit in (("rho_th", 1), ("noise_steps", 1000)):
-        if not 0 <= (bdhs.get(name) or 0) <= limit:
-            raise UserError(f"field 'bdhs.{name}' is {bdhs[name]}, not between 0 and {limit}")
-    return bdhs
-
-
 # ---------------------------------------------------------------- one parser per format
 
 
@@ -162,6 +136,9 @@ def pair_record(raw: dict) -> Record:
     images = raw.get("images")
     if not isinstance(images, list) or len(images) != 1:
         raise UserError("field 'images' must be a list of one path")
+    bdhs = raw.get("bdhs") or {}  # how a pair came about; pairs from elsewhere lack it
+    if not isinstance(bdhs, dict):
+        raise UserError("field 'bdhs' must be an object")
     prompt = raw.get("prompt")
     if isinstance(prompt, list):
         turns = [(role_of(turn, "role", n), message_text(turn)) for n, turn in enumerate(prompt)]
@@ -176,7 +153,7 @@ def pair_record(raw: dict) -> Record:
         chosen=answer_field(raw, "chosen"),
         rejected=answer_field(raw, "rejected"),
         external=answer_field(raw, "external") if raw.get("external") else "",
-        bdhs=bdhs_field(raw),
+        bdhs=bdhs,
     )
 
 

@@ -101,7 +101,7 @@ def read_config(folder: Path) -> LlavaConfig:
     image_id = raw.get("image_token_index", raw.get("image_token_id"))
     if image_id is None:
         image_id = LlavaConfig.image_token_id
-    if type(image_id) is not int or not 0 <= image_id < decoder.vocab_size:
+    elif type(image_id) is not int or not 0 <= image_id < decoder.vocab_size:
         message = f"no id below vocab_size {decoder.vocab_size}; mend it"
         raise UserError(f"{path}: image_token_index is {image_id!r}, {message}")
     pinpoints = ()

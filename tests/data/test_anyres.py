@@ -1,5 +1,6 @@
 """AnyRes against transformers' LLaVA-NeXT: tiles to the last bit, packed features and their
-count."""
+count.
+"""
 
 import random
 from types import SimpleNamespace

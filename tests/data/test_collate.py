@@ -1,5 +1,6 @@
 """Long sequences: responses refused or cut at their end, images never; like lengths together within
-a step."""
+a step.
+"""
 
 import copy
 import random
@@ -55,7 +56,8 @@ def test_a_response_that_is_too_long():
 @pytest.mark.parametrize("truncate", [False, True])
 def test_what_the_decoder_has_no_positions_for(truncate):
     """Image and prompt stay whole; the response has the positions that they leave, or the record is
-    refused."""
+    refused.
+    """
     ids = [toy_tokenizer().response(text) for text in (CUP.chosen, CUP.rejected)]
     trunk = len(toy_tokenizer().prompt(CUP.turns)) - 1 + PATCHES
     exact = toy_collator(positions=trunk + len(ids[0]), truncate=truncate)
@@ -151,7 +153,8 @@ def test_pictures_stay_with_their_pairs(uneven):
 
 def test_pictures_of_many_sizes(tmp_path):
     """AnyRes: each row has its own picture's tokens and newlines, each batch its pictures' tiles in
-    row order."""
+    row order.
+    """
     processor = ImageProcessor(16, 4, pinpoints=((16, 32), (32, 16), (32, 32), (48, 16), (16, 48)))
     source = PictureFolder(str(photographs(tmp_path / "pictures")))
     collate = PairCollator(toy_tokenizer(), processor, source, 512)

@@ -1,5 +1,6 @@
 """Every data set's own form: what is read of it, and the whole road on it with a tiny random
-LLaVA-1.6."""
+LLaVA-1.6.
+"""
 
 import json
 import math
@@ -101,7 +102,8 @@ def test_a_bad_first_record_does_not_hide_the_format(tmp_path):
 )
 def test_text_alone_is_left_out_whatever_it_says(tmp_path, changes):
     """Records of the 665k mix without an image: as `datasets` writes a missing column, or with a
-    talk of any form."""
+    talk of any form.
+    """
     odd = {"id": "text", "conversations": [{"from": "gpt", "value": ""}]} | changes
     path = tmp_path / "data.json"
     path.write_text(json.dumps([*RAW["instruct"][:2], odd]))
@@ -146,7 +148,8 @@ def test_blank_lines_at_the_end(tmp_path, end):
 
 def test_turns_that_come_with_a_larger_limit(next_model, tmp_path):
     """A pairs file of bare prompts cannot take messages: said in one line, and nothing is
-    changed."""
+    changed.
+    """
     pictures, path = photographs(tmp_path / "pictures"), tmp_path / "data.json"
     path.write_text(
         json.dumps([RAW["instruct"][0] | {"id": str(i)} for i in range(4)] + [RAW["instruct"][1]])
@@ -215,7 +218,8 @@ def answers(oracle, folder: Path, pictures: Path, theirs, ours) -> list[float]:
 @pytest.mark.parametrize("form", RAW)
 def test_the_whole_road(oracle, next_model, tmp_path, form):
     """Sampled and trained on; what comes out is read by transformers and PEFT, with the same
-    logits."""
+    logits.
+    """
     pictures, data = photographs(tmp_path / "pictures"), write(tmp_path, form)
     common = {"model": str(next_model), "images": str(pictures)}
     few = {"max_new_tokens": 4, "n_bdhs": 2, "batch_size": 2}

@@ -177,7 +177,8 @@ def test_a_killed_write_leaves_no_trace_in_the_next(tmp_path):
 
 def test_no_reader_sees_half_a_folder(tmp_path, monkeypatch):
     """At every call into the file system the folder is the old one, the new one or, between two
-    renames, absent."""
+    renames, absent.
+    """
     folder, seen = tmp_path / "model", []
     write_files(folder, a="1", b="1")
 
@@ -232,7 +233,8 @@ def test_appending_is_one_write_on_the_disk(tmp_path, monkeypatch):
 @pytest.mark.parametrize("seed", range(30))
 def test_half_a_line_is_cut_off(tmp_path, seed):
     """Cut anywhere, in the middle of a character too: what is left are the whole lines, and
-    appending goes on."""
+    appending goes on.
+    """
     rng, path = random.Random(seed), tmp_path / "x.jsonl"
     letters = string.printable + ODD
     values = [

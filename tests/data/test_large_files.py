@@ -63,7 +63,8 @@ def test_a_large_file_is_not_parsed(tmp_path, parsed):
 
 def test_limit_is_a_fair_subset(tmp_path):
     """Drawn from the whole file, by the seed alone, in the file's order; the larger holds the
-    smaller."""
+    smaller.
+    """
     path = tmp_path / "data.jsonl"
     path.write_bytes(lines(*(instruct(i, id=str(i)) for i in range(400))))
     drawn = {}
@@ -132,7 +133,8 @@ def test_a_bad_line_is_met_in_its_turn(workers):
 @pytest.mark.parametrize("workers", [1, 2])
 def test_threads_load_side_by_side_and_not_too_far_ahead(monkeypatch, workers):
     """Every load waits until all threads are in one; and while an item is in use, two per thread
-    are loaded ahead."""
+    are loaded ahead.
+    """
     monkeypatch.setattr("os.cpu_count", lambda: 8)
     together, started = threading.Barrier(workers, timeout=20), []
 
@@ -150,7 +152,8 @@ def test_threads_load_side_by_side_and_not_too_far_ahead(monkeypatch, workers):
 
 def test_what_nobody_waits_for_is_not_loaded():
     """A run that ends early waits for the loads that have begun, and drops those that wait for
-    their turn."""
+    their turn.
+    """
     started = []
 
     def load(item: int) -> int:
@@ -169,7 +172,8 @@ def test_what_nobody_waits_for_is_not_loaded():
 @pytest.fixture
 def late(tmp_path, pictures, monkeypatch) -> Path:
     """12 pairs of which the first 4 are looked at before the run; the picture of the tenth is cut
-    off."""
+    off.
+    """
     monkeypatch.setattr(record_files, "CHECKED", 4)
     assert 9 not in sum(batches_of_epoch(range(12), 2, SEED, 0)[:3], [])  # steps come before it
     path = tmp_path / "pairs.jsonl"
@@ -182,7 +186,8 @@ def late(tmp_path, pictures, monkeypatch) -> Path:
 @pytest.mark.parametrize("workers", [0, 2])
 def test_a_bad_picture_that_is_met_late(model, tmp_path, pictures, late, workers):
     """The run ends with its line, and goes on when the picture is mended, as if nothing had
-    been."""
+    been.
+    """
     flags = {
         "pairs": str(late),
         "images": str(pictures),

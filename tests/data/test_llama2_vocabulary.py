@@ -1,5 +1,6 @@
 """Tokenisation with Llama-2's real vocabulary, against published ids and against transformers on
-the joint text."""
+the joint text.
+"""
 
 import hashlib
 import json
@@ -161,7 +162,8 @@ def package():
 @pytest.fixture(scope="module")
 def folders(package, tmp_path_factory):
     """Model folders with that vocabulary: `▁` before what follows control tokens (Llama-2's), or
-    not (newer)."""
+    not (newer).
+    """
     root = tmp_path_factory.mktemp("llama2")
     made = {scheme: write_llama2(root / scheme, *package[:2]) for scheme in ("legacy", "metaspace")}
     with_metaspace(made["metaspace"])
@@ -171,7 +173,8 @@ def folders(package, tmp_path_factory):
 @pytest.fixture(scope="module")
 def theirs(oracle, folders):
     """(transformers' tokenizer, the same with control tokens under names that no text has) of each
-    folder."""
+    folder.
+    """
     made = {}
     for scheme, folder in folders.items():
         raw = json.loads((folder / "tokenizer.json").read_text()) | {"post_processor": None}
@@ -212,7 +215,8 @@ def rename(text: str) -> str:
 
 def check(both, turns: list, response: str) -> None:
     """Prompt and response are the joint text's ids; its control tokens are the template's; labels
-    are the answer's."""
+    are the answer's.
+    """
     name, ours, theirs = both
     form = tuple(map(rename, FORMS[name]))
     for image in ("<image>", ""):
@@ -240,7 +244,8 @@ def check(both, turns: list, response: str) -> None:
 
 def test_merges_are_in_the_order_of_the_pieces_they_make(package):
     """SentencePiece merges what makes the most likely piece first; runs of spaces, which it was
-    given, come last."""
+    given, come last.
+    """
     vocab, merges, _ = package
     assert len(vocab) == 32000 and len(merges) == 61249
     assert [vocab[piece] for piece in ("<unk>", "<s>", "</s>", "<0x00>", "<0xFF>", "▁▁")] == [
@@ -297,7 +302,8 @@ def test_ids_of_llava(folders, scheme):
 @pytest.mark.parametrize("text", AWKWARD, ids=lambda text: ascii(text[:24]))
 def test_other_names_change_nothing(theirs, scheme, text):
     """What the tests below compare with is the published tokenizer, wherever that takes no text for
-    control."""
+    control.
+    """
     for form in FORMS.values():
         spelled = joint(
             form, [("user", text), ("assistant", text), ("user", text)], text, "<image>"

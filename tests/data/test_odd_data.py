@@ -1,5 +1,6 @@
 """Data that is odd but not bad is read: any text and line end, repeated ids, a placeholder within a
-question."""
+question.
+"""
 
 import pytest
 from input_files import array, instruct, lines, pair, pairs_in, records_in
@@ -32,7 +33,8 @@ def test_what_is_not_bad(tmp_path, read, write, make):
 
 def test_repeated_ids_are_numbered(tmp_path):
     """LLaVA-Instruct's ids are the pictures': records share them, and each has its own seed and
-    place."""
+    place.
+    """
     path = tmp_path / "data.json"
     path.write_bytes(
         array(*(instruct(i, id=name) for i, name in enumerate([7, "7", "7#2", "8", "7"])))

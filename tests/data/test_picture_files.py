@@ -1,5 +1,6 @@
 """Photographs in every kind of file: read as transformers' `load_image` reads them, or refused by
-name."""
+name.
+"""
 
 import struct
 from pathlib import Path
@@ -99,7 +100,8 @@ def test_photographs_padded_and_in_tiles(oracle, name, size):
 @pytest.mark.parametrize("orientation", range(1, 9))
 def test_an_odd_exif_tag_beside_the_orientation(tmp_path, orientation):
     """Turned as Pillow turns it, whatever else the EXIF holds: a tag of a wrong type cannot be
-    written anew."""
+    written anew.
+    """
     picture, path = photograph("coffee.png").resize((60, 40)), tmp_path / "odd.png"
     exif = Image.Exif()
     exif[0x0112] = orientation

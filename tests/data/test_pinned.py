@@ -1,5 +1,6 @@
 """Pixels for a GPU: pinned where they are loaded, fetched without waiting. There is none here: the
-calls are noted."""
+calls are noted.
+"""
 
 import copy
 from dataclasses import replace
@@ -49,7 +50,8 @@ def test_pinned_for_a_gpu_alone(pins, device, noise_steps, count):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_they_go_there_without_waiting(dtype):
     """One copy to the device, of the pixels as they are: pinned memory in another type would be
-    pinned no more."""
+    pinned no more.
+    """
     copies = []
 
     class Copies(TorchDispatchMode):
@@ -71,7 +73,8 @@ def test_they_go_there_without_waiting(dtype):
 
 def test_the_script_says_where_they_go(model, pairs, tmp_path, pins, monkeypatch):
     """--device cuda: every batch is pinned, and the idle one; the CPU's run is the same, byte for
-    byte."""
+    byte.
+    """
     train(model, tmp_path / "cpu", pairs=pairs)
     assert not pins
     monkeypatch.setattr(flags, "require_device", lambda device: None)

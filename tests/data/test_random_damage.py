@@ -1,5 +1,6 @@
 """Damaged at random, a record or pair is either a UserError that names it or of use to all that
-follows."""
+follows.
+"""
 
 import json
 import math
@@ -81,14 +82,16 @@ def damage_text(line: str, rng: random.Random) -> str:
 
 
 COLLATE = toy_collator(64)
-LONG = pair(1, prompt=[MESSAGE, {"role": "assistant", "content": "A"}, MESSAGE])
+# Pairs from elsewhere: what `bdhs` holds only the sampler writes.
+PAIR = pair(1, bdhs=None)
+LONG = PAIR | {"prompt": [MESSAGE, {"role": "assistant", "content": "A"}, MESSAGE]}
 
 
 @pytest.mark.parametrize("seed", range(60))
 def test_damaged_pairs(tmp_path, seed):
     """A damaged line is a UserError that names it, or a record that all that follows can use."""
     rng, path, neighbours = random.Random(seed), tmp_path / "pairs.jsonl", [pair(0), pair(2)]
-    raw = rng.choice([pair(1), LONG])
+    raw = rng.choice([PAIR, LONG])
     middle = damage_text(json.dumps(raw), rng) if seed % 3 == 0 else json.dumps(damage(raw, rng))
     path.write_bytes(lines(neighbours[0], middle, neighbours[1]))
     try:
@@ -145,7 +148,8 @@ def test_damaged_records(tmp_path, seed):
 @pytest.mark.parametrize("seed", range(40))
 def test_damaged_records_of_every_data_set(tmp_path, form, seed):
     """Between two good records: refused with its place, left out, or read; the neighbours stay what
-    they are."""
+    they are.
+    """
     rng, path, good = random.Random(f"{form}-{seed}"), tmp_path / "data", RAW[form][:2]
     middle = damage(good[seed % 2], rng)
     as_lines = [json.dumps(good[0]), json.dumps(middle), json.dumps(good[1])]

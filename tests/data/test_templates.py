@@ -1,5 +1,6 @@
 """Templates: prompt and response, separately encoded, are the ids of the joint text as transformers
-encodes it."""
+encodes it.
+"""
 
 import json
 import random
@@ -74,7 +75,8 @@ def test_an_empty_question(both):
 
 def test_a_prompt_continues_the_one_before(both):
     """Turn by turn: prompt, answer and next question are one sequence, so that a conversation may
-    be grown."""
+    be grown.
+    """
     ours, _, _ = both
     turns = [
         ("user", "What is it?"),
@@ -138,7 +140,8 @@ def test_templates_that_cannot_be(tmp_path):
 
 def test_an_answer_that_merges_with_what_precedes_it(tmp_path):
     """chatml ends in a line break; where two of them are one piece, an answer's own first one is
-    kept."""
+    kept.
+    """
     folder = llama2_folder(tmp_path / "model")
     raw = json.loads((folder / "tokenizer.json").read_text())
     vocab = raw["model"]["vocab"]

@@ -152,7 +152,8 @@ def test_adapters_that_changed_the_base_are_refused(oracle, tmp_path, kind):
 
 def test_a_wrong_adapter_costs_nothing(model, pairs, tmp_path):
     """An earlier run's files are still there, and the policy's start is not overwritten by its own
-    training."""
+    training.
+    """
     train(model, tmp_path / "out", pairs=pairs, limit=6)
     before = contents(tmp_path / "out")
     for adapter, said in (
@@ -168,7 +169,8 @@ def test_a_run_from_a_partial_adapter_is_repeatable_and_knows_its_adapter(
     model, pairs, tmp_path, oracle
 ):
     """Linears that it lacks are drawn from --seed; another adapter under the same name is noticed
-    on resuming."""
+    on resuming.
+    """
     foreign_adapter(
         oracle, tmp_path / "a", 1, target_modules=PATTERN.format("q_proj"), r=3, lora_alpha=9
     )

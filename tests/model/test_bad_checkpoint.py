@@ -1,5 +1,6 @@
 """Bad model folders are refused by name: tensors that are not right, pickle, broken JSON, what we
-do not know."""
+do not know.
+"""
 
 import pytest
 import torch

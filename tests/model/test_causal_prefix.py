@@ -1,5 +1,6 @@
 """The carrier of the rule: a causal prefix without a mask, and the dense rule for the columns
-behind it. The same numbers as under the whole rule, gradients too."""
+behind it. The same numbers as under the whole rule, gradients too.
+"""
 
 import random
 from dataclasses import replace
@@ -35,7 +36,8 @@ def chains(seed: int):
 @pytest.mark.parametrize("seed", range(60))
 def test_the_prefix_is_as_long_as_the_rule_is_causal(seed, drop_hidden):
     """Row by row, each on its own and all together, whatever branches and hidden tokens they have:
-    up to the prefix the rule is plain causal, and in the column behind it for some row not."""
+    up to the prefix the rule is plain causal, and in the column behind it for some row not.
+    """
     batch = random_sequences(seed)
     for rows in [[row] for row in batch] + [batch]:
         tree = build_tree(rows, IMAGE, 0, drop_hidden)

@@ -1,5 +1,6 @@
 """--dtype bfloat16: the frozen weights take half the memory, what is trained and what is written
-does not suffer."""
+does not suffer.
+"""
 
 import math
 from pathlib import Path
@@ -19,7 +20,8 @@ from minialign.toy.edge import CHECKPOINT
 @pytest.fixture(scope="module")
 def half(tmp_path_factory) -> Path:
     """Random weights in float16, as the hub's folders have them: values that bfloat16 would
-    round."""
+    round.
+    """
     folder = tmp_path_factory.mktemp("half") / "llava"
     save_model(
         random_toy(1).state_dict(), toy_model().config.raw, CHECKPOINT, folder, torch.float16

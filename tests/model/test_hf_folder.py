@@ -1,5 +1,6 @@
 """Model folders: every layout and spelling gives the same logits, and what is written is what
-transformers reads."""
+transformers reads.
+"""
 
 import json
 import random

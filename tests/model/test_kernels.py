@@ -1,5 +1,6 @@
 """Fewer kernels, the same numbers: each form against the one that it stands for, gradients too; and
-grouped heads, trained and decoded, against transformers."""
+grouped heads, trained and decoded, against transformers.
+"""
 
 import random
 
@@ -21,7 +22,8 @@ TYPES = {torch.float32: 1e-6, torch.float64: 1e-12, torch.bfloat16: 4e-2}
 
 def assert_same_with_gradients(ours, theirs, inputs: list[torch.Tensor], tolerance: float) -> None:
     """Both functions of the same inputs give the same, and so do the gradients of a weighted
-    sum."""
+    sum.
+    """
     found = []
     for function in (ours, theirs):
         given = [each.detach().clone().requires_grad_(True) for each in inputs]

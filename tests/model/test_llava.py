@@ -1,5 +1,6 @@
 """Decoder, tower, projector and the whole against transformers: random sizes, then the embedded
-checkpoint."""
+checkpoint.
+"""
 
 import random
 from dataclasses import replace
@@ -49,7 +50,8 @@ def our_logits(model, ids: list[int], pixels, visible=None, drop_hidden: bool = 
 
 def decoders(oracle, seed: int):
     """(transformers' decoder, ours with its weights, a source of randomness); odd seeds group their
-    queries."""
+    queries.
+    """
     rng = random.Random(seed)
     torch.manual_seed(seed)
     kv_heads = rng.choice([1, 2, 3])
@@ -251,7 +253,8 @@ def toy_oracle(oracle):
 
 def toy_case(index: int, answer: bool = True):
     """(ids, pixels by transformers' preprocessing, visible patches) of a real picture, question and
-    answer."""
+    answer.
+    """
     rng = random.Random(index)
     scene = world.make_scene("test", index)
     kind = rng.choice(["description", "existence", "attribute"])
@@ -305,7 +308,8 @@ def test_toy_at_other_feature_layers(oracle, toy_oracle, layer):
 
 def test_toy_folder_end_to_end(oracle, toy_oracle):
     """Text and picture in, logits out, by transformers' own processor on one side and ours on the
-    other."""
+    other.
+    """
     scene = world.make_scene("test", 11)
     picture, question = world.picture(scene), "Where is the cup?\nSay it."
     tokenizer = oracle.transformers.AutoTokenizer.from_pretrained(CHECKPOINT)

@@ -1,5 +1,6 @@
 """LLaVA-1.6 against transformers: tiny random models of each family, pictures of many shapes, with
-and without mask."""
+and without mask.
+"""
 
 import json
 import random
@@ -106,7 +107,8 @@ def test_pictures_of_different_shapes_in_one_batch(pair):
 @torch.no_grad()
 def test_newlines_come_from_the_checkpoint(pair):
     """Another image_newline changes the logits of what follows, and a picture with no visible
-    newline none."""
+    newline none.
+    """
     _, ours, _, processor = pair
     picture, image = random_picture((50, 20)), ours.config.image_token_id
     patches, packing = processor.layout(picture)

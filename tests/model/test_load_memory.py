@@ -1,5 +1,6 @@
 """Weights are streamed: the memory that loading takes stays below the model's size plus one shard,
-and of several processes that share a model below each one's share plus one tensor."""
+and of several processes that share a model below each one's share plus one tensor.
+"""
 
 import json
 import shutil

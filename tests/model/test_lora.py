@@ -1,5 +1,6 @@
 """Adapters against PEFT on transformers' model; the reference is the untouched base; errors of a
-bad folder."""
+bad folder.
+"""
 
 import copy
 import json

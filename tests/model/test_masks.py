@@ -29,7 +29,8 @@ def plain_row(
     sequence: Sequence, first_feature: int, drop_hidden: bool
 ) -> tuple[list[dict], list[int]]:
     """The columns that a sequence should get, and its branches' tips. `place` counts along the
-    expanded trunk."""
+    expanded trunk.
+    """
     expanded = []  # (token, visible, feature)
     start = []  # of each trunk token, in the expanded trunk
     for token in sequence.trunk:
@@ -137,7 +138,8 @@ def test_rule_against_a_double_loop(seed, drop_hidden):
 
 def test_the_random_trees_have_everything():
     """The seeds above cover padding, hidden tokens, forks inside the trunk, empty branches, rows
-    without a picture."""
+    without a picture.
+    """
     trees = [build_tree(random_sequences(seed), IMAGE, PAD, False) for seed in SEEDS]
     rows = [sequence for seed in SEEDS for sequence in random_sequences(seed)]
     assert any((tree.branch == PADDING).any() for tree in trees)
@@ -163,7 +165,8 @@ def test_no_row_is_empty_and_padding_sees_only_itself(seed, drop_hidden):
 @pytest.mark.parametrize("seed", SEEDS)
 def test_appended_columns(seed):
     """A tree and the columns behind it keep the rule: the mask of the last columns is the whole
-    mask's."""
+    mask's.
+    """
     tree = build_tree(random_sequences(seed), IMAGE, PAD)
     cut = random.Random(seed).randrange(tree.ids.shape[1])
     names = ("ids", "positions", "branch", "fork", "visible", "parent", "feature")

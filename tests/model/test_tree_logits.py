@@ -1,5 +1,6 @@
 """What follows from the token tree on the embedded checkpoint: its logits are those of separate
-sequences."""
+sequences.
+"""
 
 import random
 from dataclasses import replace
@@ -138,7 +139,8 @@ def test_branches_do_not_see_one_another(seed):
 
     def changed(row: int, column: int):
         """(T,) bool: where the row's logits are not equal to the last bit, once this token is
-        another."""
+        another.
+        """
         ids = tree.ids.clone()
         ids[row, column] = 5 + (ids[row, column] + 7) % (toy_model().config.text.vocab_size - 5)
         return (toy_logits(replace(tree, ids=ids), features) != before).any(-1)

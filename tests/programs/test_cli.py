@@ -1,5 +1,6 @@
 """Command lines: a field is a flag, its comment its help; bad input is one line on stderr and exit
-code 2."""
+code 2.
+"""
 
 import dataclasses
 import importlib
@@ -165,7 +166,8 @@ def test_every_field_has_a_comment(program):
 
 def run_program(program: str, *argv: str) -> int:
     """Run it as `python program.py` or `python -m program` would, in this process; its exit
-    code."""
+    code.
+    """
     before = sys.argv
     sys.argv = [program, *argv]
     try:

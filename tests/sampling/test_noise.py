@@ -72,7 +72,8 @@ def density(x: float) -> float:
 @pytest.mark.parametrize("level", [0, 128, 255])
 def test_statistics_of_the_noise(level, steps):
     """Mean and the shares of 0 and 255 are those of a normal variable clamped to [0, 1]; bytes do
-    not wrap."""
+    not wrap.
+    """
     abar = plain_abar(steps)
     centre, sigma = abar**0.5 * level / 255, (1 - abar) ** 0.5
     picture = Image.new("RGB", (150, 120), (level,) * 3)

@@ -34,7 +34,8 @@ def batch_of(seed: int, patches: int) -> tuple:
 
 def answers(model) -> list[torch.Tensor]:
     """All logits of two toy conversations: by the plain way for our model, by its own for
-    transformers'."""
+    transformers'.
+    """
     tokenizer, logits = toy_tokenizer(), []
     for i, raw in enumerate(world.alignment_records(2, "validation")):
         question, answer = (

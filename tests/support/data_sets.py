@@ -1,5 +1,6 @@
 """A few records in the true schema of every data set, on photographs, and what must be read of
-them."""
+them.
+"""
 
 import importlib.util
 import json

