@@ -1,33 +1,13 @@
-"""Losses against values derived by hand and against TRL; log-probs against one full sequence per
-response.
-"""
+"""Losses against values derived by hand and against TRL."""
 
-import copy
 import math
 from collections import defaultdict
 from types import SimpleNamespace
 
 import pytest
 import torch
-from helpers import (
-    IMAGE,
-    plain_logp,
-    random_batch,
-    random_case,
-    random_model,
-    toy_features,
-    toy_model,
-    toy_processor,
-    toy_tokenizer,
-    worst,
-)
 
-from minialign.align.logps import branch_logps, token_logps
 from minialign.align.losses import dpo_loss, ipo_loss, log_ratio_difference, slic_loss
-from minialign.data.collate import PairCollator
-from minialign.data.records import Record, instruct_record
-from minialign.model.masks import Branch, Sequence, build_tree
-from minialign.toy import world
 
 SEEDS = range(6)
 LOSSES = {"dpo": dpo_loss, "ipo": ipo_loss, "slic": slic_loss}
@@ -169,91 +149,3 @@ def test_losses_equal_trl(ours, trl, seed):
     torch.testing.assert_close(loss, expected, rtol=1e-5, atol=1e-6)
     torch.testing.assert_close(mine.grad, theirs.grad, rtol=1e-5, atol=1e-7)
     assert theirs.grad.abs().max() > 0
-
-
-# ---------------------------------------------------------------- log-probs of branches
-
-
-def plain_sums(model, batch: list[Sequence], features) -> list[list[torch.Tensor]]:
-    """Every branch as a full sequence of its own."""
-    pictures = iter(features)
-    sums = []
-    for row in batch:
-        picture = next(pictures) if row.image_tokens else None
-        sums.append([plain_logp(model, row.trunk[: b.fork], b.ids, picture) for b in row.branches])
-    return sums
-
-
-def assert_same_gradients(model, ours: torch.Tensor, plain: torch.Tensor) -> None:
-    """Equal to 1e-4 of the largest gradient of each parameter; the tower takes no part."""
-    named = {n: p for n, p in model.named_parameters() if not n.startswith("vision_tower")}
-    found = torch.autograd.grad(ours, list(named.values()))
-    expected = torch.autograd.grad(plain, list(named.values()))
-    for name, a, b in zip(named, found, expected, strict=True):
-        assert b.abs().max() > 0, name
-        assert worst(a, b) <= 1e-4 * b.abs().max().item() + 1e-6, name
-
-
-@pytest.mark.parametrize("seed", SEEDS)
-def test_branch_logps_equal_the_plain_way(seed):
-    model, batch, features = random_case(seed)
-    ours = branch_logps(model, build_tree(batch, IMAGE, pad_id=0), features)
-    plain = plain_sums(model, batch, features)
-    weights = torch.randn(ours.shape, generator=torch.Generator().manual_seed(seed + 1))
-    assert ours.dtype == torch.float32
-    assert ours.shape == (len(batch), max(len(row.branches) for row in batch))
-    for row, sums in enumerate(plain):
-        assert worst(ours[row, : len(sums)], torch.stack(sums)) < 1e-4
-        assert ours[row, len(sums) :].count_nonzero() == 0  # rows with fewer branches
-    total = sum((weights[r, : len(sums)] * torch.stack(sums)).sum() for r, sums in enumerate(plain))
-    assert_same_gradients(model, (ours * weights).sum(), total)
-
-
-@pytest.mark.parametrize("first", [0, 6])
-def test_pairs_of_the_embedded_world_equal_the_plain_way(first):
-    """A collated batch of true answers, others' as rejected ones: log-probs, and IPO's gradients
-    (never near 0)."""
-    model, tokenizer = copy.deepcopy(toy_model()).requires_grad_(True), toy_tokenizer()
-    answers = [instruct_record(raw) for raw in world.alignment_records(4, "validation", first)]
-    records = []
-    for a, b in zip(answers, answers[2:] + answers[:2], strict=True):
-        records.append(Record(a.id, a.image, a.turns, a.chosen, b.chosen))
-    collate = PairCollator(tokenizer, toy_processor(), world.open_picture, 200)
-    batch = collate.batch([collate.load(record) for record in records])
-    features = model.encode_images(batch.pixels)
-    assert torch.equal(features, toy_features(tuple(range(first, first + 4))))
-    ours = branch_logps(model, batch.tree, features)
-
-    plain = []
-    for record, picture in zip(records, features, strict=True):
-        prompt = tokenizer.prompt(record.turns)
-        for text in (record.chosen, record.rejected):
-            plain.append(plain_logp(model, prompt, tokenizer.response(text), picture))
-    plain = torch.stack(plain).view(4, 2)
-    assert worst(ours, plain) < 1e-4 * max(1.0, plain.abs().max().item() / 10)
-    zero = torch.zeros(4, 1)
-    losses = [ipo_loss(x[:, :1], x[:, 1:], zero, zero, 0.1).sum() for x in (ours, plain)]
-    assert_same_gradients(model, *losses)
-
-
-@pytest.mark.parametrize("seed", SEEDS)
-def test_the_head_runs_on_response_positions_only(seed):
-    model = copy.deepcopy(random_model(seed))
-    batch, rows = random_batch(seed, 0), []
-    model.lm_head.register_forward_hook(lambda module, inputs, out: rows.append(len(out)))
-    row, branch, logps = token_logps(model, build_tree(batch, IMAGE, pad_id=0), None)
-    count = sum(len(b.ids) for s in batch for b in s.branches)
-    assert rows == [count] and logps.shape == (count,)
-    expected = []
-    for r, sequence in enumerate(batch):
-        for b, response in enumerate(sequence.branches):
-            expected += [(r, b)] * len(response.ids)
-    assert list(zip(row.tolist(), branch.tolist(), strict=True)) == expected
-
-
-def test_an_empty_branch_has_log_probability_zero():
-    model = random_model(0)
-    tree = build_tree([Sequence([1, 5, 6], [Branch([]), Branch([7, 8])])], IMAGE, pad_id=0)
-    sums = branch_logps(model, tree, None)[0]
-    assert sums[0] == 0
-    assert worst(sums[1], plain_logp(model, [1, 5, 6], [7, 8], None)) < 1e-5
