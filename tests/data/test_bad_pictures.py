@@ -74,23 +74,14 @@ def test_damaged_pictures(tmp_path, form):
 
 
 def test_good_pictures(pictures):
-    for name in (
-        "good.png",
-        "deep/good.png",
-        "deep/../good.png",
-        "inside.png",
-        str(pictures / "good.png"),
-    ):
-        assert PictureFolder(str(pictures))(name).size == (40, 30)
-    for name in (
-        "link.png",
-        "up/outside.png",
-    ):  # the user's own links, as to a data set's folder elsewhere
-        assert PictureFolder(str(pictures))(name).size == (256, 256)
-    assert PictureFolder(str(pictures))("up/../good.png").size == (
-        40,
-        30,
-    )  # never by way of a link's parent
+    source = PictureFolder(str(pictures))
+    plain = ["good.png", "deep/good.png", "deep/../good.png", "inside.png"]
+    for name in [*plain, str(pictures / "good.png")]:
+        assert source(name).size == (40, 30)
+    # The user's own links, as to a data set's folder elsewhere; never by way of a link's parent.
+    for name in ("link.png", "up/outside.png"):
+        assert source(name).size == (256, 256)
+    assert source("up/../good.png").size == (40, 30)
 
 
 def test_chat_takes_any_path(pictures, monkeypatch):

@@ -46,10 +46,8 @@ def test_a_response_that_is_too_long():
     message = f"a response of {limit + 1} tokens is longer than --max-response-tokens {limit}"
     refused(lambda: alone(toy_collator(limit), CUP), message, "; raise it, or pass --truncate")
     refused(lambda: toy_collator(limit).check(CUP), message, "; raise it, or pass --truncate")
-    assert branch_ids(toy_collator(limit, truncate=True), CUP) == [
-        ids[0][:-1],
-        ids[1],
-    ]  # its end alone
+    # Cut at its end alone.
+    assert branch_ids(toy_collator(limit, truncate=True), CUP) == [ids[0][:-1], ids[1]]
     assert branch_ids(toy_collator(1, truncate=True), CUP) == [ids[0][:1], ids[1][:1]]
 
 

@@ -40,11 +40,12 @@ def test_what_is_read(tmp_path, capsys, form):
     records = records_in(path)
     wanted = expected(form)
     assert records[:2] == wanted and all(record.rejected == "" for record in records[2:])
-    said = capsys.readouterr()
-    assert f"{path}: {len(RAW[form])} records, read as {form}\n" in said.out
+    shown = capsys.readouterr()
+    assert f"{path}: {len(RAW[form])} records, read as {form}\n" in shown.out
     if form == "instruct":
         assert (
-            "1 records left out: text without an image" in said.out + said.err and len(records) == 2
+            "1 records left out: text without an image" in shown.out + shown.err
+            and len(records) == 2
         )
         refused(lambda: pairs_in(path), path, "holds no rejected responses; sample them")
     else:
@@ -118,7 +119,7 @@ def test_a_feedback_row_with_an_image_column(tmp_path):
 
 
 @pytest.mark.parametrize(
-    "data,said",
+    "data,message",
     [
         (b"PAR1\x15\x04", "is a parquet file; make JSON Lines of it"),
         (b'{"data": [1]}', "fields data are of no known format"),
@@ -126,10 +127,10 @@ def test_a_feedback_row_with_an_image_column(tmp_path):
         (b"[1, 2]", "expected a JSON object"),
     ],
 )
-def test_files_of_another_kind(tmp_path, data, said):
+def test_files_of_another_kind(tmp_path, data, message):
     path = tmp_path / "data"
     path.write_bytes(data)
-    refused(lambda: pairs_in(path), path, said)
+    refused(lambda: pairs_in(path), path, message)
 
 
 def test_what_is_no_file(tmp_path):

@@ -142,10 +142,8 @@ def test_a_folder_is_replaced_whole(tmp_path):
     write_files(folder, a="1", b="2")
     assert contents(tmp_path) == {"deep/model/a": b"1", "deep/model/b": b"2"}
     write_files(folder, b="3", c="4")
-    assert contents(tmp_path) == {
-        "deep/model/b": b"3",
-        "deep/model/c": b"4",
-    }  # `a` was the old folder's
+    # `a` was the old folder's.
+    assert contents(tmp_path) == {"deep/model/b": b"3", "deep/model/c": b"4"}
     assert [p.name for p in folder.parent.iterdir()] == ["model"]
 
 

@@ -103,9 +103,8 @@ def test_pictures_of_the_embedded_world(oracle, split, index):
     whole = oracle.transformers.CLIPImageProcessorPil.from_pretrained(CHECKPOINT)
     ours = ImageProcessor.from_folder(CHECKPOINT)
     assert torch.equal(ours(picture), whole(picture, return_tensors="pt").pixel_values)
-    assert (
-        ours.crop(picture).tobytes() == picture.tobytes()
-    )  # already the tower's size: not resampled
+    # Already the tower's size: not resampled.
+    assert ours.crop(picture).tobytes() == picture.tobytes()
 
 
 @pytest.mark.parametrize("seed", range(6))

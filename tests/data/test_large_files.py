@@ -80,9 +80,8 @@ def test_limit_is_a_fair_subset(tmp_path):
     assert all(max(each) > 350 and min(each) < 50 for each in drawn.values())
     many = [number for seed in range(200) for number in record_files.order_of(400, seed)[:40]]
     counts = [sum(low <= number < low + 100 for number in many) for low in range(0, 400, 100)]
-    assert all(
-        abs(count - 2000) < 150 for count in counts
-    )  # each quarter alike: 4 standard deviations
+    # Each quarter alike, within 4 standard deviations.
+    assert all(abs(count - 2000) < 150 for count in counts)
 
 
 def test_a_limit_counts_what_can_be_used(tmp_path):
@@ -206,10 +205,9 @@ def test_a_bad_picture_that_is_met_late(model, tmp_path, pictures, late, workers
     (pictures / "truncated.png").write_bytes((pictures / "good.png").read_bytes())
     train(model, tmp_path / "out", resume=True, **flags)
     train(model, tmp_path / "whole", **flags)
-    both = [contents(tmp_path / name) for name in ("out", "whole")]
-    assert [each.pop("config.json") for each in both] and both[0] == both[
-        1
-    ]  # that one names its folder
+    mended, whole = (contents(tmp_path / name) for name in ("out", "whole"))
+    del mended["config.json"], whole["config.json"]  # which name their folders
+    assert mended == whole
 
 
 def test_a_bad_picture_that_is_left_out_late(model, tmp_path, pictures, late, capsys):

@@ -156,12 +156,12 @@ def test_a_wrong_adapter_costs_nothing(model, pairs, tmp_path):
     """
     train(model, tmp_path / "out", pairs=pairs, limit=6)
     before = contents(tmp_path / "out")
-    for adapter, said in (
+    for adapter, message in (
         (tmp_path / "none", "adapter_config.json"),
         (tmp_path / "out" / "adapter", "overwritten"),
     ):
         flags = {"adapter": str(adapter), "reference": "base"}
-        refused(lambda f=flags: train(model, tmp_path / "out", pairs=pairs, limit=6, **f), said)
+        refused(lambda f=flags: train(model, tmp_path / "out", pairs=pairs, limit=6, **f), message)
     assert contents(tmp_path / "out") == before
 
 

@@ -301,9 +301,8 @@ SPARSE = [
             "head_dim": 12,
         }
     },
-    {
-        "vision_config": {"model_type": "clip_vision_model", "hidden_size": 384}
-    },  # not ViT-L's 16 heads
+    # Not ViT-L's 16 heads.
+    {"vision_config": {"model_type": "clip_vision_model", "hidden_size": 384}},
     {"vision_config": {"model_type": "clip_vision_model", "image_size": 336, "patch_size": 14}},
 ]
 

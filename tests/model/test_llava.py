@@ -94,9 +94,8 @@ def test_decoder_under_any_mask_and_positions(oracle, seed, additive):
     theirs, ours, rng = decoders(oracle, seed)
     width = rng.randrange(2, 40)
     ids = torch.randint(0, ours.config.vocab_size, (2, width))
-    positions = torch.stack(
-        [torch.randperm(300)[:width].sort().values for _ in range(2)]
-    )  # with gaps
+    # With gaps.
+    positions = torch.stack([torch.randperm(300)[:width].sort().values for _ in range(2)])
     mask = (torch.rand(2, 1, width, width) < 0.4) | torch.eye(width).bool()
     given = (
         torch.zeros(mask.shape).masked_fill(~mask, torch.finfo(torch.float32).min)

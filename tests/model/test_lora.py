@@ -90,9 +90,8 @@ def test_adapters_off_is_the_untouched_base(seed):
     expected = base(tree, features)
     model = copy.deepcopy(base)
     add_adapters(model, 1 + seed, 2.0)
-    assert torch.equal(
-        model(tree, features), expected
-    )  # B is zero and the copy is equal at the start
+    # B is zero and the copy is equal at the start.
+    assert torch.equal(model(tree, features), expected)
     model = adapted(base, 1 + seed, 2.0, seed)
     on = model(tree, features)
     with adapters_off(model):
@@ -140,9 +139,8 @@ def test_a_half_precision_base_keeps_its_type():
     tree, features = batch_of(0, base.config.vision.patches)
     features = features.bfloat16()
     model = adapted(base, 2, 4.0)
-    assert {p.dtype for p in adapter_state(model).values()} == {
-        torch.float32
-    }  # what is trained is float32
+    # What is trained is float32.
+    assert {p.dtype for p in adapter_state(model).values()} == {torch.float32}
     on = model(tree, features)
     with adapters_off(model):
         assert torch.equal(model(tree, features), base(tree, features))

@@ -258,9 +258,6 @@ def test_a_fork_behind_a_hidden_token():
         build_tree([Sequence(trunk[:2], [Branch([])], 2, hidden)], IMAGE, PAD)
     with pytest.raises(ValueError, match="branch 1 forks at position 0"):
         build_tree([Sequence(trunk, [Branch([5], fork=0)], 2, hidden)], IMAGE, PAD)
-    build_tree(
-        [Sequence(trunk, [Branch([5], fork=2)], 2, hidden.flip(0))], IMAGE, PAD
-    )  # behind a visible one
-    build_tree(
-        [Sequence(trunk, [Branch([5], fork=1)], 2, hidden)], IMAGE, PAD
-    )  # before the picture
+    # Behind a visible one, and before the picture.
+    build_tree([Sequence(trunk, [Branch([5], fork=2)], 2, hidden.flip(0))], IMAGE, PAD)
+    build_tree([Sequence(trunk, [Branch([5], fork=1)], 2, hidden)], IMAGE, PAD)

@@ -108,9 +108,8 @@ def test_a_hidden_image_embedding_changes_no_text_logit_at_all(seed):
     hidden = torch.stack([~visible for *_, visible in rows])
     after = toy_logits(tree, features + noise * hidden[..., None])
     assert torch.equal(before[text], after[text])
-    assert not torch.equal(
-        before[tree.feature >= 0], after[tree.feature >= 0]
-    )  # it was perturbed, though
+    # The picture's own logits were perturbed, though.
+    assert not torch.equal(before[tree.feature >= 0], after[tree.feature >= 0])
     for row in range(len(rows)):  # one visible embedding of one row: that row changes, and no other
         one = torch.zeros_like(hidden)
         one[row, int((~hidden[row]).nonzero()[0])] = True
@@ -152,14 +151,11 @@ def test_branches_do_not_see_one_another(seed):
         }
         answer = own[TRUNK][-len(chosen) :]
         everyone = [own[1], own[2], own[3]]
-        cases = [
-            (own[number][0], [own[number]]) for number in (1, 2, 3)
-        ]  # a branch's token: that branch alone
+        # A branch's token changes that branch alone.
+        cases = [(own[number][0], [own[number]]) for number in (1, 2, 3)]
         cases += [
-            (
-                answer[cut],
-                [answer[cut:], own[3]],
-            ),  # on the trunk, at the fork: not the branches that fork there
+            # On the trunk, at the fork: not the branches that fork there.
+            (answer[cut], [answer[cut:], own[3]]),
             (answer[cut - 1], [answer[cut - 1 :], *everyone]),  # before it: everyone
             (own[TRUNK][0], [own[TRUNK], *everyone]),
             *((pad, [[pad]]) for pad in own[PADDING][:1]),

@@ -103,9 +103,8 @@ def test_what_is_no_flag_ends_with_exit_code_2(argv, capsys):
         parse(*argv)
     assert caught.value.code == 2
     out, err = capsys.readouterr()
-    assert out == "" and any(
-        word in err.splitlines()[-1] for word in argv
-    )  # it names what it cannot read
+    assert out == ""
+    assert any(word in err.splitlines()[-1] for word in argv)  # it names what it cannot read
 
 
 def test_the_comment_is_the_help(capsys):

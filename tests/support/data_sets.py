@@ -104,11 +104,8 @@ RAW: dict[str, list[dict]] = {
             "conversations": talk(f"{QUESTION}\n<image>", CHOSEN),
         },
         {"id": "000000353953", "image": NAMES[1], "conversations": LONG_TALK},
-        {
-            "id": "text-1",
-            "model": "",
-            "conversations": talk("Write a poem.", "No."),
-        },  # in the 665k mix
+        # In the 665k mix.
+        {"id": "text-1", "model": "", "conversations": talk("Write a poem.", "No.")},
     ],
     "llava-rlhf": [
         {
@@ -174,12 +171,13 @@ RAW: dict[str, list[dict]] = {
             "chosen": CHOSEN,
             "rejected": REJECTED,
         },
+        # TRL's rows: no id.
         {
             "images": [NAMES[3]],
             "prompt": MESSAGES,
             "chosen": [{"role": "assistant", "content": CHOSEN}],
             "rejected": [{"role": "assistant", "content": [{"type": "text", "text": REJECTED}]}],
-        },  # TRL's rows: no id
+        },
     ],
 }
 ARRAYS = ("povid", "instruct", "llava-rlhf")  # as they are published; the others as JSON Lines
