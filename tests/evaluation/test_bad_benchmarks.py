@@ -112,22 +112,8 @@ def flags_of(tmp_path, model: str, kind: str, data: bytes) -> list:
     images = photographs(tmp_path / "images")
     (images / "text.png").write_text("no picture")
     (tmp_path / "q.json").write_bytes(data)
-    return [
-        "--model",
-        model,
-        "--benchmark",
-        kind,
-        "--data",
-        tmp_path / "q.json",
-        "--images",
-        images,
-        "--out",
-        "runs",
-        "--workers",
-        0,
-        "--max-new-tokens",
-        2,
-    ]
+    flags = f"--benchmark {kind} --out runs --workers 0 --max-new-tokens 2".split()
+    return [*flags, "--model", model, "--data", tmp_path / "q.json", "--images", images]
 
 
 @pytest.mark.parametrize(
@@ -209,16 +195,8 @@ BAD_COCO = [
 @pytest.mark.parametrize(("changes", "words"), [(row[0], row[1:]) for row in BAD_COCO], ids=str)
 def test_bad_coco_files(model, tmp_path, ends, changes, words):
     files = {"instances": COCO, "captions": SAID, "synonyms": "cup, mug"} | changes
-    argv = [
-        "--model",
-        model,
-        "--benchmark",
-        "chair",
-        "--images",
-        tmp_path,
-        "--out",
-        tmp_path / "runs" / "x",
-    ]
+    argv = ["--model", model, "--benchmark", "chair", "--images", tmp_path]
+    argv += ["--out", tmp_path / "runs" / "x"]
     for name, value in files.items():
         path = tmp_path / f"{name}.{'txt' if name == 'synonyms' else 'json'}"
         raw = value if isinstance(value, bytes | str) else json.dumps(value)
@@ -228,71 +206,41 @@ def test_bad_coco_files(model, tmp_path, ends, changes, words):
 
 
 BAD_FLAGS = [
-    (["--benchmark", "pope"], "--data is missing; --benchmark pope needs --data --images"),
-    (["--benchmark", "pope", "--data", "q.json"], "--images is missing"),
-    (
-        ["--benchmark", "chair", "--data", "q", "--images", ".", "--captions", "c"],
-        "--synonyms is missing",
-    ),
-    (["--benchmark", "mmhal", "--images", "."], "--data is missing"),
-    (["--captions", "c.json"], "--captions: not for --benchmark toy, only for chair; name one"),
-    (
-        ["--benchmark", "pope", "--captions", "c", "--data", "q", "--images", "."],
-        "--captions: not for --benchmark",
-    ),
-    (
-        ["--benchmark", "pope", "--split", "test", "--data", "q", "--images", "."],
-        "--split: not for --benchmark pope",
-    ),
-    (
-        ["--benchmark", "mmhal", "--seed", "0", "--data", "q", "--images", "."],
-        "--seed: not for --benchmark mmhal",
-    ),
-    (["--out", "runs/x"], "--out: not for --benchmark toy"),
-    (["--limit", "5"], "--limit: not for --benchmark toy"),
-    (["--skip-bad-records"], "--skip-bad-records: not for"),
-    (["--max-new-tokens", "9"], "--max-new-tokens: not for"),
-    (["--images", "folder"], "--images folder: how many images"),
-    (["--images", "0"], "--images 0:"),
-    (["--benchmark", "pope", "--data", "q", "--images", "none"], "--images none: no such folder"),
-    (["--benchmark", "pope", "--data", "none", "--images", "."], "--data none: no such file"),
-    (
-        ["--benchmark", "pope", "--data", ".", "--images", "."],
-        "for the random setting there is no file",
-    ),
-    (["--benchmark", "mmhal", "--data", ".", "--images", "."], "not readable"),
-    (
-        ["--benchmark", "pope", "--data", "good.json", "--images", ".", "--limit", "0"],
-        "--limit 0: at least 1",
-    ),
-    (
-        ["--benchmark", "pope", "--data", "good.json", "--images", ".", "--workers=-1"],
-        "--workers -1: at least 0",
-    ),
-    (
-        ["--benchmark", "pope", "--data", "good.json", "--images", ".", "--batch-size", "0"],
-        "--batch-size 0: at least",
-    ),
-    (
-        ["--benchmark", "pope", "--data", "good.json", "--images", ".", "--max-new-tokens", "0"],
-        "--max-new-tokens 0:",
-    ),
-    (
-        ["--benchmark", "pope", "--data", "good.json", "--images", ".", "--out", "good.json"],
-        "good.json: is a file",
-    ),
-    (
-        ["--benchmark", "pope", "--data", "good.json", "--images", ".", "--adapter", "none"],
-        "adapter_config.json",
-    ),
-    (["--benchmark", "pope", "--data", "good.json", "--images", ".", "--model", "none"], "none"),
+    ("--benchmark pope", "--data is missing; --benchmark pope needs --data --images"),
+    ("--benchmark pope --data q.json", "--images is missing"),
+    ("--benchmark chair --data q --images . --captions c", "--synonyms is missing"),
+    ("--benchmark mmhal --images .", "--data is missing"),
+    ("--captions c.json", "--captions: not for --benchmark toy, only for chair; name one"),
+    ("--benchmark pope --data q --images . --captions c", "--captions: not for --benchmark pope"),
+    ("--benchmark pope --data q --images . --split test", "--split: not for --benchmark pope"),
+    ("--benchmark mmhal --data q --images . --seed 0", "--seed: not for --benchmark mmhal"),
+    ("--out runs/x", "--out: not for --benchmark toy"),
+    ("--limit 5", "--limit: not for --benchmark toy"),
+    ("--skip-bad-records", "--skip-bad-records: not for"),
+    ("--max-new-tokens 9", "--max-new-tokens: not for"),
+    ("--images folder", "--images folder: how many images"),
+    ("--images 0", "--images 0:"),
+    ("--benchmark pope --data q --images none", "--images none: no such folder"),
+    ("--benchmark pope --data none --images .", "--data none: no such file"),
+    ("--benchmark pope --data . --images .", "for the random setting there is no file"),
+    ("--benchmark mmhal --data . --images .", "not readable"),
+]
+GOOD = "--benchmark pope --data good.json --images ."
+BAD_FLAGS += [
+    (f"{GOOD} --limit 0", "--limit 0: at least 1"),
+    (f"{GOOD} --workers=-1", "--workers -1: at least 0"),
+    (f"{GOOD} --batch-size 0", "--batch-size 0: at least"),
+    (f"{GOOD} --max-new-tokens 0", "--max-new-tokens 0:"),
+    (f"{GOOD} --out good.json", "good.json: is a file"),
+    (f"{GOOD} --adapter none", "adapter_config.json"),
+    (f"{GOOD} --model none", "none"),
 ]
 
 
 @pytest.mark.parametrize(("argv", "said"), BAD_FLAGS, ids=str)
 def test_bad_flags(tmp_path, ends, argv, said):
     pope_photographs(tmp_path / "good.json")
-    ends(argv, said)
+    ends(argv.split(), said)
 
 
 @pytest.mark.parametrize(
@@ -312,21 +260,8 @@ def test_no_picture_at_all(model, tmp_path):
     """As a user runs it: one line and exit code 2, and the settings alone are left."""
     data, empty = pope_photographs(tmp_path / "q.json"), tmp_path / "empty"
     empty.mkdir()
-    argv = [
-        "--model",
-        model,
-        "--benchmark",
-        "pope",
-        "--data",
-        data,
-        "--images",
-        empty,
-        "--out",
-        tmp_path / "out",
-        "--workers",
-        2,
-        "--skip-bad-records",
-    ]
+    argv = ["--benchmark", "pope", "--model", model, "--data", data, "--images", empty]
+    argv += ["--out", tmp_path / "out", "--workers", 2, "--skip-bad-records"]
     command = [sys.executable, "-m", "minialign.evaluate", *map(str, argv)]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     assert done.returncode == 2 and done.stdout == "" and "Traceback" not in done.stderr

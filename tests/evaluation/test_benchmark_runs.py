@@ -68,22 +68,14 @@ def images(tmp_path):
 def test_pope_on_photographs(model, tmp_path, images, workers):
     out, data = tmp_path / "out", pope_photographs(tmp_path / "coco_pope_popular.json")
     result = run(
-        "--model",
-        model,
-        "--benchmark",
-        "pope",
-        "--data",
-        data,
-        "--images",
-        images,
-        "--out",
-        out,
-        "--batch-size",
-        3,
-        "--max-new-tokens",
-        5,
-        "--workers",
-        workers,
+        model=model,
+        benchmark="pope",
+        data=data,
+        images=images,
+        out=out,
+        batch_size=3,
+        max_new_tokens=5,
+        workers=workers,
     )
     lines = check_answers(out, images, 12, 5)
     asked = [json.loads(line) for line in data.read_text().splitlines()]
@@ -162,18 +154,7 @@ def test_llava_bench_on_photographs(model, tmp_path, images):
     lines[2]["question_id"] = 1  # the same as another's
     data = write_lines(tmp_path / "questions.jsonl", lines)
     result = run(
-        "--model",
-        model,
-        "--benchmark",
-        "llava-bench",
-        "--data",
-        data,
-        "--images",
-        images,
-        "--out",
-        out,
-        "--max-new-tokens",
-        6,
+        model=model, benchmark="llava-bench", data=data, images=images, out=out, max_new_tokens=6
     )
     written = [
         json.loads(line)
@@ -252,14 +233,10 @@ def test_the_embedded_world_from_files(tmp_path):
     count, images = 12, toy_pictures(tmp_path / "images", 12)
     toy = run("--images", count)
     pope = run(
-        "--benchmark",
-        "pope",
-        "--data",
-        toy_pope(tmp_path / "pope", count),
-        "--images",
-        images,
-        "--out",
-        tmp_path / "out",
+        benchmark="pope",
+        data=toy_pope(tmp_path / "pope", count),
+        images=images,
+        out=tmp_path / "out",
     )
     same = [name for name in toy if name.startswith("pope")]
     assert len(same) == 9 and {name: pope[name] for name in same} == {
@@ -272,22 +249,14 @@ def test_the_embedded_world_from_files(tmp_path):
     (tmp_path / "c.json").write_text(json.dumps(captions([(0, "A picture.")])))
     (tmp_path / "s.txt").write_text("\n".join(OBJECTS))
     chair = run(
-        "--benchmark",
-        "chair",
-        "--data",
-        tmp_path / "i.json",
-        "--captions",
-        tmp_path / "c.json",
-        "--synonyms",
-        tmp_path / "s.txt",
-        "--images",
-        images,
-        "--out",
-        tmp_path / "chair",
-        "--question",
-        world.DESCRIBE[0],
-        "--max-new-tokens",
-        128,
+        benchmark="chair",
+        data=tmp_path / "i.json",
+        captions=tmp_path / "c.json",
+        synonyms=tmp_path / "s.txt",
+        images=images,
+        out=tmp_path / "chair",
+        question=world.DESCRIBE[0],
+        max_new_tokens=128,
     )
     assert toy["chair_i"]["value"] > 0 and toy["recall"]["value"] > 0.5
     for name in ("chair_i", "chair_s", "recall", "length"):
@@ -337,16 +306,11 @@ def test_white_space_around_an_answer_is_not_saved(model, tmp_path, images, monk
 
     monkeypatch.setattr(Assistant, "answers", answers)
     result = run(
-        "--model",
-        model,
-        "--benchmark",
-        "pope",
-        "--data",
-        pope_photographs(tmp_path / "q.json"),
-        "--images",
-        images,
-        "--out",
-        tmp_path / "out",
+        model=model,
+        benchmark="pope",
+        data=pope_photographs(tmp_path / "q.json"),
+        images=images,
+        out=tmp_path / "out",
     )
     assert {line["answer"] for line in saved(tmp_path / "out")} == {"No."} and result["pope_yes"][
         "value"
