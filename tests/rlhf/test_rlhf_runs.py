@@ -12,6 +12,7 @@ from safetensors import safe_open
 from script_runs import instruct_file, stop_at
 
 from minialign.cli import parse_config
+from minialign.data.collate import StepLoader
 from minialign.model.llava import Llava
 from minialign.rlhf import reward_model
 from minialign.rlhf.scorers import HEAD_FILE
@@ -118,6 +119,24 @@ def test_the_head_of_values_is_not_exported(model, tmp_path):
     assert not (tmp_path / "merged" / HEAD_FILE).exists()
     assert b"scalar_head" not in weights_of(tmp_path)
     assert b"scalar_head" in (tmp_path / "checkpoint/progress.safetensors").read_bytes()
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_a_step_whose_records_are_all_left_out_learns_nothing(
+    model, tmp_path, monkeypatch, method, capsys
+):
+    """It is logged as one, and the run goes on."""
+    real, calls = StepLoader.__call__, []
+
+    def load(self, numbers):
+        calls.append(numbers)
+        return [] if len(calls) == 1 else real(self, numbers)
+
+    monkeypatch.setattr(StepLoader, "__call__", load)
+    rows = rlhf(method, model, tmp_path, **FEW)
+    assert rows[0].keys() == {"step", "lr", "responses"}
+    assert [row["responses"] for row in rows] == [0, 8, 8, 8]
+    assert "4 steps, 24 responses, score " in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("method", METHODS)
