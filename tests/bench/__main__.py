@@ -70,9 +70,8 @@ def machine(size: Size) -> dict:
 def model_folder(size: Size) -> tempfile.TemporaryDirectory:
     """A folder for the model; on a GPU's machine in memory, if there is room for files in it."""
     fast = Path("/dev/shm")
-    return tempfile.TemporaryDirectory(
-        prefix="bench-", dir=fast if size.device == "cuda" and fast.is_dir() else None
-    )
+    beside = fast if size.device == "cuda" and fast.is_dir() else None
+    return tempfile.TemporaryDirectory(prefix="bench-", dir=beside)
 
 
 def plan(size: Size, folder: Path) -> list[Job]:

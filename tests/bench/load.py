@@ -28,8 +28,7 @@ def touched(model: nn.Module) -> nn.Module:
 
 
 def require_same_tensors(ours: Llava, peer: nn.Module) -> str:
-    """Both hold the same tensors, in words; ours has the projector, which is trained, in
-    float32."""
+    """Both hold the same tensors, in words; our projector, which is trained, is float32."""
     theirs = {rename(key, NAMES): tensor for key, tensor in peer.state_dict().items()}
     state = ours.state_dict()
     assert state.keys() == theirs.keys(), sorted(state.keys() ^ theirs.keys())

@@ -143,15 +143,8 @@ def workspace_bytes(model: Llava, tree: TokenTree) -> int:
 
 def kv_cache_bytes(config: LlamaConfig, batch: int, capacity: int, itemsize: int) -> int:
     """Keys and values of all layers."""
-    return (
-        2
-        * config.num_hidden_layers
-        * batch
-        * config.num_key_value_heads
-        * capacity
-        * config.head_dim
-        * itemsize
-    )
+    width = config.num_key_value_heads * config.head_dim
+    return 2 * config.num_hidden_layers * batch * capacity * width * itemsize
 
 
 def peak_parts(model: Llava, tree: TokenTree, processes: int, recompute: bool) -> dict[str, int]:

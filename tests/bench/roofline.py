@@ -36,9 +36,8 @@ def this_gpu() -> Gpu | None:
 
 def weights_of(module: nn.Module) -> int:
     """Parameters of the linear layers' matrices, without adapters and biases."""
-    return sum(
-        linear.weight.numel() for linear in module.modules() if isinstance(linear, nn.Linear)
-    )
+    linears = [each for each in module.modules() if isinstance(each, nn.Linear)]
+    return sum(linear.weight.numel() for linear in linears)
 
 
 def dpo_flops(model: Llava, tree: TokenTree, tiles: int, reference: bool = True) -> int:
@@ -64,9 +63,8 @@ def dpo_flops(model: Llava, tree: TokenTree, tiles: int, reference: bool = True)
     tokens, scored = int(real.sum()), int((tree.branch > 0).sum())
     features = int((tree.feature >= 0).sum())
     pairs = int((dense_mask(tree, tree)[:, 0] & real[..., None]).sum())
-    adapters = sum(
-        m.lora_A.numel() + m.lora_B.numel() for m in decoder.modules() if isinstance(m, LoraLinear)
-    )
+    linears = [module for module in decoder.modules() if isinstance(module, LoraLinear)]
+    adapters = sum(linear.lora_A.numel() + linear.lora_B.numel() for linear in linears)
     width = config.text.num_attention_heads * config.text.head_dim
     once = 2 if reference else 0
 
@@ -79,19 +77,16 @@ def dpo_flops(model: Llava, tree: TokenTree, tiles: int, reference: bool = True)
     layer = config.vision_feature_layer
     used = blocks[: layer if layer >= 0 else len(blocks) + 1 + layer]
     patches = config.vision.patches + 1
-    return flops + tiles * patches * (
-        2 * weights_of(used) + 4 * config.vision.hidden_size * len(used) * patches
-    )
+    attention = 4 * config.vision.hidden_size * len(used) * patches
+    return flops + tiles * patches * (2 * weights_of(used) + attention)
 
 
 def projector_flops(model: Llava, features: int, reference: bool = True) -> int:
     """The projector's part of `dpo_flops`: it is trained in float32, whatever the other weights
     are."""
     once, projector = 2 if reference else 0, model.multi_modal_projector.copy
-    return features * (
-        (4 + once) * projector.linear_1.weight.numel()
-        + (6 + once) * projector.linear_2.weight.numel()
-    )
+    first, second = projector.linear_1.weight.numel(), projector.linear_2.weight.numel()
+    return features * ((4 + once) * first + (6 + once) * second)
 
 
 def utilisation(flops: int, seconds: float) -> float | None:
@@ -111,14 +106,11 @@ def decoding_bytes(
     step t = 1..steps each branch has t tokens of its own, whose keys and values the step reads, the
     new one's included.
     """
-    per_token = (
-        2 * config.num_hidden_layers * config.num_key_value_heads * config.head_dim * itemsize
-    )
+    width = config.num_key_value_heads * config.head_dim
+    per_token = 2 * config.num_hidden_layers * width * itemsize
     trunks, branches = sum(trunk for trunk, _ in rows), sum(branches for _, branches in rows)
-    return (
-        steps * (weights * itemsize + per_token * trunks)
-        + per_token * branches * steps * (steps + 1) // 2
-    )
+    own = per_token * branches * steps * (steps + 1) // 2
+    return steps * (weights * itemsize + per_token * trunks) + own
 
 
 def bandwidth_share(
@@ -128,9 +120,9 @@ def bandwidth_share(
     needed."""
     gpu, weight = this_gpu(), model.lm_head.weight
     weights = weights_of(model.language_model.layers) + weight.numel()
-    rows = [
-        (len(sequence.trunk) - 1 + sequence.image_tokens, len(sequence.branches))
-        for sequence in sequences
-    ]
+    rows = []
+    for sequence in sequences:
+        trunk = len(sequence.trunk) - 1 + sequence.image_tokens
+        rows.append((trunk, len(sequence.branches)))
     needed = decoding_bytes(weights, model.config.text, weight.element_size(), rows, steps)
     return None if gpu is None else needed / seconds / gpu.bandwidth

@@ -26,9 +26,8 @@ from minialign.files import write_json
 
 ROOT = Path(__file__).resolve().parents[2]
 LINES, LETTERS = 60, 6000  # at most so much is kept of what a process said last, where it failed
-EXCEPTION = re.compile(
-    r"(\[rank\d+\]: )?[\w.]*(Error|Exception|Interrupt|error)\b.*:"
-)  # ours begin with "error:"
+# Ours begin with "error:".
+EXCEPTION = re.compile(r"(\[rank\d+\]: )?[\w.]*(Error|Exception|Interrupt|error)\b.*:")
 
 # ---------------------------------------------------------------- in the row's process
 
@@ -117,9 +116,8 @@ class Runner:
         if job.needs and self.rows.get(job.needs, {}).get("status") != "ok":
             found = skipped(job, f"needs the row {job.needs}")
         elif left < job.least:
-            found = skipped(
-                job, f"no time: {max(0, left):.0f} s are left, and it wants {job.least:.0f}"
-            )
+            why = f"no time: {max(0, left):.0f} s are left, and it wants {job.least:.0f}"
+            found = skipped(job, why)
         else:
             found = self.measure(folder, job, min(job.limit, left))
 
@@ -154,17 +152,17 @@ class Runner:
         self.running.discard(process)
 
         took = round(time.monotonic() - begin, 1)
-        said = last_words(log)
+        message = last_words(log)
         if ended == "timeout":
-            said = f"{said}\nnot done after {seconds:.3g} s"
+            message = f"{message}\nnot done after {seconds:.3g} s"
         known = json.loads(facts.read_text()) if facts.exists() else {}
-        return {row: ending(known.get(row, {}), ended, took, said) for row in job.rows}
+        return {row: ending(known.get(row, {}), ended, took, message) for row in job.rows}
 
 
-def ending(facts: dict, ended: str, seconds: float, said: str) -> dict:
+def ending(facts: dict, ended: str, seconds: float, message: str) -> dict:
     """A row with its status: its own word if it has given one, else how its process ended."""
     status = facts.pop("status", "failed" if ended == "ok" else ended)
-    error = {} if status in ("ok", "skipped") else {"error": said or "gave no result"}
+    error = {} if status in ("ok", "skipped") else {"error": message or "gave no result"}
     return {"status": status, "seconds": seconds} | error | facts
 
 

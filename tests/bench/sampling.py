@@ -94,13 +94,13 @@ def until_stop(ids: list[int], stops: set[int]) -> list[int]:
 def require_same_tokens(ours: list[list[Completion]], peer: list[list[int]], dtype: str) -> str:
     """Both sides said the same, in words; in bfloat16, where near ties fall either way, the share
     is told."""
-    said = [completion.ids for row in ours for completion in row]
+    own = [completion.ids for row in ours for completion in row]
     total = sum(len(ids) for ids in peer)
-    both = zip(said, peer, strict=True)
+    both = zip(own, peer, strict=True)
     same = sum(a == b for one, two in both for a, b in zip(one, two, strict=False))
     if dtype != "bfloat16":
-        assert said == peer, f"other tokens: {same} of {total} are the same"
-    count = sum(map(len, said))
+        assert own == peer, f"other tokens: {same} of {total} are the same"
+    count = sum(map(len, own))
     return f"{same} of {total} new tokens are the same, of ours there are {count}"
 
 
@@ -138,7 +138,7 @@ class Work:
     title: str
     sequences: list[Sequence]
     pixels: list[Tensor]
-    said: list[list[Completion]]
+    completions: list[list[Completion]]
     limit: int  # new tokens
     stops: set[int]
 
@@ -159,12 +159,12 @@ def bdhs_work(size: Size, assistant: Assistant) -> Work:
     def call() -> list:
         return sample_bdhs.sample(assistant, never_similar, batch, config)
 
-    sequences, said = recorded(call)
+    sequences, completions = recorded(call)
     sentences = sum(len(sequence.branches) for sequence in sequences)
     title = f"BDHS, rho_th {RHO_TH}: {sentences} sentences of {len(batch)} pictures"
     pixels = [example.image.pixels for example in batch]
     stops = assistant.tokenizer.sentence_ends
-    return Work(call, title, sequences, pixels, said, size.sentence_tokens, stops)
+    return Work(call, title, sequences, pixels, completions, size.sentence_tokens, stops)
 
 
 def two_samples(size: Size, assistant: Assistant) -> tuple[list[Sequence], list[Tensor]]:
@@ -210,7 +210,7 @@ def compare(size: Size, work: Work, ours: Llava, peer, static: bool = False) -> 
     def theirs() -> list:
         return prompts.generate(work.limit, work.stops)
 
-    checked = require_same_tokens(work.said, theirs(), size.dtype)
+    checked = require_same_tokens(work.completions, theirs(), size.dtype)
     works, models = {"ours": work.call, "peer": theirs}, {"ours": ours, "peer": peer}
     side = measured(works, models, size.repeats, size.device)
     means = "transformers' generate" + (", static cache" if static else "")

@@ -158,37 +158,37 @@ class Plan:
         """
         passes, tree = self.batch_size // (self.gpus * self.pairs), batch(self.pairs)[0]
         tokens, features = tree.ids.numel(), int((tree.feature >= 0).sum())
-        both, alone = (
-            flops(self.name, self.pairs, reference)
-            - roofline.projector_flops(self.model, features, reference)
-            for reference in (True, False)
-        )
-        linears = [m for m in self.model.modules() if isinstance(m, LoraLinear)]
-        again = (
-            both - alone + 2 * tokens * sum(m.lora_A.numel() + m.lora_B.numel() for m in linears)
-        )
+        both = self.decoder_flops(features, reference=True)
+        alone = self.decoder_flops(features, reference=False)
+        linears = [module for module in self.model.modules() if isinstance(module, LoraLinear)]
+        adapters = sum(linear.lora_A.numel() + linear.lora_B.numel() for linear in linears)
+        again = both - alone + 2 * tokens * adapters
+
         base = (alone if cached else both) + self.recompute * again
         wide = roofline.projector_flops(self.model, features, not cached)
-        hidden = passes * moved(self.gpus, self.gathered(cached)) if self.shard == "full" else 0.0
-        summing = (
-            2 * moved(self.gpus, memory.trained_bytes(self.model)) if self.shard == "none" else 0.0
-        )
-        return Seconds(
-            passes * base / (ASSUMED * H100.flops),
-            passes * wide / (ASSUMED * FLOAT32),
-            hidden,
-            summing,
-        )
+        hidden = summing = 0.0
+        if self.shard == "full":
+            hidden = passes * moved(self.gpus, self.gathered(cached))
+        else:
+            summing = 2 * moved(self.gpus, memory.trained_bytes(self.model))
+        base_seconds = passes * base / (ASSUMED * H100.flops)
+        projector_seconds = passes * wide / (ASSUMED * FLOAT32)
+        return Seconds(base_seconds, projector_seconds, hidden, summing)
+
+    def decoder_flops(self, features: int, reference: bool) -> int:
+        """roofline.dpo_flops' of some pairs but for the projector's, which are float32."""
+        projector = roofline.projector_flops(self.model, features, reference)
+        return flops(self.name, self.pairs, reference) - projector
 
     def bound(self) -> str:
         """What the time goes to, or why there is none."""
         if not self.fits:
             return "memory: does not fit"
         step = self.step()
-        said = "computing" if step.computing >= step.hidden else "gathering"
-        return said + (
-            f"; gathering is {step.hidden / step.computing:.0%} of it" if step.hidden else ""
-        )
+        longer = "computing" if step.computing >= step.hidden else "gathering"
+        if not step.hidden:
+            return longer
+        return f"{longer}; gathering is {step.hidden / step.computing:.0%} of it"
 
 
 # ---------------------------------------------------------------- tables
@@ -196,46 +196,36 @@ class Plan:
 
 def plans() -> list[Plan]:
     """All that the page tells of; one GPU has nobody to share with."""
-    return [
-        Plan(n, g, s)
-        for n in MODELS
-        for g in GPUS
-        for s in ("none", "full")
-        if (g, s) != (1, "full")
-    ]
+    found = []
+    for name in MODELS:
+        for gpus in GPUS:
+            kinds = ("none", "full") if gpus > 1 else ("none",)
+            found += [Plan(name, gpus, shard) for shard in kinds]
+    return found
 
 
 def markdown(head: str, rows: list[list[str]]) -> str:
     """A table; the names of its columns are parted by bars."""
-    lines = [head, "|".join("---" for _ in head.split("|"))] + [" | ".join(row) for row in rows]
+    rule = "|".join("---" for _ in head.split("|"))
+    lines = [head, rule, *(" | ".join(row) for row in rows)]
     return "".join(f"| {line} |\n" for line in lines)
 
 
 def main_table() -> str:
     """Memory and time."""
+    head = "model | GPUs | --shard | --batch-size | --recompute | weights | gradients, moments"
+    head += " | gathered | activations | workspace | GB in all | s per 1,000 pairs"
+    head += " | with --ref-cache | bound by"
     rows = []
     for plan in plans():
-        parts = plan.parts
-        row = [
-            plan.name,
-            str(plan.gpus),
-            plan.shard,
-            str(plan.batch_size),
-            "yes" if plan.recompute else "no",
-        ]
+        parts, recompute = plan.parts, "yes" if plan.recompute else "no"
+        row = [plan.name, str(plan.gpus), plan.shard, str(plan.batch_size), recompute]
         row += [f"{value / GB:.1f}" for value in (*parts.values(), sum(parts.values()))]
-        per_1000 = 1000 / plan.batch_size
-        row += [
-            f"{per_1000 * plan.step(cached).total:,.1f}" if plan.fits else "-"
-            for cached in (False, True)
-        ]
+        for cached in (False, True):
+            seconds = 1000 / plan.batch_size * plan.step(cached).total
+            row.append(f"{seconds:,.1f}" if plan.fits else "-")
         rows.append([*row, plan.bound()])
-    return markdown(
-        "model | GPUs | --shard | --batch-size | --recompute | weights | gradients, moments | "
-        "gathered | activations | workspace | GB in all | s per 1,000 pairs | with --ref-cache | "
-        "bound by",
-        rows,
-    )
+    return markdown(head, rows)
 
 
 def whole_table() -> str:
@@ -261,11 +251,9 @@ def network_table() -> str:
         needed = NETWORK * step.hidden / step.computing
         times = [f"{seconds * 1e3:,.0f}" for seconds in (step.computing, step.hidden)]
         rows.append([name, *times, f"{needed / GB:,.0f}", str(math.ceil(slow))])
-    return markdown(
-        "model on 32 GPUs | ms of computing, a pair | ms of gathering at 400 GB/s | "
-        "GB/s per node that hide it | pairs in a pass that hide it at 50 GB/s",
-        rows,
-    )
+    head = "model on 32 GPUs | ms of computing, a pair | ms of gathering at 400 GB/s"
+    head += " | GB/s per node that hide it | pairs in a pass that hide it at 50 GB/s"
+    return markdown(head, rows)
 
 
 def length_table() -> str:
@@ -276,14 +264,10 @@ def length_table() -> str:
         cache = memory.kv_cache_bytes(config, 1, 1000, 2)
         kept = 1000 * config.num_hidden_layers * layer
         inputs = 1000 * (config.num_hidden_layers * 2 * config.hidden_size + layer)
-        rows.append(
-            [name, f"{layer:,}", f"{kept / GB:.2f}", f"{inputs / GB:.2f}", f"{cache / GB:.2f}"]
-        )
-    return markdown(
-        "model | bytes per token and layer | GB per 1,000 tokens | with --recompute | "
-        "keys and values",
-        rows,
-    )
+        sizes = [f"{size / GB:.2f}" for size in (kept, inputs, cache)]
+        rows.append([name, f"{layer:,}", *sizes])
+    head = "model | bytes per token and layer | GB per 1,000 tokens | with --recompute"
+    return markdown(f"{head} | keys and values", rows)
 
 
 def tables() -> dict[str, str]:

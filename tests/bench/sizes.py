@@ -12,28 +12,8 @@ from minialign.files import write_json
 PICTURE = (640, 480)  # AnyRes cuts it into 2 x 2 tiles, and the whole goes before them
 SENTENCES = 5
 # One token each.
-WORDS = (
-    "ball",
-    "beach",
-    "bench",
-    "bicycle",
-    "book",
-    "bus",
-    "car",
-    "clock",
-    "dog",
-    "kettle",
-    "kitchen",
-    "kite",
-    "lamp",
-    "laptop",
-    "orange",
-    "park",
-    "pencil",
-    "street",
-    "tree",
-    "umbrella",
-)
+WORDS = "ball beach bench bicycle book bus car clock dog kettle kitchen kite lamp laptop".split()
+WORDS += "orange park pencil street tree umbrella".split()
 
 
 @dataclass(frozen=True)

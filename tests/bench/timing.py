@@ -65,9 +65,8 @@ def peak_bytes(work: Work, device: str) -> int:
         return torch.cuda.max_memory_allocated() - before
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as seen:
         work()
-    events = [
-        event for event in seen.profiler.kineto_results.events() if event.name() == "[memory]"
-    ]
+    found = seen.profiler.kineto_results.events()
+    events = [event for event in found if event.name() == "[memory]"]
     held = peak = 0
     for event in sorted(events, key=lambda event: event.start_ns()):
         held += event.nbytes()

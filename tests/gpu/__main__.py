@@ -139,10 +139,10 @@ def summary(row: dict) -> str:
     """A row in one line."""
     if row["status"] != "ok":
         why = reason(row["error"])[:SHOWN]
-        known = row.get("said") or ours_alone(row)
+        known = row.get("summary") or ours_alone(row)
         return why + (f" | so far: {known}" if known else "")
-    if "said" in row:
-        return row["said"]
+    if "summary" in row:
+        return row["summary"]
     if "overhead" in row:
         return f"{row['overhead']:+.1%} time, {row['memory_overhead']:+.1%} memory"
     if "time_ratio" in row:
@@ -180,9 +180,8 @@ def main(config: Config) -> None:
     """Measure, write, print."""
     there = config.device == "cpu" or torch.cuda.is_available()
     require(there, "--device cuda: there is no CUDA GPU here; --device cpu --size tiny runs here")
-    require(
-        config.device == "cuda" or config.size == "tiny", "--device cpu: give --size tiny with it"
-    )
+    small = config.device == "cuda" or config.size == "tiny"
+    require(small, "--device cpu: give --size tiny with it")
     require(config.minutes > 0, f"--minutes {config.minutes}: above 0")
     require(config.jobs >= 1, f"--jobs {config.jobs}: at least 1")
     out, size, begin = Path(config.out).resolve(), scaled(config), time.monotonic()

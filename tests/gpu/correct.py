@@ -40,7 +40,7 @@ def toy(device: str, dtype: torch.dtype = torch.float32) -> Assistant:
     return Assistant.from_folder(CHECKPOINT, device, dtype)
 
 
-def said_by(assistant: Assistant, temperature: float, fixed: bool) -> list[Completion]:
+def samples_of(assistant: Assistant, temperature: float, fixed: bool) -> list[Completion]:
     """Two samples of each of some questions about pictures, on the model's device."""
     sequences, images = [], []
     for i in range(PICTURES):
@@ -91,12 +91,12 @@ def measure_sampling(row: str, size: Size, folder: Path, facts: Facts) -> None:
     graphs, worst = Graphs(), {"tokens": 1.0, "logps": 0.0}
     with graphs.watch():
         for name, temperature in (("greedy", 0.0), ("drawn", 1.0)):
-            plain = said_by(cpu, temperature, fixed=False)
+            plain = samples_of(cpu, temperature, fixed=False)
             sides = {
-                "fixed": said_by(here, temperature, fixed=True),
-                "growing": said_by(here, temperature, fixed=False),
+                "fixed": samples_of(here, temperature, fixed=True),
+                "growing": samples_of(here, temperature, fixed=False),
             }
-            found = {f"{name} {side}": distance(said, plain) for side, said in sides.items()}
+            found = {f"{name} {side}": distance(sampled, plain) for side, sampled in sides.items()}
             facts.add(row, **found)
             for each in found.values():
                 worst["tokens"] = min(worst["tokens"], each["tokens"])
@@ -107,16 +107,16 @@ def measure_sampling(row: str, size: Size, folder: Path, facts: Facts) -> None:
         facts.add(row, bdhs=f"{same} of {len(pairs)}")
 
         half = toy(size.device, torch.bfloat16)
-        both = [said_by(half, 0.0, fixed=fixed) for fixed in (True, False)]
+        both = [samples_of(half, 0.0, fixed=fixed) for fixed in (True, False)]
         facts.add(row, **{"bfloat16 greedy fixed against growing": distance(*both)})
 
-    said = f"{worst['tokens']:.1%} of tokens the same as the CPU's"
-    said += f", log-probs to {worst['logps']:.1e}"
-    said += f", BDHS {same} of {len(pairs)}"
-    said += f", {graphs.captured} graphs captured and {graphs.refused} refused"
-    facts.add(row, said=said, captured=graphs.captured, refused=graphs.refused)
-    assert worst["tokens"] >= SAME and worst["logps"] < 1e-3 and same >= SAME * len(pairs), said
-    assert size.device == "cpu" or (graphs.captured and not graphs.refused), said
+    summary = f"{worst['tokens']:.1%} of tokens the same as the CPU's"
+    summary += f", log-probs to {worst['logps']:.1e}"
+    summary += f", BDHS {same} of {len(pairs)}"
+    summary += f", {graphs.captured} graphs captured and {graphs.refused} refused"
+    facts.add(row, summary=summary, captured=graphs.captured, refused=graphs.refused)
+    assert worst["tokens"] >= SAME and worst["logps"] < 1e-3 and same >= SAME * len(pairs), summary
+    assert size.device == "cpu" or (graphs.captured and not graphs.refused), summary
     facts.finish(row)
 
 
@@ -159,11 +159,12 @@ def measure_gradients(row: str, size: Size, folder: Path, facts: Facts) -> None:
     """A DPO step's log-probs, loss and gradients here against the CPU's in float32."""
     exact = learned(policy("cpu", torch.float32))
     words, failed = [], []
-    for name, dtype, recompute in (
+    kinds = [
         ("float32", torch.float32, False),
         ("float32 --recompute", torch.float32, True),
         ("bfloat16", torch.bfloat16, False),
-    ):
+    ]
+    for name, dtype, recompute in kinds:
         model = policy(size.device, dtype)
         if recompute:
             recompute_layers(model)
@@ -173,7 +174,7 @@ def measure_gradients(row: str, size: Size, folder: Path, facts: Facts) -> None:
         allowed = ALLOWED[name.split()[0]]
         if not all(a <= b for a, b in zip(far, allowed, strict=True)):
             failed.append(name)
-    said = f"log-probs, loss, gradients against the CPU, relative: {'; '.join(words)}"
-    facts.add(row, said=said)
-    assert not failed, f"{failed} too far: {said}"
+    summary = f"log-probs, loss, gradients against the CPU, relative: {'; '.join(words)}"
+    facts.add(row, summary=summary)
+    assert not failed, f"{failed} too far: {summary}"
     facts.finish(row)

@@ -74,13 +74,13 @@ def measure_step(
 
     side = measured({"step": ours.step}, {"step": model}, size.repeats, size.device)["step"]
     flops = ours.flops()
-    said = f"{side.seconds:.3f} s a step of {batch.tree.ids.numel():,} tokens"
+    summary = f"{side.seconds:.3f} s a step of {batch.tree.ids.numel():,} tokens"
     found = {"step_seconds": side.seconds, "peak": side.peak, "flops": flops}
     if size.device == "cuda":
         found["utilisation"] = roofline.utilisation(flops, side.seconds)
-        said += f", {found['utilisation'] or 0:.1%} of peak FLOP/s"
-    said += f", {in_words(side.peak)}; the first {facts.rows[row]['first_step']:.1f} s"
-    facts.add(row, said=said, **found)
+        summary += f", {found['utilisation'] or 0:.1%} of peak FLOP/s"
+    summary += f", {in_words(side.peak)}; the first {facts.rows[row]['first_step']:.1f} s"
+    facts.add(row, summary=summary, **found)
 
     # The same with the reference's log-probs given.
     if not compiled and not recompute:
@@ -88,7 +88,7 @@ def measure_step(
         works = {"cached": lambda: ours.step(ref_logps)}
         cached = measured(works, {"cached": model}, size.repeats, size.device)["cached"]
         facts.add(row, cached_seconds=cached.seconds)
-        facts.add(row, said=f"{said}; with a cached reference {cached.seconds:.3f} s")
+        facts.add(row, summary=f"{summary}; with a cached reference {cached.seconds:.3f} s")
     facts.finish(row, kernels=table(kernels_of(ours.step, size.device)))
 
 
@@ -132,13 +132,15 @@ def measure_decoding(
 
         side = measured({"all": work.call}, {"all": model}, size.repeats, size.device)["all"]
         found = bandwidth_share(size, model, work, side.seconds)
-        said = f"{found['ms_per_token']:.2f} ms a token"
+        summary = f"{found['ms_per_token']:.2f} ms a token"
         if size.device == "cuda":
-            said += f", {found['bandwidth_share'] or 0:.1%} of bandwidth"
-            said += f", {graphs.captured} graphs captured and {graphs.refused} refused"
-        said += f"; {work.title}: {side.seconds:.2f} s, of which prefill"
-        said += f" {found['prefill_seconds']:.2f} s, {in_words(side.peak)}; the first {first:.1f} s"
-        facts.add(row, all_seconds=side.seconds, peak=side.peak, said=said, **found)
+            summary += f", {found['bandwidth_share'] or 0:.1%} of bandwidth"
+            summary += f", {graphs.captured} graphs captured and {graphs.refused} refused"
+        summary += f"; {work.title}: {side.seconds:.2f} s, of which prefill"
+        summary += (
+            f" {found['prefill_seconds']:.2f} s, {in_words(side.peak)}; the first {first:.1f} s"
+        )
+        facts.add(row, all_seconds=side.seconds, peak=side.peak, summary=summary, **found)
 
         few = kernels_of(lambda: work.call(1), size.device)
         more = kernels_of(lambda: work.call(1 + PROFILED), size.device)
@@ -151,7 +153,7 @@ def measure_bdhs(row: str, size: Size, folder: Path, facts: Facts) -> None:
     work, model = bdhs_work(size, assistant), assistant.model
     side = measured({"bdhs": work.call}, {"bdhs": model}, size.repeats, size.device)["bdhs"]
     once = seconds_of(lambda: model.encode_images(torch.cat(work.pixels)), size.device)
-    said = f"{side.seconds:.3f} s, of which the tower {once:.3f} s, {in_words(side.peak)}"
-    said += f"; {work.title}"
-    facts.add(row, bdhs_seconds=side.seconds, tower_seconds=once, peak=side.peak, said=said)
+    summary = f"{side.seconds:.3f} s, of which the tower {once:.3f} s, {in_words(side.peak)}"
+    summary += f"; {work.title}"
+    facts.add(row, bdhs_seconds=side.seconds, tower_seconds=once, peak=side.peak, summary=summary)
     facts.finish(row, kernels=table(kernels_of(work.call, size.device)))

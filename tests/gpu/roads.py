@@ -87,15 +87,15 @@ def measure(name: str, row: str, size: Size, folder: Path, facts: Facts) -> None
     out = folder / "roads" / name
     out.mkdir(parents=True)
     words, pairs = command(ROADS[name], size, out)
-    log, said, announced = out / "log.txt", "", None
+    log, printed, announced = out / "log.txt", "", None
     begin = time.monotonic()
     with open(log, "wb") as output, open(log, errors="replace") as reader:
         process = subprocess.Popen(words, stdout=output, stderr=subprocess.STDOUT)
         while process.poll() is None:
             now, new = time.monotonic(), reader.read()
-            said += new
+            printed += new
             print(new, end="")
-            if announced is None and ANNOUNCED in said:
+            if announced is None and ANNOUNCED in printed:
                 announced = now
                 facts.add(row, announced=round(now - begin, 1))
             if announced and "first_pair_seconds" not in facts.rows[row] and has_line(pairs):
@@ -108,7 +108,7 @@ def measure(name: str, row: str, size: Size, folder: Path, facts: Facts) -> None
 
     last = last_words(log).splitlines()[-1]
     parts = [*told(facts.rows[row]), *hallucinated(out / "result.json"), last[:60]]
-    facts.finish(row, said=", ".join(parts))
+    facts.finish(row, summary=", ".join(parts))
 
 
 def has_line(file: Path) -> bool:
