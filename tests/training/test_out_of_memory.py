@@ -33,17 +33,21 @@ def peak():
 atexit.register(peak)
 sys.argv = sys.argv[2:]
 sys.path.insert(0, ".")
-runpy.run_path(sys.argv[0], run_name="__main__")
+if sys.argv[0].endswith(".py"):
+    runpy.run_path(sys.argv[0], run_name="__main__")
+else:
+    runpy.run_module(sys.argv[0], run_name="__main__", alter_sys=True)
 """
 
 
-def limited(limit: int, script: str, *flags: object) -> tuple[int, str, int]:
-    """Exit code, last line of stderr, and peak of the address space, of a script under a limit."""
-    words = [sys.executable, "-c", INSIDE, str(limit), script, *map(str, flags)]
+def limited(limit: int, program: str, flags: str) -> tuple[int, str, int]:
+    """Exit code, last line of stderr, and peak of the address space, of a program under a limit."""
+    words = [sys.executable, "-c", INSIDE, str(limit), program, *flags.split()]
     done = subprocess.run(words, cwd=ROOT, capture_output=True, text=True, timeout=300)
     assert "Traceback" not in done.stderr, done.stderr[-2000:]
-    said, peak = done.stderr.rsplit("PEAK", 1)
-    return done.returncode, said.strip().splitlines()[-1] if said.strip() else "", int(peak)
+    message, peak = done.stderr.rsplit("PEAK", 1)
+    last = message.strip().splitlines()[-1] if message.strip() else ""
+    return done.returncode, last, int(peak)
 
 
 @pytest.fixture
@@ -65,48 +69,42 @@ def long_pairs(tmp_path) -> Path:
     return path
 
 
+# What a program is given, how many records are too many for the room left, and that room in MiB.
+PROGRAMS = {
+    "train_dpo.py": ("--pairs {pairs} --steps 1 --eval-images 0", 48, 400),
+    "train_online.py": (
+        "--method online-dpo --max-new-tokens 200 --steps 1 --eval-images 0",
+        32,
+        400,
+    ),
+    "minialign.rlhf.rloo": ("--max-new-tokens 200 --steps 1 --eval-images 0", 32, 400),
+    "sample_bdhs.py": ("--max-new-tokens 150 --n-bdhs 1", 96, 60),
+}
+
+
 @pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="the peak is read from /proc")
-@pytest.mark.parametrize("script", ["train_dpo.py", "train_online.py", "sample_bdhs.py"])
-def test_the_remedy_works(script, model, long_pairs, tmp_path):
+@pytest.mark.parametrize("program", PROGRAMS)
+def test_the_remedy_works(program, model, long_pairs, tmp_path):
     """A run of one record at a time, then one that takes more than the room left to it, then the
     remedy."""
-    small, large = {
-        "train_dpo.py": ([1, "--limit", 1], [48]),
-        "train_online.py": ([1, "--limit", 1], [32, "--limit", 32]),
-        "sample_bdhs.py": ([1, "--limit", 1], [96, "--limit", 96]),
-    }[script]
-    flags = {
-        "train_dpo.py": ["--pairs", long_pairs, "--steps", 1, "--eval-images", 0],
-        "train_online.py": [
-            "--method",
-            "rloo",
-            "--max-new-tokens",
-            200,
-            "--steps",
-            1,
-            "--eval-images",
-            0,
-        ],
-        "sample_bdhs.py": ["--max-new-tokens", 150, "--n-bdhs", 1],
-    }[script]
-    flags = ["--model", model, *flags, "--batch-size"]
-    room = {"train_dpo.py": 400, "train_online.py": 400, "sample_bdhs.py": 60}[script] * 2**20
-    code, _, peak = limited(0, script, *flags, *small, "--out", tmp_path / "small")
+    own, records, room = PROGRAMS[program]
+    flags = f"--model {model} {own.format(pairs=long_pairs)} --limit"
+    code, _, peak = limited(0, program, f"{flags} 1 --batch-size 1 --out {tmp_path}/small")
     assert code == 0
-    limit, out = peak + room, tmp_path / "large"
-    code, said, _ = limited(limit, script, *flags, *large, "--out", out)
-    assert code == 2 and said.startswith("error: out of memory; "), said
 
-    if script == "sample_bdhs.py":
-        assert "a smaller --batch-size" in said
-        code, said, _ = limited(limit, script, *flags, 2, *large[1:], "--out", out)
-        assert code == 0 and len(out.read_text().splitlines()) > 50, said
+    limit, out = peak + room * 2**20, tmp_path / "large"
+    flags = f"{flags} {records} --out {out} --batch-size"
+    code, message, _ = limited(limit, program, f"{flags} {records}")
+    assert code == 2 and message.startswith("error: out of memory; "), message
+
+    if program == "sample_bdhs.py":
+        assert "a smaller --batch-size" in message
+        code, message, _ = limited(limit, program, f"{flags} 2")
+        assert code == 0 and len(out.read_text().splitlines()) > 50, message
         return
-    assert "--resume with --accumulate 2 or more" in said
-    code, said, _ = limited(
-        limit, script, *flags, *large, "--out", out, "--resume", "--accumulate", 16
-    )
-    assert code == 0 and (out / "report.html").exists(), said
+    assert "--resume with --accumulate 2 or more" in message
+    code, message, _ = limited(limit, program, f"{flags} {records} --resume --accumulate 16")
+    assert code == 0 and (out / "report.html").exists(), message
 
 
 GPU = "CUDA out of memory. Tried to allocate 20.00 MiB. GPU 0 has a total capacity of 79.11 GiB"
