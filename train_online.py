@@ -95,7 +95,7 @@ LOGGED = {
     "annotator/ties": ("tie", "judged"),
     "annotator/unparsable": ("unparsable", "judged"),
     "annotator/first": ("first", "judged"),
-    # Of the policy's own pairs, per response: estimates of the KL to the reference, and the entropy.
+    # Of the policy's own pairs, per response: estimates of the KL to the reference, and entropy.
     "objective/kl": ("kl", "own"),
     "objective/entropy": ("entropy", "own"),
 }

@@ -74,7 +74,8 @@ def compilations(monkeypatch) -> list:
 def model(tmp_path_factory) -> str:
     """A model folder of random weights, float32; not to be changed."""
     folder = tmp_path_factory.mktemp("model") / "llava"
-    save_model(random_toy(1).state_dict(), toy_model().config.raw, CHECKPOINT, folder, torch.float32)
+    state, config = random_toy(1).state_dict(), toy_model().config.raw
+    save_model(state, config, CHECKPOINT, folder, torch.float32)
     return str(folder)
 
 
