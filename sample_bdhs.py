@@ -48,7 +48,7 @@ from minialign.files import append_lines, size_of, write_json
 from minialign.model.hf_folder import empty_model, fingerprint, load_weights
 from minialign.model.masks import Branch, Sequence, mask_of_seed
 from minialign.sampling.assistant import Assistant
-from minialign.sampling.bdhs import WHOLE_RESPONSE, cut_sentence, join, split_sentences
+from minialign.sampling.bdhs import WHOLE_RESPONSE, Cut, cut_sentence, join, split_sentences
 from minialign.sampling.generate import Sampling, generate
 from minialign.sampling.noise import noise_of_seed
 from minialign.sampling.pairs_file import (
@@ -58,7 +58,7 @@ from minialign.sampling.pairs_file import (
     pair_line,
     pairs_of_earlier_run,
     require_same_records,
-    resolved_curve,
+    statistics,
 )
 from minialign.sampling.similarity import Similarity, load_similarity
 from minialign.seeds import stable_seed
@@ -116,11 +116,40 @@ class Example:
     image: PreparedImage
 
 
-def mask_seed(seed: int, record: Record, iteration: int, step: int | None = None) -> int:
-    """The seed of an iteration's mask and cuts, which is stored with the pair, so that they can be
-    drawn again. In training `step` makes other draws of the same record."""
-    parts = [seed, record.id, iteration] if step is None else [seed, record.id, iteration, step]
+def draw_seed(seed: int, record: Record, iteration: int, step: int | None = None) -> int:
+    """The seed of an iteration's draws for a record: mask, noise, swaps, cuts and tokens. It is
+    stored with the pair, so that they can be drawn again. In training `step` makes others."""
+    parts = [seed, record.id, iteration]
+    if step is not None:
+        parts.append(step)
     return stable_seed(*parts) % 2**31
+
+
+def completion_tree(
+    assistant: Assistant, example: Example, visible: torch.Tensor, guided: bool, seed: int
+) -> tuple[list[Cut], Sequence]:
+    """Eq. 7, Alg. 1 l. 9-14: y+ cut in every sentence, and the tree in which each is completed.
+
+    The trunk is image, prompt and y+; a branch forks from it at each cut and begins with what a
+    swap has put there. Unguided, there is one branch behind the prompt. visible: Eq. 6's mask.
+    """
+    record, tokenizer = example.record, assistant.tokenizer
+    prompt = tokenizer.prompt(record.turns)
+    if guided:
+        rng, chosen_ids = random.Random(seed), tokenizer.answer(record.chosen)
+        cuts = [
+            cut_sentence(record.chosen, span, chosen_ids, tokenizer.answer, rng)
+            for span in split_sentences(record.chosen)
+        ]
+    else:
+        chosen_ids, cuts = [], [WHOLE_RESPONSE]
+
+    branches = [Branch(cut.kept_ids[cut.shared :], len(prompt) + cut.shared) for cut in cuts]
+    # No branch sees what is behind the last fork.
+    chosen_ids = chosen_ids[: max(cut.shared for cut in cuts)]
+    patches = len(example.image.pixels) * assistant.processor.patches
+    packing = example.image.packing
+    return cuts, Sequence(prompt + chosen_ids, branches, patches, visible, packing)
 
 
 def sample(
@@ -134,77 +163,59 @@ def sample(
     """Algorithm 1 for a batch of examples: a rejected response for each.
 
     config has this script's flags of the same names. features (tiles, patches, D): of every
-    picture, where the tower has seen them already; noise needs its own. step: see `mask_seed`.
+    picture, where the tower has seen them already; noise needs its own. step: see `draw_seed`.
     """
-    model, tokenizer, processor = assistant.model, assistant.tokenizer, assistant.processor
+    tokenizer, processor = assistant.tokenizer, assistant.processor
     sampling = Sampling(config.max_new_tokens, config.temperature, config.top_p)
     if features is None and not config.noise_steps:
         tiles = [len(example.image.pixels) for example in examples]
         features = assistant.encode([example.image for example in examples]).split(tiles)
     results: list[Sampled | None] = [None] * len(examples)
-    pending = list(range(len(examples)))
+    pending = list(range(len(examples)))  # those without a response that is different enough
 
     for iteration in range(1, config.n_bdhs + 1):
-        # l. 5-7: the last iteration is unguided, a whole response.
-        last = iteration == config.n_bdhs
-        guided = config.guided and not (last and config.n_bdhs > 1)
+        # l. 5-7: the last iteration is unguided, a whole response. Where there is but one
+        # iteration, it is guided.
+        last = iteration == config.n_bdhs and config.n_bdhs > 1
+        guided = config.guided and not last
+        seeds = [draw_seed(config.seed, examples[i].record, iteration, step) for i in pending]
 
-        seeds, noisy_images, all_cuts, sequences = [], [], [], []
-        for example in (examples[i] for i in pending):
-            record, image = example.record, example.image
-            seed = mask_seed(config.seed, record, iteration, step)
-            seeds.append(seed)
-
-            # Eq. 6: an image token is hidden with probability rho_th. Nobody attends to it, so that
-            # it is left out of the sequence; the others keep their positions.
-            visible = mask_of_seed(len(image.packing), config.rho_th, seed)
-            if config.noise_steps:  # Eq. 9 instead: noisy pixels
-                noisy = noise_of_seed(example.picture, config.noise_steps, seed)
-                noisy_images.append(processor.prepare(noisy))
-
-            # Eq. 7, l. 9-14: y+ cut in every sentence; a branch goes on from each cut.
-            prompt = tokenizer.prompt(record.turns)
-            if guided:
-                rng, trunk_ids = random.Random(seed), tokenizer.answer(record.chosen)
-                cuts = [
-                    cut_sentence(record.chosen, span, trunk_ids, tokenizer.answer, rng)
-                    for span in split_sentences(record.chosen)
-                ]
-            else:
-                trunk_ids, cuts = [], [WHOLE_RESPONSE]
-            all_cuts.append(cuts)
-            branches = [
-                Branch(cut.kept_ids[cut.shared :], len(prompt) + cut.shared) for cut in cuts
-            ]
-            trunk_ids = trunk_ids[: max(cut.shared for cut in cuts)]  # what no branch sees is left
-            patches = len(image.pixels) * processor.patches
-            sequences.append(
-                Sequence(prompt + trunk_ids, branches, patches, visible, image.packing)
-            )
-
-        # l. 15: all sentences of all examples are completed at once, from one prefill.
+        # Eq. 9 (BDHS_noise): noisy pixels, which the tower has to see anew.
         if config.noise_steps:
+            noisy_images = [
+                processor.prepare(noise_of_seed(examples[i].picture, config.noise_steps, seed))
+                for i, seed in zip(pending, seeds, strict=True)
+            ]
             seen = assistant.encode(noisy_images)
         else:
             seen = torch.cat([features[i] for i in pending])
+
+        all_cuts, sequences, token_seeds = [], [], []
+        for i, seed in zip(pending, seeds, strict=True):
+            # Eq. 6 (BDHS_attn): an image token is hidden with probability rho_th. Nobody attends
+            # to it, so that it is left out of the sequence; the others keep their positions.
+            visible = mask_of_seed(len(examples[i].image.packing), config.rho_th, seed)
+            cuts, sequence = completion_tree(assistant, examples[i], visible, guided, seed)
+            all_cuts.append(cuts)
+            sequences.append(sequence)
+            token_seeds.append([stable_seed(seed, k) for k in range(len(cuts))])
+
+        # l. 15: all sentences of all examples are completed at once, from one prefill.
         stops = tokenizer.sentence_ends if guided else {tokenizer.eos_id}
-        token_seeds = [
-            [stable_seed(seed, k) for k in range(len(cuts))]
-            for seed, cuts in zip(seeds, all_cuts, strict=True)
-        ]
         completions = generate(
-            model, sequences, seen, sampling, stops, token_seeds, tokenizer.pad_id
+            assistant.model, sequences, seen, sampling, stops, token_seeds, tokenizer.pad_id
         )
 
-        # l. 16: the completed sentences joined.
+        # l. 16: what was kept and what was completed, joined.
         responses = [
             join(cuts, [completion.ids for completion in row], tokenizer.decode)
             for cuts, row in zip(all_cuts, completions, strict=True)
         ]
 
         # l. 17-19: what is too similar to y+ is sampled again, with another mask and other cuts.
+        # Of the last iteration's responses phi is only noted, for Fig. 10.
         phis = similarity(responses, [examples[i].record.chosen for i in pending])
-        too_similar = []
+        again = []
         for n, i in enumerate(pending):
             truncated = not all(completion.stopped for completion in completions[n])
             results[i] = Sampled(
@@ -216,8 +227,8 @@ def sample(
                 truncated=truncated,
             )
             if phis[n] >= config.eps_s or truncated or not responses[n]:
-                too_similar.append(i)
-        pending = too_similar
+                again.append(i)
+        pending = again
         if not pending:
             break
     return results
@@ -294,8 +305,9 @@ def main(config: Config) -> None:
         picture = pictures(record.image)
         image = assistant.processor.prepare(picture)
         left = assistant.positions_left(record.turns, image)
-        taken = assistant.positions - left + len(assistant.tokenizer.answer(record.chosen))
-        if taken >= assistant.positions:
+        needed = len(assistant.tokenizer.answer(record.chosen))
+        if left <= needed:
+            taken = assistant.positions - left + needed
             message = f"image, prompt and response take {taken} positions"
             raise UserError(f"{message}, the decoder has {assistant.positions}; drop the record")
         return Example(record, picture, image)
@@ -334,19 +346,12 @@ def main(config: Config) -> None:
     first = "".join(unreadable[:1])
     none = f"none of {len(todo)} pictures could be read: {first}"
     require(bool(pairs) or not unreadable, none)
-    curve = resolved_curve(pairs, config.n_bdhs, config.eps_s)
-    stats = {
-        "pairs": len(pairs),
-        "resolved": curve,
-        "identical": sum(pair["chosen"] == pair["rejected"] for pair in pairs),
-        "truncated": sum(pair["bdhs"]["truncated"] for pair in pairs),
-        "left_out": left_out,
-    }
+    stats = statistics(pairs, config.n_bdhs, config.eps_s) | {"left_out": left_out}
     parallel.on_rank0(lambda: write_json(beside(out, "stats"), stats))
-    shares = ", ".join(f"{share:.1%} after {i}" for i, share in enumerate(curve, start=1))
+    shares = [f"{share:.1%} after {i}" for i, share in enumerate(stats["resolved"], start=1)]
     print(
-        f"{out}: {len(pairs)} pairs, {left_out} left out; different from y+ (Fig. 10): {shares}; "
-        f"identical: {stats['identical']}; truncated: {stats['truncated']}"
+        f"{out}: {len(pairs)} pairs, {left_out} left out; different from y+ (Fig. 10): "
+        f"{', '.join(shares)}; identical: {stats['identical']}; truncated: {stats['truncated']}"
     )
 
 

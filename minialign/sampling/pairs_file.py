@@ -78,6 +78,16 @@ def pair_line(record: Record, sampled: Sampled, config, messages: bool) -> dict:
     return {"id": record.id, "images": [record.image], **fields, "bdhs": bdhs}
 
 
+def statistics(pairs: list[dict], n_bdhs: int, eps_s: float) -> dict[str, object]:
+    """What FILE.stats.json holds of the pairs."""
+    return {
+        "pairs": len(pairs),
+        "resolved": resolved_curve(pairs, n_bdhs, eps_s),
+        "identical": sum(pair["chosen"] == pair["rejected"] for pair in pairs),
+        "truncated": sum(pair["bdhs"]["truncated"] for pair in pairs),
+    }
+
+
 def resolved_curve(pairs: list[dict], n_bdhs: int, eps_s: float) -> list[float]:
     """Fig. 10: the share of the pairs that differ from y+ (phi < eps_s) and are whole, after 1, 2,
     ... iterations."""

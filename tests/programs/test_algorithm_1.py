@@ -17,7 +17,7 @@ from minialign.sampling.generate import generate
 from minialign.sampling.noise import noise_of_seed
 from minialign.sampling.pairs_file import Sampled
 from minialign.toy import world
-from sample_bdhs import Config, Example, mask_seed
+from sample_bdhs import Config, Example, draw_seed
 
 PATCHES = 36
 
@@ -290,8 +290,8 @@ def test_masks_follow_from_example_and_iteration(rho_th):
     """Over many examples a share of rho_th is hidden; id, iteration, step and seed all matter."""
     record = examples(1)[0].record
     records = [replace(record, id=f"x{number}") for number in range(150)]
-    seeds = [mask_seed(3, record, iteration) for record in records for iteration in (1, 2)]
-    others = [mask_seed(4, records[0], 1), mask_seed(3, records[0], 1, step=0)]
+    seeds = [draw_seed(3, record, iteration) for record in records for iteration in (1, 2)]
+    others = [draw_seed(4, records[0], 1), draw_seed(3, records[0], 1, step=0)]
     assert len(set(seeds + others)) == 302
     masks = torch.stack([mask_of_seed(PATCHES, rho_th, seed) for seed in seeds])
     hidden = (~masks).float().mean().item()
