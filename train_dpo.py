@@ -135,13 +135,17 @@ def main(config: Config) -> None:
     require_outside(out, "the model", folder)
     require_same_flags(out, config)
 
-    # The pairs, and what makes batches of them.
     pairs = Path(config.pairs) if config.pairs else sample_bdhs.sample_for(config, out)
-    policy = empty_policy(folder, config)  # adapters on a LLaVA; names and shapes, no memory yet
+
+    # The policy: a LLaVA with LoRA adapters and a trainable copy of its projector. At first names,
+    # shapes and types alone (torch's meta device), no memory yet.
+    policy = empty_policy(folder, config)
     assistant = Assistant(
         policy, Tokenizer.from_folder(folder, config.template), ImageProcessor.from_folder(folder)
     )
-    kinds = rejected_weights(config)
+
+    # What makes token trees of pairs: image and prompt, then chosen and rejected as branches.
+    kinds = rejected_weights(config)  # Eq. 5
     collate = PairCollator(
         assistant.tokenizer,
         assistant.processor,
@@ -181,9 +185,10 @@ def main(config: Config) -> None:
             fully_shard(unit, mesh=mesh)
         parallel.after_sharding(policy)
 
-    load_policy_weights(policy, folder, config)  # each process reads its rows
+    # The weights, of which each process reads its rows; new adapters change nothing at first.
+    load_policy_weights(policy, folder, config)
     assistant.announce(folder)
-    cache = None
+    cache = None  # of the reference's log-probs, for later epochs and other runs
     if config.ref_cache is not None:
         with unsharded(policy):
             cache = ReferenceCache(Path(config.ref_cache), policy)
@@ -193,23 +198,28 @@ def main(config: Config) -> None:
     if benchmark:
         counts["before"] = benchmark.run(assistant, "before")
 
+    # AdamW on adapters and projector; and the numbers of the records of every step.
     optimizer = make_optimizer(policy, config.lr, config.projector_lr)
     trained = trained_parameters(optimizer)
     schedule = batches_of_run(
         records.numbers, config.batch_size, config.seed, config.epochs, config.steps
     )
     weights = torch.tensor(list(kinds.values()), device=policy.device)  # (K,), of each y-
-    idle = loader.idle()
+    idle = loader.idle()  # a batch that counts for nothing
+
     with TrainingLog(out, policy, optimizer, config) as log:
         for step, batches in log.steps(schedule, loader):
-            # A step's pairs, dealt out to all processes, in --accumulate batches.
+            # `batches` are this process's part of the step's pairs, split by --accumulate; a batch
+            # counts by its share in the pairs of all processes.
             pairs_in_step = sum(len(batch) for batch in batches)
             chosen_tokens = sum(batch.chosen_tokens for batch in batches)
             total = sum_across_ranks({"pairs": pairs_in_step, "tokens": chosen_tokens})
-            metrics: Counter = Counter()
+            metrics: Counter = Counter()  # means over the step's pairs
 
+            # Every process has as many batches: they go through the shards together.
             for batch in parallel.even(batches, idle):
-                features = policy.encode_images(batch.pixels)  # once, for policy and reference
+                # Once, for policy and reference: (tiles, patches, D).
+                features = policy.encode_images(batch.pixels)
                 tree = batch.tree
                 if batch.noisy is not None:  # Sec. 3.3: one more branch, made of the noisy picture
                     noisy_features = policy.encode_images(batch.noisy)
@@ -227,7 +237,7 @@ def main(config: Config) -> None:
                 chosen, rejected = logps[:, :1], logps[:, 1:]
                 ref_chosen, ref_rejected = ref_logps[:, :1], ref_logps[:, 1:]
 
-                if config.loss == "sft":  # the mean over y+'s tokens
+                if config.loss == "sft":  # the mean over all tokens of y+ in the step
                     loss = -chosen.mean() / (total["tokens"] / max(1, total["pairs"]))
                 else:
                     beta = config.beta
@@ -247,6 +257,8 @@ def main(config: Config) -> None:
                 )
                 metrics.update({name: share * value for name, value in found.items()})
 
+            # One update, at a share of the peak rates. Nothing is learned where every pair of the
+            # step was left out.
             metrics = sum_across_ranks(metrics)
             factor = lr_factor(step, len(schedule), config.warmup, config.schedule)
             if total["pairs"]:
@@ -260,6 +272,7 @@ def main(config: Config) -> None:
             lr = factor * config.lr
             log.add({"step": step + 1, **metrics, "lr": lr, "pairs": total["pairs"]})
 
+    # What the run leaves.
     parallel.tell_left_out(loader.left_out, "pairs")
     save_weights(policy, folder, config, out)
     if benchmark:

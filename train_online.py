@@ -258,7 +258,7 @@ def main(config: Config) -> None:
     require_outside(out, "the model", folder)
     require_same_flags(out, config)
 
-    # The records, and what makes batches of them.
+    # The records: with a stored y- where one is wanted.
     stored = ("rejected",) if config.method == "mixed-dpo" or config.gamma else ()
     data = config.data
     if data is None and stored:
@@ -266,7 +266,10 @@ def main(config: Config) -> None:
     elif data is None:
         data = str(out / "data.json")
         parallel.on_rank0(lambda: edge.write_records(Path(data), config.limit))
-    policy = empty_policy(folder, config)  # adapters on a LLaVA; names and shapes, no memory yet
+
+    # The policy: a LLaVA with LoRA adapters and a trainable copy of its projector. At first names,
+    # shapes and types alone (torch's meta device), no memory yet.
+    policy = empty_policy(folder, config)
     assistant = Assistant(
         policy, Tokenizer.from_folder(folder, config.template), ImageProcessor.from_folder(folder)
     )
@@ -308,7 +311,8 @@ def main(config: Config) -> None:
             fully_shard(unit, mesh=mesh)
         parallel.after_sharding(policy)
 
-    load_policy_weights(policy, folder, config)  # each process reads its rows
+    # The weights, of which each process reads its rows; new adapters change nothing at first.
+    load_policy_weights(policy, folder, config)
     assistant.announce(folder)
 
     # Who ranks, or how similar is too similar.
@@ -327,17 +331,20 @@ def main(config: Config) -> None:
     if benchmark:
         evaluations["before"] = benchmark.run(assistant, "before")
 
+    # AdamW on adapters and projector; and the numbers of the records of every step.
     optimizer = make_optimizer(policy, config.lr, config.projector_lr)
     trained = trained_parameters(optimizer)
     schedule = batches_of_run(
         records.numbers, config.batch_size, config.seed, config.epochs, config.steps
     )
-    # How often a stored pair is taken as it is.
+    # Eq. 4: how often a stored pair is taken as it is; with a gamma of 1 always, else never.
     p = config.p if config.method == "mixed-dpo" else float(config.gamma == 1)
     # Eq. 5: the weights (K,) of each y-, the stored one first.
     both = config.method == "online-bdhs" and config.gamma not in (None, 0, 1)
     weights = [config.gamma, 1 - config.gamma] if both else [1.0]
     weights = torch.tensor(weights, device=config.device)
+
+    # A rollout that counts for nothing, for a process that must go with the others.
     idle_batch = loader.idle(1 + len(weights))
     patches, width = assistant.processor.patches, policy.config.vision.hidden_size
     no_features = torch.zeros(1, patches, width, device=config.device)
@@ -350,11 +357,9 @@ def main(config: Config) -> None:
             # 1. The policy answers. Every process holds the whole of it meanwhile.
             with unsharded(policy):
                 for batch in batches:
-                    tower_features = policy.encode_images(
-                        batch.pixels
-                    )  # once, for all that follows
+                    # Once, for all that follows: (tiles, patches, D) of each picture.
                     tiles = [len(pair.image.pixels) for pair in batch.pairs]
-                    features = list(tower_features.split(tiles))
+                    features = policy.encode_images(batch.pixels).split(tiles)
 
                     # Eq. 4: alpha ~ Bernoulli(p), 1 for the stored pair, 0 for one of its own.
                     alphas = [
@@ -373,22 +378,24 @@ def main(config: Config) -> None:
                             assistant, annotator, pairs, seen, config, step, counts
                         )
 
-                    sequences = dict(enumerate(batch.sequences)) | dict(
-                        zip(asked, sampled, strict=True)
-                    )
-                    kept = [i for i, sequence in sequences.items() if sequence is not None]
+                    # Stored pairs as they are, and what was sampled; None where neither response is
+                    # to be preferred.
+                    sequences = list(batch.sequences)
+                    for i, sequence in zip(asked, sampled, strict=True):
+                        sequences[i] = sequence
+                    kept = [i for i, sequence in enumerate(sequences) if sequence is not None]
                     if kept:
-                        ranked = set(asked) if config.method != "online-bdhs" else set()
                         tree = collate.tree([sequences[i] for i in kept]).to(policy.device)
-                        own = [row for row, i in enumerate(kept) if i in ranked]
                         kept_features = torch.cat([features[i] for i in kept])
+                        ranked = set() if config.method == "online-bdhs" else set(asked)
+                        own = [row for row, i in enumerate(kept) if i in ranked]
                         rollouts.append(Rollout(tree, kept_features, own, len(kept)))
 
             # 2. It learns from that: train_dpo.py's step.
             answered = time.perf_counter()
             pairs_in_step = sum(rollout.pairs for rollout in rollouts)
             pairs_in_step = sum_across_ranks({"pairs": pairs_in_step})["pairs"]
-            metrics: Counter = Counter()
+            metrics: Counter = Counter()  # means over the step's pairs
             for rollout in parallel.even(rollouts, idle) if pairs_in_step else ():
                 with adapters_off(policy):
                     ref_logps = branch_logps(policy, rollout.tree, rollout.features)
