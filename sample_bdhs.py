@@ -84,8 +84,7 @@ class Config:
     images: str = "toy"  # folder of the pictures, or `toy`
     template: str | None = None  # vicuna, llava_v1, mistral, chatml or short; else the model's own
     out: str = "runs/bdhs/pairs.jsonl"  # pairs file to write, or to continue
-    # Eq. 6: an image token is hidden with this probability (0.99; toy: 0.7)
-    rho_th: float | None = None
+    rho_th: float | None = None  # Eq. 6: an image token is hidden with this probability
     n_bdhs: int = 5  # iterations at most; the last one is unguided
     eps_s: float = 0.97  # a response this similar to y+ or more is sampled again
     noise_steps: int = 0  # BDHS_noise: diffusion steps of Eq. 9 (500 in the paper, with --rho-th 0)
@@ -103,7 +102,7 @@ class Config:
     dtype: Literal["float32", "bfloat16"] = "float32"  # of the weights
     # under torchrun: a whole model per process, or FSDP2's shards of one
     shard: Literal["none", "full"] = "none"
-    workers: int | None = None  # threads that decode pictures ahead (4; toy: 0)
+    workers: int | None = None  # threads that decode pictures ahead
     skip_bad_records: bool = False  # skip and count malformed records instead of stopping
 
 
@@ -381,4 +380,4 @@ def sample_for(config, out: Path) -> Path:
 
 
 if __name__ == "__main__":
-    run_main(main, Config, __doc__)
+    run_main(main, Config, __doc__, DEFAULTS)

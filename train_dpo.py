@@ -85,7 +85,7 @@ class Config(TrainingFlags):
     pairs: str | None = None  # pairs file; without it BDHS pairs are sampled into --out first
     out: str = "runs/dpo"  # folder to write
     loss: Literal["dpo", "ipo", "slic", "sft"] = "dpo"  # sft: supervised on y+ alone
-    beta: float | None = None  # strength of the pull to the reference (0.1)
+    beta: float | None = None  # strength of the pull to the reference
     # y-; both: and that of the data sampled from (Eq. 5); distorted: and Sec. 3.3's
     rejected: Literal["stored", "both", "distorted"] = "stored"
     gamma: float = 0.5  # Eq. 5: weight of the external y- (distorted: of the stored one)
@@ -297,4 +297,4 @@ def base_accuracy(rows: list[dict], pairs: int, batch_size: int) -> float:
 
 
 if __name__ == "__main__":
-    run_main(main, Config, __doc__)
+    run_main(main, Config, __doc__, DEFAULTS)

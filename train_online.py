@@ -115,12 +115,12 @@ class Config(TrainingFlags):
     p: float = 0.5  # Eq. 4: probability of the stored pair
     gamma: float | None = None  # Eq. 5: weight of the stored y-; else the sampled one alone
     loss: Literal["dpo", "ipo", "slic"] = "dpo"  # Eq. 3, Sec. 5.7
-    beta: float | None = None  # strength of the pull to the reference (0.1)
+    beta: float | None = None  # strength of the pull to the reference
     temperature: float = 1.0  # of sampling; 0 is greedy
     top_p: float = 1.0  # nucleus sampling
     # limit of a sampled response, or of a completion; one that hits it is truncated
     max_new_tokens: int = 128
-    # online-bdhs, Eq. 6: an image token is hidden with this probability (0.99; toy: 0.7)
+    # online-bdhs, Eq. 6: an image token is hidden with this probability
     rho_th: float | None = None
     n_bdhs: int = 5  # online-bdhs: iterations at most; the last one is unguided
     eps_s: float = 0.97  # online-bdhs: a response this similar to y+ or more is sampled again
@@ -470,4 +470,4 @@ def main(config: Config) -> None:
 
 
 if __name__ == "__main__":
-    run_main(main, Config, __doc__)
+    run_main(main, Config, __doc__, DEFAULTS)

@@ -17,11 +17,14 @@ from safetensors import SafetensorError
 from minialign.errors import UserError
 
 
-def parse_config(kind: type, doc: str, argv: list[str] | None = None):
+def parse_config(
+    kind: type, doc: str, argv: list[str] | None = None, defaults: dict[str, tuple] | None = None
+):
     """Read `argv` (default: the command line) into a `kind`.
 
     A `Literal` gives the choices, `bool` a --flag / --no-flag pair; a typo ends with exit code 2.
-    The help lists a program's own flags first, then those that `kind` inherits.
+    The help lists a program's own flags first, then those that `kind` inherits; `defaults`, as
+    `with_defaults` takes them, are only named there.
     """
     parser = argparse.ArgumentParser(
         description=doc, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
@@ -32,6 +35,9 @@ def parse_config(kind: type, doc: str, argv: list[str] | None = None):
     own = [field for field in fields if field.name in kind.__annotations__]
     for field in own + [field for field in fields if field not in own]:
         default = "" if field.default is None else f" [{field.default}]"
+        if field.name in (defaults or {}):
+            paper, toy = defaults[field.name]
+            default = f" [{paper}]" if paper == toy else f" [{paper}; toy: {toy}]"
         text = f"{helps.get(field.name, '')}{default}".replace("%", "%%")
         options = {"default": field.default, "help": text}
         hint = hints[field.name]
@@ -190,19 +196,21 @@ def terminated(*_) -> None:
     sys.exit(0)
 
 
-def run_main(main: Callable, kind: type, doc: str) -> None:
+def run_main(
+    main: Callable, kind: type, doc: str, defaults: dict[str, tuple] | None = None
+) -> None:
     """Run a program: `main` with the command line as a `kind`, whose help begins with `doc`.
 
     Bad input becomes one line on stderr and exit code 2, never a traceback. One of torchrun's
     processes ends without Python's own tidying up, in which torch's threads may abort it.
     """
     if not under_torchrun():
-        guarded(main, parse_config(kind, doc))
+        guarded(main, parse_config(kind, doc, defaults=defaults))
         return
 
     code = 0
     try:
-        guarded(main, parse_config(kind, doc))
+        guarded(main, parse_config(kind, doc, defaults=defaults))
     except SystemExit as ended:
         code = ended.code
     sys.stdout.flush()

@@ -82,7 +82,7 @@ class Config(TrainingFlags):
     # `oracle`, a reward model's folder, or FILE.py:FUNCTION(image, prompt, response)
     reward: str = "oracle"
     k: int = 1  # responses to a prompt
-    beta: float | None = None  # Eq. 2: price of the KL to the reference (0.1; toy: 0.05)
+    beta: float | None = None  # Eq. 2: price of the KL to the reference
     # end where the KL to the reference passes so many nats per response
     kl_stop: float | None = None
     max_new_tokens: int = 128  # limit of a response; one that hits it is truncated
@@ -248,4 +248,4 @@ def main(config: Config) -> None:
 
 
 if __name__ == "__main__":
-    run_main(main, Config, __doc__)
+    run_main(main, Config, __doc__, DEFAULTS)

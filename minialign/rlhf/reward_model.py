@@ -170,4 +170,4 @@ def main(config: Config) -> None:
 
 
 if __name__ == "__main__":
-    run_main(main, Config, __doc__)
+    run_main(main, Config, __doc__, DEFAULTS)

@@ -38,7 +38,7 @@ class TrainingFlags:
     reference: Literal["base", "adapter"] | None = None
     lr: float | None = None  # peak learning rate of the adapters
     projector_lr: float | None = None  # peak learning rate of the projector
-    lora_rank: int | None = None  # rank of the adapters (128; toy: 64)
+    lora_rank: int | None = None  # rank of the adapters
     lora_alpha: float | None = None  # updates are scaled by alpha / rank (twice the rank)
     epochs: int | None = None  # passes over the records
     steps: int | None = None  # so many steps, instead of --epochs
@@ -66,7 +66,7 @@ class TrainingFlags:
     recompute: bool = False
     # compile the decoder's layers: the first step takes 30 s on a GPU, minutes on a CPU
     compile: bool = False
-    workers: int | None = None  # threads that read and decode pictures ahead (4; toy: 0)
+    workers: int | None = None  # threads that read and decode pictures ahead
     skip_bad_records: bool = False  # skip and count malformed records instead of stopping
 
 

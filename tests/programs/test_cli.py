@@ -55,6 +55,15 @@ def parse(*argv: str) -> Config:
     return parse_config(Config, "Words about it.\n\n    an example 100 %", list(argv))
 
 
+def test_defaults_by_model_are_in_the_help(capsys):
+    """A flag that stands for the paper's value, or the toy model's, says both."""
+    defaults = {"max_length": (4096, 64), "share": (0.5, 0.5)}
+    with pytest.raises(SystemExit):
+        parse_config(Config, "", ["--help"], defaults)
+    text = " ".join(capsys.readouterr().out.split())
+    assert "none by default [4096; toy: 64]" in text and "[0.5]" in text
+
+
 def test_defaults():
     assert parse() == Config()
 
