@@ -20,7 +20,7 @@ rather than shifting the text; every draw is seeded per example.
 
 import random
 from contextlib import closing
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Literal
 
@@ -85,9 +85,10 @@ class Config:
     template: str | None = None  # vicuna, llava_v1, mistral, chatml or short; else the model's own
     out: str = "runs/bdhs/pairs.jsonl"  # pairs file to write, or to continue
     rho_th: float | None = None  # Eq. 6: an image token is hidden with this probability
-    n_bdhs: int = 5  # iterations at most; the last one is unguided
+    n_bdhs: int = 5  # iterations at most; the last one is unguided, if it is not the only one
     eps_s: float = 0.97  # a response this similar to y+ or more is sampled again
-    noise_steps: int = 0  # BDHS_noise: diffusion steps of Eq. 9 (500 in the paper, with --rho-th 0)
+    # BDHS_noise: diffusion steps of Eq. 9 (500 in the paper), instead of the mask
+    noise_steps: int = 0
     guided: bool = True  # complete y+'s sentences (Eq. 7); --no-guided samples whole responses
     # sentence-transformers folder (all-mpnet-base-v2); without it a lexical cosine
     encoder: str | None = None
@@ -117,7 +118,7 @@ class Example:
 
 def draw_seed(seed: int, record: Record, iteration: int, step: int | None = None) -> int:
     """The seed of an iteration's draws for a record: mask, noise, swaps, cuts and tokens. It is
-    stored with the pair, so that they can be drawn again. In training `step` makes others."""
+    stored with the pair, so that they can be drawn again. In training every `step` has its own."""
     parts = [seed, record.id, iteration]
     if step is not None:
         parts.append(step)
@@ -136,6 +137,7 @@ def completion_tree(
     prompt = tokenizer.prompt(record.turns)
     if guided:
         rng, chosen_ids = random.Random(seed), tokenizer.answer(record.chosen)
+        # In every sentence: Yes and No swapped one time in two, then a cut at a random word.
         cuts = [
             cut_sentence(record.chosen, span, chosen_ids, tokenizer.answer, rng)
             for span in split_sentences(record.chosen)
@@ -143,6 +145,8 @@ def completion_tree(
     else:
         chosen_ids, cuts = [], [WHOLE_RESPONSE]
 
+    # `kept_ids` are y+'s up to the cut; the first `shared` of them stand in the trunk, the others,
+    # of a swapped word or of a token that the cut has split, begin the branch.
     branches = [Branch(cut.kept_ids[cut.shared :], len(prompt) + cut.shared) for cut in cuts]
     # No branch sees what is behind the last fork.
     chosen_ids = chosen_ids[: max(cut.shared for cut in cuts)]
@@ -162,7 +166,8 @@ def sample(
     """Algorithm 1 for a batch of examples: a rejected response for each.
 
     config has this script's flags of the same names. features (tiles, patches, D): of every
-    picture, where the tower has seen them already; noise needs its own. step: see `draw_seed`.
+    picture, where the tower has seen them already; of noisy ones they serve nothing. step: see
+    `draw_seed`.
     """
     tokenizer, processor = assistant.tokenizer, assistant.processor
     sampling = Sampling(config.max_new_tokens, config.temperature, config.top_p)
@@ -185,9 +190,9 @@ def sample(
                 processor.prepare(noise_of_seed(examples[i].picture, config.noise_steps, seed))
                 for i, seed in zip(pending, seeds, strict=True)
             ]
-            seen = assistant.encode(noisy_images)
+            tower_features = assistant.encode(noisy_images)
         else:
-            seen = torch.cat([features[i] for i in pending])
+            tower_features = torch.cat([features[i] for i in pending])
 
         all_cuts, sequences, token_seeds = [], [], []
         for i, seed in zip(pending, seeds, strict=True):
@@ -202,7 +207,13 @@ def sample(
         # l. 15: all sentences of all examples are completed at once, from one prefill.
         stops = tokenizer.sentence_ends if guided else {tokenizer.eos_id}
         completions = generate(
-            assistant.model, sequences, seen, sampling, stops, token_seeds, tokenizer.pad_id
+            assistant.model,
+            sequences,
+            tower_features,
+            sampling,
+            stops,
+            token_seeds,
+            tokenizer.pad_id,
         )
 
         # l. 16: what was kept and what was completed, joined.
@@ -260,6 +271,8 @@ def check(config: Config) -> None:
 
 def main(config: Config) -> None:
     """Sample every record that the pairs file does not hold yet."""
+    if config.noise_steps and config.rho_th is None:
+        config = replace(config, rho_th=0.0)  # noise instead of the mask
     config = with_defaults(config, DEFAULTS, toy=config.model == "toy")
     pictures = edge.picture_source(config.images)
     check(config)

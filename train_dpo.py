@@ -86,7 +86,8 @@ class Config(TrainingFlags):
     out: str = "runs/dpo"  # folder to write
     loss: Literal["dpo", "ipo", "slic", "sft"] = "dpo"  # sft: supervised on y+ alone
     beta: float | None = None  # strength of the pull to the reference
-    # y-; both: and that of the data sampled from (Eq. 5); distorted: and Sec. 3.3's
+    # stored: the pairs' own y-; both: and the external one, of the data that they were sampled from
+    # (Eq. 5); distorted: and what the policy makes of a noisy picture (Sec. 3.3)
     rejected: Literal["stored", "both", "distorted"] = "stored"
     gamma: float = 0.5  # Eq. 5: weight of the external y- (distorted: of the stored one)
     noise_steps: int = 500  # distorted: diffusion steps of the noisy picture (Eq. 9)
@@ -183,7 +184,7 @@ def main(config: Config) -> None:
         mesh = parallel.mesh(config.device)
         for unit in (*policy.language_model.layers, policy.vision_tower, policy):
             fully_shard(unit, mesh=mesh)
-        parallel.after_sharding(policy)
+        parallel.after_sharding(policy)  # gradients are to be summed, not averaged
 
     # The weights, of which each process reads its rows; new adapters change nothing at first.
     load_policy_weights(policy, folder, config)
@@ -218,16 +219,20 @@ def main(config: Config) -> None:
 
             # Every process has as many batches: they go through the shards together.
             for batch in parallel.even(batches, idle):
-                # Once, for policy and reference: (tiles, patches, D).
+                # What the frozen tower sees, (tiles, patches, D): once, for policy and reference.
                 features = policy.encode_images(batch.pixels)
+
+                # B sequences, each with 1 + K branches behind image and prompt. Sec. 3.3: one more,
+                # of the policy's own predictions for y+ where the picture is drowned in noise.
                 tree = batch.tree
-                if batch.noisy is not None:  # Sec. 3.3: one more branch, made of the noisy picture
+                if batch.noisy is not None:
                     noisy_features = policy.encode_images(batch.noisy)
                     tree = distorted_tree(policy, batch.sequences, noisy_features)
                 tree = tree.to(policy.device)
 
-                # Log-probs of every response, (B, 1 + K): chosen first, then each rejected one. The
-                # reference is the policy with its adapters switched off.
+                # Log-probs of the responses, summed over tokens, (B, 1 + K): chosen, then each
+                # rejected one. The reference is the policy with adapters and trained projector
+                # switched off, without gradients.
                 if cache is None:
                     with adapters_off(policy):
                         ref_logps = branch_logps(policy, tree, features)
@@ -237,8 +242,9 @@ def main(config: Config) -> None:
                 chosen, rejected = logps[:, :1], logps[:, 1:]
                 ref_chosen, ref_rejected = ref_logps[:, :1], ref_logps[:, 1:]
 
-                if config.loss == "sft":  # the mean over all tokens of y+ in the step
-                    loss = -chosen.mean() / (total["tokens"] / max(1, total["pairs"]))
+                if config.loss == "sft":
+                    # The mean over all tokens of y+ in the step; the rest is for the metrics.
+                    loss = -chosen.mean() / (total["tokens"] / total["pairs"])
                 else:
                     beta = config.beta
                     if config.loss == "dpo":  # Eq. 3
@@ -262,7 +268,7 @@ def main(config: Config) -> None:
             metrics = sum_across_ranks(metrics)
             factor = lr_factor(step, len(schedule), config.warmup, config.schedule)
             if total["pairs"]:
-                sum_gradients_across_ranks(trained)
+                sum_gradients_across_ranks(trained)  # those of shards are summed already
                 metrics["grad_norm"] = clip_gradients(trained, config.clip)
                 require_finite(step, metrics["loss"], metrics["grad_norm"])
                 set_learning_rate(optimizer, factor)

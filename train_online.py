@@ -249,6 +249,8 @@ def own_rejected(
 
 def main(config: Config) -> None:
     """Data, evaluation, training, evaluation, export, report."""
+    if config.noise_steps and config.rho_th is None:
+        config = replace(config, rho_th=0.0)  # noise instead of the mask
     config = with_defaults(config, DEFAULTS, toy=config.model == "toy")
     config = with_shape_of_adapter(config)
     pictures = edge.picture_source(config.images)
@@ -309,7 +311,7 @@ def main(config: Config) -> None:
         mesh = parallel.mesh(config.device)
         for unit in (*policy.language_model.layers, policy.vision_tower, policy):
             fully_shard(unit, mesh=mesh)
-        parallel.after_sharding(policy)
+        parallel.after_sharding(policy)  # gradients are to be summed, not averaged
 
     # The weights, of which each process reads its rows; new adapters change nothing at first.
     load_policy_weights(policy, folder, config)
@@ -427,7 +429,7 @@ def main(config: Config) -> None:
             factor = lr_factor(step, len(schedule), config.warmup, config.schedule)
             if pairs_in_step:
                 metrics = sum_across_ranks(metrics)
-                sum_gradients_across_ranks(trained)
+                sum_gradients_across_ranks(trained)  # those of shards are summed already
                 metrics["grad_norm"] = clip_gradients(trained, config.clip)
                 require_finite(step, metrics["loss"], metrics["grad_norm"])
                 set_learning_rate(optimizer, factor)

@@ -9,7 +9,7 @@ import pytest
 import torch
 from helpers import toy_processor
 from input_files import pairs_in
-from script_runs import contents, instruct_file, sample, train
+from script_runs import contents, instruct_file, read_lines, sample, train
 
 import sample_bdhs
 from minialign.data.record_files import open_pairs
@@ -152,3 +152,12 @@ def test_iterations_follow_eps_s(model, tmp_path, monkeypatch):
     assert not any(pair["bdhs"]["guided"] for pair in unguided)
     noise = sample(model, tmp_path / "noise.jsonl", eps_s=1.0, rho_th=0.0, noise_steps=500)
     assert [pair["rejected"] for pair in noise] != [pair["rejected"] for pair in once]
+
+
+@pytest.mark.parametrize(("flags", "rho_th"), [({}, 0.0), ({"rho_th": 0.4}, 0.4)])
+def test_noise_stands_instead_of_the_mask(model, tmp_path, flags, rho_th):
+    """Unless both are asked for: BDHS_noise hides no image token."""
+    config = sample_bdhs.Config(model, noise_steps=500, limit=2, max_new_tokens=3, n_bdhs=1)
+    sample_bdhs.main(replace(config, out=str(tmp_path / "pairs.jsonl"), **flags))
+    bdhs = [pair["bdhs"] for pair in read_lines(tmp_path / "pairs.jsonl")]
+    assert {(each["rho_th"], each["noise_steps"]) for each in bdhs} == {(rho_th, 500)}

@@ -29,8 +29,7 @@ def function_file(path, body: str) -> str:
     return f"{path}:pay"
 
 
-@pytest.mark.parametrize("sign", [1, -1])
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize(("method", "sign"), [("rloo", 1), ("ppo", -1)])
 def test_it_learns_what_is_paid(tmp_path, method, sign):
     """To begin a description in the north, or in the south, by the user's own function, within a
     few steps."""
