@@ -12,10 +12,11 @@ Reads records of any format in minialign/data/records.py and writes a pairs file
 appended, and what is there is not sampled again. An example's pair depends on --seed and its id
 alone, not on the batch size or --limit; repeated ids are numbered.
 
-Differs from the paper: see minialign/sampling/bdhs.py. Without --encoder the similarity is lexical,
-not MPNet's. Silent in the paper, chosen here: a response that is empty or runs into the length
-limit is sampled again like one that is too similar; hidden tokens leave gaps in the RoPE positions
-rather than shifting the text; every draw is seeded per example.
+Differs from the paper: see minialign/sampling/bdhs.py; and a response that is empty or runs into
+the length limit is sampled again like one that is too similar, but in the last iteration, whose
+response is kept as it is. Without --encoder the similarity is lexical, not MPNet's. Silent in the
+paper, chosen here: hidden tokens leave gaps in the RoPE positions rather than shifting the text;
+every draw is seeded per example.
 """
 
 import random
@@ -354,9 +355,9 @@ def main(config: Config) -> None:
                 bar.update(count)
 
     if unreadable and parallel.rank() == 0:
-        tqdm.write(f"{len(unreadable)} pictures left out, the first: {unreadable[0]}")
+        tqdm.write(f"{len(unreadable)} records left out, the first: {unreadable[0]}")
     first = "".join(unreadable[:1])
-    none = f"none of {len(todo)} pictures could be read: {first}"
+    none = f"none of {len(todo)} records could be used: {first}"
     require(bool(pairs) or not unreadable, none)
     stats = statistics(pairs, config.n_bdhs, config.eps_s) | {"left_out": left_out}
     parallel.on_rank0(lambda: write_json(beside(out, "stats"), stats))

@@ -215,7 +215,7 @@ def main(config: Config) -> None:
             pairs_in_step = sum(len(batch) for batch in batches)
             chosen_tokens = sum(batch.chosen_tokens for batch in batches)
             total = sum_across_ranks({"pairs": pairs_in_step, "tokens": chosen_tokens})
-            metrics: Counter = Counter()  # means over the step's pairs
+            metrics: Counter = Counter()  # means over the step's pairs; `update` adds
 
             # Every process has as many batches: they go through the shards together.
             for batch in parallel.even(batches, idle):

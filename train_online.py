@@ -397,7 +397,7 @@ def main(config: Config) -> None:
             answered = time.perf_counter()
             pairs_in_step = sum(rollout.pairs for rollout in rollouts)
             pairs_in_step = sum_across_ranks({"pairs": pairs_in_step})["pairs"]
-            metrics: Counter = Counter()  # means over the step's pairs
+            metrics: Counter = Counter()  # means over the step's pairs; `update` adds
             for rollout in parallel.even(rollouts, idle) if pairs_in_step else ():
                 with adapters_off(policy):
                     ref_logps = branch_logps(policy, rollout.tree, rollout.features)

@@ -26,6 +26,11 @@ torch.set_num_threads(1)
 os.environ["OMP_NUM_THREADS"] = "1"
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """The longest first, so that two workers end together: those of training start processes."""
+    items.sort(key=lambda item: "tests/training/" not in item.path.as_posix())
+
+
 @pytest.fixture(scope="session")
 def oracle() -> Oracle:
     """transformers, where it is installed."""

@@ -72,11 +72,6 @@ def long_pairs(tmp_path) -> Path:
 # What a program is given, how many records are too many for the room left, and that room in MiB.
 PROGRAMS = {
     "train_dpo.py": ("--pairs {pairs} --steps 1 --eval-images 0", 48, 400),
-    "train_online.py": (
-        "--method online-dpo --max-new-tokens 200 --steps 1 --eval-images 0",
-        32,
-        400,
-    ),
     "minialign.rlhf.rloo": ("--max-new-tokens 200 --steps 1 --eval-images 0", 32, 400),
     "sample_bdhs.py": ("--max-new-tokens 150 --n-bdhs 1", 96, 60),
 }
