@@ -153,12 +153,11 @@ def check(config: Config) -> None:
 
 @dataclass(frozen=True)
 class Rollout:
-    """Pairs that are learned from in one forward pass, chosen first, some of them the policy's own
-    words."""
+    """Pairs that are learned from in one forward pass: chosen, then each rejected response."""
 
     tree: TokenTree
     features: Tensor  # (tiles, patches, D), of their pictures
-    own: list[int]  # rows in which both responses are the policy's own
+    own: list[int]  # rows with the policy's own words alone, for the log
     pairs: int  # 0: an idle one, which counts for nothing
 
 
@@ -177,7 +176,7 @@ def ranked_samples(
         return []
     tokenizer, seen = assistant.tokenizer, torch.cat(features)
 
-    # Both responses to a prompt are branches of one trunk.
+    # Both responses to a prompt are branches of one trunk, with nothing in them yet.
     forked = [replace(pair.sequence, branches=[Branch([]), Branch([])]) for pair in pairs]
     seeds = [[stable_seed(config.seed, step, pair.record.id, n) for n in (0, 1)] for pair in pairs]
     sampling = Sampling(config.max_new_tokens, config.temperature, config.top_p)
@@ -190,7 +189,7 @@ def ranked_samples(
     for pair, row in zip(pairs, samples, strict=True):
         texts = tuple(tokenizer.decode(sample.ids) for sample in row)
         comparisons.append(Comparison(pair.record, texts, pair.picture))
-    if config.annotator == "self":
+    if config.annotator == "self":  # whose tower has seen the pictures already
         verdicts = annotator.choose(comparisons, ([pair.image for pair in pairs], seen))
     else:
         verdicts = annotator.choose(comparisons)
@@ -260,7 +259,7 @@ def main(config: Config) -> None:
     require_outside(out, "the model", folder)
     require_same_flags(out, config)
 
-    # The records: with a stored y- where one is wanted.
+    # The records: with a stored y- where one is wanted; a gamma of 0 gives it no weight.
     stored = ("rejected",) if config.method == "mixed-dpo" or config.gamma else ()
     data = config.data
     if data is None and stored:
@@ -339,7 +338,8 @@ def main(config: Config) -> None:
     schedule = batches_of_run(
         records.numbers, config.batch_size, config.seed, config.epochs, config.steps
     )
-    # Eq. 4: how often a stored pair is taken as it is; with a gamma of 1 always, else never.
+    # Eq. 4: how often a stored pair is taken as it is. In online BDHS never, but with a gamma of 1
+    # always, as the sampled y~- then has no weight.
     p = config.p if config.method == "mixed-dpo" else float(config.gamma == 1)
     # Eq. 5: the weights (K,) of each y-, the stored one first.
     both = config.method == "online-bdhs" and config.gamma not in (None, 0, 1)
@@ -356,7 +356,7 @@ def main(config: Config) -> None:
         for step, batches in log.steps(schedule, loader):
             begun, counts, rollouts = time.perf_counter(), Counter(), []
 
-            # 1. The policy answers. Every process holds the whole of it meanwhile.
+            # 1. The policy answers. Of weights in shards every process holds all meanwhile.
             with unsharded(policy):
                 for batch in batches:
                     # Once, for all that follows: (tiles, patches, D) of each picture.
@@ -399,6 +399,8 @@ def main(config: Config) -> None:
             pairs_in_step = sum_across_ranks({"pairs": pairs_in_step})["pairs"]
             metrics: Counter = Counter()  # means over the step's pairs; `update` adds
             for rollout in parallel.even(rollouts, idle) if pairs_in_step else ():
+                # Summed over tokens. The reference is the policy with adapters and trained projector
+                # switched off, without gradients.
                 with adapters_off(policy):
                     ref_logps = branch_logps(policy, rollout.tree, rollout.features)
                 logps = branch_logps(policy, rollout.tree, rollout.features)  # (B, 1 + K)

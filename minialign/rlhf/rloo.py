@@ -116,7 +116,9 @@ def main(config: Config) -> None:
                     ref_logps = branch_logps(policy, rollout.tree, rollout.features)
                 logps = branch_logps(policy, rollout.tree, rollout.features)
 
-                rewards = sequence_rewards(rollout.scores, logps, ref_logps, config.beta)  # Eq. 2
+                # Eq. 2: what each response is paid, r - beta log(pi / ref), constant to the gradient;
+                # and REINFORCE with what its prompt's others are paid as the baseline.
+                rewards = sequence_rewards(rollout.scores, logps, ref_logps, config.beta)
                 loss = rloo_loss(logps, rewards)
                 share = rollout.prompts / prompts
                 (loss * share).backward()
