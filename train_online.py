@@ -399,8 +399,8 @@ def main(config: Config) -> None:
             pairs_in_step = sum_across_ranks({"pairs": pairs_in_step})["pairs"]
             metrics: Counter = Counter()  # means over the step's pairs; `update` adds
             for rollout in parallel.even(rollouts, idle) if pairs_in_step else ():
-                # Summed over tokens. The reference is the policy with adapters and trained projector
-                # switched off, without gradients.
+                # Summed over tokens. The reference is the policy with adapters and trained
+                # projector switched off, without gradients.
                 with adapters_off(policy):
                     ref_logps = branch_logps(policy, rollout.tree, rollout.features)
                 logps = branch_logps(policy, rollout.tree, rollout.features)  # (B, 1 + K)

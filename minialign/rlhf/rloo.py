@@ -116,8 +116,8 @@ def main(config: Config) -> None:
                     ref_logps = branch_logps(policy, rollout.tree, rollout.features)
                 logps = branch_logps(policy, rollout.tree, rollout.features)
 
-                # Eq. 2: what each response is paid, r - beta log(pi / ref), constant to the gradient;
-                # and REINFORCE with what its prompt's others are paid as the baseline.
+                # Eq. 2: what each response is paid, r - beta log(pi / ref), without a gradient; and
+                # REINFORCE with what its prompt's others are paid as the baseline.
                 rewards = sequence_rewards(rollout.scores, logps, ref_logps, config.beta)
                 loss = rloo_loss(logps, rewards)
                 share = rollout.prompts / prompts
