@@ -183,7 +183,7 @@ def measure(config: Config, paths: list[str]) -> None:
 def rank(config: Config) -> None:
     """Write a pairs file: two answers to each record's prompt, the better one chosen."""
     records = edge.records_of(
-        config.rank, config.format, config.limit, config.seed, config.skip_bad_records
+        config.rank, config.format, config.limit, config.seed, config.skip_bad_records, "--rank"
     )
     pictures = edge.picture_source(config.images)
     folder, dtype = edge.model_folder(config.model), getattr(torch, config.dtype)

@@ -26,8 +26,13 @@ def parse_config(
     The help lists a program's own flags first, then those that `kind` inherits; `defaults`, as
     `with_defaults` takes them, are only named there.
     """
+    # As it was started: `python -m minialign.toy`, where argparse alone would say `__main__.py`.
+    module = getattr(sys.modules["__main__"].__spec__, "name", "").removesuffix(".__main__")
     parser = argparse.ArgumentParser(
-        description=doc, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
+        prog=f"python -m {module}" if module.startswith("minialign.") else None,
+        description=doc,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
     )
     hints = typing.get_type_hints(kind)
     helps = field_comments(kind)

@@ -219,17 +219,22 @@ def order_of(count: int, seed: int) -> list[int]:
 
 
 def read_records(
-    data: str, form: str | None, limit: int | None, seed: int, skip_bad: bool = False
+    data: str,
+    form: str | None,
+    limit: int | None,
+    seed: int,
+    skip_bad: bool = False,
+    flag: str = "--data",
 ) -> list[Record]:
-    """A file's records to sample for, parsed, in its order."""
+    """A file's records to sample for, parsed, in its order; `flag` has named the file."""
     remedy = "give a data file (LLaVA-Instruct, POVID, ...), or `toy`"
-    records = open_records(data, "--data", form, remedy)
+    records = open_records(data, flag, form, remedy)
     # Always in random order, so that ids are numbered alike under every --limit.
     order = tqdm(order_of(len(records.numbers), seed), desc="read", unit="record", delay=3)
     numbered = ((records.file.place(number), number) for number in order)
     found = collect(numbered, lambda number: (number, records.parse(number)), limit, skip_bad)
     if not found:
-        raise UserError(f"--data {data}: no usable record; {remedy}")
+        raise UserError(f"{flag} {data}: no usable record; {remedy}")
     unique = number_repeats([record for _, record in found])
     in_file = sorted(range(len(found)), key=lambda i: found[i][0])
     return [unique[i] for i in in_file]

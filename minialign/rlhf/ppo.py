@@ -10,13 +10,14 @@ parts. Where the KL to the reference passes --kl-stop, the run ends and says so.
 
 What matters:
   value of a token  of the state before it: the head on the hidden state that predicts the token
-  value head        on the policy's own body; it starts at zero, so that the first advantages are
-                    the returns, where a random one would add noise to them
+  value head        on the policy's own body, which learns from its loss, too; it starts at zero,
+                    so that the first advantages are rewards alone, without a random one's noise
   old log-probs     of the training pass, not of the sampler: in the first update the ratio is 1 to
                     the last bit
   sampling          temperature 1 and top-p 1: log-probs and their gradient are those of the plain
                     distribution
-  reward            KL per token by k1, the score on the last token, whitened by the data set
+  reward            per token -beta log(pi / ref), and on the last the score, which a reward model
+                    has whitened by the pairs that it learned from
 
 Left out: a value network of its own (the paper trains adapters alone: a head costs one vector);
 rewards whitened per batch; a value of the state behind a truncated response (it ends there, like
@@ -238,6 +239,7 @@ def main(config: Config) -> None:
             means = {name: value / responses for name, value in sum_across_ranks(sums).items()}
             row = {"step": step + 1, **metrics, **means, "lr": factor * config.lr}
             row |= {"responses": responses, "time/sampling": answered - begun}
+            # Where the KL has passed --kl-stop, this ends the run.
             log.add(row | {"time/training": time.perf_counter() - answered})
 
     parallel.tell_left_out(setup.loader.left_out, "records")

@@ -8,8 +8,9 @@ A pair is one sequence, as in train_dpo.py: chosen and rejected are two branches
 the end the mean and standard deviation of the rewards on pairs that it learned from are measured;
 scores are whitened by them, so that beta of Eq. 2 counts in standard deviations.
 
-Left in --out: what train_dpo.py leaves; `merged` is the reward model, for --reward of rloo and ppo
-and for --annotator.
+Unless --steps or --epochs is given, it is 4,000 steps (toy: 500). No benchmark is run, before or
+after. Left in --out: what train_dpo.py leaves; `merged` is the reward model, for --reward of rloo
+and ppo and for --annotator.
 """
 
 from collections import Counter

@@ -6,8 +6,10 @@ prompt's others (Sec. 5.5).
     python -m minialign.rlhf.rloo --model DIR --data FILE --images DIR --reward DIR --out runs/rloo
 
 A step: --k responses to every prompt, sampled as branches of one trunk and scored; then one update
-by the policy that drew them, so that the ratio to it is 1 and there is nothing to clip. Where the
-KL to the reference passes --kl-stop, the run ends and says so.
+by the policy that drew them, so that the ratio to it is 1 and there is nothing to clip. Sampling
+has temperature 1 and top-p 1, as the gradient is that of the plain distribution; a reward model's
+scores are whitened by the pairs that it learned from. Where the KL to the reference passes
+--kl-stop, the run ends and says so.
 
 Left out: several updates per rollout with a clipped ratio (per response), advantages divided by
 their standard deviation (by the group's it would be GRPO, which weighs prompts by how little their
@@ -143,6 +145,7 @@ def main(config: Config) -> None:
             means = {name: value / responses for name, value in sum_across_ranks(sums).items()}
             row = {"step": step + 1, **metrics, **means, "lr": factor * config.lr}
             row |= {"responses": responses, "time/sampling": answered - begun}
+            # Where the KL has passed --kl-stop, this ends the run.
             log.add(row | {"time/training": time.perf_counter() - answered})
 
     parallel.tell_left_out(setup.loader.left_out, "records")

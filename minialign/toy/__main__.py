@@ -59,6 +59,8 @@ def main(config: Config) -> None:
     require(any((config.export, config.corrupted, config.pretrain)), nothing)
     require_at_least(config, limit=1, scale=1, first=0)
     require(config.scale <= 4, f"--scale {config.scale}: at most 4; more is not drawn")
+    is_file = config.export is not None and Path(config.export).is_file()
+    require(not is_file, f"--export {config.export}: is a file; name a folder")
     if config.corrupted:
         require_new_file(Path(config.corrupted), "--corrupted")
         corrupt(config)

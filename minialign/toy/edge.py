@@ -48,11 +48,16 @@ def picture_source(images: str) -> Callable[[str], Image.Image]:
 
 
 def records_of(
-    data: str, form: str | None, limit: int | None, seed: int, skip_bad: bool
+    data: str,
+    form: str | None,
+    limit: int | None,
+    seed: int,
+    skip_bad: bool,
+    flag: str = "--data",
 ) -> list[Record]:
     """Records to sample for: a file's, or for `toy` the first of the alignment split."""
     if data != "toy":
-        return read_records(data, form, limit, seed, skip_bad)
+        return read_records(data, form, limit, seed, skip_bad, flag)
     raws = alignment_records(TOY_RECORDS if limit is None else limit)
     return [instruct_record(raw) for raw in raws]
 

@@ -325,3 +325,8 @@ def test_a_file_that_is_there_is_kept(tmp_path):
         "is there already; name another file, or remove it",
     )
     assert (tmp_path / "a.jsonl").read_text() == "precious"
+
+
+def test_a_file_that_is_not_there_is_named_by_its_flag(tmp_path):
+    config = annotate.Config(rank="nowhere.json", out=str(tmp_path / "out.jsonl"))
+    refused(lambda: annotate.main(config), "--rank nowhere.json: no such file")

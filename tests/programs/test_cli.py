@@ -306,3 +306,10 @@ def test_bad_input_in_a_shell():
         done.stderr.startswith("error: --model /nowhere/at all: no such folder")
         and done.stderr.count("\n") == 1
     )
+
+
+@pytest.mark.parametrize("module", ["minialign.toy", "minialign.rlhf.rloo"])
+def test_usage_is_the_command_that_starts_it(module):
+    words = [sys.executable, "-m", module, "--help"]
+    done = subprocess.run(words, cwd=ROOT, capture_output=True, text=True, check=True)
+    assert done.stdout.startswith(f"usage: python -m {module} [")

@@ -105,3 +105,9 @@ def test_wrong_flags(tmp_path, monkeypatch, flags, match):
     monkeypatch.chdir(tmp_path)
     gives_remedy(lambda: run(*flags), match)
     assert list(tmp_path.iterdir()) == []
+
+
+def test_a_file_is_no_folder_to_export_to(tmp_path):
+    (tmp_path / "file").write_text("mine")
+    gives_remedy(lambda: run("--export", tmp_path / "file"), "--export", "name a folder")
+    assert (tmp_path / "file").read_text() == "mine"
