@@ -151,9 +151,8 @@ def completion_tree(
     branches = [Branch(cut.kept_ids[cut.shared :], len(prompt) + cut.shared) for cut in cuts]
     # No branch sees what is behind the last fork.
     chosen_ids = chosen_ids[: max(cut.shared for cut in cuts)]
-    patches = len(example.image.pixels) * assistant.processor.patches
-    packing = example.image.packing
-    return cuts, Sequence(prompt + chosen_ids, branches, patches, visible, packing)
+    image, trunk = example.image, prompt + chosen_ids
+    return cuts, Sequence(trunk, branches, image.features, visible, image.packing)
 
 
 def sample(

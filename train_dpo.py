@@ -195,9 +195,9 @@ def main(config: Config) -> None:
             cache = ReferenceCache(Path(config.ref_cache), policy)
     begin(out, config, records, fingerprint(folder, config.adapter))
     benchmark = edge.benchmark_of(config.images, config.eval_split, config.eval_images)
-    counts = {}
+    evaluations = {}
     if benchmark:
-        counts["before"] = benchmark.run(assistant, "before")
+        evaluations["before"] = benchmark.run(assistant, "before")
 
     # AdamW on adapters and projector; and the numbers of the records of every step.
     optimizer = make_optimizer(policy, config.lr, config.projector_lr)
@@ -282,12 +282,12 @@ def main(config: Config) -> None:
     parallel.tell_left_out(loader.left_out, "pairs")
     save_weights(policy, folder, config, out)
     if benchmark:
-        counts["after"] = benchmark.run(assistant, "after")
+        evaluations["after"] = benchmark.run(assistant, "after")
     ranked = base_accuracy(log.rows, len(records.numbers), config.batch_size)
     shown = report_pairs(records, assistant.processor, pictures)
     title = f"minialign: {config.loss} on {len(records.numbers)} pairs"
     facts = {"base_preference_accuracy": ranked}
-    parallel.on_rank0(lambda: save_results(out, title, config, shown, log.rows, counts, facts))
+    parallel.on_rank0(lambda: save_results(out, title, config, shown, log.rows, evaluations, facts))
     print(
         f"{len(log.rows)} steps on {len(records.numbers)} pairs, of which the reference ranked "
         f"{ranked:.1%} right; {out}/adapter (PEFT), {out}/merged (Hugging Face), "

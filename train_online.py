@@ -344,13 +344,11 @@ def main(config: Config) -> None:
     # Eq. 5: the weights (K,) of each y-, the stored one first.
     both = config.method == "online-bdhs" and config.gamma not in (None, 0, 1)
     weights = [config.gamma, 1 - config.gamma] if both else [1.0]
-    weights = torch.tensor(weights, device=config.device)
+    weights = torch.tensor(weights, device=policy.device)
 
     # A rollout that counts for nothing, for a process that must go with the others.
-    idle_batch = loader.idle(1 + len(weights))
-    patches, width = assistant.processor.patches, policy.config.vision.hidden_size
-    no_features = torch.zeros(1, patches, width, device=config.device)
-    idle = Rollout(idle_batch.tree.to(config.device), no_features, [], 0)
+    idle_tree = loader.idle(1 + len(weights)).tree.to(policy.device)
+    idle = Rollout(idle_tree, assistant.no_features(), own=[], pairs=0)
 
     with TrainingLog(out, policy, optimizer, config) as log:
         for step, batches in log.steps(schedule, loader):

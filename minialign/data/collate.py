@@ -89,26 +89,30 @@ class PairCollator:
         """A record with its sequence and pixels; a `UserError` where it is of no use."""
         self.require_different(record)
         picture = self.pictures(record.image)
-        sequence = self.sequence(record, picture)
+        features, packing = self.processor.layout(picture)
+        sequence = self.sequence(record, features, packing)
+
+        image = PreparedImage(self.processor(picture), features, packing)
         noisy = None
         if self.noise_steps:
             seed = stable_seed(record.id) % 2**31
             noisy = self.processor(noise_of_seed(picture, self.noise_steps, seed))
-        return Pair(record, sequence, picture, self.processor.prepare(picture), noisy)
+        return Pair(record, sequence, picture, image, noisy)
 
     def check(self, record: Record) -> None:
         """Refuse what `load` would refuse, without the pixels, which take longest."""
         self.require_different(record)
-        self.sequence(record, self.pictures(record.image))
+        features, packing = self.processor.layout(self.pictures(record.image))
+        self.sequence(record, features, packing)
 
     def require_different(self, record: Record) -> None:
         """Leave a record out whose responses do not differ: there is nothing to prefer."""
         for name in self.rejected:
             require_different(record, name)
 
-    def sequence(self, record: Record, picture: Image.Image) -> Sequence:
-        """A pair is ONE sequence: image and prompt once, then a branch per response."""
-        patches, packing = self.processor.layout(picture)
+    def sequence(self, record: Record, features: int, packing: Tensor) -> Sequence:
+        """A pair is ONE sequence: image and prompt once, then a branch per response. features and
+        packing: the picture's layout."""
         prompt = self.tokenizer.prompt(record.turns)
         texts = [record.chosen, *(getattr(record, name) for name in self.rejected)]
         responses = [self.tokenizer.response(text) for text in texts]
@@ -116,7 +120,7 @@ class PairCollator:
         taken = len(prompt) - 1 + len(packing)  # the packing fills the image token's place
         limit = self.response_limit(max(map(len, responses)), taken)
         branches = [Branch(ids[:limit]) for ids in responses]
-        return Sequence(prompt, branches, patches, packing=packing)
+        return Sequence(prompt, branches, features, packing=packing)
 
     def response_limit(self, longest: int, taken: int) -> int:
         """How long a response may be, in tokens, behind `taken` positions.
@@ -164,9 +168,10 @@ class PairCollator:
         A process that has no pair left goes with the others by it.
         """
         responses = [Branch([self.tokenizer.eos_id])] * branches
-        sequence = Sequence([self.tokenizer.image_id], responses, self.processor.patches)
+        patches = self.processor.patches
+        sequence = Sequence([self.tokenizer.image_id], responses, patches)
         pixels = torch.zeros(1, 3, self.processor.size, self.processor.size)
-        image = PreparedImage(pixels, torch.arange(self.processor.patches))
+        image = PreparedImage(pixels, patches, torch.arange(patches))
         noisy = pixels if self.noise_steps else None
         return self.batch([Pair(None, sequence, None, image, noisy)])
 

@@ -39,11 +39,13 @@ def to_rgb(image: Image.Image) -> Image.Image:
 class PreparedImage:
     """A picture as the model takes it: what the tower sees, and what the decoder makes of that.
 
-    pixels   (tiles, 3, size, size) float32
-    packing  (image tokens,) which of the tower's features, or NEWLINE, each image token stands for
+    pixels    (tiles, 3, size, size) float32
+    features  how many features the tower gives for it, all tiles together
+    packing   (image tokens,) which of these, or NEWLINE, each image token stands for
     """
 
     pixels: Tensor
+    features: int
     packing: Tensor
 
 
@@ -143,8 +145,9 @@ class ImageProcessor:
         return torch.stack([self.normalise(tile) for tile in tiles])
 
     def prepare(self, image: Image.Image) -> PreparedImage:
-        """Pixels and packing of a picture, which travel together."""
-        return PreparedImage(self(image), self.layout(image)[1])
+        """Pixels and layout of a picture, which travel together."""
+        features, packing = self.layout(image)
+        return PreparedImage(self(image), features, packing)
 
     def layout(self, image: Image.Image) -> tuple[int, Tensor]:
         """How many features the tower gives for a picture, and its packing."""

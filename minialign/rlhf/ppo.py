@@ -184,7 +184,7 @@ def main(config: Config) -> None:
     optimizer = make_optimizer(policy, config.lr, config.projector_lr)
     trained = trained_parameters(optimizer)
     idle = idle_rollout(assistant, setup.loader, config.k)
-    with TrainingLog(out, policy, optimizer, config) as log:
+    with TrainingLog(out, policy, optimizer, config, config.kl_stop) as log:
         for step, batches in log.steps(setup.schedule, setup.loader):
             begun = time.perf_counter()
             sums: Counter = Counter()  # over the step's responses, of what is logged
@@ -239,7 +239,6 @@ def main(config: Config) -> None:
             means = {name: value / responses for name, value in sum_across_ranks(sums).items()}
             row = {"step": step + 1, **metrics, **means, "lr": factor * config.lr}
             row |= {"responses": responses, "time/sampling": answered - begun}
-            # Where the KL has passed --kl-stop, this ends the run.
             log.add(row | {"time/training": time.perf_counter() - answered})
 
     parallel.tell_left_out(setup.loader.left_out, "records")

@@ -63,7 +63,6 @@ def sample_rollout(
 def idle_rollout(assistant: Assistant, loader: StepLoader, k: int) -> Rollout:
     """One row that counts for nothing, for a process that must go with the others."""
     device = assistant.model.device
-    width = assistant.model.config.vision.hidden_size
-    features = torch.zeros(1, assistant.processor.patches, width, device=device)
     scores = torch.zeros(1, k, device=device)
-    return Rollout(loader.idle(k).tree.to(device), features, scores, prompts=0)
+    tree = loader.idle(k).tree.to(device)
+    return Rollout(tree, assistant.no_features(), scores, prompts=0)

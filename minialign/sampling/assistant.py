@@ -69,12 +69,16 @@ class Assistant:
         """A prompt, and a branch for each response's ids behind it."""
         prompt = self.tokenizer.prompt(turns)
         branches = [Branch(ids) for ids in responses]
-        patches = len(image.pixels) * self.processor.patches
-        return Sequence(prompt, branches, patches, image_visible, image.packing)
+        return Sequence(prompt, branches, image.features, image_visible, image.packing)
 
     def encode(self, images: list[PreparedImage]) -> Tensor:
         """What the tower sees of some pictures: (tiles, patches, D)."""
         return self.model.encode_images(torch.cat([image.pixels for image in images]))
+
+    def no_features(self) -> Tensor:
+        """Features (1, patches, D) of a picture that nobody looks at: of an idle batch."""
+        width = self.model.config.vision.hidden_size
+        return torch.zeros(1, self.processor.patches, width, device=self.model.device)
 
     def answers(
         self,
@@ -93,9 +97,8 @@ class Assistant:
             prompts = [self.tokenizer.prompt([("user", question)]) for question in asked]
             shared = prompts[0].index(self.tokenizer.image_id) + 1  # up to the picture
             branches = [Branch(prompt[shared:]) for prompt in prompts]
-            patches = len(image.pixels) * self.processor.patches
             trunk = prompts[0][:shared]
-            sequences.append(Sequence(trunk, branches, patches, packing=image.packing))
+            sequences.append(Sequence(trunk, branches, image.features, packing=image.packing))
 
         greedy, stops = Sampling(max_new_tokens, temperature=0.0), {self.tokenizer.eos_id}
         pad = self.tokenizer.pad_id

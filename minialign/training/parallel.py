@@ -29,8 +29,8 @@ def start(device: str) -> None:
     rank 0 speaks."""
     if not under_torchrun() or dist.is_initialized():
         return
-    said = f"--device {device}: under torchrun every process takes a GPU of its own; give `cuda`"
-    require(device in ("cpu", "cuda"), said)
+    own = "under torchrun every process takes a GPU of its own"
+    require(device in ("cpu", "cuda"), f"--device {device}: {own}; give `cuda`")
     if device == "cuda":
         torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
     backend = "cpu:gloo,cuda:nccl" if device == "cuda" else "gloo"

@@ -2,7 +2,8 @@
 file.
 
 The data order follows from the seed and the step, and training draws no other random numbers, so
-that a resumed run goes on bit for bit. No pickle is written or read."""
+that a resumed run goes on bit for bit. No pickle is written or read.
+"""
 
 import json
 import shutil
@@ -53,6 +54,22 @@ SHOWN = (
     "sampled/length",
 )
 
+# What a resumed run may be given anew. The first five change the rounding of gradients alone; the
+# rest do not touch them.
+MAY_CHANGE = (
+    "accumulate",
+    "recompute",
+    "compile",
+    "device",
+    "shard",
+    "workers",
+    "resume",
+    "out",
+    "skip_bad_records",
+    "ref_cache",
+    "kl_stop",
+)
+
 
 def require_same_flags(out: Path, config) -> None:
     """A resumed training must have the flags that its config.json notes; where there is none, it
@@ -61,22 +78,8 @@ def require_same_flags(out: Path, config) -> None:
     `config` has a training script's flags.
     """
     if config.resume and (out / "config.json").exists():
-        # The first five change the rounding of gradients alone; the rest do not touch them.
-        may_change = (
-            "accumulate",
-            "recompute",
-            "compile",
-            "device",
-            "shard",
-            "workers",
-            "resume",
-            "out",
-            "skip_bad_records",
-            "ref_cache",
-            "kl_stop",
-        )
         remedy = "give the old value, or leave --resume out and name another --out"
-        require_same_settings(out / "config.json", asdict(config), may_change, remedy)
+        require_same_settings(out / "config.json", asdict(config), MAY_CHANGE, remedy)
 
 
 def begin(out: Path, config, records: Records, weights: str) -> None:
@@ -130,14 +133,21 @@ class TrainingLog:
     All of them hold the rows, the first one writes. A step of which some updates were made and
     others not is never saved.
 
-    Where the KL to the reference passes `config.kl_stop`, if there is one, the run is `stopped` and
-    its progress saved; a resumed run, too, ends at such rows.
+    Where the KL to the reference passes `kl_stop`, the run is `stopped` and its progress saved; a
+    resumed run, too, ends at such rows.
     """
 
-    def __init__(self, out: Path, policy: Llava, optimizer: torch.optim.Optimizer, config):
+    def __init__(
+        self,
+        out: Path,
+        policy: Llava,
+        optimizer: torch.optim.Optimizer,
+        config,
+        kl_stop: float | None = None,
+    ):
         self.folder, self.file = out / "checkpoint", out / "metrics.jsonl"
         self.policy, self.optimizer, self.config = policy, optimizer, config
-        self.kl_stop = getattr(config, "kl_stop", None)
+        self.kl_stop = kl_stop
         self.terminated = False
         self.bar: tqdm | None = None
 
@@ -206,7 +216,8 @@ class TrainingLog:
         whole_steps = self.rows and self.updates == self.count_updates()
         expected = kind is UserError or is_out_of_memory(error)
         if expected and size() == 1 and whole_steps:
-            if all(parameter.isfinite().all() for parameter in trained_parameters(self.optimizer)):
+            trained = trained_parameters(self.optimizer)
+            if all(parameter.isfinite().all() for parameter in trained):
                 save_progress(self.folder, self.policy, self.optimizer, len(self.rows))
 
     def count_updates(self) -> int:
@@ -249,12 +260,10 @@ def progress_tensors(model: Llava, optimizer: torch.optim.Optimizer) -> dict[str
         for i, parameter in enumerate(group["params"]):
             state = optimizer.state[parameter]
             for name in ("exp_avg", "exp_avg_sq"):
-                tensors[f"optimizer.{g}.{i}.{name}"] = state.setdefault(
-                    name, torch.zeros_like(parameter)
-                )
-            tensors[f"optimizer.{g}.{i}.step"] = state.setdefault(
-                "step", torch.zeros((), device=parameter.device)
-            )
+                state.setdefault(name, torch.zeros_like(parameter))
+                tensors[f"optimizer.{g}.{i}.{name}"] = state[name]
+            state.setdefault("step", torch.zeros((), device=parameter.device))
+            tensors[f"optimizer.{g}.{i}.step"] = state["step"]
     return tensors
 
 
@@ -262,14 +271,16 @@ def load_progress(folder: Path, model: Llava, optimizer: torch.optim.Optimizer) 
     """Read what `save_progress` wrote into model and optimizer; returns the number of steps done.
 
     That is 0 where a run was stopped before its first checkpoint: it begins anew, and leaves the
-    same bytes."""
+    same bytes.
+    """
     path = folder / "progress.safetensors"
     if not path.exists():
         print(f"{path}: no checkpoint yet; beginning at the first step")
         return 0
     found, wanted = dict(read_tensors(path)), progress_tensors(model, optimizer)
-    shapes = [{name: t.shape for name, t in tensors.items()} for tensors in (wanted, found)]
-    check_tensors(path, *shapes)
+    wanted_shapes = {name: tensor.shape for name, tensor in wanted.items()}
+    found_shapes = {name: tensor.shape for name, tensor in found.items()}
+    check_tensors(path, wanted_shapes, found_shapes)
     for name, tensor in wanted.items():
         fill_in(tensor, found[name])
     with opened(path) as file:
