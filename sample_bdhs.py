@@ -29,6 +29,7 @@ import torch
 from PIL import Image
 from tqdm import tqdm
 
+from minialign import edge
 from minialign.cli import (
     is_out_of_memory,
     require,
@@ -37,7 +38,6 @@ from minialign.cli import (
     require_temperature,
     require_torchrun,
     run_main,
-    with_defaults,
 )
 from minialign.data.images import ImageProcessor, PreparedImage
 from minialign.data.prefetch import load_ahead
@@ -63,7 +63,6 @@ from minialign.sampling.pairs_file import (
 )
 from minialign.sampling.similarity import Similarity, load_similarity
 from minialign.seeds import stable_seed
-from minialign.toy import edge
 from minialign.training import parallel
 
 # What stands for a flag that is not given: the paper's value, and the toy model's, which was chosen
@@ -273,7 +272,7 @@ def main(config: Config) -> None:
     """Sample every record that the pairs file does not hold yet."""
     if config.noise_steps and config.rho_th is None:
         config = replace(config, rho_th=0.0)  # noise instead of the mask
-    config = with_defaults(config, DEFAULTS, toy=config.model == "toy")
+    config = edge.with_defaults(config, DEFAULTS)
     pictures = edge.picture_source(config.images)
     check(config)
     parallel.start(config.device)

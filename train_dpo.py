@@ -28,11 +28,12 @@ import torch
 from torch.utils.checkpoint import checkpoint
 
 import sample_bdhs
+from minialign import edge
 from minialign.align.distortion import distorted_tree
 from minialign.align.logps import branch_logps
 from minialign.align.losses import dpo_loss, ipo_loss, preference_metrics, slic_loss
 from minialign.align.reference_cache import ReferenceCache
-from minialign.cli import require, require_outside, run_main, with_defaults
+from minialign.cli import require, require_outside, run_main
 from minialign.data.collate import PairCollator, StepLoader
 from minialign.data.images import ImageProcessor
 from minialign.data.record_files import open_pairs, usable_pairs
@@ -41,7 +42,6 @@ from minialign.model.hf_folder import fingerprint
 from minialign.model.lora import adapters_off
 from minialign.model.policy import empty_policy, load_policy_weights
 from minialign.sampling.assistant import Assistant
-from minialign.toy import edge
 from minialign.training import parallel
 from minialign.training.flags import (
     COMPILE_OPTIONS,
@@ -127,7 +127,7 @@ def rejected_weights(config: Config) -> dict[str, float]:
 
 def main(config: Config) -> None:
     """Pairs, evaluation, training, evaluation, export, report."""
-    config = with_defaults(config, DEFAULTS, toy=config.model == "toy")
+    config = edge.with_defaults(config, DEFAULTS)
     config = with_shape_of_adapter(config)
     pictures = edge.picture_source(config.images)
     check(config)

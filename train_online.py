@@ -32,10 +32,11 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 import sample_bdhs
+from minialign import edge
 from minialign.align.annotators import Comparison, ModelAnnotator, Verdict
 from minialign.align.logps import branch_logps
 from minialign.align.losses import dpo_loss, ipo_loss, preference_metrics, slic_loss
-from minialign.cli import require, require_outside, run_main, with_defaults
+from minialign.cli import require, require_outside, run_main
 from minialign.data.collate import Pair, PairCollator, StepLoader
 from minialign.data.images import ImageProcessor
 from minialign.data.record_files import open_records, usable_pairs
@@ -48,7 +49,6 @@ from minialign.sampling.assistant import Assistant
 from minialign.sampling.generate import Sampling, generate
 from minialign.sampling.similarity import load_similarity
 from minialign.seeds import stable_seed
-from minialign.toy import edge
 from minialign.training import parallel
 from minialign.training.flags import (
     COMPILE_OPTIONS,
@@ -250,7 +250,7 @@ def main(config: Config) -> None:
     """Data, evaluation, training, evaluation, export, report."""
     if config.noise_steps and config.rho_th is None:
         config = replace(config, rho_th=0.0)  # noise instead of the mask
-    config = with_defaults(config, DEFAULTS, toy=config.model == "toy")
+    config = edge.with_defaults(config, DEFAULTS)
     config = with_shape_of_adapter(config)
     pictures = edge.picture_source(config.images)
     check(config)

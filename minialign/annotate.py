@@ -27,6 +27,7 @@ import torch
 from PIL import Image
 from tqdm import tqdm
 
+from minialign import edge
 from minialign.align.annotators import Comparison, Verdict
 from minialign.cli import (
     require,
@@ -46,7 +47,6 @@ from minialign.files import write_json, write_whole
 from minialign.sampling.assistant import Assistant
 from minialign.sampling.generate import Sampling, generate
 from minialign.seeds import stable_seed
-from minialign.toy import edge
 
 FIGURES: Figures = {
     "accuracy": (("right",), ("decided",)),

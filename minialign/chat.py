@@ -12,6 +12,7 @@ from typing import Literal
 import torch
 from PIL import Image
 
+from minialign import edge
 from minialign.align.logps import token_logps
 from minialign.cli import require, require_device, require_seed, require_temperature, run_main
 from minialign.data.images import read_picture
@@ -19,7 +20,7 @@ from minialign.model.masks import build_tree, mask_of_seed
 from minialign.sampling.assistant import Assistant
 from minialign.sampling.generate import Sampling, generate
 from minialign.seeds import stable_seed
-from minialign.toy import edge, world
+from minialign.toy import world
 
 
 @dataclass(frozen=True)

@@ -88,15 +88,6 @@ def field_comments(kind: type) -> dict[str, str]:
     return comments
 
 
-def with_defaults(config, defaults: dict[str, tuple], toy: bool):
-    """The config with every flag that was not given at its value in `defaults`.
-
-    There the paper's value stands first, the toy model's second.
-    """
-    absent = {name: pair[toy] for name, pair in defaults.items() if getattr(config, name) is None}
-    return dataclasses.replace(config, **absent)
-
-
 def require(condition: bool, message: str) -> None:
     """Refuse a flag's value: `message` says which, and the remedy."""
     if not condition:

@@ -26,6 +26,7 @@ from typing import Literal
 
 import torch
 
+from minialign import edge
 from minialign.cli import require, require_at_least, require_device, require_seed, run_main
 from minialign.data.images import PictureFolder
 from minialign.errors import UserError
@@ -45,7 +46,6 @@ from minialign.files import write_json
 from minialign.model.hf_folder import fingerprint
 from minialign.model.peft_folder import read_adapter_config
 from minialign.sampling.assistant import Assistant
-from minialign.toy import edge
 from minialign.toy.benchmark import ToyBenchmark
 
 # The flags that a benchmark needs, and what stands for those that it takes and that are not given.

@@ -15,9 +15,9 @@ from oracle import Oracle
 from PIL import Image
 from script_runs import train
 
+from minialign.edge import CHECKPOINT
 from minialign.model.hf_folder import save_model
 from minialign.toy import world
-from minialign.toy.edge import CHECKPOINT
 
 os.environ["HF_HUB_OFFLINE"] = "1"
 # The models are tiny: on a busy machine a second thread costs minutes, and in the processes that

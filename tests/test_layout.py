@@ -25,7 +25,7 @@ PURE = {
 
 
 def name_of(path: Path) -> str:
-    """A file's module: minialign/toy/edge.py -> minialign.toy.edge."""
+    """A file's module: minialign/toy/edge.py -> minialign.edge."""
     return ".".join(path.relative_to(ROOT).with_suffix("").parts)
 
 
@@ -45,7 +45,7 @@ def imports_of(module: str) -> frozenset[str]:
             found |= {alias.name for alias in node.names}
         elif isinstance(node, ast.ImportFrom):
             for alias in node.names:
-                inner = f"{node.module}.{alias.name}"  # `from minialign.toy import edge`
+                inner = f"{node.module}.{alias.name}"  # `from minialign import edge`
                 found.add(inner if inner in FILES else node.module)
     return frozenset(found)
 
@@ -97,11 +97,12 @@ def is_program(module: str) -> bool:
 
 @pytest.mark.parametrize("room", ROOMS)
 def test_the_core_knows_neither_toy_nor_study(room):
-    """Programs in a room aside, which meet the embedded world at their edge."""
-    libraries = [m for m in FILES if m.startswith(f"minialign.{room}.") and not is_program(m)]
-    assert libraries
-    for module in libraries:
-        for name in behind(module):
+    """No file of a room imports them or asks for "toy"; and a library, unlike a program, does not
+    rest on them either."""
+    modules = [module for module in FILES if module.startswith(f"minialign.{room}.")]
+    assert modules
+    for module in modules:
+        for name in imports_of(module) if is_program(module) else behind(module):
             assert not name.startswith(("minialign.toy", "minialign.study")), (module, name)
         asked = re.search(r"""[=!]= ["']toy""", FILES[module].read_text("utf-8"))
         assert asked is None, (module, asked)

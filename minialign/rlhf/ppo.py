@@ -35,8 +35,9 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from minialign import edge
 from minialign.align.logps import logps_of, predicting, summed, token_logps
-from minialign.cli import require, require_at_least, run_main, with_defaults
+from minialign.cli import require, require_at_least, run_main
 from minialign.model.llava import Llava
 from minialign.model.lora import adapters_off
 from minialign.model.scalar_head import scalars
@@ -44,7 +45,6 @@ from minialign.rlhf.losses import gae, policy_loss, ppo_metrics, value_loss
 from minialign.rlhf.rewards import Whitening, last_tokens, token_rewards
 from minialign.rlhf.rollouts import Rollout, idle_rollout, sample_rollout
 from minialign.rlhf.setup import check_rlhf, leave_results, prepare
-from minialign.toy import edge
 from minialign.training import parallel
 from minialign.training.flags import TrainingFlags, check_training, with_shape_of_adapter
 from minialign.training.optimizer import (
@@ -166,7 +166,7 @@ def whitened(batches: list[PpoBatch]) -> list[PpoBatch]:
 
 def main(config: Config) -> None:
     """Data, evaluation, training, evaluation, export, report."""
-    config = with_defaults(config, DEFAULTS, toy=config.model == "toy")
+    config = edge.with_defaults(config, DEFAULTS)
     config = with_shape_of_adapter(config)
     check(config)
     parallel.start(config.device)

@@ -20,17 +20,16 @@ from pathlib import Path
 import torch
 from tqdm import tqdm
 
+from minialign import edge
 from minialign.align.losses import reward_metrics
-from minialign.cli import require, run_main, with_defaults
+from minialign.cli import require, run_main
 from minialign.data.collate import StepLoader
-from minialign.data.record_files import open_pairs
 from minialign.model.llava import Llava
 from minialign.model.lora import adapter_state
 from minialign.model.scalar_head import HEAD, branch_rewards
 from minialign.rlhf.rewards import Whitening, reward_loss
 from minialign.rlhf.scorers import save_head
 from minialign.rlhf.setup import prepare
-from minialign.toy import edge
 from minialign.training import parallel
 from minialign.training.flags import TrainingFlags, check_training, with_shape_of_adapter
 from minialign.training.optimizer import (
@@ -93,24 +92,15 @@ def measure_rewards(policy: Llava, loader: StepLoader, batch_size: int) -> White
 
 def main(config: Config) -> None:
     """Pairs, training, measuring, export, report."""
-    toy = config.model == "toy"
-    config = with_defaults(config, DEFAULTS, toy)
-    if config.epochs is None and config.steps is None:
-        config = replace(config, steps=STEPS[toy])
+    steps = {"steps": STEPS} if config.epochs is None else {}
+    config = edge.with_defaults(config, DEFAULTS | steps)
     config = with_shape_of_adapter(config)
     check_training(config)
-    missing = "--pairs is missing; make one with sample_bdhs.py"
-    require(config.pairs is not None or config.images == "toy", missing)
     parallel.start(config.device)
     folder, out = edge.model_folder(config.model), Path(config.out)
     require_same_flags(out, config)
 
-    pairs = config.pairs
-    if pairs is None:
-        pairs = str(out / "pairs.jsonl")
-        toys = edge.records_of("toy", None, config.limit, config.seed, skip_bad=False)
-        parallel.on_rank0(lambda: edge.write_corrupted(Path(pairs), toys, config.seed))
-    records = open_pairs(pairs, config.format)
+    records = edge.training_pairs(config)
     pictures = edge.picture_source(config.images)
     setup = prepare(config, folder, records, pictures, head="reward")
     assistant, policy, loader = setup.assistant, setup.assistant.model, setup.loader

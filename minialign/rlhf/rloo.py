@@ -21,14 +21,14 @@ from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
 
+from minialign import edge
 from minialign.align.logps import branch_logps
-from minialign.cli import require_at_least, run_main, with_defaults
+from minialign.cli import require_at_least, run_main
 from minialign.model.lora import adapters_off
 from minialign.rlhf.losses import rloo_loss
 from minialign.rlhf.rewards import sequence_rewards
 from minialign.rlhf.rollouts import idle_rollout, sample_rollout
 from minialign.rlhf.setup import check_rlhf, leave_results, prepare
-from minialign.toy import edge
 from minialign.training import parallel
 from minialign.training.flags import TrainingFlags, check_training, with_shape_of_adapter
 from minialign.training.optimizer import (
@@ -75,7 +75,7 @@ class Config(TrainingFlags):
 
 def main(config: Config) -> None:
     """Data, evaluation, training, evaluation, export, report."""
-    config = with_defaults(config, DEFAULTS, toy=config.model == "toy")
+    config = edge.with_defaults(config, DEFAULTS)
     config = with_shape_of_adapter(config)
     check_training(config)
     check_rlhf(config)

@@ -25,6 +25,7 @@ from typing import Literal
 from tqdm import tqdm
 
 from minialign.cli import require, require_at_least, run_main
+from minialign.edge import CHECKPOINT
 from minialign.errors import UserError
 from minialign.evaluation.metrics import Counts, bootstrap, interval, print_table
 from minialign.files import read_json, read_lines, require_same_settings, write_json
@@ -32,7 +33,6 @@ from minialign.model.hf_folder import fingerprint
 from minialign.study.findings import judge
 from minialign.study.page import SHOWN, write_study
 from minialign.study.rows import EXPORT, HELD, HELD_OUT, LAST, PAID, REWARD_MODELS, ROWS
-from minialign.toy.edge import CHECKPOINT
 from minialign.toy.world import TOY_RECORDS
 
 SCRIPTS = Path(__file__).resolve().parents[2]

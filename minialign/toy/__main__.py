@@ -11,9 +11,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
+from minialign import edge
 from minialign.cli import require, require_at_least, require_new_file, run_main
 from minialign.files import write_whole
-from minialign.toy import edge
 from minialign.toy.world import TOY_RECORDS, alignment_records, picture, scene_of
 
 

@@ -14,11 +14,11 @@ from input_files import pair
 from safetensors.torch import load_file, save_file
 from script_runs import contents, read_lines, stop_at, train
 
+from minialign.edge import CHECKPOINT
 from minialign.model import lora
 from minialign.model.hf_folder import fingerprint
 from minialign.model.llama import Llama
 from minialign.model.peft_folder import save_adapter
-from minialign.toy.edge import CHECKPOINT
 
 ADAPTER = "adapter/adapter_model.safetensors"
 

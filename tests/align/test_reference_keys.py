@@ -20,10 +20,10 @@ from minialign.align.reference_cache import reference_key
 from minialign.data.collate import PairCollator, pair_key
 from minialign.data.records import Record
 from minialign.data.tokenizer import Tokenizer
+from minialign.edge import CHECKPOINT
 from minialign.model.lora import adapter_modules, adapter_state, keep_reference
 from minialign.model.masks import Branch
 from minialign.toy import world
-from minialign.toy.edge import CHECKPOINT
 
 
 def test_each_part_of_a_reference_counts(tmp_path, monkeypatch):

@@ -8,8 +8,8 @@ from pathlib import Path
 
 import torch
 
+from minialign.edge import CHECKPOINT
 from minialign.sampling.assistant import Assistant
-from minialign.toy.edge import CHECKPOINT
 from tests.bench.rows import Facts
 from tests.bench.sizes import Size
 

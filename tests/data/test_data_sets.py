@@ -22,10 +22,10 @@ from minialign.data.images import ImageProcessor, PictureFolder
 from minialign.data.record_files import order_of, read_records
 from minialign.data.records import FORMATS, instruct_record
 from minialign.data.tokenizer import Tokenizer
+from minialign.edge import CHECKPOINT
 from minialign.model.hf_folder import load_model
 from minialign.model.masks import Branch, Sequence, build_tree
 from minialign.model.peft_folder import load_adapter
-from minialign.toy.edge import CHECKPOINT
 
 PAIRED = [form for form in RAW if form != "instruct"]
 

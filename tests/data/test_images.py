@@ -13,9 +13,9 @@ from data_sets import random_picture
 from PIL import Image
 
 from minialign.data.images import ImageProcessor, PictureFolder
+from minialign.edge import CHECKPOINT
 from minialign.errors import UserError
 from minialign.toy import world
-from minialign.toy.edge import CHECKPOINT
 
 SIZES = [96, 336]
 PHOTOGRAPHS = [

@@ -10,8 +10,8 @@ from helpers import refused
 from llama_tokenizer import AWKWARD, FORMS, joint, llama2_folder, random_text, with_metaspace
 
 from minialign.data.tokenizer import Tokenizer
+from minialign.edge import CHECKPOINT
 from minialign.toy import world
-from minialign.toy.edge import CHECKPOINT
 
 
 @pytest.fixture(scope="module", params=["toy", *FORMS, "chatml-metaspace", "vicuna-metaspace"])

@@ -14,8 +14,8 @@ from tokenizers import AddedToken
 from tokenizers import Tokenizer as FastTokenizer
 
 from minialign.data.tokenizer import Tokenizer
+from minialign.edge import CHECKPOINT
 from minialign.errors import UserError
-from minialign.toy.edge import CHECKPOINT
 
 CONTROL = ["<s>", "</s>", "<image>", "<pad>", "<unk>"]
 

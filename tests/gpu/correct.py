@@ -15,13 +15,13 @@ from minialign.align.logps import branch_logps, reference_logps
 from minialign.align.losses import dpo_loss
 from minialign.data.collate import PairCollator
 from minialign.data.records import instruct_record
+from minialign.edge import CHECKPOINT
 from minialign.model.hf_folder import load_model
 from minialign.model.llava import Llava
 from minialign.sampling.assistant import Assistant
 from minialign.sampling.generate import Completion, Sampling, generate
 from minialign.sampling.similarity import load_similarity
 from minialign.toy import world
-from minialign.toy.edge import CHECKPOINT
 from tests.bench.dpo import BETA, with_adapters
 from tests.bench.rows import Facts
 from tests.bench.sizes import Size

@@ -12,10 +12,10 @@ from policies import adapted
 from script_runs import contents, read_lines, train
 
 from minialign.cli import parse_config
+from minialign.edge import CHECKPOINT
 from minialign.model.lora import TARGETS, adapter_state, adapters_off, keep_reference
 from minialign.model.peft_folder import load_adapter, save_adapter
 from minialign.model.policy import empty_policy
-from minialign.toy.edge import CHECKPOINT
 from train_dpo import Config, check
 
 PATTERN = r".*language_model\.layers\.\d+\.(self_attn|mlp)\.({})"

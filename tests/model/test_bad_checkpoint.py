@@ -7,8 +7,8 @@ import torch
 from helpers import refused
 from llava_folders import edit_json, laid_out, replace_weights
 
+from minialign.edge import CHECKPOINT, model_folder
 from minialign.model.hf_folder import load_model
-from minialign.toy.edge import CHECKPOINT, model_folder
 
 TENSORS = [
     "lm_head.weight",

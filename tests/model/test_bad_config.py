@@ -10,8 +10,8 @@ from helpers import refused
 
 from minialign.data.images import ImageProcessor
 from minialign.data.tokenizer import Tokenizer
+from minialign.edge import CHECKPOINT
 from minialign.model.config import read_config
-from minialign.toy.edge import CHECKPOINT
 
 PREPROCESSOR, CONFIG = "preprocessor_config.json", "config.json"
 CASES = [

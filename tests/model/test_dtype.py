@@ -12,9 +12,9 @@ from safetensors.torch import load_file
 from script_runs import read_lines, sample, train
 
 import train_dpo
+from minialign.edge import CHECKPOINT
 from minialign.model.hf_folder import NAMES, load_model, rename, save_model
 from minialign.model.lora import TARGETS
-from minialign.toy.edge import CHECKPOINT
 
 
 @pytest.fixture(scope="module")

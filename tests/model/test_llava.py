@@ -9,6 +9,7 @@ import pytest
 import torch
 from helpers import randomize, toy_model, toy_processor, toy_tokenizer, worst
 
+from minialign.edge import CHECKPOINT
 from minialign.model.clip import Clip, ClipConfig
 from minialign.model.config import read_config
 from minialign.model.hf_folder import load_model
@@ -16,7 +17,6 @@ from minialign.model.llama import KVCache, Llama, LlamaConfig
 from minialign.model.llava import Projector
 from minialign.model.masks import Sequence, build_tree, dense_mask
 from minialign.toy import world
-from minialign.toy.edge import CHECKPOINT
 
 SEEDS = range(6)
 

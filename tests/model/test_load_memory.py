@@ -44,7 +44,7 @@ MEASURE = """
 import sys, torch
 from pathlib import Path
 from minialign.model.hf_folder import load_model
-from minialign.toy.edge import CHECKPOINT
+from minialign.edge import CHECKPOINT
 def memory(name):
     lines = open("/proc/self/status")
     return next(int(line.split()[1]) * 1024 for line in lines if line.startswith(name))
@@ -62,7 +62,7 @@ from pathlib import Path
 sys.path.insert(0, {root!r})
 from torch.distributed.fsdp import fully_shard
 from minialign.model.hf_folder import empty_model, load_model, load_weights
-from minialign.toy.edge import CHECKPOINT
+from minialign.edge import CHECKPOINT
 from minialign.training import parallel
 def memory(name):
     lines = open("/proc/self/status")

@@ -17,6 +17,7 @@ from policies import adapted
 from safetensors.torch import load_file, save_file
 
 from minialign.align.logps import branch_logps
+from minialign.edge import CHECKPOINT
 from minialign.errors import UserError
 from minialign.model.hf_folder import load_model, save_changed, save_model
 from minialign.model.lora import (
@@ -27,7 +28,6 @@ from minialign.model.lora import (
     trainable_groups,
 )
 from minialign.model.peft_folder import load_adapter, merged, save_adapter
-from minialign.toy.edge import CHECKPOINT
 
 SHAPES = [(1, 1.0), (4, 8.0), (16, 4.0)]  # rank, alpha
 

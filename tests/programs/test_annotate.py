@@ -15,12 +15,12 @@ from judges import absent_objects, script, shown
 from online_runs import Scripted
 from script_runs import instruct_file
 
-from minialign import annotate
+from minialign import annotate, edge
 from minialign.align.annotators import Verdict
 from minialign.cli import parse_config
 from minialign.data.tokenizer import Tokenizer
 from minialign.sampling import assistant
-from minialign.toy import edge, world
+from minialign.toy import world
 from minialign.toy.oracle import truth
 
 TALK = {"prompt": "Is it there?"}

@@ -12,6 +12,7 @@ from safetensors.torch import load_file
 from script_runs import contents, read_lines, train
 
 from minialign.data.images import ImageProcessor
+from minialign.edge import CHECKPOINT
 from minialign.errors import UserError
 from minialign.model.clip import Clip
 from minialign.model.hf_folder import load_model, save_model
@@ -19,7 +20,6 @@ from minialign.model.llama import Llama
 from minialign.model.masks import Branch, Sequence, build_tree
 from minialign.model.peft_folder import load_adapter
 from minialign.toy import world
-from minialign.toy.edge import CHECKPOINT
 from minialign.training.optimizer import batches_of_epoch, batches_of_run, lr_factor
 
 TRL_NAMES = {

@@ -11,13 +11,13 @@ from online_runs import TIMES, Scripted, online, weights_of
 from script_runs import contents, instruct_file, stop_at, train
 
 import train_online
+from minialign import edge
 from minialign.align.logps import token_logps
 from minialign.model.llava import Llava
 from minialign.model.lora import adapter_state, add_adapters
 from minialign.model.masks import Branch, Sequence, build_tree
 from minialign.model.peft_folder import save_adapter
 from minialign.sampling.generate import Sampling, generate
-from minialign.toy import edge
 
 # ---------------------------------------------------------------- limits
 

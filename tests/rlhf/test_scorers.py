@@ -10,9 +10,9 @@ from helpers import refused
 from online_runs import online, rlhf
 
 from minialign.data.records import Record
+from minialign.edge import scorer_of
 from minialign.rlhf.rloo import Config
 from minialign.toy import oracle
-from minialign.toy.edge import scorer_of
 from minialign.toy.world import Scene
 
 ROOT = Path(__file__).resolve().parents[2]

@@ -21,11 +21,11 @@ from helpers import (
 )
 
 from minialign.align.logps import branch_logps
+from minialign.edge import CHECKPOINT
 from minialign.model.masks import Branch, Sequence, build_tree
 from minialign.sampling.generate import Completion, Sampling, generate, pick
 from minialign.seeds import stable_seed
 from minialign.toy import world
-from minialign.toy.edge import CHECKPOINT
 
 GREEDY = Sampling(max_new_tokens=24, temperature=0.0)
 

@@ -8,7 +8,8 @@ from pathlib import Path
 import pytest
 from study_counts import some_runs
 
-from minialign.cli import parse_config, with_defaults
+from minialign.cli import parse_config
+from minialign.edge import with_defaults
 from minialign.errors import UserError
 from minialign.evaluation.metrics import SETTINGS_OF_POPE, bootstrap, interval
 from minialign.files import write_json, write_whole
@@ -147,7 +148,7 @@ def test_flags_of_every_row_are_known_to_the_programs(tmp_path, row, programs):
         if "--steps" in flags or program == "minialign.rlhf.reward_model":
             if "--reward" in flags:
                 Path(parsed.reward).mkdir()  # as it will stand there by then
-            trained = with_defaults(parsed, module.DEFAULTS, toy=True)
+            trained = with_defaults(parsed, module.DEFAULTS)
             trained = replace(trained, lora_alpha=128.0)  # as the rank gives it
             check = getattr(module, "check", check_training)
             check(trained)

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from minialign.data.images import ImageProcessor
 from minialign.data.tokenizer import Tokenizer
+from minialign.edge import CHECKPOINT
 from minialign.errors import UserError
 from minialign.model.clip import ClipConfig
 from minialign.model.hf_folder import load_model
@@ -23,7 +24,6 @@ from minialign.model.masks import Branch, Sequence
 from minialign.sampling.assistant import Assistant
 from minialign.sampling.bdhs import Cut, cut_sentence, split_sentences
 from minialign.toy import world
-from minialign.toy.edge import CHECKPOINT
 
 IMAGE = 3  # the image token of the random models
 # Grouped-query attention, a head size of its own, widths that differ from one another:

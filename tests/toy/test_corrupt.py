@@ -8,9 +8,9 @@ from collections import Counter
 
 from helpers import refused
 
+from minialign.edge import records_of
 from minialign.toy.corrupt import WORDS, corrupted, corrupted_pair
 from minialign.toy.drawing import COLOURS, OBJECTS, SETTINGS
-from minialign.toy.edge import records_of
 from minialign.toy.world import (
     POSITIONS,
     TOY_RECORDS,

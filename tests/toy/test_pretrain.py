@@ -6,9 +6,9 @@ import pytest
 import torch
 from helpers import toy_tokenizer
 
+from minialign.edge import CHECKPOINT
 from minialign.toy import pretrain
 from minialign.toy.drawing import COLOURS, COLUMNS, OBJECTS, SETTINGS
-from minialign.toy.edge import CHECKPOINT
 from minialign.toy.pretrain import patch_labels, row_of, talks, write_companions
 from minialign.toy.world import POSITIONS, make_scene
 

@@ -10,9 +10,9 @@ from script_runs import read_lines, train
 from minialign.cli import parse_config
 from minialign.data.images import PictureFolder
 from minialign.data.records import instruct_record, pair_record
+from minialign.edge import records_of
 from minialign.toy import __main__ as program
 from minialign.toy.corrupt import corrupted_pair
-from minialign.toy.edge import records_of
 from minialign.toy.world import alignment_records, make_scene, open_picture, scene_of
 
 

@@ -19,8 +19,8 @@ from script_runs import read_lines
 from torchruns import children, command, finish, killed, launch, run, start, wait_for
 
 from minialign.cli import parse_config
+from minialign.edge import CHECKPOINT
 from minialign.rlhf.scorers import load_reward_model
-from minialign.toy.edge import CHECKPOINT
 from minialign.training import parallel
 from minialign.training.optimizer import batches_of_run
 

@@ -4,6 +4,7 @@ The core knows none of this: from here it is given what it understands already, 
 model, a source of pictures, records, a benchmark, an annotator, a reward.
 """
 
+import dataclasses
 import json
 from collections.abc import Callable
 from pathlib import Path
@@ -14,7 +15,7 @@ from PIL import Image
 from minialign.align.annotators import ModelAnnotator, RewardAnnotator
 from minialign.cli import require
 from minialign.data.images import PictureFolder
-from minialign.data.record_files import Records, open_records, read_records
+from minialign.data.record_files import Records, open_pairs, open_records, read_records
 from minialign.data.records import Record, instruct_record
 from minialign.files import write_whole
 from minialign.rlhf.scorers import HEAD_FILE, UserReward, load_function, load_reward_model
@@ -25,7 +26,17 @@ from minialign.toy.oracle import OracleAnnotator, oracle_reward
 from minialign.toy.world import TOY_RECORDS, alignment_records, open_picture
 from minialign.training.parallel import on_rank0
 
-CHECKPOINT = Path(__file__).parent / "checkpoint"
+CHECKPOINT = Path(__file__).parent / "toy" / "checkpoint"
+
+
+def with_defaults(config, defaults: dict[str, tuple]):
+    """The config with every flag that was not given at its value in `defaults`.
+
+    There the paper's value stands first, the toy model's second.
+    """
+    toy = config.model == "toy"
+    absent = {name: pair[toy] for name, pair in defaults.items() if getattr(config, name) is None}
+    return dataclasses.replace(config, **absent)
 
 
 def model_folder(name: str, flag: str = "--model") -> Path:
@@ -85,6 +96,20 @@ def write_corrupted(path: Path, records: list[Record], seed: int) -> None:
     """Rule-corrupted pairs of some records, as a pairs file."""
     lines = [json.dumps(corrupted_pair(record, seed)) + "\n" for record in records]
     write_whole(path, "".join(lines))
+
+
+def training_pairs(config) -> Records:
+    """The pairs that a reward model learns from: --pairs, or without them rule-corrupted ones of
+    the embedded world, which are written into --out.
+    """
+    pairs = config.pairs
+    missing = "--pairs is missing; make one with sample_bdhs.py"
+    require(pairs is not None or config.images == "toy", missing)
+    if pairs is None:
+        pairs = str(Path(config.out) / "pairs.jsonl")
+        records = records_of("toy", None, config.limit, config.seed, skip_bad=False)
+        on_rank0(lambda: write_corrupted(Path(pairs), records, config.seed))
+    return open_pairs(pairs, config.format)
 
 
 def benchmark_of(images: str, split: str, count: int) -> ToyBenchmark | None:
