@@ -30,6 +30,7 @@ from PIL import Image
 from tqdm import tqdm
 
 from minialign import edge
+from minialign.claims import claim_file, require_place
 from minialign.cli import (
     is_out_of_memory,
     require,
@@ -45,7 +46,7 @@ from minialign.data.record_files import sift
 from minialign.data.records import FormatName, Record
 from minialign.data.tokenizer import Tokenizer
 from minialign.errors import UserError
-from minialign.files import append_lines, size_of, write_json
+from minialign.files import append_lines, write_json
 from minialign.model.hf_folder import empty_model, fingerprint, load_weights
 from minialign.model.masks import Branch, Sequence, mask_of_seed
 from minialign.sampling.assistant import Assistant
@@ -64,6 +65,7 @@ from minialign.sampling.pairs_file import (
 from minialign.sampling.similarity import Similarity, load_similarity
 from minialign.seeds import stable_seed
 from minialign.training import parallel
+from minialign.training.progress import claim_run
 
 # What stands for a flag that is not given: the paper's value, and the toy model's, which was chosen
 # on validation images.
@@ -259,11 +261,9 @@ def check(config: Config) -> None:
     """Refuse values that make no sense, before anything is loaded."""
     check_sampling(config)
     require_at_least(config, batch_size=1, limit=1, workers=0)
-    out = Path(config.out)
-    require(not out.is_dir(), f"--out {out}: is a folder; name the pairs file to write")
-    same = out.resolve() == Path(config.data).resolve()
-    overwritten = "is --data too, and would be overwritten; name another file"
-    require(not same, f"--out {out}: {overwritten}")
+    require_place(config)
+    is_folder = Path(config.out).is_dir()
+    require(not is_folder, f"--out {config.out}: is a folder; name the pairs file to write")
     require_device(config.device)
     require_torchrun(config.shard)
 
@@ -281,12 +281,13 @@ def main(config: Config) -> None:
         config.data, config.format, config.limit, config.seed, config.skip_bad_records
     )
 
-    # What an earlier run has left is not sampled again.
+    # What an earlier run has left is not sampled again, and nobody else writes there meanwhile.
+    parallel.on_rank0(lambda: claim_file(out))
     settings = asdict(config) | {"weights": fingerprint(folder)}
     pairs = pairs_of_earlier_run(out, settings)
     require_same_records(out, pairs, records)
     messages = needs_messages(out, pairs, records)
-    known, size = {pair["id"] for pair in pairs}, size_of(out)
+    known = {pair["id"] for pair in pairs}
     todo = [record for record in records if record.id not in known]
     if known:
         print(f"{out}: {len(known)} pairs are there, {len(todo)} to go")
@@ -309,7 +310,6 @@ def main(config: Config) -> None:
     load_weights(model, folder, config.device)  # each process reads its rows
     assistant.announce(folder)
     similarity = load_similarity(config.encoder, config.device)
-    parallel.on_rank0(lambda: write_json(beside(out, "config"), settings))
 
     def load(record: Record) -> Example:
         """A record with its picture; refused where these leave no position for a completion."""
@@ -345,8 +345,10 @@ def main(config: Config) -> None:
             ]
             seen = len(examples) + len(refused)
             for new, count, bad in parallel.gather((lines, seen, refused)):
-                if parallel.rank() == 0:
-                    size = append_lines(out, new, size)
+                if new and parallel.rank() == 0:
+                    if not pairs:  # settings are pinned with the first pair
+                        write_json(beside(out, "config"), settings)
+                    append_lines(out, new)
                 pairs += new
                 left_out += count - len(new)
                 unreadable += bad
@@ -369,6 +371,7 @@ def main(config: Config) -> None:
 def sample_for(config, out: Path) -> Path:
     """BDHS pairs of the embedded world in `out`, from the model that is about to be trained with a
     script's flags."""
+    claim_run(config)
     pairs = out / "pairs.jsonl"
     own = Config(
         model=config.model,
@@ -385,8 +388,9 @@ def sample_for(config, out: Path) -> Path:
     except (MemoryError, RuntimeError) as error:
         if not is_out_of_memory(error):
             raise
-        first = f"run `sample_bdhs.py --batch-size 8 --out {pairs}` first"
-        message = f"out of memory while pairs were sampled; {first}, then this with --pairs {pairs}"
+        apart = out.with_name(f"{out.name}-pairs.jsonl")
+        first = f"run `sample_bdhs.py --batch-size 8 --out {apart}` first"
+        message = f"out of memory while pairs were sampled; {first}, then this with --pairs {apart}"
         raise UserError(message) from error
     return pairs
 

@@ -22,7 +22,7 @@ from collections import Counter
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Literal
+from typing import ClassVar, Literal
 
 import torch
 from torch.utils.checkpoint import checkpoint
@@ -33,7 +33,8 @@ from minialign.align.distortion import distorted_tree
 from minialign.align.logps import branch_logps
 from minialign.align.losses import dpo_loss, ipo_loss, preference_metrics, slic_loss
 from minialign.align.reference_cache import ReferenceCache
-from minialign.cli import require, require_outside, run_main
+from minialign.claims import require_own_folder
+from minialign.cli import require, run_main
 from minialign.data.collate import PairCollator, StepLoader
 from minialign.data.images import ImageProcessor
 from minialign.data.record_files import open_pairs, usable_pairs
@@ -61,7 +62,7 @@ from minialign.training.optimizer import (
 )
 from minialign.training.outputs import report_pairs, save_results, save_weights
 from minialign.training.parallel import sum_across_ranks, sum_gradients_across_ranks, unsharded
-from minialign.training.progress import TrainingLog, begin, require_same_flags
+from minialign.training.progress import TrainingLog, begin, require_run_folder
 
 # What stands for a flag that is not given: the paper's value (App. A), and the toy model's, which
 # was chosen on validation images.
@@ -82,6 +83,7 @@ DEFAULTS = {
 class Config(TrainingFlags):
     """Flags of its own; minialign/training/flags.py has those of every training."""
 
+    program: ClassVar[str] = "train_dpo"
     pairs: str | None = None  # pairs file; without it BDHS pairs are sampled into --out first
     out: str = "runs/dpo"  # folder to write
     loss: Literal["dpo", "ipo", "slic", "sft"] = "dpo"  # sft: supervised on y+ alone
@@ -110,8 +112,7 @@ def check(config: Config) -> None:
         anew = "these responses are made anew at every step, and none is met twice"
         message = f"--ref-cache with --rejected distorted: {anew}; leave one of the two out"
         require("distorted" not in rejected_weights(config), message)
-        folder = bool(config.ref_cache) and not Path(config.ref_cache).is_file()
-        require(folder, f"--ref-cache {config.ref_cache!r}: is no folder; name one")
+        require_own_folder(config, "reference cache", "ref_cache")
 
 
 def rejected_weights(config: Config) -> dict[str, float]:
@@ -131,10 +132,9 @@ def main(config: Config) -> None:
     config = with_shape_of_adapter(config)
     pictures = edge.picture_source(config.images)
     check(config)
+    require_run_folder(config)
     parallel.start(config.device)
     folder, out = edge.model_folder(config.model), Path(config.out)
-    require_outside(out, "the model", folder)
-    require_same_flags(out, config)
 
     pairs = Path(config.pairs) if config.pairs else sample_bdhs.sample_for(config, out)
 
@@ -193,7 +193,7 @@ def main(config: Config) -> None:
     if config.ref_cache is not None:
         with unsharded(policy):
             cache = ReferenceCache(Path(config.ref_cache), policy)
-    begin(out, config, records, fingerprint(folder, config.adapter))
+    begin(config, records, fingerprint(folder, config.adapter))
     benchmark = edge.benchmark_of(config.images, config.eval_split, config.eval_images)
     evaluations = {}
     if benchmark:
@@ -208,7 +208,7 @@ def main(config: Config) -> None:
     weights = torch.tensor(list(kinds.values()), device=policy.device)  # (K,), of each y-
     idle = loader.idle()  # a batch that counts for nothing
 
-    with TrainingLog(out, policy, optimizer, config) as log:
+    with TrainingLog(policy, optimizer, config) as log:
         for step, batches in log.steps(schedule, loader):
             # `batches` are this process's part of the step's pairs, split by --accumulate; a batch
             # counts by its share in the pairs of all processes.

@@ -25,7 +25,7 @@ from collections import Counter
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import Literal
+from typing import ClassVar, Literal
 
 import torch
 from torch import Tensor
@@ -36,7 +36,7 @@ from minialign import edge
 from minialign.align.annotators import Comparison, ModelAnnotator, Verdict
 from minialign.align.logps import branch_logps
 from minialign.align.losses import dpo_loss, ipo_loss, preference_metrics, slic_loss
-from minialign.cli import require, require_outside, run_main
+from minialign.cli import require, run_main
 from minialign.data.collate import Pair, PairCollator, StepLoader
 from minialign.data.images import ImageProcessor
 from minialign.data.record_files import open_records, usable_pairs
@@ -68,7 +68,7 @@ from minialign.training.optimizer import (
 )
 from minialign.training.outputs import report_pairs, save_results, save_weights
 from minialign.training.parallel import sum_across_ranks, sum_gradients_across_ranks, unsharded
-from minialign.training.progress import TrainingLog, begin, require_same_flags
+from minialign.training.progress import TrainingLog, begin, claim_run, require_run_folder
 
 # What stands for a flag that is not given: the paper's value (App. A), and the toy model's, which
 # was chosen on validation images.
@@ -105,6 +105,7 @@ LOGGED = {
 class Config(TrainingFlags):
     """Flags of its own; minialign/training/flags.py has those of every training."""
 
+    program: ClassVar[str] = "train_online"
     # records or pairs; without it the embedded world's, for mixed-dpo and --gamma BDHS pairs
     data: str | None = None
     out: str = "runs/online"  # folder to write
@@ -147,8 +148,6 @@ def check(config: Config) -> None:
         config.data is not None or config.images == "toy",
         "--data is missing; name a file of records or pairs",
     )
-    if Path(config.annotator).is_dir():
-        require_outside(Path(config.out), "--annotator", Path(config.annotator))
 
 
 @dataclass(frozen=True)
@@ -254,10 +253,9 @@ def main(config: Config) -> None:
     config = with_shape_of_adapter(config)
     pictures = edge.picture_source(config.images)
     check(config)
+    require_run_folder(config)
     parallel.start(config.device)
     folder, out = edge.model_folder(config.model), Path(config.out)
-    require_outside(out, "the model", folder)
-    require_same_flags(out, config)
 
     # The records: with a stored y- where one is wanted; a gamma of 0 gives it no weight.
     stored = ("rejected",) if config.method == "mixed-dpo" or config.gamma else ()
@@ -265,6 +263,7 @@ def main(config: Config) -> None:
     if data is None and stored:
         data = str(sample_bdhs.sample_for(config, out))
     elif data is None:
+        claim_run(config)
         data = str(out / "data.json")
         parallel.on_rank0(lambda: edge.write_records(Path(data), config.limit))
 
@@ -326,7 +325,7 @@ def main(config: Config) -> None:
     else:
         annotator = edge.annotator_of(config.annotator, config)
 
-    begin(out, config, records, fingerprint(folder, config.adapter))
+    begin(config, records, fingerprint(folder, config.adapter))
     benchmark = edge.benchmark_of(config.images, config.eval_split, config.eval_images)
     evaluations = {}
     if benchmark:
@@ -350,7 +349,7 @@ def main(config: Config) -> None:
     idle_tree = loader.idle(1 + len(weights)).tree.to(policy.device)
     idle = Rollout(idle_tree, assistant.no_features(), own=[], pairs=0)
 
-    with TrainingLog(out, policy, optimizer, config) as log:
+    with TrainingLog(policy, optimizer, config) as log:
         for step, batches in log.steps(schedule, loader):
             begun, counts, rollouts = time.perf_counter(), Counter(), []
 

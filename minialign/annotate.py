@@ -29,11 +29,11 @@ from tqdm import tqdm
 
 from minialign import edge
 from minialign.align.annotators import Comparison, Verdict
+from minialign.claims import require_new_file
 from minialign.cli import (
     require,
     require_at_least,
     require_device,
-    require_new_file,
     require_seed,
     require_temperature,
     run_main,
@@ -90,9 +90,10 @@ def check(config: Config) -> list[str]:
     require_at_least(config, batch_size=1, limit=1, max_new_tokens=1)
     require_seed(config.seed)
     require_device(config.device)
+    if config.out is not None:
+        require_new_file(config)
     if config.rank is not None:
         require(config.out is not None, "--out is missing; name the pairs file to write")
-        require_new_file(Path(config.out))
         same = "two greedy answers are the same; give one above it"
         require(config.temperature > 0, f"--temperature 0: {same}")
         require_temperature(config.temperature)

@@ -10,11 +10,11 @@ import sys
 import types
 import typing
 from collections.abc import Callable
-from pathlib import Path
 
 from safetensors import SafetensorError
 
 from minialign.errors import UserError
+from minialign.files import remedy_of
 
 
 def parse_config(
@@ -82,7 +82,7 @@ def field_comments(kind: type) -> dict[str, str]:
                 above.append(line.strip()[2:])
                 continue
             field = re.match(r"\s+(\w+)\s*:[^#]*(?:#\s*(.+))?", line)
-            if field:
+            if field and "ClassVar" not in line:
                 comments[field[1]] = field[2] or " ".join(above)
             above = []
     return comments
@@ -100,19 +100,6 @@ def require_at_least(config, **least: int) -> None:
         value = getattr(config, name)
         message = f"{flag_of(name)} {value}: at least {bound}"
         require(value is None or value >= bound, message)
-
-
-def require_outside(out: Path, what: str, path: Path) -> None:
-    """Refuse an --out that holds what is read: it would be overwritten."""
-    inside = path.resolve().is_relative_to(out.resolve())
-    message = f"--out {out}: holds {what} {path}, which would be overwritten; name another"
-    require(not inside, message)
-
-
-def require_new_file(out: Path, flag: str = "--out") -> None:
-    """Refuse an --out that is there: a pairs file is never written over."""
-    require(not out.is_dir(), f"{flag} {out}: is a folder; name the pairs file to write")
-    require(not out.exists(), f"{flag} {out}: is there already; name another file, or remove it")
 
 
 def require_temperature(temperature: float) -> None:
@@ -149,7 +136,7 @@ def require_torchrun(shard: str) -> None:
 
 def under_torchrun() -> bool:
     """Whether torchrun has started this process; known before torch is loaded."""
-    return "TORCHELASTIC_RUN_ID" in os.environ
+    return {"TORCHELASTIC_RUN_ID", "RANK", "WORLD_SIZE", "MASTER_ADDR"} <= os.environ.keys()
 
 
 def is_out_of_memory(error: BaseException | None) -> bool:
@@ -200,6 +187,13 @@ def run_main(
     Bad input becomes one line on stderr and exit code 2, never a traceback. One of torchrun's
     processes ends without Python's own tidying up, in which torch's threads may abort it.
     """
+    # Where nobody listens, nothing is said; a terminal without the letters shows their codes.
+    sys.stdout, sys.stderr = (
+        open(os.devnull, "w") if stream is None else stream for stream in (sys.stdout, sys.stderr)
+    )
+    for stream in (sys.stdout, sys.stderr):
+        stream.reconfigure(errors="backslashreplace")
+
     if not under_torchrun():
         guarded(main, parse_config(kind, doc, defaults=defaults))
         return
@@ -239,9 +233,8 @@ def how_it_ended(error: Exception, config) -> str | None:
     """
     if is_out_of_memory(error):
         return out_of_memory(config)
-    # No room, no permission, a file where a folder should be.
     if isinstance(error, (OSError, SafetensorError)):
-        return f"{UserError(str(error))}; make room for it, or name another place"
+        return f"{UserError(str(error))}; {remedy_of(error)}"
     # What gloo and NCCL say where another process has died.
     if "gloo/transport" in str(error) or "remote process exited" in str(error):
         reason = "another process has ended, for a reason that stands elsewhere here"

@@ -25,6 +25,7 @@ from minialign.toy.corrupt import corrupted_pair
 from minialign.toy.oracle import OracleAnnotator, oracle_reward
 from minialign.toy.world import TOY_RECORDS, alignment_records, open_picture
 from minialign.training.parallel import on_rank0
+from minialign.training.progress import claim_run
 
 CHECKPOINT = Path(__file__).parent / "toy" / "checkpoint"
 
@@ -87,6 +88,7 @@ def training_records(config) -> Records:
     missing = "--data is missing; name a file of records or pairs"
     require(data is not None or config.images == "toy", missing)
     if data is None:
+        claim_run(config)
         data = str(Path(config.out) / "data.json")
         on_rank0(lambda: write_records(Path(data), config.limit))
     return open_records(data, "--data", config.format, "give records or pairs")
@@ -106,6 +108,7 @@ def training_pairs(config) -> Records:
     missing = "--pairs is missing; make one with sample_bdhs.py"
     require(pairs is not None or config.images == "toy", missing)
     if pairs is None:
+        claim_run(config)
         pairs = str(Path(config.out) / "pairs.jsonl")
         records = records_of("toy", None, config.limit, config.seed, skip_bad=False)
         on_rank0(lambda: write_corrupted(Path(pairs), records, config.seed))

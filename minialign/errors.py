@@ -1,5 +1,7 @@
 """The one exception for bad input; `cli.run_main` turns it into one line and exit code 2."""
 
+LONGEST = 1000  # letters of a message: what is read may be a name of megabytes
+
 
 class UserError(Exception):
     """Bad input: one line that says what is wrong, where (file, line, field), and the remedy."""
@@ -7,4 +9,6 @@ class UserError(Exception):
     def __init__(self, message: str):
         # What a file holds may stand in the message: no line breaks and no terminal codes of its
         # making.
+        if len(message) > LONGEST:  # the place stands at its head, the remedy at its end
+            message = f"{message[: LONGEST // 2]} ... {message[-LONGEST // 2 :]}"
         super().__init__("".join(c if c.isprintable() else " " for c in message))

@@ -27,6 +27,7 @@ from typing import Literal
 import torch
 
 from minialign import edge
+from minialign.claims import claim_folder, require_own_folder
 from minialign.cli import require, require_at_least, require_device, require_seed, run_main
 from minialign.data.images import PictureFolder
 from minialign.errors import UserError
@@ -123,7 +124,7 @@ def completed(config: Config) -> Config:
     else:
         message = f"--images {config.images}: no such folder; name that of the pictures"
         require(Path(config.images).is_dir(), message)
-        require(not Path(config.out).is_file(), f"--out {config.out}: is a file; name a folder")
+        require_own_folder(config, "evaluate")
     return config
 
 
@@ -184,7 +185,8 @@ def evaluate_files(config: Config) -> dict:
     settings["weights"] = fingerprint(folder, config.adapter)
     settings["questions"] = digest(benchmark.questions)
 
-    # What an earlier run has answered is not asked again.
+    # What an earlier run has answered is not asked again, and nobody else asks meanwhile.
+    claim_folder(out, "evaluate")
     found = answers_of_earlier_run(out, settings)
     groups = by_image(benchmark.questions, config.limit)
     questions = [question for group in groups.values() for question in group]

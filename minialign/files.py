@@ -26,21 +26,35 @@ def write_whole(path: Path, text: str) -> None:
 
 def not_written(path: Path, error: OSError) -> UserError:
     """What a disk without room, or without permission, is to the user."""
-    return UserError(f"{path}: cannot be written ({error}); make room for it, or write elsewhere")
+    return UserError(f"{path}: cannot be written ({error}); {remedy_of(error)}")
+
+
+def remedy_of(error: Exception) -> str:
+    """What helps against an error of files, by its cause."""
+    text = str(error)
+    if "No space left" in text or "quota" in text.lower():
+        return "make room for it, or name another place"
+    if isinstance(error, PermissionError) or "Read-only" in text:
+        return "allow it, or name another place"
+    if isinstance(error, FileNotFoundError):
+        return "it was there before, or should have been: put it back, or name another"
+    return "mend it, or name another place"
 
 
 @contextmanager
 def folder_written_whole(folder: Path) -> Iterator[Path]:
-    """Gives an empty folder to write into, which takes `folder`'s place when all is written."""
-    folder.parent.mkdir(parents=True, exist_ok=True)
+    """Gives an empty folder to write into, which takes `folder`'s place when all is written.
+
+    What was there stays whole until then, beside the new one.
+    """
     partial = folder.with_name(f".{folder.name}.partial")
     old = folder.with_name(f".{folder.name}.old")
     shutil.rmtree(partial, ignore_errors=True)
-    shutil.rmtree(old, ignore_errors=True)
     partial.mkdir()
     try:
         yield partial
         if folder.exists():
+            shutil.rmtree(old, ignore_errors=True)
             os.replace(folder, old)  # a rename, as a folder being deleted is half a folder
         os.replace(partial, folder)
     finally:
@@ -58,6 +72,8 @@ def read_json(path: Path, remedy: str, kind: type = dict) -> dict | list:
 
     A missing or malformed file is a `UserError` that ends in `remedy`.
     """
+    if os.path.exists(path) and not os.path.isfile(path):  # a pipe would never end
+        raise UserError(f"{path}: is no ordinary file; {remedy}")
     try:
         value = json.loads(Path(path).read_text(encoding="utf-8-sig"))
     except FileNotFoundError:
@@ -70,28 +86,16 @@ def read_json(path: Path, remedy: str, kind: type = dict) -> dict | list:
     return value
 
 
-def size_of(path: Path) -> int:
-    """Bytes of a file, 0 where there is none."""
-    return path.stat().st_size if path.exists() else 0
-
-
-def append_lines(path: Path, values: list[dict], behind: int | None = None) -> int:
-    """Append JSON lines in one write, and see them onto the disk; returns the file's bytes.
-
-    A file that does not end `behind` so many bytes is being written by somebody else: a
-    `UserError`.
+def append_lines(path: Path, values: list[dict]) -> None:
+    """Append JSON lines in one write, and see them onto the disk. A folder that has been removed
+    is not made anew: what was in it is gone.
     """
     text = "".join(json.dumps(value, ensure_ascii=False) + "\n" for value in values)
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
         with open(path, "ab") as file:
-            if behind not in (None, file.tell()):
-                message = "another program writes it, too; wait for that one, then run again"
-                raise UserError(f"{path}: {message}")
             file.write(text.encode("utf-8"))
             file.flush()
             os.fsync(file.fileno())
-            return file.tell()
     except OSError as error:
         raise not_written(path, error) from None
 
@@ -127,6 +131,5 @@ def require_same_settings(
     settings = json.loads(json.dumps(settings))  # as a file gives them back
     for name, value in settings.items():
         if name not in may_change and before.get(name) != value:
-            raise UserError(
-                f"{path}: of another {name}, {before.get(name)!r} and not {value!r}; {remedy}"
-            )
+            message = f"of another {name}, which was {before.get(name)!r} and is {value!r} now"
+            raise UserError(f"{path}: {message}; {remedy}")

@@ -22,6 +22,7 @@ import torch
 from torch import Tensor
 
 from minialign.align.logps import reference_logps
+from minialign.claims import claim_folder
 from minialign.data.collate import add_tensor
 from minialign.errors import UserError
 from minialign.files import append_lines
@@ -55,7 +56,7 @@ class ReferenceCache:
     """The log-probs that `folder` has of a model's reference, and those that are added to it."""
 
     def __init__(self, folder: Path, model: Llava):
-        folder.mkdir(parents=True, exist_ok=True)  # now, and not when the first value is found
+        claim_folder(folder, "reference cache", alone=False)
         self.folder = folder
         self.reference = reference_key(model)
         self.file = folder / f"reference-{secrets.token_hex(8)}.jsonl"  # of this process alone

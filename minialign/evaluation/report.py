@@ -13,6 +13,7 @@ import math
 import re
 import time
 from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
 
 from PIL import Image
@@ -23,6 +24,7 @@ from minialign.files import write_whole
 Curve = list[tuple[float, float]]  # (step, value)
 PICTURE_SIDE = 288  # pixels, the longer side of an embedded picture
 CHART_POINTS = 200  # points per curve; longer curves are averaged over equal runs of logged values
+COMPARED = 1000  # words of a response that are compared with the other one's
 WIDTH, HEIGHT = 360, 220  # of a chart, in SVG units
 LEFT, RIGHT, TOP, BOTTOM = 56, 350, 10, 184  # its frame
 # Punctuation apart, so that "dog." against "dog" marks the dot.
@@ -316,8 +318,12 @@ def shown_picture(pair: ReportPair) -> Image.Image:
 
 
 def word_diff(chosen: str, rejected: str) -> tuple[str, str]:
-    """Both texts escaped, with the words that differ inside <ins> (chosen) and <del> (rejected)."""
-    left, right = list(WORD.finditer(chosen)), list(WORD.finditer(rejected))
+    """Both texts escaped, with the words that differ inside <ins> (chosen) and <del> (rejected).
+
+    Only the first `COMPARED` words: to align them takes the square of their number.
+    """
+    left = list(islice(WORD.finditer(chosen), COMPARED))
+    right = list(islice(WORD.finditer(rejected), COMPARED))
     words, other_words = [match[0] for match in left], [match[0] for match in right]
     # One alignment serves both sides: aligning the other way round need not give the same words.
     matcher = difflib.SequenceMatcher(None, words, other_words, autojunk=False)

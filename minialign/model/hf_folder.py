@@ -265,6 +265,9 @@ def save_changed(
             for key, tensor in read_tensors(file):
                 new = change(rename(key, NAMES), tensor)
                 changed[key] = new.detach().to("cpu", tensor.dtype).contiguous()
+                if not changed[key].isfinite().all():
+                    message = f"{key} is not finite in the type of {file} ({tensor.dtype})"
+                    raise UserError(f"{folder}: {message}; train it anew with a lower --lr")
             save_file(changed, partial / file.name, metadata=metadata)
 
         index = source / "model.safetensors.index.json"

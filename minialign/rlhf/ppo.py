@@ -31,6 +31,7 @@ import time
 from collections import Counter
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -57,7 +58,7 @@ from minialign.training.optimizer import (
 )
 from minialign.training.outputs import save_weights
 from minialign.training.parallel import sum_across_ranks, sum_gradients_across_ranks, unsharded
-from minialign.training.progress import TrainingLog, require_same_flags
+from minialign.training.progress import TrainingLog, require_run_folder
 
 # What stands for a flag that is not given: the paper's value (Sec. 5.5), and the toy model's, which
 # was chosen on validation images.
@@ -78,6 +79,7 @@ DEFAULTS = {
 class Config(TrainingFlags):
     """Flags of its own; minialign/training/flags.py has those of every training."""
 
+    program: ClassVar[str] = "ppo"
     data: str | None = None  # records or pairs; without it the embedded world's
     out: str = "runs/ppo"  # folder to write
     # `oracle`, a reward model's folder, or FILE.py:FUNCTION(image, prompt, response)
@@ -169,13 +171,13 @@ def main(config: Config) -> None:
     config = edge.with_defaults(config, DEFAULTS)
     config = with_shape_of_adapter(config)
     check(config)
+    require_run_folder(config)
     parallel.start(config.device)
     folder, out = edge.model_folder(config.model), Path(config.out)
-    require_same_flags(out, config)
 
+    reward = edge.scorer_of(config.reward, config)
     records = edge.training_records(config)
     pictures = edge.picture_source(config.images)
-    reward = edge.scorer_of(config.reward, config)
     setup = prepare(config, folder, records, pictures, head="value", reward=config.reward)
     assistant, policy = setup.assistant, setup.assistant.model
     benchmark = edge.benchmark_of(config.images, config.eval_split, config.eval_images)
@@ -184,7 +186,7 @@ def main(config: Config) -> None:
     optimizer = make_optimizer(policy, config.lr, config.projector_lr)
     trained = trained_parameters(optimizer)
     idle = idle_rollout(assistant, setup.loader, config.k)
-    with TrainingLog(out, policy, optimizer, config, config.kl_stop) as log:
+    with TrainingLog(policy, optimizer, config, config.kl_stop) as log:
         for step, batches in log.steps(setup.schedule, setup.loader):
             begun = time.perf_counter()
             sums: Counter = Counter()  # over the step's responses, of what is logged

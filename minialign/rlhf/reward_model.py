@@ -16,6 +16,7 @@ and ppo and for --annotator.
 from collections import Counter
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import ClassVar
 
 import torch
 from tqdm import tqdm
@@ -42,7 +43,7 @@ from minialign.training.optimizer import (
 )
 from minialign.training.outputs import report_pairs, save_results, save_weights
 from minialign.training.parallel import sum_across_ranks, sum_gradients_across_ranks, whole
-from minialign.training.progress import TrainingLog, require_same_flags
+from minialign.training.progress import TrainingLog, require_run_folder
 
 # Pairs whose rewards are measured: so many tell the mean to 2 % of the standard deviation.
 MEASURED = 1000
@@ -65,6 +66,7 @@ STEPS = (4000, 500)  # unless --steps or --epochs is given
 class Config(TrainingFlags):
     """Flags of its own; minialign/training/flags.py has those of every training."""
 
+    program: ClassVar[str] = "reward_model"
     pairs: str | None = None  # preference pairs; without them rule-corrupted ones of the toy
     out: str = "runs/reward"  # folder to write
 
@@ -96,9 +98,9 @@ def main(config: Config) -> None:
     config = edge.with_defaults(config, DEFAULTS | steps)
     config = with_shape_of_adapter(config)
     check_training(config)
+    require_run_folder(config)
     parallel.start(config.device)
     folder, out = edge.model_folder(config.model), Path(config.out)
-    require_same_flags(out, config)
 
     records = edge.training_pairs(config)
     pictures = edge.picture_source(config.images)
@@ -109,7 +111,7 @@ def main(config: Config) -> None:
     trained = trained_parameters(optimizer)
     one = torch.ones(1, device=config.device)  # the weight of the one rejected response
     idle = loader.idle()
-    with TrainingLog(out, policy, optimizer, config) as log:
+    with TrainingLog(policy, optimizer, config) as log:
         for step, batches in log.steps(setup.schedule, loader):
             # A step's pairs, dealt out to all processes, in --accumulate batches.
             pairs_in_step = sum(len(batch) for batch in batches)

@@ -12,7 +12,7 @@ import torch
 from PIL import Image
 from torch.utils.checkpoint import checkpoint
 
-from minialign.cli import require, require_at_least, require_outside
+from minialign.cli import require, require_at_least
 from minialign.data.collate import PairCollator, StepLoader
 from minialign.data.images import ImageProcessor
 from minialign.data.record_files import Records, usable_pairs
@@ -51,8 +51,6 @@ def prepare(
     Prompts alone are read of the records, but for a reward model, which needs the rejected
     response. reward: what pays, whose weights a resumed run must find unchanged.
     """
-    out = Path(config.out)
-    require_outside(out, "the model", folder)
     policy = empty_policy(folder, config, head)  # names and shapes, no memory yet
     tokenizer = Tokenizer.from_folder(folder, config.template)
     assistant = Assistant(policy, tokenizer, ImageProcessor.from_folder(folder))
@@ -94,7 +92,7 @@ def prepare(
 
     load_policy_weights(policy, folder, config, head)  # each process reads its rows
     assistant.announce(folder)
-    begin(out, config, records, fingerprint(folder, config.adapter, reward))
+    begin(config, records, fingerprint(folder, config.adapter, reward))
     schedule = batches_of_run(
         records.numbers, config.batch_size, config.seed, config.epochs, config.steps
     )
@@ -118,8 +116,6 @@ def check_rlhf(config) -> None:
     choices = "no such folder of a reward model, and no FILE.py:FUNCTION or `oracle`"
     known = reward == "oracle" or is_folder or is_file
     require(known, f"--reward {reward}: {choices}; give one of these")
-    if is_folder:
-        require_outside(Path(config.out), "--reward", Path(reward))
 
 
 def leave_results(

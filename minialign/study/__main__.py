@@ -24,6 +24,7 @@ from typing import Literal
 
 from tqdm import tqdm
 
+from minialign.claims import claim_folder, require_own_folder
 from minialign.cli import require, require_at_least, run_main
 from minialign.edge import CHECKPOINT
 from minialign.errors import UserError
@@ -146,6 +147,8 @@ def main(config: Config) -> None:
     twice = f"--rows {config.rows}: a row stands twice; name each once"
     require(len(set(rows)) == len(rows), twice)
     require_at_least(config, seeds=1, images=1, limit=1)
+    require_own_folder(config, "study")
+    claim_folder(Path(config.out), "study", alone=False)
     require_same_study(config)
 
     # Every row from every seed: {row: the counts per image of each seed}.

@@ -12,7 +12,8 @@ from pathlib import Path
 from typing import Literal
 
 from minialign import edge
-from minialign.cli import require, require_at_least, require_new_file, run_main
+from minialign.claims import require_new_file, require_new_folder
+from minialign.cli import require, require_at_least, run_main
 from minialign.files import write_whole
 from minialign.toy.world import TOY_RECORDS, alignment_records, picture, scene_of
 
@@ -56,17 +57,18 @@ def corrupt(config: Config) -> None:
 def main(config: Config) -> None:
     """Write what is asked for."""
     nothing = "nothing to do; give --export DIR, --corrupted FILE or --pretrain DIR"
-    require(any((config.export, config.corrupted, config.pretrain)), nothing)
+    given = (config.export, config.corrupted, config.pretrain)
+    require(any(flag is not None for flag in given), nothing)
     require_at_least(config, limit=1, scale=1, first=0)
     require(config.scale <= 4, f"--scale {config.scale}: at most 4; more is not drawn")
-    is_file = config.export is not None and Path(config.export).is_file()
-    require(not is_file, f"--export {config.export}: is a file; name a folder")
-    if config.corrupted:
-        require_new_file(Path(config.corrupted), "--corrupted")
+    if config.corrupted is not None:
+        require_new_file(config, "corrupted")
         corrupt(config)
-    if config.export:
+    if config.export is not None:
+        require_new_folder(config, "export")
         export(config)
-    if config.pretrain:
+    if config.pretrain is not None:
+        require_new_folder(config, "pretrain")
         from minialign.toy.pretrain import pretrain  # here, as all else needs no model
 
         pretrain(Path(config.pretrain))

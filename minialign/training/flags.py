@@ -11,7 +11,6 @@ from minialign.cli import (
     require,
     require_at_least,
     require_device,
-    require_outside,
     require_seed,
     require_torchrun,
 )
@@ -108,7 +107,6 @@ def check_training(config: TrainingFlags) -> None:
         (config.adapter is None) == (config.reference is None),
         f"--adapter and --reference go together: {together}",
     )
-    require(not Path(config.out).is_file(), f"--out {config.out}: is a file; name a folder")
     require_device(config.device)
     require_torchrun(config.shard)
 
@@ -125,5 +123,4 @@ def with_shape_of_adapter(config: TrainingFlags) -> TrainingFlags:
         alpha = 2.0 * config.lora_rank if config.lora_alpha is None else config.lora_alpha
         return replace(config, lora_alpha=alpha)
     raw = read_adapter_config(Path(config.adapter))
-    require_outside(Path(config.out), "--adapter", Path(config.adapter))
     return replace(config, lora_rank=raw["r"], lora_alpha=raw["lora_alpha"])

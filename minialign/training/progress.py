@@ -5,19 +5,21 @@ The data order follows from the seed and the step, and training draws no other r
 that a resumed run goes on bit for bit. No pickle is written or read.
 """
 
+import hashlib
 import json
-import shutil
 import signal
 import sys
 from collections.abc import Callable, Iterator
-from contextlib import closing
+from contextlib import closing, suppress
 from dataclasses import asdict
 from pathlib import Path
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import save_file
 from tqdm import tqdm
 
+from minialign.claims import claim_folder, require_own_folder, set_aside
 from minialign.cli import is_out_of_memory
 from minialign.data.prefetch import load_ahead
 from minialign.data.record_files import Records
@@ -44,6 +46,8 @@ from minialign.training.parallel import (
     whole,
 )
 
+PROGRESS = "checkpoint/progress.safetensors"  # in --out
+ENDING = (signal.SIGTERM, signal.SIGINT)  # a scheduler's, and Ctrl-C
 # In the progress bar, where they were logged.
 SHOWN = (
     "loss",
@@ -71,67 +75,71 @@ MAY_CHANGE = (
 )
 
 
-def require_same_flags(out: Path, config) -> None:
-    """A resumed training must have the flags that its config.json notes; where there is none, it
-    begins.
+def require_run_folder(config) -> None:
+    """Refuse an --out that this training cannot have: another program's, one that holds an
+    unfinished run or, with --resume, a run of other flags.
 
-    `config` has a training script's flags.
+    `config` has a training script's flags, and the script's name.
     """
+    require_own_folder(config, config.program)
+    out = Path(config.out)
     if config.resume and (out / "config.json").exists():
         remedy = "give the old value, or leave --resume out and name another --out"
         require_same_settings(out / "config.json", asdict(config), MAY_CHANGE, remedy)
+    if not config.resume and (out / PROGRESS).exists() and not finished(out):
+        message = "holds an unfinished run; --resume goes on with it, or name another --out"
+        raise UserError(f"--out {out}: {message}")
 
 
-def begin(out: Path, config, records: Records, weights: str) -> None:
-    """Note flags and data of a training in `out`; a new one takes an earlier one's results away
-    first."""
+def claim_run(config) -> None:
+    """Take --out for this run alone; a finished run that is there gets another name.
+
+    By one process, while the others wait. What is written from here on lands in it.
+    """
+
+    def claim() -> None:
+        out = Path(config.out)
+        claim_folder(out, config.program)
+        if not config.resume and finished(out):
+            set_aside(out)
+            claim_folder(out, config.program)
+
+    on_rank0(claim)
+
+
+def finished(out: Path) -> bool:
+    """Whether a run has left all that it leaves: the report comes last."""
+    return (out / "report.html").exists()
+
+
+def begin(config, records: Records, weights: str) -> None:
+    """Take --out, and note flags and data there; a resumed run must find the same data."""
+    claim_run(config)
+    out = Path(config.out)
+    data = {"pairs": len(records.numbers), "hash": records.file.hash(), "weights": weights}
+    path = out / "checkpoint/data.json"
 
     def note() -> None:
         """By one process, while the others wait."""
-        if not config.resume:
-            remove_results(out)
+        path.parent.mkdir(exist_ok=True)
+        if config.resume and (out / PROGRESS).exists():
+            if read_json(path, "leave --resume out") != data:
+                message = f"pairs or model are not those that {path} was made for"
+                raise UserError(f"--resume: {message}; leave --resume out")
         write_json(out / "config.json", asdict(config) | {"resume": False})
-        require_same_data(out / "checkpoint", records, weights, config.resume)
+        write_json(path, data)
 
     on_rank0(note)
-
-
-def require_same_data(folder: Path, records: Records, weights: str, resume: bool) -> None:
-    """Note which pairs and base weights a run trains on; a resumed run must find the same ones."""
-    data = {"pairs": len(records.numbers), "hash": records.file.hash(), "weights": weights}
-    path = folder / "data.json"
-    if resume and path.exists() and read_json(path, "leave --resume out") != data:
-        raise UserError(
-            f"--resume: pairs or model are not those that {path} was made for; leave --resume out"
-        )
-    write_json(path, data)
-
-
-def remove_results(out: Path) -> None:
-    """Take away what an earlier run left, which nobody must take for this one's; an unfinished one
-    is refused."""
-    if not out.exists():
-        return
-    if (out / "checkpoint/progress.safetensors").exists() and not (out / "report.html").exists():
-        raise UserError(
-            f"--out {out}: holds an unfinished run; --resume goes on with it, or name another --out"
-        )
-    if (out / "report.html").exists():
-        print(f"{out}: the finished run there is replaced")
-    for old in ("checkpoint/progress.safetensors", "result.json", "counts.json", "report.html"):
-        (out / old).unlink(missing_ok=True)
-    for old in ("adapter", "merged"):
-        shutil.rmtree(out / old, ignore_errors=True)
 
 
 class TrainingLog:
     """The log and the checkpoints of a training run: `rows` so far, one more by `add`.
 
-    In its `with` block SIGTERM lets the step in progress end; then the progress is saved, and the
-    program exits with 0. A `UserError` there, or memory that has run out, saves what was done
-    before it; of several processes the others may not have met it, and the last checkpoint stays.
-    All of them hold the rows, the first one writes. A step of which some updates were made and
-    others not is never saved.
+    In its `with` block SIGTERM, or Ctrl-C, lets the step in progress end; then the progress is
+    saved, and the program exits with 0 (Ctrl-C: 130; a second one does not wait). A `UserError`
+    there, or memory that has run out, saves what was done before it; of several processes the
+    others may not have met it, and the last checkpoint stays. All of them hold the rows, the first
+    one writes. A step of which some updates were made and others not is never saved.
 
     Where the KL to the reference passes `kl_stop`, the run is `stopped` and its progress saved; a
     resumed run, too, ends at such rows.
@@ -139,31 +147,32 @@ class TrainingLog:
 
     def __init__(
         self,
-        out: Path,
         policy: Llava,
         optimizer: torch.optim.Optimizer,
         config,
         kl_stop: float | None = None,
     ):
-        self.folder, self.file = out / "checkpoint", out / "metrics.jsonl"
+        self.path, self.file = Path(config.out) / PROGRESS, Path(config.out) / "metrics.jsonl"
         self.policy, self.optimizer, self.config = policy, optimizer, config
         self.kl_stop = kl_stop
-        self.terminated = False
+        self.ended_by: int | None = None  # the signal that has come
         self.bar: tqdm | None = None
 
-        start = load_progress(self.folder, policy, optimizer) if config.resume else 0
+        start, log_hash = 0, ""
+        if config.resume:
+            start, log_hash = load_progress(self.path, policy, optimizer)
         # Read by one process, as what a kill has cut off is taken away.
         rows = read_lines(self.file, "leave --resume out")[:start] if start and rank() == 0 else []
         self.rows: list[dict] = gather(rows)[0]
-        if len(self.rows) < start:
-            there = f"{len(self.rows)} of the checkpoint's {start} steps"
-            raise UserError(f"{self.file}: {there}; leave --resume out")
+        if start and hash_of(self.rows) != log_hash:
+            message = f"not the log of the {start} steps that {self.path} was saved after"
+            raise UserError(f"{self.file}: {message}; leave --resume out and name another --out")
         lines = "".join(json.dumps(row) + "\n" for row in self.rows)
         on_rank0(lambda: write_whole(self.file, lines))
         self.stopped = passed_kl_stop(self.rows, self.kl_stop)
         self.updates = self.count_updates()
         if start:
-            print(f"{self.folder}: {start} steps are done; going on from there")
+            print(f"{self.path}: {start} steps are done; going on from there")
 
     def steps(
         self, schedule: list[list[int]], loader: Callable[[list[int]], list]
@@ -194,31 +203,33 @@ class TrainingLog:
 
         step = len(self.rows)
         due = step % self.config.save_every == 0 or step == self.total
-        terminated = any(gather(self.terminated))
+        ended_by = next((number for number in gather(self.ended_by) if number), None)
         self.stopped = passed_kl_stop(self.rows, self.kl_stop)
-        if due or terminated or self.stopped:
-            save_progress(self.folder, self.policy, self.optimizer, step)
-        if terminated:
+        if due or ended_by or self.stopped:
+            save_progress(self.path, self.policy, self.optimizer, self.rows)
+        if ended_by:
             if rank() == 0:
-                print(f"terminated after step {step}; --resume goes on from there", file=sys.stderr)
-            sys.exit(0)
+                print(f"ended after step {step}; --resume goes on from there", file=sys.stderr)
+            sys.exit(130 if ended_by == signal.SIGINT else 0)
 
     def __enter__(self) -> "TrainingLog":
-        self.before = signal.signal(signal.SIGTERM, self.terminate)
+        self.before = {number: signal.signal(number, self.end) for number in ENDING}
         return self
 
-    def terminate(self, *_) -> None:
-        """SIGTERM has come."""
-        self.terminated = True
+    def end(self, number: int, _) -> None:
+        """SIGTERM or Ctrl-C has come; the next one ends the program at once."""
+        self.ended_by = number
+        signal.signal(number, self.before[number])
 
     def __exit__(self, kind: type | None, error: BaseException | None, _) -> None:
-        signal.signal(signal.SIGTERM, self.before)
+        for number, handler in self.before.items():
+            signal.signal(number, handler)
         whole_steps = self.rows and self.updates == self.count_updates()
         expected = kind is UserError or is_out_of_memory(error)
         if expected and size() == 1 and whole_steps:
-            trained = trained_parameters(self.optimizer)
-            if all(parameter.isfinite().all() for parameter in trained):
-                save_progress(self.folder, self.policy, self.optimizer, len(self.rows))
+            # Where that fails, too, what has ended the run is said.
+            with suppress(UserError, OSError, SafetensorError):
+                save_progress(self.path, self.policy, self.optimizer, self.rows)
 
     def count_updates(self) -> int:
         """Updates that the optimizer has made."""
@@ -236,8 +247,16 @@ def passed_kl_stop(rows: list[dict], kl_stop: float | None) -> str | None:
     return f"step {step}: a KL of {kl:.2f} nats per response, above --kl-stop {kl_stop}"
 
 
-def save_progress(folder: Path, model: Llava, optimizer: torch.optim.Optimizer, step: int) -> None:
-    """Write `folder`/progress.safetensors, whole: the state after `step` optimizer steps.
+def hash_of(rows: list[dict]) -> str:
+    """A short name of a log, by which the checkpoint knows its own."""
+    return hashlib.sha256(json.dumps(rows).encode()).hexdigest()[:16]
+
+
+def save_progress(
+    path: Path, model: Llava, optimizer: torch.optim.Optimizer, rows: list[dict]
+) -> None:
+    """Write the state after the steps of the log's `rows`, whole; weights that are none are
+    refused.
 
     Whole tensors, so that any number of processes goes on from it.
     """
@@ -245,9 +264,14 @@ def save_progress(folder: Path, model: Llava, optimizer: torch.optim.Optimizer, 
 
     def write() -> None:
         """By one process, while the others wait."""
-        folder.mkdir(parents=True, exist_ok=True)
-        partial, path = folder / ".progress.partial", folder / "progress.safetensors"
-        save_file(tensors, partial, {"progress": json.dumps({"step": step})})
+        for name, tensor in tensors.items():
+            if not tensor.isfinite().all():
+                message = f"{name} is not finite behind step {len(rows)}"
+                remedy = "begin anew with a lower --lr or a longer --warmup in another --out"
+                raise UserError(f"{message}, and what was saved before it stays; {remedy}")
+        partial = path.with_name(f".{path.name}.partial")
+        note = {"step": len(rows), "log": hash_of(rows)}
+        save_file(tensors, partial, {"progress": json.dumps(note)})
         partial.replace(path)
 
     on_rank0(write)
@@ -267,16 +291,16 @@ def progress_tensors(model: Llava, optimizer: torch.optim.Optimizer) -> dict[str
     return tensors
 
 
-def load_progress(folder: Path, model: Llava, optimizer: torch.optim.Optimizer) -> int:
-    """Read what `save_progress` wrote into model and optimizer; returns the number of steps done.
+def load_progress(path: Path, model: Llava, optimizer: torch.optim.Optimizer) -> tuple[int, str]:
+    """Read what `save_progress` wrote into model and optimizer; returns the number of steps done,
+    and the hash of their log.
 
     That is 0 where a run was stopped before its first checkpoint: it begins anew, and leaves the
     same bytes.
     """
-    path = folder / "progress.safetensors"
     if not path.exists():
         print(f"{path}: no checkpoint yet; beginning at the first step")
-        return 0
+        return 0, ""
     found, wanted = dict(read_tensors(path)), progress_tensors(model, optimizer)
     wanted_shapes = {name: tensor.shape for name, tensor in wanted.items()}
     found_shapes = {name: tensor.shape for name, tensor in found.items()}
@@ -284,7 +308,10 @@ def load_progress(folder: Path, model: Llava, optimizer: torch.optim.Optimizer) 
     for name, tensor in wanted.items():
         fill_in(tensor, found[name])
     with opened(path) as file:
-        noted = (file.metadata() or {}).get("progress")
-    if noted is None:
-        raise UserError(f"{path}: does not say which step it is of; leave --resume out")
-    return json.loads(noted)["step"]
+        noted = (file.metadata() or {}).get("progress", "")
+    try:
+        note = json.loads(noted)
+        return int(note["step"]), str(note["log"])
+    except (ValueError, TypeError, KeyError):
+        message = f"does not say which step it is of, but {noted[:40]!r}"
+        raise UserError(f"{path}: {message}; leave --resume out and name another --out") from None

@@ -20,8 +20,8 @@ from minialign.cli import (
     require,
     require_device,
     run_main,
-    with_defaults,
 )
+from minialign.edge import with_defaults
 from minialign.errors import UserError
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -229,13 +229,15 @@ def test_defaults_replace_what_was_not_given():
         rate: float | None = None
         size: int | None = None
         rest: str = "as it is"
+        model: str = "toy"
 
     defaults = {"rate": (0.5, 0.1), "size": (128, 4)}  # the paper's, the toy model's
-    assert with_defaults(Partial(), defaults, toy=True) == Partial(0.1, 4)
-    assert with_defaults(Partial(), defaults, toy=False) == Partial(0.5, 128)
+    assert with_defaults(Partial(), defaults) == Partial(0.1, 4)
+    other = Partial(model="runs/mine")
+    assert with_defaults(other, defaults) == Partial(0.5, 128, model="runs/mine")
     zeros = Partial(rate=0.0, size=0)
-    assert with_defaults(zeros, defaults, toy=True) == zeros  # 0 was given
-    assert with_defaults(Partial(size=2), defaults, toy=True) == Partial(0.1, 2)
+    assert with_defaults(zeros, defaults) == zeros  # 0 was given
+    assert with_defaults(Partial(size=2), defaults) == Partial(0.1, 2)
 
 
 def test_require():

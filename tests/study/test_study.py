@@ -267,7 +267,7 @@ def test_rows_of_other_settings_are_not_taken_for_these(tmp_path, monkeypatch, p
     before = (tmp_path / "study.json").read_text()
     with pytest.raises(
         UserError,
-        match=f"settings.json: of another {flags[0][2:]}, .* and not .*; name another --out",
+        match=f"settings.json: of another {flags[0][2:]}, which was .* now; name another --out",
     ):
         run_study(
             monkeypatch,
@@ -292,7 +292,7 @@ def test_a_row_of_other_commands_is_refused_and_a_new_row_is_not(tmp_path, monke
     monkeypatch.setitem(ROWS, "bdhs", [*ROWS["bdhs"][:-1], ROWS["bdhs"][-1] + " --lr 1"])
     ran = len(programs)
     with pytest.raises(
-        UserError, match="settings.json: of another row bdhs, .* and not .*; name another --out"
+        UserError, match="settings.json: of another row bdhs, which was .* now; name another --out"
     ):
         run_study(monkeypatch, *flags, "slic,bdhs")
     run_study(monkeypatch, *flags, "slic")

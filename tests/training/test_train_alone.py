@@ -44,7 +44,7 @@ def test_without_pairs_they_are_sampled_first(model, tmp_path, monkeypatch):
     # A new run of the same settings takes the pairs that are there.
     train(model, tmp_path / "b", **knobs)
     assert contents(tmp_path / "b") == b and sum(map(len, calls)) == 1
-    with pytest.raises(UserError, match="of another seed, 0 and not 1; name another --out"):
+    with pytest.raises(UserError, match="of another seed, which was 0 and is 1 now; name another"):
         train(model, tmp_path / "b", seed=1, **knobs)
     assert contents(tmp_path / "b") == b  # nothing of the run before is lost
     with open(tmp_path / "b" / "pairs.jsonl", "a") as file:

@@ -1,0 +1,312 @@
+"""Where a program may write: beside what is read, over nothing of the user's, and alone."""
+
+import json
+import math
+import os
+import shutil
+import subprocess
+import sys
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import pytest
+from helpers import refused
+from script_runs import contents, stop_at, train
+from test_layout import ROOT
+
+import sample_bdhs
+import train_dpo
+import train_online
+from minialign import annotate, claims, evaluate
+from minialign.rlhf import ppo, reward_model, rloo
+from minialign.study import __main__ as study_program
+from minialign.toy import __main__ as toy_program
+from minialign.training import progress
+
+
+@dataclass(frozen=True)
+class Places:
+    """Some of the flags that name places."""
+
+    out: str
+    model: str = "toy"
+    data: str | None = None
+    pairs: str | None = None
+    images: str = "toy"
+    reward: str = "oracle"
+
+
+@pytest.fixture
+def mine(tmp_path, monkeypatch) -> Path:
+    """A user's folder: pictures, data, a model, and a link to the pictures."""
+    for name in ("pictures/more", "model"):
+        (tmp_path / name).mkdir(parents=True)
+    (tmp_path / "pairs.jsonl").write_text("{}\n")
+    (tmp_path / "reward.py").write_text("")
+    (tmp_path / "link").symlink_to(tmp_path / "pictures")
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+@pytest.mark.parametrize(
+    "out,flags,message",
+    [
+        ("", {}, "--out is empty; name a place"),
+        (" ", {}, "--out is empty"),
+        ("model", {"model": "model"}, "--out model: is --model"),
+        ("model/merged", {"model": "model"}, "lies in --model"),
+        (".", {"model": "model"}, "holds --model"),
+        ("pictures", {"images": "pictures/more"}, "holds --images"),
+        ("link", {"images": "pictures"}, "is --images"),
+        ("pictures/x", {"images": "link"}, "lies in --images"),
+        ("pairs.jsonl", {"pairs": "pairs.jsonl"}, "is --pairs"),
+        ("./model/../pairs.jsonl", {"pairs": "x.jsonl,pairs.jsonl"}, "is --pairs"),
+        (".", {"reward": "reward.py:score"}, "holds --reward"),
+        ("pairs.jsonl/x", {}, "is a file; name another place"),
+    ],
+)
+def test_a_place_apart_from_all_that_is_read(mine, out, flags, message):
+    before = contents(mine)
+    refused(lambda: claims.require_place(Places(out, **flags)), message)
+    assert contents(mine) == before
+
+
+@pytest.mark.parametrize("out", ["new", "a/b/c", "model2", "pictures.jsonl"])
+def test_a_place_beside_what_is_read(mine, out):
+    flags = {"model": "model", "images": "pictures", "pairs": "pairs.jsonl"}
+    claims.require_place(Places(out, **flags))
+
+
+def test_names_of_the_embedded_world_are_no_paths(mine):
+    (mine / "toy").mkdir()
+    claims.require_place(Places("toy/run"))
+
+
+@pytest.mark.skipif(os.geteuid() == 0, reason="root may write anywhere")
+def test_no_permission(mine):
+    (mine / "model").chmod(0o500)
+    refused(lambda: claims.require_place(Places("model/x")), "no permission")
+
+
+PROGRAMS = {
+    "train_dpo": (train_dpo, {}),
+    "train_online": (train_online, {}),
+    "rloo": (rloo, {}),
+    "ppo": (ppo, {}),
+    "reward_model": (reward_model, {}),
+    "study": (study_program, {}),
+    "evaluate": (
+        evaluate,
+        {"benchmark": "pope", "data": "questions.json", "images": "pictures"},
+    ),
+}
+
+
+@pytest.mark.parametrize("name", PROGRAMS)
+def test_a_folder_that_is_there_is_nobodys_but_its_owners(name, mine):
+    """Of no run, of another program's, or an ordinary file: refused, and nothing in it changes."""
+    program, flags = PROGRAMS[name]
+    (mine / "questions.json").write_text("[]")
+    thesis = mine / "thesis"
+    (thesis / "merged").mkdir(parents=True)
+    (thesis / "merged/mine.txt").write_text("years of work")
+    (thesis / "config.json").write_text('{"mine": 1}')
+    before = contents(mine)
+
+    config = program.Config(out="thesis", **flags)
+    refused(lambda: program.main(config), "is there, and no run has made it; name a new folder")
+    (thesis / claims.MARK).write_text("another\n")
+    refused(lambda: program.main(config), f"was made by another; name a new folder for {name}")
+    (thesis / claims.MARK).unlink()
+    refused(lambda: program.main(replace(config, out="pairs.jsonl")), "is a file; name a folder")
+    refused(lambda: program.main(replace(config, out="")), "--out is empty")
+    assert contents(mine) == before
+
+
+@pytest.mark.parametrize("flag", ["export", "corrupted", "pretrain"])
+def test_the_embedded_world_is_written_to_new_places(flag, mine):
+    before = contents(mine)
+    for place in ("pictures", "pairs.jsonl", ""):
+        config = toy_program.Config(**{flag: place}, limit=2)
+        refused(lambda config=config: toy_program.main(config), f"--{flag} {place}")
+    assert contents(mine) == before
+
+
+def test_annotate_writes_over_nothing(mine):
+    for out in ("pairs.jsonl", "model", ""):
+        config = annotate.Config(pairs="pairs.jsonl", out=out)
+        refused(lambda config=config: annotate.main(config), f"--out {out}")
+    assert (mine / "pairs.jsonl").read_text() == "{}\n"
+
+
+def test_sampling_does_not_write_over_a_file_that_no_sampling_made(mine):
+    before = contents(mine)
+    config = sample_bdhs.Config(out="pairs.jsonl", limit=2)
+    refused(lambda: sample_bdhs.main(config), "pairs.jsonl.config.json: no such file; name another")
+    refused(lambda: sample_bdhs.main(replace(config, out="model")), "is a folder")
+    found = contents(mine)
+    found.pop(".pairs.jsonl.lock", None)
+    assert found == before
+
+
+def test_a_cache_in_somebody_elses_folder(mine, model, pairs):
+    message = "--ref-cache pictures: is there, and no run has made it"
+    (mine / "pictures/a.png").write_text("")
+    refused(lambda: train(model, mine / "out", pairs=pairs, ref_cache="pictures"), message)
+    assert not (mine / "out").exists()
+
+
+# ---------------------------------------------------------------- an earlier run of the same kind
+
+
+def test_a_finished_run_gets_another_name(model, pairs, tmp_path):
+    """Nothing of it is lost, whatever happens to the new one."""
+    out = tmp_path / "out"
+    train(model, out, pairs=pairs, limit=4)
+    first = contents(out)
+    train(model, out, pairs=pairs, limit=4, seed=1)
+    second = contents(out)
+    assert contents(tmp_path / "out.1") == first and second != first
+    train(model, out, pairs=pairs, limit=4, seed=2)
+    assert contents(tmp_path / "out.1") == first and contents(tmp_path / "out.2") == second
+
+
+def test_a_run_behind_a_link_stays_behind_it(model, pairs, tmp_path):
+    (tmp_path / "disk").mkdir()
+    (tmp_path / "out").symlink_to(tmp_path / "disk/run")
+    (tmp_path / "disk/run").mkdir()
+    for seed in (0, 1):
+        train(model, tmp_path / "out", pairs=pairs, limit=4, seed=seed)
+    assert sorted(path.name for path in (tmp_path / "disk").iterdir()) == ["run", "run.1"]
+
+
+def test_a_refused_run_moves_nothing(model, pairs, tmp_path):
+    out = tmp_path / "out"
+    train(model, out, pairs=pairs, limit=4)
+    before = contents(tmp_path)
+    (tmp_path / "bad.jsonl").write_text("no JSON\n")
+    with pytest.raises(Exception, match="not JSON"):
+        train(model, out, pairs=str(tmp_path / "bad.jsonl"))
+    (tmp_path / "bad.jsonl").unlink()
+    assert contents(tmp_path) == before
+
+
+def test_inputs_below_the_out_folder(model, pairs, tmp_path):
+    out = tmp_path / "run"
+    (out / "merged").mkdir(parents=True)
+    shutil.copy(pairs, out / "merged/pairs.jsonl")
+    own = out / "merged/pairs.jsonl"
+    refused(lambda: train(model, out, pairs=str(own)), "holds --pairs")
+    assert own.exists()
+
+
+# ---------------------------------------------------------------- two at once
+
+
+HOLDS = """
+import sys, time
+from pathlib import Path
+from minialign.claims import claim_file, claim_folder
+claim_folder(Path(sys.argv[1]), "train_dpo")
+claim_file(Path(sys.argv[2]))
+print("held", flush=True)
+time.sleep(60)
+"""
+
+
+def test_a_second_run_is_kept_out_while_the_first_lives(model, pairs, tmp_path):
+    out, file = tmp_path / "out", tmp_path / "pairs.jsonl"
+    command = [sys.executable, "-c", HOLDS, str(out), str(file)]
+    environment = os.environ | {"PYTHONPATH": str(ROOT)}
+    first = subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=environment)
+    try:
+        assert first.stdout.readline() == "held\n"
+        before = contents(tmp_path)
+        other = "another program is writing there; wait until it ends"
+        refused(lambda: train(model, out, pairs=pairs, limit=4), other)
+        refused(lambda: train(model, out, pairs=pairs, limit=4, resume=True), other)
+        refused(lambda: sample_bdhs.main(sample_bdhs.Config(out=str(file), limit=2)), other)
+        assert contents(tmp_path) == before
+    finally:
+        first.kill()
+        first.wait()
+    train(model, out, pairs=pairs, limit=4)  # a dead one's lock keeps nobody out
+
+
+def test_a_run_whose_folder_is_removed_says_so(model, pairs, tmp_path, monkeypatch):
+    """It is not made anew with half a log in it."""
+    out = tmp_path / "out"
+    real = train_dpo.preference_metrics
+
+    def removing(*args):
+        shutil.rmtree(out, ignore_errors=True)
+        return real(*args)
+
+    monkeypatch.setattr(train_dpo, "preference_metrics", removing)
+    refused(lambda: train(model, out, pairs=pairs, limit=4), "metrics.jsonl: cannot be written")
+    assert not out.exists()
+
+
+# ---------------------------------------------------------------- what a checkpoint knows
+
+
+def stopped_run(model: str, pairs: str, out: Path, monkeypatch) -> None:
+    with monkeypatch.context() as patch:
+        stop_at(patch, "append_lines", 3)
+        with pytest.raises(KeyboardInterrupt):
+            train(model, out, pairs=pairs, save_every=1)
+
+
+@pytest.mark.parametrize(
+    "name,change,message",
+    [
+        ("checkpoint/data.json", None, "data.json: no such file; leave --resume out"),
+        ("checkpoint/data.json", {"pairs": 3}, "pairs or model are not those"),
+        ("metrics.jsonl", {"step": 1}, "not the log of the 2 steps"),
+        ("metrics.jsonl", None, "not the log of the 2 steps"),
+    ],
+)
+def test_a_tampered_run_does_not_go_on(model, pairs, tmp_path, monkeypatch, name, change, message):
+    stopped_run(model, pairs, tmp_path / "out", monkeypatch)
+    path = tmp_path / "out" / name
+    path.unlink()
+    if change is not None:
+        path.write_text(json.dumps(change) + "\n")
+    refused(lambda: train(model, tmp_path / "out", pairs=pairs, save_every=1, resume=True), message)
+
+
+@pytest.mark.parametrize("note", ["", "{", "[]", '{"step": 1}', '{"step": "x", "log": ""}', "7"])
+def test_a_tampered_note_in_a_checkpoint(model, pairs, tmp_path, monkeypatch, note):
+    from safetensors.torch import load_file, save_file
+
+    stopped_run(model, pairs, tmp_path / "out", monkeypatch)
+    path = tmp_path / "out/checkpoint/progress.safetensors"
+    save_file(load_file(path), path, {"progress": note})
+    message = "does not say which step it is of"
+    refused(lambda: train(model, tmp_path / "out", pairs=pairs, save_every=1, resume=True), message)
+
+
+def test_a_diverging_last_step_leaves_no_weights(pairs, tmp_path):
+    """merged/ has the types of the files that it comes from: float16 ends at 65,504."""
+    flags = {"pairs": pairs, "steps": 1, "epochs": None, "lr": 1e9, "limit": 4}
+    message = "is not finite in the type of"
+    refused(lambda: train("toy", tmp_path / "out", **flags), message)
+    assert not (tmp_path / "out/merged").exists() and not (tmp_path / "out/report.html").exists()
+
+
+def test_a_diverged_checkpoint_is_not_written(model, pairs, tmp_path, monkeypatch):
+    """The one before it stays."""
+    real = progress.whole
+    calls = []
+
+    def diverged(tensors: dict) -> dict:
+        calls.append(real(tensors))
+        if len(calls) == 2:
+            next(iter(calls[-1].values()))[0] = math.inf
+        return calls[-1]
+
+    monkeypatch.setattr(progress, "whole", diverged)
+    flags = {"pairs": pairs, "save_every": 1, "batch_size": 2}
+    refused(lambda: train(model, tmp_path / "out", **flags), "is not finite behind step 2, and")
+    monkeypatch.undo()
+    train(model, tmp_path / "out", resume=True, **flags)
