@@ -37,7 +37,7 @@ def remedy_of(error: Exception) -> str:
     if isinstance(error, PermissionError) or "Read-only" in text:
         return "allow it, or name another place"
     if isinstance(error, FileNotFoundError):
-        return "it was there before, or should have been: put it back, or name another"
+        return "put it back, or name another place"
     return "mend it, or name another place"
 
 

@@ -110,7 +110,9 @@ class UserReward:
         """
         try:
             score = float(self.function(picture, record.asked, text))
-        except (Exception, SystemExit) as error:  # the user's own code may raise anything
+        except KeyboardInterrupt:
+            raise
+        except BaseException as error:  # the user's own code may raise anything
             message = f"{self.name}: raised {error!r}, of record {record.id}; mend it"
             raise UserError(message) from error
         message = f"{self.name}: {score} of record {record.id}, which is no finite number; mend it"
@@ -126,7 +128,9 @@ def load_function(path: Path, name: str) -> Callable:
     sys.path.insert(0, str(path.parent))  # as for a script: what stands beside it can be imported
     try:
         spec.loader.exec_module(module)
-    except (Exception, SystemExit) as error:  # the user's own code may raise anything
+    except KeyboardInterrupt:
+        raise
+    except BaseException as error:  # the user's own code may raise anything
         raise UserError(f"--reward {path}: raised {error!r}; mend it") from error
     function = getattr(module, name, None)
     require(callable(function), f"--reward {path}: has no function {name!r}; give FILE.py:FUNCTION")

@@ -6,7 +6,6 @@ python -m minialign.toy --corrupted runs/corrupted/pairs.jsonl
 python -m minialign.toy --pretrain /tmp/toy-llava
 """
 
-import json
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -14,7 +13,7 @@ from typing import Literal
 from minialign import edge
 from minialign.claims import require_new_file, require_new_folder
 from minialign.cli import require, require_at_least, run_main
-from minialign.files import write_whole
+from minialign.files import folder_written_whole, write_json
 from minialign.toy.world import TOY_RECORDS, alignment_records, picture, scene_of
 
 
@@ -39,10 +38,11 @@ def export(config: Config) -> None:
     """Pictures, and their records in LLaVA-Instruct form."""
     folder, limit = Path(config.export), 500 if config.limit is None else config.limit
     records = alignment_records(limit, config.split, config.first)
-    folder.mkdir(parents=True, exist_ok=True)
-    for record in records:
-        picture(scene_of(record["image"]), config.scale).save(folder / record["image"])
-    write_whole(folder / "data.json", json.dumps(records, indent=1) + "\n")
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    with folder_written_whole(folder) as new:
+        for record in records:
+            picture(scene_of(record["image"]), config.scale).save(new / record["image"])
+        write_json(new / "data.json", records)
     print(f"{folder}: {len(records)} pictures and data.json")
 
 

@@ -4,8 +4,10 @@ code 2.
 
 import dataclasses
 import importlib
+import os
 import re
 import runpy
+import shlex
 import subprocess
 import sys
 from dataclasses import dataclass
@@ -20,6 +22,7 @@ from minialign.cli import (
     require,
     require_device,
     run_main,
+    under_torchrun,
 )
 from minialign.edge import with_defaults
 from minialign.errors import UserError
@@ -293,6 +296,72 @@ def test_a_message_is_one_line_whatever_stands_in_it(capsys):
             failing(UserError("file 'a\nb\r\x1b[31m\u2028\x00\ud800': no such file")), Config, ""
         )
     assert capsys.readouterr().err == "error: file 'a b  [31m   ': no such file\n"
+
+
+def test_a_message_is_never_longer_than_a_screen(capsys):
+    """Its head says where, its end what to do."""
+    with pytest.raises(SystemExit):
+        run_main(failing(UserError(f"--data {'x' * 10**6}: no such file; give one")), Config, "")
+    message = capsys.readouterr().err
+    assert len(message) < 1100 and message.startswith("error: --data xxx")
+    assert message.endswith("xxx: no such file; give one\n")
+
+
+@pytest.mark.parametrize(
+    "error,remedy",
+    [
+        (OSError(28, "No space left on device"), "make room for it"),
+        (OSError(122, "Disk quota exceeded"), "make room for it"),
+        (PermissionError(13, "Permission denied", "a"), "allow it, or name another"),
+        (OSError(30, "Read-only file system", "a"), "allow it, or name another"),
+        (FileNotFoundError(2, "No such file or directory", "a"), "put it back"),
+        (NotADirectoryError(20, "Not a directory", "a"), "mend it, or name another"),
+    ],
+)
+def test_a_remedy_by_the_cause(error, remedy, capsys):
+    with pytest.raises(SystemExit):
+        run_main(failing(error), Config, "")
+    assert f"; {remedy}" in capsys.readouterr().err
+
+
+SAYS = """
+from dataclasses import dataclass
+from minialign.cli import run_main
+from minialign.errors import UserError
+
+@dataclass(frozen=True)
+class Config:
+    pass
+
+def main(config):
+    print("ü")
+    raise UserError("ü is missing")
+
+run_main(main, Config, "")
+"""
+
+
+@pytest.mark.parametrize("redirected", ["", " 2>&-", " >&-", " >&- 2>&-"])
+def test_a_terminal_of_ascii_and_none_at_all(redirected, tmp_path):
+    """What cannot be shown or heard does not change how a program ends."""
+    environment = os.environ | {"PYTHONIOENCODING": "ascii", "PYTHONPATH": str(ROOT)}
+    (tmp_path / "says.py").write_text(SAYS)
+    words = f"{shlex.quote(sys.executable)} {shlex.quote(str(tmp_path / 'says.py'))}{redirected}"
+    done = subprocess.run(words, shell=True, capture_output=True, text=True, env=environment)
+    assert done.returncode == 2
+    assert done.stderr == ("" if "2>&-" in redirected else "error: \\xfc is missing\n")
+    assert done.stdout == ("" if " >&-" in redirected else "\\xfc\n")
+
+
+def test_torchrun_is_more_than_one_inherited_variable(monkeypatch):
+    """As a shell has it that torchrun's worker has left behind."""
+    for name in ("RANK", "WORLD_SIZE", "MASTER_ADDR"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("TORCHELASTIC_RUN_ID", "x")
+    assert not under_torchrun()
+    for name in ("RANK", "WORLD_SIZE", "MASTER_ADDR"):
+        monkeypatch.setenv(name, "1")
+    assert under_torchrun()
 
 
 def test_bad_input_in_a_shell():

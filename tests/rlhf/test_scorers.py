@@ -98,6 +98,7 @@ def test_a_function_that_gives_no_number_is_refused(tmp_path, body, message):
         ("pay = 3", "has no function 'pay'"),
         ("def pay(:", "raised SyntaxError("),
         ("raise SystemExit(0)", "raised SystemExit(0)"),
+        ("raise BaseException(7)", "raised BaseException(7)"),
         ("import not_a_module_of_any_kind", "raised ModuleNotFoundError("),
     ],
 )
@@ -152,7 +153,7 @@ def test_a_step_of_which_some_updates_were_made_is_not_saved(model, tmp_path):
 
 def test_out_over_what_is_read_is_refused(trained_reward):
     """A reward model, or an annotator, within --out would be overwritten."""
-    merged, message = trained_reward / "merged", "which would be overwritten; name another"
+    merged, message = trained_reward / "merged", "which is read; name a place outside of it"
     for method in ("rloo", "ppo"):
         refused(lambda m=method: rlhf(m, "toy", trained_reward, reward=str(merged)), message)
     flags = {"method": "online-dpo", "annotator": str(merged)}
