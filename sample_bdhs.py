@@ -46,7 +46,7 @@ from minialign.data.record_files import sift
 from minialign.data.records import FormatName, Record
 from minialign.data.tokenizer import Tokenizer
 from minialign.errors import UserError
-from minialign.files import append_lines, write_json
+from minialign.files import append_lines, read_lines, write_json
 from minialign.model.hf_folder import empty_model, fingerprint, load_weights
 from minialign.model.masks import Branch, Sequence, mask_of_seed
 from minialign.sampling.assistant import Assistant
@@ -58,8 +58,8 @@ from minialign.sampling.pairs_file import (
     beside,
     needs_messages,
     pair_line,
-    pairs_of_earlier_run,
     require_same_records,
+    require_same_sampling,
     statistics,
 )
 from minialign.sampling.similarity import Similarity, load_similarity
@@ -282,9 +282,11 @@ def main(config: Config) -> None:
     )
 
     # What an earlier run has left is not sampled again, and nobody else writes there meanwhile.
-    parallel.on_rank0(lambda: claim_file(out))
     settings = asdict(config) | {"weights": fingerprint(folder)}
-    pairs = pairs_of_earlier_run(out, settings)
+    require_same_sampling(out, settings)
+    parallel.on_rank0(lambda: claim_file(out))
+    require_same_sampling(out, settings)  # another may have ended in between
+    pairs = read_lines(out, "name another --out")
     require_same_records(out, pairs, records)
     messages = needs_messages(out, pairs, records)
     known = {pair["id"] for pair in pairs}

@@ -11,7 +11,7 @@ from pathlib import Path
 
 from minialign.cli import require
 from minialign.data.records import Record, pair_record, preference_fields
-from minialign.files import read_lines, require_same_settings
+from minialign.files import require_same_settings
 
 # Settings that may be others when a run is continued.
 MAY_CHANGE = ("out", "limit", "batch_size", "skip_bad_records", "workers", "shard", "device")
@@ -34,14 +34,11 @@ def beside(out: Path, what: str) -> Path:
     return out.with_name(f"{out.name}.{what}.json")
 
 
-def pairs_of_earlier_run(out: Path, settings: dict) -> list[dict]:
-    """What an earlier run of the same settings left in the pairs file; any other file is left
-    alone."""
-    if not out.exists() or out.stat().st_size == 0:
-        return []
-    remedy = "name another --out"
-    require_same_settings(beside(out, "config"), settings, MAY_CHANGE, remedy)
-    return read_lines(out, remedy)
+def require_same_sampling(out: Path, settings: dict) -> None:
+    """Refuse a pairs file that is there and was not sampled with these settings."""
+    if out.exists() and out.stat().st_size > 0:
+        path = beside(out, "config")
+        require_same_settings(path, settings, MAY_CHANGE, "name another --out")
 
 
 def require_same_records(out: Path, pairs: list[dict], records: list[Record]) -> None:

@@ -80,14 +80,15 @@ def test_a_partial_cache_is_completed(seed, tmp_path, computed):
     ask(cache, model, pairs[2:6])  # two of which are known
     ask(cache, model, pairs[1:6])
     assert computed == [4, 4]
-    (path,) = tmp_path.iterdir()
+    (path,) = tmp_path.glob("*.jsonl")
     lines = read_lines(path)
     assert [line["pair"] for line in lines] == [pair_key(*pair) for pair in pairs[:6]]
     assert all(line.keys() == {"reference", "pair", "logps"} for line in lines)
     ask(ReferenceCache(tmp_path, model), model, pairs[:6])
     assert computed == [4, 4]
     ask(ReferenceCache(tmp_path, model), model, pairs)
-    assert computed == [4, 4, 9] and sum(len(read_lines(path)) for path in tmp_path.iterdir()) == 9
+    assert computed == [4, 4, 9]
+    assert sum(len(read_lines(path)) for path in tmp_path.glob("*.jsonl")) == 9
 
 
 # ---------------------------------------------------------------- files
@@ -98,7 +99,7 @@ def written(tmp_path) -> tuple:
     """A model, its cache's only file with six pairs, and these."""
     model, pairs = adapted(random_model(1), 2, 4.0), random_pairs(1, 6)
     ask(ReferenceCache(tmp_path, model), model, pairs)
-    (path,) = tmp_path.iterdir()
+    (path,) = tmp_path.glob("*.jsonl")
     return model, path, pairs
 
 
@@ -187,7 +188,7 @@ def test_processes_that_write_at_once(tmp_path):
     for process in processes:
         process.join()
     assert [process.exitcode for process in processes] == [0, 0, 0]
-    assert len(list(tmp_path.iterdir())) == 3
+    assert len(list(tmp_path.glob("*.jsonl"))) == 3
     known = ReferenceCache(tmp_path, random_model(0)).known
     for seed in range(3):
         assert {f"{seed}-{i}" for i in range(300)} <= known.keys()

@@ -68,7 +68,7 @@ def test_a_second_epoch_asks_the_reference_nothing(
     rows, plain = (read_lines(out / "metrics.jsonl") for out in (cached, undisturbed))
     assert rows[:4] == plain[:4]  # to the last bit
     assert_alike(cached, undisturbed)
-    (path,) = (cached / "cache").iterdir()
+    (path,) = (cached / "cache").glob("*.jsonl")
     assert len(read_lines(path)) == 14
 
 
@@ -156,7 +156,7 @@ def test_a_stopped_run_resumes_bit_for_bit(
     train(model, tmp_path / "out", resume=True, ref_cache=str(tmp_path / "cache"), **options)
     for name in ("metrics.jsonl", "checkpoint/progress.safetensors", ADAPTER):
         assert (tmp_path / "out" / name).read_bytes() == (cached / name).read_bytes()
-    files = list((tmp_path / "cache").iterdir())
+    files = list((tmp_path / "cache").glob("*.jsonl"))
     assert sorted(len(read_lines(path)) for path in files) == {3: [2, 12], 6: [14]}[count]
     train(model, tmp_path / "without", resume=True, **options)
     assert_alike(tmp_path / "without", cached)
@@ -200,7 +200,7 @@ def test_what_is_refused_in_one_line(model, pairs, tmp_path, cache):
     message = "--ref-cache with --rejected distorted: these responses are made anew"
     refused(lambda: run(rejected="distorted"), message)
     refused(lambda: run(ref_cache=pairs), f"--ref-cache '{pairs}': is no folder; name one")
-    (path,) = Path(cache).iterdir()
+    (path,) = Path(cache).glob("*.jsonl")
     path.write_bytes(b"{\n" + path.read_bytes())
     refused(run, f"{path}: a line is damaged; delete the file")
     assert contents(tmp_path / "out") == before

@@ -206,7 +206,7 @@ def test_another_programs_folder_is_left_alone(flags, tmp_path, name, data):
     out = tmp_path / "out"
     out.mkdir()
     (out / name).write_text(data)
-    refused(lambda: run(*flags["pope"], "--out", out), out, "name another --out")
+    refused(lambda: run(*flags["pope"], "--out", out), out, "no run has made it; name a new folder")
     assert contents(out) == {name: data.encode()}
 
 

@@ -22,10 +22,10 @@ def test_files_that_are_not_there(model, tmp_path):
         "no such file; make one with sample_bdhs.py",
         none,
     )
-    gives_remedy(
-        lambda: sample(model, out, "--data", str(tmp_path)), "not readable", tmp_path
-    )  # a folder
-    gives_remedy(lambda: train(model, out, "--pairs", str(tmp_path)), "not readable", tmp_path)
+    folder = tmp_path / "folder"
+    folder.mkdir()
+    gives_remedy(lambda: sample(model, out, "--data", str(folder)), "not readable", folder)
+    gives_remedy(lambda: train(model, out, "--pairs", str(folder)), "not readable", folder)
     gives_remedy(lambda: sample(none, out), "--model .* no such folder", none)
     gives_remedy(lambda: train(none, out, "--pairs", none), "--model .* no such folder", none)
     gives_remedy(lambda: sample(model, out, "--encoder", none), "no such folder", none)
@@ -45,9 +45,11 @@ def test_an_out_that_cannot_be(model, tmp_path):
         lambda: train(model, tmp_path / "file", "--pairs", good),
         "--out .* is a file; name a folder",
     )
-    gives_remedy(lambda: sample(model, tmp_path / "file", "--limit", "1"), "cannot be written")
+    message = "file is a file; name another place"
+    gives_remedy(lambda: sample(model, tmp_path / "file", "--limit", "1"), message)
     gives_remedy(
-        lambda: train(model, tmp_path / "file" / "x", "--pairs", good), "cannot be written"
+        lambda: train(model, tmp_path / "file" / "x", "--pairs", good),
+        "file is a file; name another",
     )
     assert left_in(tmp_path) == ["file", "good.jsonl", "pairs.jsonl"]
     assert (tmp_path / "file").read_text() == "in the way"

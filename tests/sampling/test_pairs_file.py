@@ -180,24 +180,6 @@ def test_data_that_changed_under_the_same_ids(model, tmp_path, change):
     assert len(sample(model, out, data=str(data))) == 4 and out.read_bytes().startswith(before)
 
 
-def test_two_programs_do_not_write_one_file(model, tmp_path, monkeypatch):
-    """The one that comes second to a batch ends with its line; the file is the other's."""
-    out, real, calls = tmp_path / "pairs.jsonl", sample_bdhs.append_lines, []
-
-    def interrupted(path, lines, behind):
-        if not calls:
-            calls.append(lines)
-            sample(model, tmp_path / "other.jsonl")
-            path.write_bytes((tmp_path / "other.jsonl").read_bytes())
-        return real(path, lines, behind)
-
-    monkeypatch.setattr(sample_bdhs, "append_lines", interrupted)
-    message = "another program writes it, too; wait for that one, then run again"
-    with pytest.raises(UserError, match=message):
-        sample(model, out)
-    assert out.read_bytes() == (tmp_path / "other.jsonl").read_bytes()
-
-
 def test_resolved_curve_by_hand():
     def pair(iterations: int, similarity: float, truncated: bool = False) -> dict:
         found = {"iterations": iterations, "similarity": similarity, "truncated": truncated}

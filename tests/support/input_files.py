@@ -5,6 +5,7 @@ import re
 from pathlib import Path
 
 from helpers import refused, toy_processor, toy_tokenizer
+from script_runs import is_claim
 
 import sample_bdhs
 import train_dpo
@@ -114,8 +115,9 @@ def toy_collator(limit: int = 512, **options) -> PairCollator:
 
 
 def left_in(folder: Path) -> list[str]:
-    """All paths below a folder, which may not be there."""
-    return sorted(str(path.relative_to(folder)) for path in folder.rglob("*"))
+    """All paths below a folder, which may not be there; marks and locks aside."""
+    paths = [path for path in folder.rglob("*") if not is_claim(path)]
+    return sorted(str(path.relative_to(folder)) for path in paths)
 
 
 def gives_remedy(run, match: str, *named: object) -> None:

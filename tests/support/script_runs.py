@@ -6,6 +6,7 @@ from pathlib import Path
 
 import sample_bdhs
 import train_dpo
+from minialign import claims
 from minialign.rlhf import reward_model
 from minialign.toy import world
 from minialign.training import progress
@@ -22,10 +23,17 @@ DEFAULTS = {
 }
 
 
+def is_claim(path: Path) -> bool:
+    """Whether a file is there to keep a place for one run."""
+    return path.name == claims.MARK or (path.name.startswith(".") and path.suffix == ".lock")
+
+
 def contents(folder: Path) -> dict[str, bytes]:
-    """Every file below a folder, but the report, which has the time in it."""
+    """Every file below a folder, but the report, which has the time in it, marks and locks."""
     files = [
-        path for path in sorted(folder.rglob("*")) if path.is_file() and path.name != "report.html"
+        path
+        for path in sorted(folder.rglob("*"))
+        if path.is_file() and path.name != "report.html" and not is_claim(path)
     ]
     return {str(path.relative_to(folder)): path.read_bytes() for path in files}
 
