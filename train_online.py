@@ -144,6 +144,9 @@ def check(config: Config) -> None:
         f"--gamma with --method {config.method}: {weighs}",
     )
     sample_bdhs.check_sampling(config)
+    known = config.annotator in ("oracle", "self", "toy") or Path(config.annotator).is_dir()
+    choices = "no such folder; give a LLaVA's or a reward model's, `self`, or `oracle`"
+    require(known, f"--annotator {config.annotator}: {choices}")
     require(
         config.data is not None or config.images == "toy",
         "--data is missing; name a file of records or pairs",

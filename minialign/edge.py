@@ -45,6 +45,8 @@ def model_folder(name: str, flag: str = "--model") -> Path:
     folder = CHECKPOINT if name == "toy" else Path(name)
     remedy = "give a Hugging Face LLaVA folder (names on the hub are not fetched), or `toy`"
     require(folder.is_dir(), f"{flag} {name}: no such folder; {remedy}")
+    is_run = (folder / "merged").is_dir() and not (folder / "tokenizer.json").exists()
+    require(not is_run, f"{flag} {name}: is a run's folder; its model is {folder / 'merged'}")
     return folder
 
 
