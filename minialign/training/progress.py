@@ -248,8 +248,11 @@ def passed_kl_stop(rows: list[dict], kl_stop: float | None) -> str | None:
 
 
 def hash_of(rows: list[dict]) -> str:
-    """A short name of a log, by which the checkpoint knows its own."""
-    return hashlib.sha256(json.dumps(rows).encode()).hexdigest()[:16]
+    """A short name of a log, by which the checkpoint knows its own; but for the seconds that steps
+    took.
+    """
+    lasting = [{k: v for k, v in row.items() if not k.startswith("time/")} for row in rows]
+    return hashlib.sha256(json.dumps(lasting).encode()).hexdigest()[:16]
 
 
 def save_progress(
