@@ -26,9 +26,10 @@ def test_pairs_file(model, tmp_path):
     for pair, record in zip(pairs, records, strict=True):
         assert list(pair) == ["id", "images", "prompt", "chosen", "rejected", "bdhs"]
         assert pair["id"] == record["id"] and pair["images"] == [record["image"]]
-        assert record["conversations"][0]["value"] == f"<image>\n{pair['prompt']}"
-        assert record["conversations"][1]["value"] == pair["chosen"]
-        assert isinstance(pair["rejected"], str) and pair["rejected"].strip()
+        question, answer = (turn["value"] for turn in record["conversations"])
+        assert pair["prompt"] == [{"role": "user", "content": question.removeprefix("<image>\n")}]
+        assert pair["chosen"] == [{"role": "assistant", "content": answer}]
+        assert pair["rejected"][0]["content"].strip()
         kinds = {name: type(value) for name, value in pair["bdhs"].items()}
         assert kinds == {
             "iterations": int,
@@ -72,10 +73,10 @@ def test_other_readers_take_the_pairs(model, tmp_path):
     found = datasets.Dataset.from_json(path, cache_dir=cache)
     assert found.to_list() == pairs
     kinds = {str(found.features[name]) for name in ("prompt", "chosen", "rejected")}
-    assert kinds == {"Value('string')"}
+    assert kinds == {"List({'role': Value('string'), 'content': Value('string')})"}
 
 
-def test_a_file_keeps_to_messages_where_a_record_has_earlier_turns(model, tmp_path):
+def test_records_of_one_turn_and_of_several_are_messages(model, tmp_path):
     """TRL takes texts or messages, and looks at one row to know which."""
     talks = [
         [("human", "<image>\nWhat is there?"), ("gpt", "A red cup.")],
@@ -122,7 +123,8 @@ def test_stats(model, tmp_path, monkeypatch):
 
     monkeypatch.setattr(sample_bdhs, "sample", made_up)
     pairs = sample(model, tmp_path / "pairs.jsonl", limit=4, batch_size=4)
-    assert [pair["rejected"] for pair in pairs] == ["Other.", "Late", pairs[2]["chosen"]]
+    chosen = pairs[2]["chosen"][0]["content"]
+    assert [pair["rejected"][0]["content"] for pair in pairs] == ["Other.", "Late", chosen]
     stats = json.loads((tmp_path / "pairs.jsonl.stats.json").read_text())
     assert stats == {
         "pairs": 3,
