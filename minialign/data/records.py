@@ -32,7 +32,7 @@ MARKUP = re.compile(
     r"|<[|｜][^|｜<>\n]{1,40}[|｜]>"  # ChatML's, Llama-3's, DeepSeek's
     r"|</?s>|<(?:unk|pad|bos|eos|start_of_turn|end_of_turn)>"
     # Placeholders of other programs, and the one known here where none may stand.
-    r"|(?i:<\s*/?(?:image|img|im|video|audio)(?:here|[_\-\s]?\w{0,16})\s*/?>)"
+    r"|(?i:</?(?:image|img|im|video|audio)(?:here|[_\-\s]?\w{0,16})\s*/?>)"
 )
 
 # Fields beside the conversation that would change what a model is asked.
@@ -140,7 +140,7 @@ def image_of(raw: dict, talks: tuple[object, ...] = ()) -> str:
         message = f"{len(most)} pictures to a record; a record has one here"
         raise UserError(f"{message}, so split it, or join its pictures into one")
     if any(names != most for names in found.values()):
-        message = f"fields {' and '.join(found)} name different pictures"
+        message = f"fields {' and '.join(map(repr, found))} name different pictures"
         raise UserError(f"{message}; a record has one here")
     return most[0]
 
