@@ -24,7 +24,7 @@ ROLES = {"human": "user", "user": "user", "gpt": "assistant", "assistant": "assi
 # What a template, and no text, may hold. Written out in a text it would be read as those very
 # characters, around which the template then puts its own.
 MARKUP = re.compile(
-    r"\b(?:USER|ASSISTANT|SYSTEM)[:：]"  # Vicuna's roles, anywhere
+    r"(?:USER|ASSISTANT|\bSYSTEM)[:：]"  # Vicuna's roles, anywhere
     r"|\A(?i:human|user|assistant|gpt|system)[:：]"  # anybody's, where a text begins
     r"|\n\n(?:Human|Assistant):"
     r"|(?i:\#\#\#\s*(?:human|user|assistant|gpt|system|instruction|response)\s*:)"
@@ -32,7 +32,7 @@ MARKUP = re.compile(
     r"|<[|｜][^|｜<>\n]{1,40}[|｜]>"  # ChatML's, Llama-3's, DeepSeek's
     r"|</?s>|<(?:unk|pad|bos|eos|start_of_turn|end_of_turn)>"
     # Placeholders of other programs, and the one known here where none may stand.
-    r"|(?i:</?(?:image|img|im|video|audio)(?:here|[_\-\s]?\w{0,16})\s*/?>)"
+    r"|(?i:</?(?:image|img|video|audio)(?:here|\d{0,3}|[_\- ][\w\-]{1,20})\s*/?>|<im_\w{1,10}>)"
 )
 
 # Fields beside the conversation that would change what a model is asked.
@@ -390,10 +390,14 @@ def alpaca_record(raw: dict) -> Record:
     question = text_field(raw, "instruction")
     if raw.get("input"):
         question += "\n" + text_field(raw, "input")
+    history = raw.get("history") or []
+    pairs = isinstance(history, list) and all(
+        isinstance(earlier, list) and len(earlier) == 2 for earlier in history
+    )
+    if not pairs:
+        raise UserError("field 'history' must hold pairs of a question and its answer")
     turns = []
-    for earlier in raw.get("history") or []:
-        if not isinstance(earlier, list) or len(earlier) != 2:
-            raise UserError("field 'history' must hold pairs of a question and its answer")
+    for earlier in history:
         for role, text in zip(("user", "assistant"), earlier, strict=True):
             turns.append((role, text_field({"history": text}, "history")))
     turns.append(("user", question))

@@ -94,7 +94,8 @@ def test_format_overrides_what_is_detected(tmp_path):
 def test_a_bad_first_record_does_not_hide_the_format(tmp_path):
     path = tmp_path / "data.json"
     path.write_text(json.dumps([{"id": "bad"}, *RAW["povid"]]))
-    refused(lambda: pairs_in(path), f"{path}, record 1: field 'image' (or 'images') is missing; mend it")
+    message = f"{path}, record 1: field 'image' (or 'images') is missing; mend it"
+    refused(lambda: pairs_in(path), message)
     assert pairs_in(path, skip_bad=True) == expected("povid")
 
 

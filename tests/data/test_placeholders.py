@@ -63,6 +63,7 @@ PLAIN = [
     "Is the user's hand | or the assistant's <here>?",
     "Question: who is it?\nOptions:\nA: a human\nB: a robot",
     "What does `<img src='a.png'>` do?",
+    "Is it <important>, <imagined> or <images>?",
     "### Steps\n1. Look [at] it. << and >>",
 ]
 
