@@ -6,13 +6,15 @@ import json
 import math
 import random
 import re
+import typing
+from pathlib import Path
 
 import pytest
 from data_sets import RAW, expected, talk
 from helpers import refused, toy_tokenizer
 from input_files import array, instruct, lines, pair, pairs_in, records_in
 
-from minialign.data.records import FORMATS, LeftOut, pair_fields
+from minialign.data.records import FORMATS, FormatName, LeftOut, format_of, pair_fields
 from minialign.edge import CHECKPOINT
 from minialign.errors import UserError
 
@@ -406,3 +408,24 @@ def test_numbers_that_are_none(tmp_path):
     instructed = instruct(0) | {"score": math.nan}  # nobody asks for it
     (tmp_path / "data.json").write_bytes(array(instructed))
     assert len(records_in(tmp_path / "data.json")) == 1
+
+
+def test_the_documentation_is_the_table():
+    """docs/data.md has a row per format, made of what the code says of it."""
+    page = Path(__file__).parents[2].joinpath("docs/data.md").read_text(encoding="utf-8")
+    rows = [
+        f"| `{name}` | {' or '.join(f'`{fields}`' for fields in form.known_by)} | {form.what} |"
+        for name, form in FORMATS.items()
+    ]
+    assert page.split("|---|---|---|\n")[1].split("\n\n")[0] == "\n".join(rows)
+    assert list(typing.get_args(FormatName)) == list(FORMATS)
+
+
+def test_the_format_whose_fields_match_most():
+    for form, raws in RAW.items():
+        assert {format_of(raw) for raw in raws} == {form}
+    assert (
+        format_of({"image": 1, "text": 2, "question": 3, "chosen": 4, "rejected": 5}) == "rlaif-v"
+    )
+    assert format_of({"chosen": [], "rejected": [], "id": 1}) == "pairs"
+    assert format_of({"question": "Q", "chosen": "A"}) is None
