@@ -56,7 +56,6 @@ from minialign.sampling.noise import noise_of_seed
 from minialign.sampling.pairs_file import (
     Sampled,
     beside,
-    needs_messages,
     pair_line,
     require_same_records,
     require_same_sampling,
@@ -136,7 +135,7 @@ def completion_tree(
     swap has put there. Unguided, there is one branch behind the prompt. visible: Eq. 6's mask.
     """
     record, tokenizer = example.record, assistant.tokenizer
-    prompt = tokenizer.prompt(record.turns)
+    prompt = tokenizer.prompt(record.turns, image_turn=record.image_turn)
     if guided:
         rng, chosen_ids = random.Random(seed), tokenizer.answer(record.chosen)
         # In every sentence: Yes and No swapped one time in two, then a cut at a random word.
@@ -288,7 +287,6 @@ def main(config: Config) -> None:
     require_same_sampling(out, settings)  # another may have ended in between
     pairs = read_lines(out, "name another --out")
     require_same_records(out, pairs, records)
-    messages = needs_messages(out, pairs, records)
     known = {pair["id"] for pair in pairs}
     todo = [record for record in records if record.id not in known]
     if known:
@@ -317,7 +315,7 @@ def main(config: Config) -> None:
         """A record with its picture; refused where these leave no position for a completion."""
         picture = pictures(record.image)
         image = assistant.processor.prepare(picture)
-        left = assistant.positions_left(record.turns, image)
+        left = assistant.positions_left(record.turns, image, record.image_turn)
         needed = len(assistant.tokenizer.answer(record.chosen))
         if left <= needed:
             taken = assistant.positions - left + needed
@@ -341,7 +339,7 @@ def main(config: Config) -> None:
             with parallel.unsharded(model):
                 sampled = sample(assistant, similarity, examples, config) if examples else []
             lines = [
-                pair_line(example.record, result, config, messages)
+                pair_line(example.record, result, config)
                 for example, result in zip(examples, sampled, strict=True)
                 if result.rejected  # an empty response is no pair
             ]

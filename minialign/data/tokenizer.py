@@ -144,14 +144,14 @@ class Tokenizer:
         shown = [i for i in ids if i != self.image_id and i not in self.ids]
         return self.fast.decode(shown, skip_special_tokens=True)
 
-    def prompt(self, turns: list[Turn], image: bool = True) -> list[int]:
+    def prompt(self, turns: list[Turn], image: bool = True, image_turn: int = 0) -> list[int]:
         """The ids of a conversation that ends with a user turn, up to where the answer begins.
 
-        The image token stands once, at the head of the first user turn.
+        The image token stands once, at the head of the turn of that number, a user's.
         """
         text = self.template.system
         for number, (role, said) in enumerate(turns):
-            if number == 0 and image:
+            if number == image_turn and image:
                 said = f"{self.image}\n{said}"
             form = self.template.answer if role == "assistant" else self.template.user
             text += form.format(said)

@@ -49,13 +49,14 @@ class RewardModel:
         images = [self.assistant.processor.prepare(picture) for picture in pictures]
         sequences = []
         for record, image, responses in zip(records, images, texts, strict=True):
-            room = self.assistant.positions_left(record.turns, image)
+            room = self.assistant.positions_left(record.turns, image, record.image_turn)
             if room < 1:
                 full = "image and prompt fill the reward model's positions"
                 raise UserError(f"{record.place}: {full}; use another one")
             # A response that leaves the decoder's positions is cut at its end.
             ids = [tokenizer.response(text)[:room] for text in responses]
-            sequences.append(self.assistant.sequence(record.turns, image, ids))
+            turns, image_turn = record.turns, record.image_turn
+            sequences.append(self.assistant.sequence(turns, image, ids, image_turn=image_turn))
 
         features = self.assistant.encode(images)
         tree = build_tree(sequences, tokenizer.image_id, tokenizer.pad_id).to(model.device)

@@ -53,9 +53,9 @@ class Assistant:
         """How many positions the decoder has."""
         return self.model.config.text.max_position_embeddings
 
-    def positions_left(self, turns: list[Turn], image: PreparedImage) -> int:
+    def positions_left(self, turns: list[Turn], image: PreparedImage, image_turn: int = 0) -> int:
         """Of these, how many a prompt and its picture leave for a response."""
-        prompt = self.tokenizer.prompt(turns)
+        prompt = self.tokenizer.prompt(turns, image_turn=image_turn)
         taken = len(prompt) - 1 + len(image.packing)  # the prompt has one token for the picture
         return self.positions - taken
 
@@ -65,9 +65,10 @@ class Assistant:
         image: PreparedImage,
         responses: list[list[int]],
         image_visible: Tensor | None = None,
+        image_turn: int = 0,
     ) -> Sequence:
         """A prompt, and a branch for each response's ids behind it."""
-        prompt = self.tokenizer.prompt(turns)
+        prompt = self.tokenizer.prompt(turns, image_turn=image_turn)
         branches = [Branch(ids) for ids in responses]
         return Sequence(prompt, branches, image.features, image_visible, image.packing)
 
