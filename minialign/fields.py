@@ -88,10 +88,11 @@ def object_of(item: Field, default: object = REQUIRED) -> Field:
 ANYTHING = Field("it may be anything", lambda value: True, None)
 
 
-def read_fields(path: Path, values: dict, fields: dict[str, Field]) -> dict:
+def read_fields(path: Path, values: dict, fields: dict[str, Field], where: str = "") -> dict:
     """The declared fields of an object that was read from `path`, each with its value or default.
 
-    Fields that are not declared are left out. The first one that breaks its rule is a `UserError`.
+    Fields that are not declared are left out. The first one that breaks its rule is a `UserError`;
+    `where`, such as "text_config.", stands before its name.
     """
     found = {}
     for name, field in fields.items():
@@ -100,7 +101,7 @@ def read_fields(path: Path, values: dict, fields: dict[str, Field]) -> dict:
             found[name] = field.default
             continue
         if value is None or not field.fits(value):
-            raise broken_rule(path, name, value, field.rule)
+            raise broken_rule(path, where + name, value, field.rule)
         found[name] = value
     return found
 

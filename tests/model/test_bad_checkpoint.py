@@ -139,15 +139,23 @@ def test_wrong_model_type(llava_folder, kind):
     refused(
         lambda: load_model(llava_folder),
         llava_folder / "config.json",
-        f"model_type is {kind!r}",
+        f"model_type is {'missing' if kind is None else repr(kind)}",
         "only 'llava'",
     )
     edit_json(llava_folder / "config.json", lambda raw: raw.pop("model_type"))
-    refused(lambda: load_model(llava_folder), llava_folder / "config.json", "model_type is None")
+    refused(lambda: load_model(llava_folder), llava_folder / "config.json", "model_type is missing")
 
 
 UNSUPPORTED = [
     ((), "vision_feature_select_strategy", "full"),
+    ((), "quantization_config", {"bits": 4}),
+    ((), "multimodal_projector_bias", False),
+    (("text_config",), "model_type", "qwen2"),
+    (("text_config",), "model_type", ["llama"]),
+    (("text_config",), "quantization_config", {"bits": 4}),
+    (("text_config",), "attention_bias", True),
+    (("text_config", "rope_parameters"), "partial_rotary_factor", 0.5),
+    (("vision_config",), "model_type", "siglip_vision_model"),
     ((), "projector_hidden_act", "relu"),
     (("vision_config",), "hidden_act", "gelu"),
     (("text_config",), "hidden_act", "gelu"),
