@@ -209,14 +209,7 @@ def load_weights(model: Llava, folder: Path, device: str) -> None:
     head are not read: the caller fills them in. A missing, unexpected or wrongly shaped tensor is a
     `UserError` that names the keys.
     """
-    # Name in a plain model -> names in this one, whose adapters have wrapped some modules. What is
-    # stored once may stand twice: the projector, and the copy that is trained.
-    places: dict[str, list[str]] = {}
-    for name, _ in model.named_parameters():
-        if "lora_" not in name and "scalar_head" not in name:
-            stored = name.replace(".base.", ".").replace(".copy.", ".")
-            places.setdefault(stored, []).append(name)
-
+    places = places_of(model)
     shapes = read_shapes(weight_files(folder))
     if model.config.text.tie_word_embeddings:
         shapes.pop("lm_head.weight", None)
@@ -230,6 +223,18 @@ def load_weights(model: Llava, folder: Path, device: str) -> None:
             for name in places.get(rename(key, NAMES), []):
                 set_parameter(model, name, tensor, device)
     model.tie_weights()
+
+
+def places_of(model: Llava) -> dict[str, list[str]]:
+    """Name of a parameter in a plain model -> its names in this one, whose adapters have wrapped
+    some modules. The projector stands twice: the base's, and behind it the copy that is trained.
+    """
+    places: dict[str, list[str]] = {}
+    for name, _ in model.named_parameters():
+        if "lora_" not in name and "scalar_head" not in name:
+            plain = name.replace(".base.", ".").replace(".copy.", ".")
+            places.setdefault(plain, []).append(name)
+    return places
 
 
 def set_parameter(model: nn.Module, name: str, value: Tensor, device: str) -> None:
