@@ -10,7 +10,7 @@ NaN and the infinities, which Python's `json` lets pass, are no numbers here.
 import reprlib
 from collections.abc import Callable
 from dataclasses import dataclass
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 
 from minialign.errors import UserError
 
@@ -51,6 +51,18 @@ def flag(default: object = REQUIRED) -> Field:
 def text(default: object = REQUIRED) -> Field:
     """Any text."""
     return Field("it must be a text", lambda value: type(value) is str, default)
+
+
+def path_below(ending: str = "", default: object = REQUIRED) -> Field:
+    """The relative path of something in the file's own folder, or below it."""
+
+    def fits(value: object) -> bool:
+        if type(value) is not str or not value.isprintable() or len(value) > 200:
+            return False
+        path = PurePosixPath(value)
+        return not path.is_absolute() and ".." not in path.parts and value.endswith(ending)
+
+    return Field(f"it must be a path inside this folder that ends in {ending!r}", fits, default)
 
 
 def one_of(*choices: object, default: object = REQUIRED) -> Field:

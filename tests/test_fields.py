@@ -14,6 +14,7 @@ from minialign.fields import (
     number,
     object_of,
     one_of,
+    path_below,
     read_fields,
     text,
     whole,
@@ -35,6 +36,8 @@ RIGHT = [
     (list_of(whole(0, 7)), [[], [1], [1, 2]]),
     (list_of(number(0, 7), 2), [[1, 2]]),
     (object_of(text()), [{}, {"a": "x"}]),
+    (path_below(), ["", "x", "7"]),
+    (path_below("x"), ["x"]),
     (ANYTHING, VALUES),
 ]
 
@@ -52,6 +55,11 @@ def test_every_value_is_given_back_or_refused_by_name(field, right):
                 field.rule,
             )
             assert len(message) < 300
+
+
+@pytest.mark.parametrize("path", ["../x", "a/../../x", "/x", "x\0", "x\n", "x" * 300])
+def test_a_path_that_leaves_the_folder_or_is_none(path):
+    refused(lambda: read_fields(PATH, {"file": path}, {"file": path_below()}), "file is ", "inside")
 
 
 def test_what_is_missing_or_null_has_its_default():

@@ -9,7 +9,7 @@ import re
 import shutil
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from pathlib import Path, PurePosixPath
+from pathlib import Path
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -17,7 +17,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from minialign.errors import UserError
-from minialign.fields import ANYTHING, Field, object_of, read_fields
+from minialign.fields import ANYTHING, object_of, path_below, read_fields
 from minialign.files import folder_written_whole, read_json, write_json
 from minialign.model.config import NOT_QUANTISED, read_config
 from minialign.model.llava import Llava
@@ -41,16 +41,6 @@ HUB_NAMES = [
 ]
 INDEX = "model.safetensors.index.json"
 
-
-def is_shard(name: object) -> bool:
-    """Whether an index may name this file: a safetensors file in its own folder, or below it."""
-    if type(name) is not str or not name.isprintable() or len(name) > 200:
-        return False
-    path = PurePosixPath(name)
-    return path.suffix == ".safetensors" and not path.is_absolute() and ".." not in path.parts
-
-
-SHARD = Field("it must name a safetensors file in this folder", is_shard)
 # The types of weights that are read, by safetensors' names of them.
 FLOATS = ("F64", "F32", "F16", "BF16")
 # Buffers that old versions of transformers stored.
@@ -109,8 +99,9 @@ def weight_files(folder: Path) -> list[Path]:
     files, index = [folder / "model.safetensors"], folder / INDEX
     if index.exists():
         raw = read_json(index, "download the folder again")
+        shard = path_below(".safetensors")
         shards = read_fields(index, raw, {"weight_map": object_of(ANYTHING)})["weight_map"]
-        shards = read_fields(index, shards, dict.fromkeys(shards, SHARD), "weight_map.")
+        shards = read_fields(index, shards, dict.fromkeys(shards, shard), "weight_map.")
         if not files[0].exists():
             files = [folder / name for name in sorted(set(shards.values()))]
     missing = [file for file in files if not file.is_file()]
