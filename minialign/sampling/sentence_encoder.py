@@ -23,7 +23,7 @@ from torch import Tensor, nn
 
 from minialign.errors import UserError
 from minialign.fields import (
-    Field,
+    ANYTHING,
     broken_rule,
     flag,
     number,
@@ -299,23 +299,28 @@ def read_tokenizer(folder: Path, config: EncoderConfig) -> Tokenizer:
     if max(ids, default=0) >= config.vocab_size:
         raise unusable(path, f"has ids up to {max(ids)}, config.json {config.vocab_size} in all")
 
+    # The longest text, in tokens: older folders say so in one file, newer ones in the other.
     path = folder / "sentence_bert_config.json"
+    declared = {"max_seq_length": ANYTHING, "do_lower_case": flag(default=False)}
+    settings = read_fields(path, read_json(path, REMEDY), declared)
     room = config.max_position_embeddings
     if config.model_type == "mpnet":
         room -= MPNET_PADDING + 1
-    above = f"more than the special tokens ({special}, at least 1)"
-    length = Field(
-        f"it must be {above} and at most {room} positions",
-        lambda value: type(value) is int and 0 < special < value <= room,
-    )
-    declared = {"max_seq_length": length, "do_lower_case": flag(default=False)}
-    settings = read_fields(path, read_json(path, REMEDY), declared)
+    name, limit = "max_seq_length", settings["max_seq_length"]
+    if limit is None:
+        path, name = folder / "tokenizer_config.json", "model_max_length"
+        limit = read_fields(path, read_json(path, REMEDY), {name: number(1, 1e40)})[name]
+        limit = min(int(limit), room)
+    if type(limit) is not int or not 0 < special < limit <= room:
+        above = f"more than the special tokens ({special}, at least 1)"
+        rule = f"it must be {above} and at most {room} positions"
+        raise broken_rule(path, name, limit, rule)
 
     if settings["do_lower_case"]:
         rest = [tokenizer.normalizer] if tokenizer.normalizer else []
         tokenizer.normalizer = normalizers.Sequence([normalizers.Lowercase(), *rest])
     tokenizer.enable_padding(pad_id=MPNET_PADDING)  # BERT takes any id there
-    tokenizer.enable_truncation(settings["max_seq_length"])
+    tokenizer.enable_truncation(limit)
     return tokenizer
 
 

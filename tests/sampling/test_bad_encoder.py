@@ -72,7 +72,6 @@ def test_weights_that_do_not_fit_are_listed(encoder_folder):
         ("config.json", {"num_hidden_layers": 10**9}, "num_hidden_layers is 1000000000"),
         ("sentence_bert_config.json", {"max_seq_length": True}, "max_seq_length is True"),
         ("sentence_bert_config.json", {"do_lower_case": "no"}, "do_lower_case is 'no'"),
-        ("sentence_bert_config.json", {"max_seq_length": None}, "max_seq_length"),
         ("sentence_bert_config.json", {"max_seq_length": LIMIT + 3}, "max_seq_length"),
         ("sentence_bert_config.json", {"max_seq_length": 2}, "max_seq_length"),
         ("1_Pooling/config.json", {"pooling_mode_mean_tokens": False}, "neither mean nor cls"),
@@ -98,6 +97,21 @@ def test_position_limit_is_exact(tmp_path):
         assert SentenceEncoder.from_folder(folder).embed(["w1 " * 400]).isfinite().all()
         set_fields(folder / "sentence_bert_config.json", max_seq_length=room + 1)
         check_error(folder, str(room + 1), f"{room} positions")
+
+
+def test_the_longest_text_as_newer_folders_have_it(encoder_folder):
+    """Without max_seq_length the tokenizer's model_max_length counts, up to the positions."""
+    folder, kind = encoder_folder
+    set_fields(folder / "sentence_bert_config.json", max_seq_length=None)
+    check_error(folder, str(folder / "tokenizer_config.json"))
+    path = folder / "tokenizer_config.json"
+    for given, limit in ((100, 100), (10**30, LIMIT + 2 * (kind == "bert"))):
+        path.write_text(json.dumps({"model_max_length": given}))
+        tokenizer = SentenceEncoder.from_folder(folder).tokenizer
+        assert tokenizer.truncation["max_length"] == limit
+    for wrong in (0, 2, math.nan, "256", None):
+        path.write_text(json.dumps({"model_max_length": wrong}))
+        check_error(folder, str(path), "model_max_length is ")
 
 
 @pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
