@@ -127,6 +127,66 @@ def test_shards_as_transformers_writes_them(llava, tmp_path, case, expected):
     assert torch.equal(logits(load_model(tmp_path), case), expected)
 
 
+def test_the_file_that_counts_is_transformers(llava, llava_state, tmp_path, case, expected):
+    """model.safetensors goes before an index, whether or not the shards of that are still there."""
+    llava.save_pretrained(tmp_path / "both", max_shard_size="20KB")
+    replace_weights(tmp_path / "both", laid_out(llava_state, "hub"))
+    for shard in (tmp_path / "both").glob("model-*.safetensors"):
+        shard.write_bytes(b"no longer of this model")
+    read_again = type(llava).from_pretrained(tmp_path / "both").state_dict()
+    assert all(torch.equal(read_again[key], value) for key, value in llava_state.items())
+    assert torch.equal(logits(load_model(tmp_path / "both"), case), expected)
+
+    raw = read_config(tmp_path / "both").raw
+    save_changed(tmp_path / "both", lambda name, weight: weight, raw, tmp_path / "out")
+    assert [path.name for path in (tmp_path / "out").glob("model*")] == ["model.safetensors"]
+    for shard in (tmp_path / "both").glob("model-*.safetensors"):
+        shard.unlink()
+    assert torch.equal(logits(load_model(tmp_path / "both"), case), expected)
+
+
+def test_shards_in_folders_below(llava, tmp_path, case, expected):
+    """Read, and written again where they were, for ourselves and for transformers."""
+    llava.save_pretrained(tmp_path / "in", max_shard_size="20KB")
+    index = tmp_path / "in" / "model.safetensors.index.json"
+    raw = json.loads(index.read_text())
+    for name in sorted(set(raw["weight_map"].values()))[1:]:
+        # One of them has the name of a whole model's file.
+        new = f"deep/{name}/model.safetensors"
+        (tmp_path / "in" / new).parent.mkdir(parents=True)
+        (tmp_path / "in" / name).rename(tmp_path / "in" / new)
+        for key, file in raw["weight_map"].items():
+            raw["weight_map"][key] = new if file == name else file
+    index.write_text(json.dumps(raw))
+    assert torch.equal(logits(load_model(tmp_path / "in"), case), expected)
+
+    config = read_config(tmp_path / "in").raw
+    save_changed(tmp_path / "in", lambda name, weight: weight, config, tmp_path / "out")
+    assert torch.equal(logits(load_model(tmp_path / "out"), case), expected)
+    again, info = type(llava).from_pretrained(tmp_path / "out", output_loading_info=True)
+    assert not any(info.values())
+    files = [
+        {path.relative_to(tmp_path / where) for path in (tmp_path / where).rglob("*.safetensors*")}
+        for where in ("in", "out")
+    ]
+    assert files[0] == files[1] and len(files[0]) > 3
+
+
+def test_what_overflows_the_files_type_is_not_written(llava_folder, llava_state, tmp_path):
+    """And nothing is left of the folder."""
+    state = {key: value.half() for key, value in llava_state.items()}
+    replace_weights(llava_folder, state)
+    raw = read_config(llava_folder).raw
+    change = {"lm_head.weight": 1e9}
+    refused(
+        lambda: save_changed(
+            llava_folder, lambda name, w: w.float() * change.get(name, 1), raw, tmp_path / "out"
+        ),
+        "lm_head.weight in torch.float16 holds NaN, infinity",
+    )
+    assert not (tmp_path / "out").exists()
+
+
 def test_dtype_of_the_loaded_model(written_llava, case, expected):
     """Weights are cast on the way in; the model computes in that type."""
     for dtype, tolerance in ((torch.float64, 1e-4), (torch.bfloat16, 1.0)):
