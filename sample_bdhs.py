@@ -49,7 +49,14 @@ from minialign.files import append_lines, size_of, write_json
 from minialign.model.hf_folder import empty_model, fingerprint, load_weights
 from minialign.model.masks import Branch, Sequence, mask_of_seed
 from minialign.sampling.assistant import Assistant
-from minialign.sampling.bdhs import WHOLE_RESPONSE, Cut, cut_sentence, join, split_sentences
+from minialign.sampling.bdhs import (
+    WHOLE_RESPONSE,
+    Cut,
+    can_be_cut,
+    cut_sentence,
+    join,
+    split_sentences,
+)
 from minialign.sampling.generate import Sampling, generate
 from minialign.sampling.noise import noise_of_seed
 from minialign.sampling.pairs_file import (
@@ -131,11 +138,12 @@ def completion_tree(
     """Eq. 7, Alg. 1 l. 9-14: y+ cut in every sentence, and the tree in which each is completed.
 
     The trunk is image, prompt and y+; a branch forks from it at each cut and begins with what a
-    swap has put there. Unguided, there is one branch behind the prompt. visible: Eq. 6's mask.
+    swap has put there. Unguided, or where y+ is a single word, of which nothing could be kept,
+    there is one branch behind the prompt. visible: Eq. 6's mask.
     """
     record, tokenizer = example.record, assistant.tokenizer
     prompt = tokenizer.prompt(record.turns)
-    if guided:
+    if guided and can_be_cut(record.chosen):
         rng, chosen_ids = random.Random(seed), tokenizer.answer(record.chosen)
         # In every sentence: Yes and No swapped one time in two, then a cut at a random word.
         cuts = [
@@ -232,7 +240,7 @@ def sample(
                 iterations=iteration,
                 similarity=round(phis[n], 4),
                 mask_seed=seeds[n],
-                guided=guided,
+                guided=all_cuts[n][0] is not WHOLE_RESPONSE,
                 truncated=truncated,
             )
             if phis[n] >= config.eps_s or truncated or not responses[n]:

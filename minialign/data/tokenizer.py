@@ -1,12 +1,14 @@
-"""Conversations to token ids: the one place where templates and tokenisation are.
+"""Conversations to token ids, in the form that a template (templates.py) gives them.
 
 Control tokens come from the template alone. Text is data: a user who types `</s>` or `<image>`
-gets the ordinary pieces of those characters.
+gets the ordinary pieces of those characters, whatever the kind of tokenizer, or is refused.
 """
 
 import json
 import re
 import secrets
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -14,61 +16,18 @@ from pathlib import Path
 from tokenizers import AddedToken
 from tokenizers import Tokenizer as FastTokenizer
 
+from minialign.data.templates import CONTROL, OWN_FORM, Template, control_tokens, template_of
 from minialign.errors import UserError
 from minialign.files import read_json
 from minialign.model.config import read_config
 from minialign.model.llava import LlavaConfig
+from minialign.sampling.bdhs import FULL_STOP
 
 Turn = tuple[str, str]  # ("user" | "assistant", text)
-
-
-@dataclass(frozen=True)
-class Template:
-    """How a conversation becomes text: `{}` stands for what is said."""
-
-    system: str
-    user: str
-    answer: str  # ends in the control token that ends an answer
-
-
-# What stands before the first turn of LLaVA's conversations.
-SYSTEM = (
-    "A chat between a curious {who} and an artificial intelligence assistant. The assistant gives "
-    "helpful, detailed, and polite answers to the {who}'s questions. "
-)
-TEMPLATES = {
-    # The embedded world's.
-    "short": Template("", "USER: {} ASSISTANT:", " {}</s>"),
-    # LLaVA-1.5, and 1.6 on Vicuna, as the hub's folders have it; llava_v1 is what they were trained
-    # with.
-    "vicuna": Template(SYSTEM.format(who="human"), "USER: {} ASSISTANT:", " {}</s>"),
-    "llava_v1": Template(SYSTEM.format(who="user"), "USER: {} ASSISTANT:", " {}</s>"),
-    # LLaVA-1.6 on Mistral.
-    "mistral": Template("", "[INST] {} [/INST]", " {}</s>"),
-    # LLaVA-1.6 34B.
-    "chatml": Template(
-        "<|im_start|>system\nAnswer the questions.<|im_end|>",
-        "<|im_start|>user\n{}<|im_end|><|im_start|>assistant\n",
-        "{}<|im_end|>",
-    ),
-}
-CONTROL = re.compile(r"</s>|<\|im_start\|>|<\|im_end\|>")  # in a template
-
-
-def template_name(folder: Path, config: LlavaConfig, fast: FastTokenizer, asked: str | None) -> str:
-    """The template that was asked for, else config.json's, else that of the model's family."""
-    name = config.raw.get("minialign_template") if asked is None else asked
-    if name is None:
-        text = config.raw.get("text_config") or {}
-        if text.get("model_type") == "mistral":
-            return "mistral"
-        return "vicuna" if fast.token_to_id("<|im_start|>") is None else "chatml"
-    if not isinstance(name, str) or name not in TEMPLATES:
-        where = (
-            "--template" if asked is not None else f"{folder / 'config.json'}: minialign_template"
-        )
-        raise UserError(f"{where} {name!r} is none of {', '.join(TEMPLATES)}; name one")
-    return name
+# What a post-processor may put before a text, and behind it, where tokenizer_config.json names no
+# other.
+BEGINNINGS = ("<s>", "<|begin_of_text|>", "<|startoftext|>")
+ENDS = ("</s>", "<|end_of_text|>", "<|endoftext|>", "<|eot_id|>", "<|im_end|>")
 
 
 @dataclass(frozen=True)
@@ -82,7 +41,7 @@ class Tokenizer:
     """
 
     fast: FastTokenizer
-    template: Template
+    template: Template  # with marks in the places of its control tokens
     image: str  # the mark of the image token
     ids: dict[int, int]
     bos: list[int]
@@ -90,59 +49,100 @@ class Tokenizer:
     pad_id: int
     image_id: int
     name: str = ""  # of the template
+    control: frozenset[int] = frozenset()  # ids that no text may become
 
     @staticmethod
     def from_folder(folder: Path, template: str | None = None) -> "Tokenizer":
         """Read tokenizer.json and the ids in config.json; `template` overrides the model's own."""
-        fast = read_tokenizer(folder)
+        path = folder / "tokenizer.json"
+        raw = read_tokenizer_json(path)
+        fast = fast_tokenizer(path, raw)
         config = read_config(folder)
         pad_id = padding_id(folder, config)
-        require_vocabulary(folder, config, fast)
-        name = template_name(folder, config, fast, template)
-        chosen = TEMPLATES[name]
+        vocabulary = require_vocabulary(path, config, fast)
+        chatml = "<|im_start|>" in vocabulary
+        name, form = template_of(folder, config, chatml, template)
 
         # Control token -> its id, and the mark that stands for it in a text.
+        spelled = control_tokens(form, [t["content"] for t in raw["added_tokens"] if t["special"]])
+        if not spelled.fullmatch(form.end):
+            message = f"the form {name} ends an answer with {form.end!r}, which is no control token"
+            raise UserError(f"{path}: {message}; {OWN_FORM}")
         control = {}
-        for token in sorted(set(CONTROL.findall(chosen.system + chosen.user + chosen.answer))):
-            control[token] = fast.token_to_id(token)
-            if control[token] is None:
-                message = f"no {token}, which the template needs; name another template"
-                raise UserError(f"{folder / 'tokenizer.json'}: {message}")
-        control["image"] = config.image_token_id
-        marks = {token: f"\ue000{secrets.token_hex(8)}\ue001" for token in control}
-        added = [AddedToken(mark, special=False, normalized=False) for mark in marks.values()]
-        fast.add_tokens(added)
-        ids = {fast.token_to_id(mark): control[token] for token, mark in marks.items()}
+        for token in sorted(set(spelled.findall(form.system + form.user + form.answer + form.end))):
+            if token not in vocabulary:
+                message = f"no {token}, which the form of conversation {name} needs"
+                raise UserError(f"{path}: {message}; {OWN_FORM}")
+            control[token] = vocabulary[token]
+        eos_id, image_id = control[form.end], config.image_token_id
+        bos = added_by_itself(path, fast, {*BEGINNINGS, named(folder, "bos_token")}, eos_id)
 
-        # What the tokenizer itself puts before a text; the embedded world's has no rule for it.
-        bos = fast.encode("").ids
-        if not bos and fast.token_to_id("<s>") is not None:
-            bos = [fast.token_to_id("<s>")]
-        return Tokenizer(
+        # The unknown token is all that a text may become.
+        added = {t["content"]: vocabulary.get(t["content"]) for t in raw["added_tokens"]}
+        unknown = unknown_id(raw["model"], vocabulary)
+        ids = {i for i in added.values() if i is not None} - {unknown} | {eos_id, *bos, image_id}
+        require_no_pieces(folder, fast, ids, image_id, added)
+        taken = {eos_id, unknown, *bos, *control.values()}
+        if image_id in taken:
+            message = f"is {image_id}, which is {fast.id_to_token(image_id)!r}, too; mend it"
+            raise UserError(f"{folder / 'config.json'}: image_token_index {message}")
+
+        control["image"] = image_id
+        marks = {token: f"\ue000{secrets.token_hex(8)}\ue001" for token in control}
+        fast.add_tokens([AddedToken(m, special=False, normalized=False) for m in marks.values()])
+        of_marks = {fast.token_to_id(mark): control[token] for token, mark in marks.items()}
+        if not of_marks.keys().isdisjoint(vocabulary.values()):
+            message = f"the ids of its {len(vocabulary)} pieces have gaps"
+            raise UserError(f"{path}: {message}; download the folder again")
+
+        def with_marks(text: str) -> str:
+            """A form's text with a mark in the place of every control token."""
+            return spelled.sub(lambda found: marks[found[0]], text)
+
+        tokenizer = Tokenizer(
             fast=fast,
             template=Template(
-                system=with_marks(chosen.system, marks),
-                user=with_marks(chosen.user, marks),
-                answer=with_marks(chosen.answer, marks),
+                system=with_marks(form.system),
+                user=with_marks(form.user),
+                answer=with_marks(form.answer),
+                end=marks[form.end],
             ),
             image=marks["image"],
-            ids=ids,
+            ids=of_marks,
             bos=bos,
-            eos_id=control[CONTROL.findall(chosen.answer)[-1]],
+            eos_id=eos_id,
             pad_id=pad_id,
-            image_id=config.image_token_id,
+            image_id=image_id,
             name=name,
+            control=frozenset(ids - of_marks.keys()),
         )
+        try:
+            for i in sorted(tokenizer.control & set(vocabulary.values())):
+                typed = fast.id_to_token(i)
+                tokenizer.encode(typed)
+                tokenizer.encode(f"{typed} a {typed} b{typed}c")
+        except UserError as error:
+            raise UserError(f"{path}: {error}") from None
+        return tokenizer
 
     def encode(self, text: str) -> list[int]:
-        """Text to ids; no control token but for a mark."""
-        return [self.ids.get(i, i) for i in self.fast.encode(text, add_special_tokens=False).ids]
+        """Text to ids; no control token but for a mark. A text that becomes one all the same, as
+        some kinds of tokenizer make it, is a `UserError`."""
+        with sound("tokenizer.json fails on a text"):
+            ids = self.fast.encode(text, add_special_tokens=False).ids
+        if found := self.control.intersection(ids):
+            typed = self.fast.id_to_token(min(found))
+            message = f"a text becomes the control token {typed!r} with this tokenizer.json"
+            raise UserError(f"{message}; change the text, or use another model")
+        return [self.ids.get(i, i) for i in ids]
 
     def decode(self, ids: list[int]) -> str:
-        """Ids to text, control tokens left out."""
+        """Ids to text, control tokens left out, and what the template has behind an answer."""
         # A model may have more ids than the tokenizer: some are the marks'.
         shown = [i for i in ids if i != self.image_id and i not in self.ids]
-        return self.fast.decode(shown, skip_special_tokens=True)
+        with sound("tokenizer.json fails on a text of the model's"):
+            text = self.fast.decode(shown, skip_special_tokens=True)
+        return text.removesuffix(self.template.answer.partition("{}")[2])
 
     def prompt(self, turns: list[Turn], image: bool = True) -> list[int]:
         """The ids of a conversation that ends with a user turn, up to where the answer begins.
@@ -153,8 +153,10 @@ class Tokenizer:
         for number, (role, said) in enumerate(turns):
             if number == 0 and image:
                 said = f"{self.image}\n{said}"
-            form = self.template.answer if role == "assistant" else self.template.user
-            text += form.format(said)
+            if role == "assistant":
+                text += self.template.answer.replace("{}", said) + self.template.end
+            else:
+                text += self.template.user.replace("{}", said)
         return self.bos + self.encode(text)
 
     @cached_property
@@ -167,33 +169,88 @@ class Tokenizer:
         before = self.image + re.split("\ue001|{}", self.template.user)[-1]
         return before, self.encode(before)
 
-    def answer(self, text: str) -> list[int]:
-        """The ids of an answer, or its beginning, as they follow a prompt; no end token."""
-        if not text:
-            return []
+    def behind_prompt(self, said: str) -> list[int]:
+        """The ids of what stands between a prompt and the end token."""
         before, head = self.lead
-        answer = self.template.answer.format(text)
-        ids = self.encode(before + answer)
+        ids = self.encode(before + said + self.template.end)
         if ids[: len(head)] == head:
             return ids[len(head) : -1]
         # Its beginning has merged with what precedes it.
-        return self.encode(self.image + answer)[1:-1]
+        return self.encode(self.image + said + self.template.end)[1:-1]
 
-    @cached_property
-    def sentence_ends(self) -> set[int]:
-        """Tokens that end a sentence: every piece that ends in a full stop, and the end token."""
-        vocabulary = self.fast.get_vocab(with_added_tokens=False)
-        full_stops = {i for piece, i in vocabulary.items() if piece.endswith(".")}
-        return full_stops | {self.eos_id}
+    def answer(self, text: str) -> list[int]:
+        """The ids of an answer's beginning, or of all of its text, as they follow a prompt."""
+        return self.behind_prompt(self.template.answer.partition("{}")[0] + text) if text else []
 
     def response(self, text: str) -> list[int]:
         """The ids of an answer and its end token."""
-        return [*self.answer(text), self.eos_id]
+        ids = self.behind_prompt(self.template.answer.replace("{}", text)) if text else []
+        return [*ids, self.eos_id]
+
+    @cached_property
+    def sentence_ends(self) -> set[int]:
+        """Tokens that end a sentence: every piece that ends in a full stop, perhaps with quotes and
+        brackets behind it, and the end token."""
+        vocabulary = self.fast.get_vocab(with_added_tokens=False)
+        # A single byte, as of texts without pieces, is no piece.
+        ids = [i for piece, i in vocabulary.items() if not piece.startswith("<0x")]
+        with sound("tokenizer.json fails on its own pieces"):
+            pieces = self.fast.decode_batch([[i] for i in ids], skip_special_tokens=False)
+        full_stops = {i for i, piece in zip(ids, pieces, strict=True) if FULL_STOP.search(piece)}
+        return full_stops | {self.eos_id}
 
 
-def with_marks(text: str, marks: dict[str, str]) -> str:
-    """A template's text with a mark in the place of every control token."""
-    return CONTROL.sub(lambda found: marks[found[0]], text)
+# ---------------------------------------------------------------- the folder's files
+
+
+@contextmanager
+def sound(where: object) -> Iterator[None]:
+    """Inside, whatever the tokenizers library raises is a `UserError` that begins with `where`."""
+    try:
+        yield
+    except (KeyboardInterrupt, SystemExit, MemoryError):
+        raise
+    except BaseException as error:  # a bare Exception; and none where its Rust code panics
+        message = f"not a tokenizer that works ({error}); download the folder again"
+        raise UserError(f"{where}: {message}") from None
+
+
+def read_tokenizer_json(path: Path) -> dict:
+    """tokenizer.json; its added tokens are checked, as their names count here."""
+    raw = read_json(path, "a model folder needs tokenizer.json")
+    added = raw.get("added_tokens") or []
+    good = isinstance(added, list) and all(isinstance(token, dict) for token in added)
+    if not good or not all(isinstance(token.get("content"), str) for token in added):
+        message = "added_tokens must be a list of objects with a content"
+        raise UserError(f"{path}: {message}; download the folder again")
+    if not isinstance(raw.get("model"), dict):
+        raise UserError(f"{path}: not a tokenizer, as it has no model; download the folder again")
+    special = [token | {"special": token.get("special") is True} for token in added]
+    return raw | {"added_tokens": special}
+
+
+def fast_tokenizer(path: Path, raw: dict) -> FastTokenizer:
+    """The tokenizer, for which all text is data: typed control tokens are ordinary characters."""
+    # All are special: else typed text could become one of them.
+    added = [token | {"special": True} for token in raw["added_tokens"]]
+    with sound(path):
+        fast = FastTokenizer.from_str(json.dumps(raw | {"added_tokens": added}))
+        fast.encode_special_tokens = True
+        fast.no_truncation()
+        fast.no_padding()
+    return fast
+
+
+def require_vocabulary(path: Path, config: LlavaConfig, fast: FastTokenizer) -> dict[str, int]:
+    """The ids of all pieces and added tokens; refuses some that the model does not have."""
+    with sound(path):
+        vocabulary = fast.get_vocab()
+    highest = max(vocabulary.values(), default=0)
+    size = config.text.vocab_size
+    if highest >= size:
+        message = f"has ids up to {highest}, config.json a vocab_size of {size}"
+        raise UserError(f"{path}: {message}; they must belong together")
+    return vocabulary
 
 
 def padding_id(folder: Path, config: LlavaConfig) -> int:
@@ -206,30 +263,57 @@ def padding_id(folder: Path, config: LlavaConfig) -> int:
     return pad or 0
 
 
-def require_vocabulary(folder: Path, config: LlavaConfig, fast: FastTokenizer) -> None:
-    """Refuse a tokenizer with ids that the model does not have."""
-    highest = max(fast.get_vocab().values(), default=0)
-    size = config.text.vocab_size
-    if highest >= size:
-        message = f"has ids up to {highest}, config.json a vocab_size of {size}"
-        raise UserError(f"{folder / 'tokenizer.json'}: {message}; they must belong together")
+def named(folder: Path, name: str) -> str | None:
+    """A control token that tokenizer_config.json names, as a text or as an object; or None."""
+    path = folder / "tokenizer_config.json"
+    found = read_json(path, "download the folder again").get(name) if path.exists() else None
+    found = found.get("content") if isinstance(found, dict) else found
+    return found if isinstance(found, str) else None
 
 
-def read_tokenizer(folder: Path) -> FastTokenizer:
-    """tokenizer.json, for which all text is data: typed control tokens are ordinary characters."""
-    path = folder / "tokenizer.json"
-    raw = read_json(path, "a model folder needs tokenizer.json")
-    added = raw.get("added_tokens") or []
-    if not isinstance(added, list) or not all(isinstance(token, dict) for token in added):
-        message = "added_tokens must be a list of objects; download the folder again"
-        raise UserError(f"{path}: {message}")
-    for token in added:
-        token["special"] = True  # else typed text could become a control token
-    try:
-        fast = FastTokenizer.from_str(json.dumps(raw))
-    except Exception as error:  # tokenizers raises bare Exception
-        raise UserError(f"{path}: not a tokenizer ({error}); download the folder again") from None
-    fast.encode_special_tokens = True
-    fast.no_truncation()
-    fast.no_padding()
-    return fast
+def unknown_id(model: dict, vocabulary: dict[str, int]) -> int | None:
+    """The id that stands for what a tokenizer has no piece for, or None."""
+    unknown = model.get("unk_token")
+    return vocabulary.get(unknown) if isinstance(unknown, str) else model.get("unk_id")
+
+
+def added_by_itself(
+    path: Path, fast: FastTokenizer, beginnings: set[str | None], eos_id: int
+) -> list[int]:
+    """The beginning token, which the post-processor puts before a text, or [].
+
+    An end token behind the text is left out, as a prompt must not end; anything else is refused by
+    its name.
+    """
+    with sound(path):
+        text = fast.encode("a", add_special_tokens=False).ids
+        whole = fast.encode("a").ids
+    places = range(len(whole) - len(text) + 1)
+    start = next((i for i in places if whole[i : i + len(text)] == text), len(whole))
+    before, behind = whole[:start], whole[start + len(text) :]
+
+    for place, ids, right in (("before", before, beginnings), ("behind", behind, ENDS)):
+        names = [fast.id_to_token(i) for i in ids]
+        wrong = [name for i, name in zip(ids, names, strict=True) if name not in right]
+        if wrong and not (place == "behind" and ids == [eos_id]) or len(ids) > 1:
+            message = f"its post_processor puts {' '.join(map(str, names))} {place} every text"
+            rule = "and only a beginning token before and an end token behind are known here"
+            raise UserError(f"{path}: {message}, {rule}; take it out of the file")
+    # The embedded world's has no rule for it.
+    first = fast.token_to_id("<s>")
+    return before or ([] if first is None else [first])
+
+
+def require_no_pieces(
+    folder: Path, fast: FastTokenizer, control: set[int], image_id: int, added: dict
+) -> None:
+    """Refuse a control token whose id is that of an ordinary piece, too."""
+    with sound(folder / "tokenizer.json"):
+        pieces = fast.get_vocab(with_added_tokens=False)
+    for piece, i in pieces.items():
+        of_control = piece in added or (CONTROL.fullmatch(piece) and not piece.startswith("<0x"))
+        if i in control and not of_control:
+            where = f"{folder / 'tokenizer.json'}: a control token's id is {i}"
+            if i == image_id:
+                where = f"{folder / 'config.json'}: image_token_index is {i}"
+            raise UserError(f"{where}, the ordinary piece {piece!r}; mend it")

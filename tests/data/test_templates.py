@@ -14,7 +14,7 @@ from minialign.edge import CHECKPOINT
 from minialign.toy import world
 
 
-@pytest.fixture(scope="module", params=["toy", *FORMS, "chatml-metaspace", "vicuna-metaspace"])
+@pytest.fixture(scope="module", params=["toy", *FORMS, "chatml-metaspace", "vicuna_v1-metaspace"])
 def both(request, oracle, tmp_path_factory):
     """(our tokenizer, transformers' `text -> ids`, the template's form) of one folder."""
     name, _, metaspace = request.param.partition("-")
@@ -96,11 +96,11 @@ def test_a_prompt_continues_the_one_before(both):
 @pytest.mark.parametrize(
     "changes,expected",
     [
-        ({}, "vicuna"),
+        ({}, "vicuna_v1"),
         ({"minialign_template": "llava_v1"}, "llava_v1"),
         ({"minialign_template": "short"}, "short"),
         ({"text_config": {"vocab_size": 32064, "model_type": "mistral"}}, "mistral"),
-        ({"text_config": {"vocab_size": 32064, "model_type": "llama"}}, "vicuna"),
+        ({"text_config": {"vocab_size": 32064, "model_type": "llama"}}, "vicuna_v1"),
     ],
 )
 def test_template_follows_from_the_config(tmp_path, changes, expected):
@@ -133,7 +133,7 @@ def test_templates_that_cannot_be(tmp_path):
         lambda: Tokenizer.from_folder(folder, "chatml"),
         "tokenizer.json",
         "<|im_end|>",
-        "another template",
+        "--template FILE",
     )
     refused(lambda: Tokenizer.from_folder(folder, "vicunya"), "--template 'vicunya'", *FORMS)
 

@@ -184,7 +184,7 @@ def test_padding_id(folder, pad, expected):
     assert Tokenizer.from_folder(folder).pad_id == expected
 
 
-def test_template_without_our_own_key_is_vicuna(folder):
+def test_template_without_our_own_key_is_vicuna_v1(folder):
     raw = json.loads((folder / "config.json").read_text())
     del raw["minialign_template"]
     (folder / "config.json").write_text(json.dumps(raw))

@@ -154,7 +154,7 @@ def test_a_picture_that_is_mended_is_asked_about(flags, undisturbed, tmp_path):
     ("changes", "name"),
     [
         (["--max-new-tokens", "7"], "max_new_tokens"),
-        (["--template", "vicuna"], "template"),
+        (["--template", "vicuna_v1"], "template"),
         (["--model", "toy"], "model"),
         (["--benchmark", "llava-bench"], "benchmark"),
     ],
