@@ -75,7 +75,7 @@ class Tokenizer:
                 raise UserError(f"{path}: {message}; {OWN_FORM}")
             control[token] = vocabulary[token]
         eos_id, image_id = control[form.end], config.image_token_id
-        bos = added_by_itself(path, fast, {*BEGINNINGS, named(folder, "bos_token")}, eos_id)
+        bos = beginning(path, raw, vocabulary, named(folder, "bos_token"), form.end)
 
         # The unknown token is all that a text may become.
         added = {t["content"]: vocabulary.get(t["content"]) for t in raw["added_tokens"]}
@@ -234,7 +234,8 @@ def fast_tokenizer(path: Path, raw: dict) -> FastTokenizer:
     # All are special: else typed text could become one of them.
     added = [token | {"special": True} for token in raw["added_tokens"]]
     with sound(path):
-        fast = FastTokenizer.from_str(json.dumps(raw | {"added_tokens": added}))
+        raw = raw | {"added_tokens": added, "post_processor": None}  # see `beginning`
+        fast = FastTokenizer.from_str(json.dumps(raw))
         fast.encode_special_tokens = True
         fast.no_truncation()
         fast.no_padding()
@@ -277,31 +278,50 @@ def unknown_id(model: dict, vocabulary: dict[str, int]) -> int | None:
     return vocabulary.get(unknown) if isinstance(unknown, str) else model.get("unk_id")
 
 
-def added_by_itself(
-    path: Path, fast: FastTokenizer, beginnings: set[str | None], eos_id: int
+def beginning(
+    path: Path, raw: dict, vocabulary: dict[str, int], named_bos: str | None, end: str
 ) -> list[int]:
-    """The beginning token, which the post-processor puts before a text, or [].
+    """The beginning token, which tokenizer.json's post_processor puts before a text, or [].
 
-    An end token behind the text is left out, as a prompt must not end; anything else is refused by
-    its name.
+    An end token that it puts behind the text is left out, as a prompt must not end; whatever else
+    it puts is refused by its name.
     """
-    with sound(path):
-        text = fast.encode("a", add_special_tokens=False).ids
-        whole = fast.encode("a").ids
-    places = range(len(whole) - len(text) + 1)
-    start = next((i for i in places if whole[i : i + len(text)] == text), len(whole))
-    before, behind = whole[:start], whole[start + len(text) :]
+    known = {*BEGINNINGS, named_bos}
+    try:
+        before, behind = of_post_processor(raw.get("post_processor"))
+        wrong = [name for name, ids in before if name not in known or ids != [vocabulary.get(name)]]
+        wrong += [name for name, _ in behind if name not in {*ENDS, end}]
+    except (AttributeError, IndexError, KeyError, TypeError, ValueError, RecursionError):
+        message = "its post_processor is of an unknown kind, or damaged; download the folder again"
+        raise UserError(f"{path}: {message}") from None
 
-    for place, ids, right in (("before", before, beginnings), ("behind", behind, ENDS)):
-        names = [fast.id_to_token(i) for i in ids]
-        wrong = [name for i, name in zip(ids, names, strict=True) if name not in right]
-        if wrong and not (place == "behind" and ids == [eos_id]) or len(ids) > 1:
-            message = f"its post_processor puts {' '.join(map(str, names))} {place} every text"
-            rule = "and only a beginning token before and an end token behind are known here"
-            raise UserError(f"{path}: {message}, {rule}; take it out of the file")
+    if wrong or len(before) > 1:
+        message = f"its post_processor puts {(wrong or before)[0]!r} beside every text"
+        rule = "and only a beginning token before it and an end token behind it are known here"
+        raise UserError(f"{path}: {message}, {rule}; take it out of the file")
     # The embedded world's has no rule for it.
-    first = fast.token_to_id("<s>")
-    return before or ([] if first is None else [first])
+    names = [token for token, _ in before] or ["<s>"]
+    return [vocabulary[token] for token in names if token in vocabulary]
+
+
+def of_post_processor(raw: dict | None) -> tuple[list, list]:
+    """What a post-processor puts before a text, and behind it: names of control tokens, each with
+    the ids that it stands for."""
+    if raw is None or raw["type"] == "ByteLevel":  # which moves offsets alone
+        return [], []
+    if raw["type"] in ("BertProcessing", "RobertaProcessing"):
+        return [(raw["cls"][0], [raw["cls"][1]])], [(raw["sep"][0], [raw["sep"][1]])]
+    if raw["type"] == "Sequence":
+        parts = [of_post_processor(part) for part in raw["processors"]]
+        before = [token for part, _ in reversed(parts) for token in part]
+        return before, [token for _, part in parts for token in part]
+    if raw["type"] != "TemplateProcessing":
+        raise ValueError(raw["type"])
+    names = [
+        piece["SpecialToken"]["id"] if "SpecialToken" in piece else "" for piece in raw["single"]
+    ]
+    tokens = [(name, raw["special_tokens"][name]["ids"]) if name else None for name in names]
+    return tokens[: tokens.index(None)], tokens[tokens.index(None) + 1 :]
 
 
 def require_no_pieces(

@@ -162,19 +162,19 @@ def test_spellings_of_the_config(oracle, tmp_path, raw):
 
 def test_configs_that_are_refused(tmp_path):
     path = tmp_path / "preprocessor_config.json"
-    with pytest.raises(UserError, match="no such file") as caught:
-        ImageProcessor.from_folder(tmp_path)
-    assert str(path) in str(caught.value)
     tower = {"model_type": "llava", "vision_config": {"image_size": 48}}
     (tmp_path / "config.json").write_text(
         json.dumps(tower | {"text_config": {"vocab_size": 32064}})
     )
+    with pytest.raises(UserError, match="no such file") as caught:
+        ImageProcessor.from_folder(tmp_path)
+    assert str(path) in str(caught.value)
     for raw in (
         {"size": 40, "crop_size": 48},
         {"size": {"height": 48, "width": 48}, "crop_size": 48},
     ):
         path.write_text(json.dumps(raw))
-        with pytest.raises(UserError, match="size is .*, and only 48 is supported") as caught:
+        with pytest.raises(UserError, match="size is .*; only 48 or") as caught:
             ImageProcessor.from_folder(tmp_path)
         assert str(path) in str(caught.value)
     path.write_text("{")
