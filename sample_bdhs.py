@@ -43,6 +43,7 @@ from minialign.data.images import ImageProcessor, PreparedImage
 from minialign.data.prefetch import load_ahead
 from minialign.data.record_files import sift
 from minialign.data.records import FormatName, Record
+from minialign.data.templates import asked_form
 from minialign.data.tokenizer import Tokenizer
 from minialign.errors import UserError
 from minialign.files import append_lines, size_of, write_json
@@ -89,7 +90,8 @@ class Config:
     data: str = "toy"
     format: FormatName | None = None  # of the data file; else that of its first record
     images: str = "toy"  # folder of the pictures, or `toy`
-    template: str | None = None  # vicuna, llava_v1, mistral, chatml or short; else the model's own
+    # form of conversation: vicuna_v1, llava_v1, mistral, chatml, short, a file; else the model's
+    template: str | None = None
     out: str = "runs/bdhs/pairs.jsonl"  # pairs file to write, or to continue
     rho_th: float | None = None  # Eq. 6: an image token is hidden with this probability
     n_bdhs: int = 5  # iterations at most; the last one is unguided, if it is not the only one
@@ -291,6 +293,7 @@ def main(config: Config) -> None:
 
     # What an earlier run has left is not sampled again.
     settings = asdict(config) | {"weights": fingerprint(folder)}
+    settings["template"] = asked_form(config.template)
     pairs = pairs_of_earlier_run(out, settings)
     require_same_records(out, pairs, records)
     messages = needs_messages(out, pairs, records)
@@ -323,12 +326,8 @@ def main(config: Config) -> None:
         """A record with its picture; refused where these leave no position for a completion."""
         picture = pictures(record.image)
         image = assistant.processor.prepare(picture)
-        left = assistant.positions_left(record.turns, image)
-        needed = len(assistant.tokenizer.answer(record.chosen))
-        if left <= needed:
-            taken = assistant.positions - left + needed
-            message = f"image, prompt and response take {taken} positions"
-            raise UserError(f"{message}, the decoder has {assistant.positions}; drop the record")
+        needed = len(assistant.tokenizer.answer(record.chosen)) + 1
+        assistant.require_positions(record.turns, image, needed)
         return Example(record, picture, image)
 
     def load_batch(batch: list[Record]) -> tuple[list[Example], list[str]]:

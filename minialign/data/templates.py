@@ -63,9 +63,9 @@ CONTROL = re.compile(r"<[^<>\s]+>")
 
 
 @cache
-def asked_form(asked: str) -> str | dict[str, str]:
+def asked_form(asked: str | None) -> str | dict[str, str] | None:
     """What --template asks for: a name, or the fields of a file, which is read once."""
-    if asked in TEMPLATES:
+    if asked is None or asked in TEMPLATES:
         return asked
     if asked == "vicuna":
         message = "is called llava_v1 now, as in LLaVA, and what was llava_v1 is vicuna_v1"
