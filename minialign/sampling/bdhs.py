@@ -2,8 +2,8 @@
 policy makes of them. Pure functions of strings and token ids; the loop is in sample_bdhs.py.
 
 Differs from the paper: the yes/no pattern ends with its word, so that `Nobody`, `No-one` and
-`Yesterday` stay whole. Silent in the paper, chosen here: a cut falls on a word boundary and may
-keep nothing, but never takes a swapped word away.
+`Yesterday` stay whole. Silent in the paper, chosen here: what ends a sentence; a cut falls on a
+word boundary and may keep nothing, but never takes a swapped word away.
 """
 
 import random
