@@ -148,9 +148,23 @@ def chat_templates(folder: Path) -> Iterable[tuple[Path, str]]:
                 yield path, found if isinstance(found, str) else json.dumps(found)
 
 
-def control_tokens(template: Template, known: Iterable[str]) -> re.Pattern[str]:
-    """What matches the control tokens in a form's text: those that the tokenizer knows, the longest
-    first, and whatever looks like one.
+def control_tokens(
+    path: Path, name: str, form: Template, known: Iterable[str], vocabulary: dict[str, int]
+) -> tuple[re.Pattern[str], dict[str, int]]:
+    """What matches the control tokens in a form's text, and the id of each.
+
+    They are those that the tokenizer (`path`) knows, the longest first, and whatever looks like
+    one. Refuses a form that has some that the tokenizer lacks, or that ends an answer with none.
     """
-    longest = sorted(known, key=len, reverse=True)
-    return re.compile("|".join([*map(re.escape, longest), CONTROL.pattern]))
+    longest = sorted(filter(None, known), key=len, reverse=True)
+    pattern = re.compile("|".join([*map(re.escape, longest), CONTROL.pattern]))
+    if not pattern.fullmatch(form.end):
+        message = f"the form {name} ends an answer with {form.end!r}, which is no control token"
+        raise UserError(f"{path}: {message}; {OWN_FORM}")
+    ids = {}
+    for token in sorted(set(pattern.findall(form.system + form.user + form.answer + form.end))):
+        if token not in vocabulary:
+            message = f"no {token}, which the form of conversation {name} needs"
+            raise UserError(f"{path}: {message}; {OWN_FORM}")
+        ids[token] = vocabulary[token]
+    return pattern, ids

@@ -44,7 +44,8 @@ def originals(folder) -> dict:
     raw = json.loads((folder / "preprocessor_config.json").read_text())
     processor = {"image_processor": raw, "patch_size": 16, "processor_class": "LlavaProcessor"}
     tokenizer = json.loads((folder / "tokenizer.json").read_text())
-    single = [{"SpecialToken": {"id": "<s>", "type_id": 0}}, {"Sequence": {"id": "A", "type_id": 0}}]
+    first = {"SpecialToken": {"id": "<s>", "type_id": 0}}
+    single = [first, {"Sequence": {"id": "A", "type_id": 0}}]
     pair = [{"Sequence": {"id": name, "type_id": 0}} for name in "AB"]
     tokens = {"<s>": {"id": "<s>", "ids": [1], "tokens": ["<s>"]}}
     rule = {"type": "TemplateProcessing", "single": single, "pair": pair}
