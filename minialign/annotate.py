@@ -67,7 +67,8 @@ class Config:
     out: str | None = None  # JSON file to write as well; with --rank the pairs file
     format: FormatName | None = None  # of the data file; else that of its first record
     images: str = "toy"  # folder of the pictures, or `toy`
-    template: str | None = None  # vicuna, llava_v1, mistral, chatml or short; else the model's own
+    # form of conversation: vicuna_v1, llava_v1, mistral, chatml, short, a file; else the model's
+    template: str | None = None
     # show the responses in a random order, or ask in both
     orders: Literal["random", "both"] = "random"
     batch_size: int = 8  # pairs that are judged together
