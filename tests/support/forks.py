@@ -87,12 +87,12 @@ class Forked:
 def serve() -> None:
     """Import what takes long, and fork for every line of stdin."""
     sys.path[:0] = [str(ROOT), str(ROOT / "tests/support")]
-    import torch.distributed.fsdp
+    import torch._dynamo
+    import torch.distributed.fsdp  # noqa: F401
 
     import train_online  # noqa: F401
     from minialign.rlhf import ppo, reward_model, rloo  # noqa: F401
 
-    torch.set_num_threads(1)
     signal.signal(signal.SIGCHLD, signal.SIG_IGN)  # nobody waits for launchers
     for line in sys.stdin:
         if os.fork() == 0:
@@ -130,6 +130,8 @@ def leave(path: Path, numbers: list[int]) -> None:
 
 def run_program(words: list[str]) -> None:
     """As `python` does: a script, or a module by its name. At SIGABRT all stacks are told."""
+    # torch makes its pool of threads anew behind a fork: before there are threads that want it.
+    sys.modules["torch"].set_num_threads(1)
     signal.signal(signal.SIGINT, signal.default_int_handler)
     faulthandler.enable()
     sys.argv = words

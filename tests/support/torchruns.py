@@ -5,6 +5,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
 
@@ -100,9 +101,10 @@ def run(processes: int, program: str, flags: str) -> subprocess.CompletedProcess
     return done
 
 
-def killed(log: Path, words: list[str], end) -> subprocess.CompletedProcess:
+def killed(
+    log: Path, process: subprocess.Popen | Forked, end: Callable
+) -> subprocess.CompletedProcess:
     """A run of many steps that `end(process)` ends after its third step, as its log has them."""
-    process = start(words)
     wait_for(lambda: log.exists() and len(log.read_text().splitlines()) >= 3, process)
     end(process)
     return finish(process, 100)

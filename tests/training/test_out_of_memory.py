@@ -59,7 +59,7 @@ def limited(tmp_path):
 
 @pytest.fixture
 def long_pairs(tmp_path) -> Path:
-    """12 pairs whose responses have some 250 tokens each."""
+    """12 pairs whose responses have some 130 tokens each."""
     path = tmp_path / "pairs.jsonl"
     with open(path, "w") as file:
         for i in range(12):
@@ -69,8 +69,8 @@ def long_pairs(tmp_path) -> Path:
                 "prompt": "What is there?",
             }
             texts = {
-                "chosen": "A red cup is at the top left. " * 25,
-                "rejected": "There is no cup at all. " * 30,
+                "chosen": "A red cup is at the top left. " * 13,
+                "rejected": "There is no cup at all. " * 16,
             }
             file.write(json.dumps(pair | texts) + "\n")
     return path
@@ -80,11 +80,11 @@ def long_pairs(tmp_path) -> Path:
 def test_the_remedy_works(limited, model, long_pairs, tmp_path):
     """A run of one record, then of 12 at a time, which take more than the room left, then the
     remedy."""
-    flags = f"--model {model} --pairs {long_pairs} --steps 1 --eval-images 0"
+    flags = f"--model {model} --pairs {long_pairs} --steps 1 --eval-images 0 --lora-rank 4"
     code, _, peak = limited(0, "train_dpo.py", f"{flags} --limit 1 --out {tmp_path}/small")
     assert code == 0
 
-    limit, out = peak + 200 * 2**20, tmp_path / "large"
+    limit, out = peak + 100 * 2**20, tmp_path / "large"
     flags += f" --batch-size 12 --out {out}"
     code, message, _ = limited(limit, "train_dpo.py", flags)
     assert code == 2 and message.startswith("error: out of memory; "), message
