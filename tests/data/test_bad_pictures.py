@@ -115,7 +115,7 @@ def test_other_formats_are_not_decoded(tmp_path, form, monkeypatch):
     (tmp_path / "gs").chmod(0o755)
     monkeypatch.setenv("PATH", str(tmp_path), prepend=os.pathsep)
     Image.new("RGB", (20, 20)).save(tmp_path / "x.png", form)
-    gives_remedy(lambda: read_picture(tmp_path / "x.png", ""), "not a readable picture")
+    gives_remedy(lambda: read_picture(tmp_path / "x.png", ""), "cannot identify image file")
     assert not started.exists()
 
 
