@@ -1,5 +1,5 @@
-"""The three scripts as several processes, on gloo: one, two and three give the same, whole models or
-shards."""
+"""The three scripts as several processes, on gloo: one, two and three give the same, whole models
+or shards."""
 
 import importlib
 import json
@@ -41,18 +41,45 @@ def rows_of(out: Path) -> list[dict]:
     return [{name: row[name] for name in row if name not in TIMES} for row in rows]
 
 
-def assert_same_training(one: Path, other: Path) -> None:
-    """Loss curves, and whatever else is logged, and final adapters, to 1e-5."""
+# How far several processes may be from one, relative where a value is above 1: the README's table.
+LOGGED, LOSS_OF_IPO, WEIGHTS = 2e-5, 5e-4, 5e-5
+# In bfloat16: what the first step logs, later losses (and IPO's), and weights.
+HALF_FIRST, HALF_LOSS, HALF_LOSS_OF_IPO, HALF_WEIGHTS = 5e-3, 5e-2, 1.0, 1e-2
+HALF_SAMPLED = 5e-2  # the first step of what samples, where the draws are the same
+
+
+def tolerance(step: int, name: str, dtype: str, loss: str) -> float:
+    """Of a logged value; in bfloat16 only losses are compared behind the first step, as a pair that
+    is nearly a tie may change sides."""
+    if dtype == "float32":
+        return LOSS_OF_IPO if loss == "ipo" and name in ("loss", "grad_norm") else LOGGED
+    if step == 1:
+        return HALF_FIRST
+    if name == "loss":
+        return HALF_LOSS_OF_IPO if loss == "ipo" else HALF_LOSS
+    return math.inf
+
+
+def assert_same_rows(one: Path, other: Path, dtype: str = "float32", loss: str = "") -> None:
+    """Loss curves, and whatever else is logged."""
     rows, others = rows_of(one), rows_of(other)
     assert len(rows) == len(others) > 0
     for row, also in zip(rows, others, strict=True):
         assert row.keys() == also.keys()
         for name, value in row.items():
-            assert also[name] == pytest.approx(value, abs=1e-5, rel=1e-5), (row["step"], name)
+            apart = tolerance(row["step"], name, dtype, loss)
+            assert also[name] == pytest.approx(value, abs=apart, rel=apart), (row["step"], name)
+
+
+def assert_same_training(one: Path, other: Path, dtype: str = "float32", loss: str = "") -> None:
+    """What is logged, and final adapters."""
+    assert_same_rows(one, other, dtype, loss)
     first, second = (load_file(path / "adapter/adapter_model.safetensors") for path in (one, other))
     assert first.keys() == second.keys()
+    apart = WEIGHTS if dtype == "float32" else HALF_WEIGHTS
     for name, tensor in first.items():
-        assert torch.allclose(tensor, second[name], atol=1e-5, rtol=0), name
+        assert tensor.dtype == second[name].dtype == torch.float32
+        assert torch.allclose(tensor, second[name], atol=apart, rtol=0), name
 
 
 @pytest.fixture(scope="session")
@@ -81,16 +108,23 @@ def test_any_number_of_processes_trains_the_same(alone, pairs, tmp_path, process
     assert not re.search(r"Traceback|Error", done.stderr)
 
 
-def test_shards_in_bfloat16_are_those_of_one_process(model, pairs, tmp_path):
-    """Frozen weights in bfloat16, what is trained in float32, and so the gradients that are
-    summed."""
-    flags = f"--model {model} --pairs {pairs} {SIZES} --steps 3 --eval-images 0 --dtype bfloat16"
+@pytest.mark.parametrize(
+    ("loss", "dtype", "processes", "shard"),
+    [
+        ("ipo", "float32", 3, "none"),
+        ("slic", "float32", 2, "full"),
+        ("dpo", "bfloat16", 2, "full"),
+        ("ipo", "bfloat16", 2, "none"),
+    ],
+)
+def test_losses_and_types(model, pairs, tmp_path, loss, dtype, processes, shard):
+    """Frozen weights may be in bfloat16; what is trained is float32, and so are the gradients that
+    are summed."""
+    flags = f"--model {model} --pairs {pairs} {SIZES} --steps 4 --eval-images 0 --lr 1e-3"
+    flags += f" --loss {loss} --dtype {dtype}"
     run_alone("train_dpo.py", f"{flags} --out {tmp_path}/one")
-    run(2, "train_dpo.py", f"{flags} --out {tmp_path}/two --shard full")
-    for row, also in zip(rows_of(tmp_path / "one"), rows_of(tmp_path / "two"), strict=True):
-        assert also["loss"] == pytest.approx(row["loss"], abs=1e-3)  # bfloat16 rounds by the batch
-    adapter = load_file(tmp_path / "two/adapter/adapter_model.safetensors")
-    assert {tensor.dtype for tensor in adapter.values()} == {torch.float32}
+    run(processes, "train_dpo.py", f"{flags} --out {tmp_path}/many --shard {shard}")
+    assert_same_training(tmp_path / "one", tmp_path / "many", dtype, loss)
 
 
 @pytest.mark.parametrize(
@@ -111,9 +145,10 @@ def test_whatever_samples_does_so_in_bfloat16_shards(tmp_path, program, flags):
     if program == "sample_bdhs.py":
         assert (tmp_path / "one").read_bytes() == (tmp_path / "two").read_bytes()
         return
+    # Behind the first step other tokens may be drawn.
     one, two = rows_of(tmp_path / "one"), rows_of(tmp_path / "two")
     assert len(one) == len(two) == 2 and all(map(math.isfinite, two[1].values()))
-    assert two[0] == pytest.approx(one[0], abs=3e-2, rel=3e-2)  # bfloat16 rounds by the batch
+    assert two[0] == pytest.approx(one[0], abs=HALF_SAMPLED, rel=HALF_SAMPLED)
     assert (tmp_path / "two/merged/model.safetensors").exists()
 
 
@@ -169,7 +204,7 @@ def test_online_training_in_shards(model, tmp_path, method):
     rows = rows_of(tmp_path / "one")
     # Some are dropped: uneven shares.
     assert len({row["pairs"] for row in rows}) > 1 or rows[0]["pairs"] < 5
-    assert rows == [pytest.approx(row, abs=1e-5, rel=1e-5) for row in rows_of(tmp_path / "two")]
+    assert_same_training(tmp_path / "one", tmp_path / "two")
 
 
 @pytest.mark.parametrize(
@@ -185,8 +220,7 @@ def test_rlhf_by_several_processes(model, tmp_path, program, processes, shard, o
     flags += " --max-new-tokens 6 --k 3 --lr 1e-3"
     run_alone(program, f"{flags} --out {tmp_path}/one")
     run(processes, program, f"{flags} --out {tmp_path}/many --shard {shard}")
-    many = [pytest.approx(row, abs=1e-4, rel=1e-4) for row in rows_of(tmp_path / "many")]
-    assert rows_of(tmp_path / "one") == many
+    assert_same_training(tmp_path / "one", tmp_path / "many")
 
 
 def test_a_reward_model_in_shards(model, pairs, tmp_path):
