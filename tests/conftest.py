@@ -27,8 +27,9 @@ os.environ["OMP_NUM_THREADS"] = "1"
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """The longest first, so that two workers end together: those of training start processes."""
-    items.sort(key=lambda item: "tests/training/" not in item.path.as_posix())
+    """The longest first, so that two workers end together: those that start processes."""
+    rooms = ("training", "gpu", "bench")
+    items.sort(key=lambda item: item.path.parent.name not in rooms)
 
 
 @pytest.fixture(scope="session")

@@ -39,7 +39,7 @@ def meta_model(config: LlavaConfig, dtype: torch.dtype, rank: int) -> Llava:
     """The policy as train_dpo.py makes it, with shapes and without data."""
     with torch.device("meta"):
         model = Llava(config).to(dtype)
-    add_adapters(model, rank, 2.0 * rank)
+        add_adapters(model, rank, 2.0 * rank)
     return model
 
 
@@ -64,8 +64,9 @@ def trained_bytes(model: torch.nn.Module, processes: int = 1) -> int:
 def gathered_bytes(model: Llava) -> int:
     """Beside the shards: what no layer holds, which stays gathered for the step, and two layers,
     one ahead of time."""
-    inside = sum(whole_bytes(unit) for unit in (*model.language_model.layers, model.vision_tower))
-    return whole_bytes(model) - inside + 2 * max(map(whole_bytes, model.language_model.layers))
+    layers = [whole_bytes(layer) for layer in model.language_model.layers]
+    outside = whole_bytes(model) - sum(layers) - whole_bytes(model.vision_tower)
+    return outside + 2 * max(layers)
 
 
 def whole_bytes(module: torch.nn.Module) -> int:

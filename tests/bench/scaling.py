@@ -98,6 +98,19 @@ def flops(name: str, pairs: int, reference: bool) -> int:
     return roofline.dpo_flops(policy(name), *batch(pairs), reference)
 
 
+@cache
+def gathered(name: str, cached: bool) -> int:
+    """Bytes that --shard full gathers in one forward and backward pass.
+
+    Each layer three times: for the reference (unless it is cached), the policy and the backward
+    pass; all else once. What is trained is moved once more, as gradients.
+    """
+    model = policy(name)
+    layers = memory.whole_bytes(model.language_model.layers)
+    once = memory.whole_bytes(model) + memory.trained_bytes(model)
+    return once + (1 if cached else 2) * layers
+
+
 @dataclass(frozen=True)
 class Plan:
     """A model on so many GPUs, each with so many pairs in a pass; --accumulate gives the passes of
@@ -138,16 +151,6 @@ class Plan:
         """Into a GPU's memory."""
         return sum(self.parts.values()) <= LARGE
 
-    def gathered(self, cached: bool) -> int:
-        """Bytes that --shard full gathers in one forward and backward pass.
-
-        Each layer three times: for the reference (unless it is cached), the policy and the backward
-        pass; all else once. What is trained is moved once more, as gradients.
-        """
-        layers = sum(map(memory.whole_bytes, self.model.language_model.layers))
-        once = memory.whole_bytes(self.model) + memory.trained_bytes(self.model)
-        return once + (1 if cached else 2) * layers
-
     def step(self, cached: bool = False) -> Seconds:
         """One optimizer step, on each GPU.
 
@@ -168,7 +171,7 @@ class Plan:
         wide = roofline.projector_flops(self.model, features, not cached)
         hidden = summing = 0.0
         if self.shard == "full":
-            hidden = passes * moved(self.gpus, self.gathered(cached))
+            hidden = passes * moved(self.gpus, gathered(self.name, cached))
         else:
             summing = 2 * moved(self.gpus, memory.trained_bytes(self.model))
         base_seconds = passes * base / (ASSUMED * H100.flops)

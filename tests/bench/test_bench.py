@@ -39,7 +39,7 @@ SMALL = sizes.Size(
     sentence_tokens=4,
     examples=2,
     new_tokens=6,
-    repeats=2,
+    repeats=1,
     loaded=sizes.text_config(579, 48, 64, 2, 3),
     shard="100KB",
 )
@@ -199,14 +199,13 @@ def test_the_whole_bench(tmp_path, monkeypatch, capsys):
     """Rows by processes of their own, of the size that the folder holds; a row that nobody knows
     fails alone, with its reason in the table. bench.json has its form."""
     monkeypatch.setitem(sizes.SIZES, "tiny", SMALL)
-    monkeypatch.setattr(bench, "PROCESSES", (("online-bdhs-overhead",), ("nonsense",), ("load",)))
+    monkeypatch.setattr(bench, "PROCESSES", (("nonsense",), ("load",)))
     bench.main(bench.Config(out=str(tmp_path / "bench.json")))
     found = json.loads((tmp_path / "bench.json").read_text())
     assert found["machine"]["versions"]["torch"] == torch.__version__
     assert found["size"]["name"] == "small"
     statuses = {name: row["status"] for name, row in found["rows"].items()}
-    assert list(statuses) == ["online-bdhs-overhead", "nonsense", "load"]
-    assert list(statuses.values()) == ["ok", "failed", "ok"]
+    assert statuses == {"nonsense": "failed", "load": "ok"}
     assert "--row nonsense" in found["rows"]["nonsense"]["error"]
     assert found["rows"]["load"]["time_ratio"] > 0 and found["rows"]["load"]["bytes"] > 0
     printed = capsys.readouterr().out

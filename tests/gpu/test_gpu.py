@@ -245,10 +245,20 @@ def test_no_gpu(monkeypatch, tmp_path):
     refused(lambda: gpu.main(config), "--device cuda", "--device cpu --size tiny")
 
 
+def test_a_row_that_nobody_knows():
+    """Its process fails alone, and the table says why."""
+    from tests.gpu.row import work_of
+
+    with pytest.raises(KeyError, match="our-nonsense"):
+        work_of("our-nonsense")
+    trace = "Traceback (most recent call last):\n  File 'x', line 1\nKeyError: 'our-nonsense'"
+    printed = gpu.table({"our-nonsense": {"status": "failed", "seconds": 3.0, "error": trace}})
+    assert f"{'our-nonsense':27}{'failed':9}" in printed and "KeyError: 'our-nonsense'" in printed
+
+
 def test_the_command(tmp_path, monkeypatch, capsys):
-    """Quick rows at the smallest size: all end well, a table says so, a road's pairs were timed;
-    a row that nobody knows how to measure fails alone."""
-    monkeypatch.setattr(gpu, "OURS", {"our-step": (90, 1), "our-nonsense": (90, 1)})
+    """Quick rows at the smallest size: all end well, a table says so, a road's pairs were timed."""
+    monkeypatch.setattr(gpu, "OURS", {"our-step": (90, 1)})
     monkeypatch.setattr(gpu, "CHECKS", {"gradients": (90, 1)})
     monkeypatch.setattr(gpu, "EXTRA_OURS", {"our-step-recompute": (90, 1)})
     rows = "gradients,our-*,road-sample"
@@ -259,14 +269,12 @@ def test_the_command(tmp_path, monkeypatch, capsys):
         "model": "ok",
         "gradients": "ok",
         "our-step": "ok",
-        "our-nonsense": "failed",
         "road-sample": "ok",
         "our-step-recompute": "ok",
     }
     printed = capsys.readouterr().out
     assert printed.startswith((tmp_path / "new" / "table.txt").read_text())
     assert all(f"{name:27}{status:9}" in printed for name, status in statuses.items())
-    assert "KeyError: 'our-nonsense'" in printed
     assert found["rows"]["road-sample"]["first_pair_seconds"] > 0
     assert found["rows"]["our-step"]["cached_seconds"] > 0
     assert found["rows"]["our-step-recompute"]["peak"] < found["rows"]["our-step"]["peak"]
