@@ -12,6 +12,7 @@ from tokenizers import Tokenizer as FastTokenizer
 
 from minialign.data.templates import CONTROL
 from minialign.errors import UserError
+from minialign.fields import read_fields, whole
 from minialign.files import read_json
 from minialign.model.llava import LlavaConfig
 
@@ -74,12 +75,8 @@ def require_vocabulary(path: Path, config: LlavaConfig, fast: FastTokenizer) -> 
 
 def padding_id(folder: Path, config: LlavaConfig) -> int:
     """The id of padding in config.json; one that is missing may be any, and is 0."""
-    pad = config.raw.get("pad_token_id")
-    size = config.text.vocab_size
-    if pad is not None and (type(pad) is not int or not 0 <= pad < size):
-        message = f"pad_token_id is {pad!r}, no id below vocab_size {size}; mend it"
-        raise UserError(f"{folder / 'config.json'}: {message}")
-    return pad or 0
+    fields = {"pad_token_id": whole(0, config.text.vocab_size - 1, default=0)}
+    return read_fields(folder / "config.json", config.raw, fields)["pad_token_id"]
 
 
 def named(folder: Path, name: str) -> str | None:

@@ -4,6 +4,7 @@ refused.
 
 import json
 import random
+import re
 import shutil
 from dataclasses import replace
 from pathlib import Path
@@ -382,9 +383,7 @@ def test_template_without_our_own_key_is_vicuna_v1(folder):
 def test_ids_that_the_model_does_not_have(folder, name, value):
     raw = json.loads((folder / "config.json").read_text()) | {name: value}
     (folder / "config.json").write_text(json.dumps(raw))
-    with pytest.raises(
-        UserError, match=f"config.json: {name} is {value!r}, no id below vocab_size"
-    ):
+    with pytest.raises(UserError, match=re.escape(f"config.json: {name} is {value!r}")):
         Tokenizer.from_folder(folder)
 
 
