@@ -121,7 +121,9 @@ def read_fields(path: Path, values: dict, fields: dict[str, Field], where: str =
 def broken_rule(path: Path, name: str, value: object, rule: str) -> UserError:
     """The error for a field that is missing (None), or not as its rule says."""
     found = "missing" if value is None else shown(value)
-    return UserError(f"{path}: {name} is {found}; {rule}; mend it, or give another folder")
+    return UserError(
+        f"{path}: {shortened(name)} is {found}; {rule}; mend it, or give another folder"
+    )
 
 
 def shown(value: object) -> str:
@@ -129,3 +131,8 @@ def shown(value: object) -> str:
     short = reprlib.Repr()
     short.maxstring = short.maxother = 80
     return short.repr(value)
+
+
+def shortened(text: str) -> str:
+    """The beginning of a text that may be of any length."""
+    return text if len(text) <= 200 else f"{text[:200]}..."

@@ -17,7 +17,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from minialign.errors import UserError
-from minialign.fields import ANYTHING, object_of, path_below, read_fields
+from minialign.fields import ANYTHING, object_of, path_below, read_fields, shortened
 from minialign.files import folder_written_whole, read_json, write_json
 from minialign.model.config import NOT_QUANTISED, read_config
 from minialign.model.llava import Llava
@@ -124,7 +124,7 @@ def opened(file: Path) -> Iterator:
         with safe_open(file, framework="pt") as tensors:
             yield tensors
     except (SafetensorError, OSError) as error:
-        message = f"not a whole safetensors file ({error}); download or save it again"
+        message = f"not a whole safetensors file ({shortened(str(error))}); download it again"
         raise UserError(f"{file}: {message}") from None
 
 
@@ -137,7 +137,9 @@ def read_tensors(file: Path) -> Iterator[tuple[str, Tensor]]:
         for key in keys_of(file, tensors):
             tensor = tensors.get_tensor(key)
             if not IGNORED.search(key):
-                require_finite(f"{file}: {key}", tensor, "download or make the file again")
+                require_finite(
+                    f"{file}: {shortened(key)}", tensor, "download or make the file again"
+                )
             yield key, tensor
 
 
@@ -146,7 +148,7 @@ def keys_of(file: Path, tensors) -> Iterator[str]:
     for key in tensors.keys():  # noqa: SIM118 (safe_open is no dict)
         kind = tensors.get_slice(key).get_dtype()
         if kind not in FLOATS and not IGNORED.search(key):
-            message = f"{key} is of type {kind}; {NOT_QUANTISED.rule}"
+            message = f"{shortened(key)} is of type {kind}; {NOT_QUANTISED.rule}"
             raise UserError(f"{file}: {message}; give another folder")
         yield key
 
@@ -167,7 +169,7 @@ def read_shapes(files: list[Path]) -> dict[str, torch.Size]:
             for key in keys_of(file, tensors):
                 name = rename(key, NAMES)
                 if name in shapes:
-                    message = f"{key} stands for {name}, which the folder holds twice"
+                    message = f"{shortened(key)} stands for a tensor that the folder holds twice"
                     raise UserError(f"{file}: {message}; save it again")
                 if not IGNORED.search(key):
                     shapes[name] = torch.Size(tensors.get_slice(key).get_shape())
@@ -263,7 +265,7 @@ def check_tensors(where: Path, wanted: dict[str, torch.Size], found: dict[str, t
 def some_of(keys: set[str]) -> str:
     """The first keys, and how many more there are."""
     more = f" and {len(keys) - 5} more" if len(keys) > 5 else ""
-    return ", ".join(sorted(keys)[:5]) + more
+    return ", ".join(shortened(key) for key in sorted(keys)[:5]) + more
 
 
 def copy_companions(source: Path, folder: Path, raw_config: dict) -> None:

@@ -9,7 +9,7 @@ from safetensors.torch import save_file
 from torch import Size, Tensor
 
 from minialign.errors import UserError
-from minialign.fields import list_of, number, one_of, read_fields, text, whole
+from minialign.fields import list_of, number, one_of, read_fields, shortened, text, whole
 from minialign.files import folder_written_whole, read_json, write_json
 from minialign.model.hf_folder import (
     NAMES,
@@ -148,7 +148,8 @@ def read_adapter_config(folder: Path) -> dict:
     config = read_fields(path, raw, CONFIG)
     beyond = sorted(name for name in raw.keys() - CONFIG.keys() - WITHOUT_MEANING if raw[name])
     if beyond:
-        raise UserError(f"{path}: {', '.join(beyond)} is set, and not supported; {MERGE}")
+        names = shortened(", ".join(beyond))
+        raise UserError(f"{path}: {names} is set, and not supported; {MERGE}")
     return config
 
 

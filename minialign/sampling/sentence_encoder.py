@@ -30,12 +30,13 @@ from minialign.fields import (
     one_of,
     path_below,
     read_fields,
+    shortened,
     shown,
     text,
     whole,
 )
 from minialign.files import read_json
-from minialign.model.hf_folder import read_tensors
+from minialign.model.hf_folder import read_tensors, some_of
 
 REMEDY = "give a complete sentence-transformers folder, such as a copy of all-mpnet-base-v2"
 MPNET_PADDING = 1  # MPNet's padding token id, and the position of every padding token
@@ -295,7 +296,7 @@ def read_tokenizer(folder: Path, config: EncoderConfig) -> Tokenizer:
     except KeyboardInterrupt:
         raise
     except BaseException as error:  # the library raises bare exceptions, or panics, which is none
-        raise unusable(path, f"not readable as a tokenizer ({error})") from None
+        raise unusable(path, f"not readable as a tokenizer ({shortened(str(error))})") from None
     if max(ids, default=0) >= config.vocab_size:
         raise unusable(path, f"has ids up to {max(ids)}, config.json {config.vocab_size} in all")
 
@@ -354,7 +355,7 @@ def read_encoder(folder: Path, config: EncoderConfig) -> Encoder:
     found = {key: tuple(tensor.shape) for key, tensor in stored.items()}
     wrong = [key for key in sorted(expected | found) if expected.get(key) != found.get(key)]
     if wrong:
-        listed = [f"{key} (expected {expected.get(key)}, found {found.get(key)})" for key in wrong]
-        raise unusable(path, f"does not fit config.json: {', '.join(listed)}")
+        listed = {f"{key} (expected {expected.get(key)}, found {found.get(key)})" for key in wrong}
+        raise unusable(path, f"does not fit config.json: {some_of(listed)}")
     encoder.load_state_dict({ours[key]: tensor for key, tensor in stored.items()}, assign=True)
     return encoder.requires_grad_(False)
