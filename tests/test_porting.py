@@ -1,0 +1,156 @@
+"""docs/bdhs_with_transformers.py finds what sample_bdhs.py finds, text by text, and the programs of
+docs/porting.md run."""
+
+import random
+import runpy
+import shutil
+from dataclasses import replace
+from pathlib import Path
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+import sample_bdhs
+from minialign.data.records import Record, instruct_record
+from minialign.edge import CHECKPOINT
+from minialign.sampling.assistant import Assistant
+from minialign.sampling.similarity import lexical_cosine
+from minialign.toy import world
+
+pytest.importorskip("transformers")
+ROOT = Path(__file__).resolve().parents[1]
+PORT = SimpleNamespace(**runpy.run_path(str(ROOT / "docs/bdhs_with_transformers.py")))
+
+
+def never(text: str, reference: str) -> float:
+    """A similarity by which everything differs."""
+    return 0.0
+
+
+def always(text: str, reference: str) -> float:
+    """A similarity by which everything is the same."""
+    return 1.0
+
+
+def settings(**flags) -> sample_bdhs.Config:
+    """What both read their flags from: greedy and short, unless a test says otherwise."""
+    return sample_bdhs.Config(
+        **{"temperature": 0.0, "max_new_tokens": 12, "rho_th": 0.7, "n_bdhs": 1} | flags
+    )
+
+
+class Both:
+    """A model folder as transformers and as we read it."""
+
+    def __init__(self, transformers, folder: Path):
+        auto = transformers.AutoModelForImageTextToText
+        self.model = auto.from_pretrained(folder, dtype=torch.float32).eval()
+        self.tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
+        self.processor = transformers.AutoImageProcessor.from_pretrained(folder)
+        self.ours = Assistant.from_folder(folder, template="short")
+
+    @torch.no_grad()
+    def features(self, picture: Image.Image) -> torch.Tensor:
+        """What the decoder gets of a picture, by transformers."""
+        pixels = self.processor(picture, return_tensors="pt")
+        return self.model.get_image_features(**pixels).pooler_output[0]
+
+    def by_port(self, record: Record, picture, phi, config) -> tuple[str, int, float]:
+        """(text, iterations, phi) by the port, from the seeds of ours."""
+        seeds = [sample_bdhs.draw_seed(config.seed, record, i + 1) for i in range(config.n_bdhs)]
+        flags = SimpleNamespace(**vars(config) | {"template": PORT.TEMPLATE})
+        pair = (self.features(picture), record.turns[0][1], record.chosen)
+        text, iterations, found = PORT.bdhs(self.model, self.tokenizer, *pair, phi, seeds, flags)
+        return text, iterations, round(found, 4)
+
+    def by_ours(self, record: Record, picture, phi, config) -> tuple[str, int, float]:
+        """The same by sample_bdhs.py."""
+
+        def similarity(texts, references):
+            return [phi(*both) for both in zip(texts, references, strict=True)]
+
+        example = sample_bdhs.Example(record, picture, self.ours.processor.prepare(picture))
+        [found] = sample_bdhs.sample(self.ours, similarity, [example], config)
+        return found.rejected, found.iterations, found.similarity
+
+
+@pytest.fixture(scope="module")
+def toy(oracle) -> Both:
+    """The shipped checkpoint."""
+    return Both(oracle.transformers, CHECKPOINT)
+
+
+@pytest.fixture(scope="module")
+def llava_next(oracle, tmp_path_factory) -> Both:
+    """A random LLaVA-1.6, which cuts pictures into tiles, with the shipped tokenizer."""
+    folder = tmp_path_factory.mktemp("llava_next")
+    model = oracle.make_next(3, "mistral", (579, 4))
+    model.save_pretrained(folder)
+    size, pinpoints = model.config.vision_config.image_size, model.config.image_grid_pinpoints
+    crop = {"height": size, "width": size}
+    oracle.transformers.LlavaNextImageProcessorPil(
+        size={"shortest_edge": size}, crop_size=crop, image_grid_pinpoints=pinpoints
+    ).save_pretrained(folder)
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        shutil.copyfile(CHECKPOINT / name, folder / name)
+    return Both(oracle.transformers, folder)
+
+
+# White space, line breaks, words that only begin like Yes or No, a last sentence without full stop.
+SPOKEN = [
+    "Yes, there is a red cup at the top. No clock is on it!\n\nNobody sees the blue book.",
+    "No. yes, a desk is in the middle.  The car is yellow",
+]
+
+
+def toy_record(number: int) -> Record:
+    """A description or a question of the embedded world; the first two answered in other words."""
+    [raw] = world.alignment_records(1, "validation", number)
+    record = instruct_record(raw)
+    return replace(record, chosen=SPOKEN[number]) if number < len(SPOKEN) else record
+
+
+@pytest.mark.parametrize("number", range(8))
+def test_the_port_finds_the_same_on_the_shipped_checkpoint(toy, number):
+    """Greedy, of one iteration, guided, and of several, the last of them unguided."""
+    record, rng = toy_record(number), random.Random(number)
+    picture = world.open_picture(record.image)
+    guided = settings(seed=number, rho_th=rng.choice([0.0, 0.3, 0.7, 0.99, 1.0]))
+    found = toy.by_port(record, picture, never, guided)
+    assert found == toy.by_ours(record, picture, never, guided) and found[0]
+
+    again = settings(seed=number, rho_th=rng.choice([0.5, 0.7, 0.9]), n_bdhs=rng.choice([2, 3, 4]))
+    for phi in (lexical_cosine, always):
+        found = toy.by_port(record, picture, phi, again)
+        assert found == toy.by_ours(record, picture, phi, again)
+    assert found[1] == again.n_bdhs
+
+
+@pytest.mark.parametrize("size", [(40, 30), (31, 97), (16, 16)])
+def test_the_port_finds_the_same_on_llava_1_6(llava_next, size):
+    """Tiles and their line ends: each token of the packed picture is hidden on its own."""
+    pixels = np.random.default_rng(sum(size)).integers(0, 256, (*size, 3), dtype=np.uint8)
+    picture, record = Image.fromarray(pixels), toy_record(size[0] % 2)
+    config = settings(n_bdhs=2, rho_th=0.6, max_new_tokens=5)
+    found = llava_next.by_port(record, picture, never, config)
+    assert found == llava_next.by_ours(record, picture, never, config)
+
+
+def test_the_picture_matters_to_what_is_found(toy):
+    """Or else nothing above would depend on the mask: it changes with rho_th, not at 1."""
+    record, other = toy_record(2), world.picture(world.make_scene("validation", 9))
+    picture, texts = world.open_picture(record.image), {}
+    for rho_th in (0.0, 1.0):
+        config = settings(rho_th=rho_th)
+        texts[rho_th] = [toy.by_port(record, each, never, config)[0] for each in (picture, other)]
+    assert texts[0.0][0] != texts[0.0][1] and texts[1.0][0] == texts[1.0][1]
+
+
+def test_control_tokens_in_texts_are_refused(toy):
+    for question, chosen in (("What is <image>?", "A cup."), ("What?", "A cup.</s> It is red.")):
+        record = Record("0", "a.png", [("user", question)], chosen)
+        with pytest.raises(SystemExit, match="would become a control token"):
+            toy.by_port(record, world.open_picture("validation-000000.png"), never, settings())
