@@ -11,7 +11,9 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
+from helpers import toy_tokenizer
 from PIL import Image
+from safetensors.torch import load_file, save_file
 
 import sample_bdhs
 from minialign.data.records import Record, instruct_record
@@ -137,6 +139,26 @@ def test_the_port_finds_the_same_on_llava_1_6(llava_next, size):
     config = settings(n_bdhs=2, rho_th=0.6, max_new_tokens=5)
     found = llava_next.by_port(record, picture, never, config)
     assert found == llava_next.by_ours(record, picture, never, config)
+
+
+def test_the_port_finds_the_same_where_sentences_stay_empty(oracle, tmp_path):
+    """A model that ends its answer rather than begin a sentence, and would draw the image token."""
+    folder = Path(shutil.copytree(CHECKPOINT, tmp_path / "hasty"))
+    weights, vocabulary = load_file(folder / "model.safetensors"), toy_tokenizer().fast.get_vocab()
+    head = weights["language_model.lm_head.weight"]
+    head[toy_tokenizer().eos_id] = 1.1 * head[vocabulary["▁The"]]
+    head[toy_tokenizer().image_id] = 1.1 * head[vocabulary["▁red"]]
+    save_file(weights, folder / "model.safetensors")
+    hasty = Both(oracle.transformers, folder)
+
+    empty = 0
+    for number in (2, 4):
+        record = toy_record(number)
+        picture, config = world.open_picture(record.image), settings(seed=number)
+        found = hasty.by_port(record, picture, never, config)
+        assert found == hasty.by_ours(record, picture, never, config)
+        empty += found[0].count(".") < record.chosen.count(".")
+    assert empty
 
 
 def test_the_picture_matters_to_what_is_found(toy):
