@@ -44,19 +44,26 @@ from minialign.data.images import ImageProcessor, PreparedImage
 from minialign.data.prefetch import load_ahead
 from minialign.data.record_files import sift
 from minialign.data.records import FormatName, Record
+from minialign.data.templates import asked_form
 from minialign.data.tokenizer import Tokenizer
 from minialign.errors import UserError
 from minialign.files import append_lines, read_lines, write_json
 from minialign.model.hf_folder import empty_model, fingerprint, load_weights
 from minialign.model.masks import Branch, Sequence, mask_of_seed
 from minialign.sampling.assistant import Assistant
-from minialign.sampling.bdhs import WHOLE_RESPONSE, Cut, cut_sentence, join, split_sentences
+from minialign.sampling.bdhs import (
+    WHOLE_RESPONSE,
+    Cut,
+    can_be_cut,
+    cut_sentence,
+    join,
+    split_sentences,
+)
 from minialign.sampling.generate import Sampling, generate
 from minialign.sampling.noise import noise_of_seed
 from minialign.sampling.pairs_file import (
     Sampled,
     beside,
-    needs_messages,
     pair_line,
     require_same_records,
     require_same_sampling,
@@ -84,7 +91,8 @@ class Config:
     data: str = "toy"
     format: FormatName | None = None  # of the data file; else that of its first record
     images: str = "toy"  # folder of the pictures, or `toy`
-    template: str | None = None  # vicuna, llava_v1, mistral, chatml or short; else the model's own
+    # form of conversation: vicuna_v1, llava_v1, mistral, chatml, short, a file; else the model's
+    template: str | None = None
     out: str = "runs/bdhs/pairs.jsonl"  # pairs file to write, or to continue
     rho_th: float | None = None  # Eq. 6: an image token is hidden with this probability
     n_bdhs: int = 5  # iterations at most; the last one is unguided, if it is not the only one
@@ -133,11 +141,12 @@ def completion_tree(
     """Eq. 7, Alg. 1 l. 9-14: y+ cut in every sentence, and the tree in which each is completed.
 
     The trunk is image, prompt and y+; a branch forks from it at each cut and begins with what a
-    swap has put there. Unguided, there is one branch behind the prompt. visible: Eq. 6's mask.
+    swap has put there. Unguided, or where y+ is a single word, of which nothing could be kept,
+    there is one branch behind the prompt. visible: Eq. 6's mask.
     """
     record, tokenizer = example.record, assistant.tokenizer
-    prompt = tokenizer.prompt(record.turns)
-    if guided:
+    prompt = tokenizer.prompt(record.turns, image_turn=record.image_turn)
+    if guided and can_be_cut(record.chosen):
         rng, chosen_ids = random.Random(seed), tokenizer.answer(record.chosen)
         # In every sentence: Yes and No swapped one time in two, then a cut at a random word.
         cuts = [
@@ -234,7 +243,7 @@ def sample(
                 iterations=iteration,
                 similarity=round(phis[n], 4),
                 mask_seed=seeds[n],
-                guided=guided,
+                guided=all_cuts[n][0] is not WHOLE_RESPONSE,
                 truncated=truncated,
             )
             if phis[n] >= config.eps_s or truncated or not responses[n]:
@@ -283,12 +292,12 @@ def main(config: Config) -> None:
 
     # What an earlier run has left is not sampled again, and nobody else writes there meanwhile.
     settings = asdict(config) | {"weights": fingerprint(folder)}
+    settings["template"] = asked_form(config.template)
     require_same_sampling(out, settings)
     parallel.on_rank0(lambda: claim_file(out))
     require_same_sampling(out, settings)  # another may have ended in between
     pairs = read_lines(out, "name another --out")
     require_same_records(out, pairs, records)
-    messages = needs_messages(out, pairs, records)
     known = {pair["id"] for pair in pairs}
     todo = [record for record in records if record.id not in known]
     if known:
@@ -317,12 +326,8 @@ def main(config: Config) -> None:
         """A record with its picture; refused where these leave no position for a completion."""
         picture = pictures(record.image)
         image = assistant.processor.prepare(picture)
-        left = assistant.positions_left(record.turns, image)
-        needed = len(assistant.tokenizer.answer(record.chosen))
-        if left <= needed:
-            taken = assistant.positions - left + needed
-            message = f"image, prompt and response take {taken} positions"
-            raise UserError(f"{message}, the decoder has {assistant.positions}; drop the record")
+        needed = len(assistant.tokenizer.answer(record.chosen)) + 1
+        assistant.require_positions(record.turns, image, needed, record.image_turn)
         return Example(record, picture, image)
 
     def load_batch(batch: list[Record]) -> tuple[list[Example], list[str]]:
@@ -341,7 +346,7 @@ def main(config: Config) -> None:
             with parallel.unsharded(model):
                 sampled = sample(assistant, similarity, examples, config) if examples else []
             lines = [
-                pair_line(example.record, result, config, messages)
+                pair_line(example.record, result, config)
                 for example, result in zip(examples, sampled, strict=True)
                 if result.rejected  # an empty response is no pair
             ]

@@ -40,7 +40,7 @@ from minialign.cli import (
 )
 from minialign.data.images import PreparedImage
 from minialign.data.record_files import Records, open_pairs, sift
-from minialign.data.records import FormatName, Record, preference_fields, require_different
+from minialign.data.records import FormatName, Record, pair_fields, require_different
 from minialign.errors import UserError
 from minialign.evaluation.metrics import Counts, Figures, print_table, with_intervals
 from minialign.files import write_json, write_whole
@@ -67,7 +67,8 @@ class Config:
     out: str | None = None  # JSON file to write as well; with --rank the pairs file
     format: FormatName | None = None  # of the data file; else that of its first record
     images: str = "toy"  # folder of the pictures, or `toy`
-    template: str | None = None  # vicuna, llava_v1, mistral, chatml or short; else the model's own
+    # form of conversation: vicuna_v1, llava_v1, mistral, chatml, short, a file; else the model's
+    template: str | None = None
     # show the responses in a random order, or ask in both
     orders: Literal["random", "both"] = "random"
     batch_size: int = 8  # pairs that are judged together
@@ -191,14 +192,13 @@ def rank(config: Config) -> None:
     assistant = Assistant.from_folder(folder, config.device, dtype, config.template)
     assistant.announce(folder)
     annotator = edge.annotator_of(config.annotator, config)
-    messages = any(len(record.turns) > 1 for record in records)
     counts: Counter = Counter()
     lines, left_out = [], []
 
     def load(record: Record) -> tuple[Record, Image.Image, PreparedImage]:
         picture = pictures(record.image)
         image = assistant.processor.prepare(picture)
-        if assistant.positions_left(record.turns, image) < 1:
+        if assistant.positions_left(record.turns, image, record.image_turn) < 1:
             message = f"image and prompt take all {assistant.positions} positions of the decoder"
             raise UserError(f"{message}; drop the record")
         return record, picture, image
@@ -210,8 +210,7 @@ def rank(config: Config) -> None:
         left_out += [f"{place}: {error}" for place, error in refused]
         if batch:
             for record, answers in ranked_pairs(assistant, annotator, batch, config, counts):
-                fields = preference_fields(record.turns, answers, messages)
-                line = {"id": record.id, "images": [record.image]} | fields
+                line = pair_fields(record, answers)
                 lines.append(json.dumps(line, ensure_ascii=False) + "\n")
 
     if left_out:
@@ -233,7 +232,8 @@ def ranked_pairs(
     images = [image for _, _, image in batch]
     sequences, seeds = [], []
     for record, _, image in batch:
-        sequences.append(assistant.sequence(record.turns, image, [[], []]))
+        turns, image_turn = record.turns, record.image_turn
+        sequences.append(assistant.sequence(turns, image, [[], []], image_turn=image_turn))
         seeds.append([stable_seed(config.seed, 0, record.id, n) for n in (0, 1)])
     completions = generate(
         assistant.model,

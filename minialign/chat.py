@@ -33,7 +33,8 @@ class Config:
     response: str | None = None  # score this answer instead of sampling one
     model: str = "toy"  # Hugging Face LLaVA folder, or `toy`
     adapter: str | None = None  # adapter folder that train_dpo.py wrote
-    template: str | None = None  # vicuna, llava_v1, mistral, chatml or short; else the model's own
+    # form of conversation: vicuna_v1, llava_v1, mistral, chatml, short, a file; else the model's
+    template: str | None = None
     rho_th: float = 0.0  # Eq. 6: hide each image token with this probability
     temperature: float = 0.0  # 0 is greedy
     max_new_tokens: int = 256  # limit of the answer
@@ -80,6 +81,7 @@ def main(config: Config) -> None:
         logps = completion.logps
     else:
         text, response_ids = config.response, tokenizer.response(config.response)
+        assistant.require_positions(turns, image, len(response_ids))
         sequence = assistant.sequence(turns, image, [response_ids], visible)
         tree = build_tree([sequence], tokenizer.image_id, tokenizer.pad_id).to(model.device)
         with torch.no_grad():

@@ -30,6 +30,7 @@ from minialign import edge
 from minialign.claims import claim_folder, require_own_folder
 from minialign.cli import require, require_at_least, require_device, require_seed, run_main
 from minialign.data.images import PictureFolder
+from minialign.data.templates import asked_form
 from minialign.errors import UserError
 from minialign.evaluation import judge_files
 from minialign.evaluation.chair import read_chair
@@ -75,7 +76,8 @@ class Config:
 
     model: str = "toy"  # Hugging Face LLaVA folder, or `toy`
     adapter: str | None = None  # adapter folder that train_dpo.py wrote
-    template: str | None = None  # vicuna, llava_v1, mistral, chatml or short; else the model's own
+    # form of conversation: vicuna_v1, llava_v1, mistral, chatml, short, a file; else the model's
+    template: str | None = None
     benchmark: Literal["toy", "pope", "chair", "llava-bench", "mmhal"] = "toy"  # what to run
     # pope: its file, or a folder of its three; chair: instances_*.json; else the questions
     data: str | None = None
@@ -182,6 +184,7 @@ def evaluate_files(config: Config) -> dict:
         read_adapter_config(Path(config.adapter))  # a wrong name ends here, before the data is read
     benchmark = read(config)
     settings = asdict(config)
+    settings["template"] = asked_form(config.template)
     settings["weights"] = fingerprint(folder, config.adapter)
     settings["questions"] = digest(benchmark.questions)
 
@@ -194,13 +197,12 @@ def evaluate_files(config: Config) -> dict:
     if found:
         print(f"{out}: {len(found)} answers are there, {len(todo)} to go")
     if todo:
-        assistant = load_assistant(config)
-        write_json(out / "config.json", settings)
         found |= ask(
-            assistant,
+            load_assistant(config),
             PictureFolder(config.images),
             by_image(todo),
             out,
+            settings,
             config.max_new_tokens,
             config.batch_size,
             config.workers,

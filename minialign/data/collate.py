@@ -113,7 +113,7 @@ class PairCollator:
     def sequence(self, record: Record, features: int, packing: Tensor) -> Sequence:
         """A pair is ONE sequence: image and prompt once, then a branch per response. features and
         packing: the picture's layout."""
-        prompt = self.tokenizer.prompt(record.turns)
+        prompt = self.tokenizer.prompt(record.turns, image_turn=record.image_turn)
         texts = [record.chosen, *(getattr(record, name) for name in self.rejected)]
         responses = [self.tokenizer.response(text) for text in texts]
 

@@ -1,6 +1,7 @@
 """Pictures: opened from a folder, and prepared for the tower as CLIP does."""
 
 import os
+import stat
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -11,6 +12,16 @@ from torch import Tensor
 
 from minialign.data import anyres
 from minialign.errors import UserError
+from minialign.fields import (
+    ANYTHING,
+    REQUIRED,
+    flag,
+    list_of,
+    number,
+    object_of,
+    one_of,
+    read_fields,
+)
 from minialign.files import read_json
 from minialign.model.config import read_config
 
@@ -24,7 +35,11 @@ TURNS = {
     7: Image.Transpose.TRANSVERSE,
     8: Image.Transpose.ROTATE_90,
 }
-LONGEST = 2000  # times the short edge: a longer picture would fill the memory on being resized
+# What is decoded, by its content: Pillow knows more, some of which starts other programs. To it MPO
+# is a kind of JPEG.
+FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF", "PPM")
+LONGEST = 200  # times the short edge
+KINDS = ("CLIPImageProcessor", "LlavaImageProcessor", "LlavaNextImageProcessor")
 
 
 def to_rgb(image: Image.Image) -> Image.Image:
@@ -67,48 +82,49 @@ class ImageProcessor:
 
     @staticmethod
     def from_folder(folder: Path) -> "ImageProcessor":
-        """Read preprocessor_config.json."""
-        path = folder / "preprocessor_config.json"
-        raw = read_json(path, "a model folder needs Hugging Face's preprocessor_config.json")
+        """Read preprocessor_config.json, or processor_config.json, in which transformers 5 has the
+        same object."""
         config = read_config(folder)
-
-        # Anything else would be another preprocessing; a name that is missing has CLIP's value.
-        tower = config.vision.image_size
-        allowed = {
-            "do_resize": (True, None),
-            "do_center_crop": (True, None),
-            "do_rescale": (True, None),
-            "do_normalize": (True, None),
-            "resample": (3, None),
-            "rescale_factor": (1 / 255, None),
-            "crop_size": (tower, {"height": tower, "width": tower}),
-            "size": (tower, {"shortest_edge": tower}),
+        tower, patch = config.vision.image_size, config.vision.patch_size
+        path = folder / "processor_config.json"
+        processor = read_json(path, "download the folder again") if path.exists() else {}
+        strategy = config.raw.get("vision_feature_select_strategy", "default")
+        fields = {
+            "patch_size": one_of(patch, default=patch),
+            "vision_feature_select_strategy": one_of(strategy, default=strategy),
+            "image_processor": object_of(ANYTHING, default=None),
         }
-        if config.pinpoints:
-            allowed["image_grid_pinpoints"] = ([list(size) for size in config.pinpoints], None)
-        clip = {"crop_size": 336, "size": 336}
-        for name, values in allowed.items():
-            found = raw.get(name, clip.get(name))
-            if found not in values:
-                message = f"{name} is {found!r}, and only {values[0]!r} is supported"
-                raise UserError(f"{path}: {message} with this config.json; mend the file")
+        raw = read_fields(path, processor, fields)["image_processor"]
+        if raw is None:
+            path = folder / "preprocessor_config.json"
+            raw = read_json(path, "a model folder needs Hugging Face's preprocessor_config.json")
 
-        default = ImageProcessor()
-        mean = raw.get("image_mean") or default.mean
-        std = raw.get("image_std") or default.std
-        for numbers in (mean, std):
-            right = isinstance(numbers, list | tuple) and len(numbers) == 3
-            if not right or not all(type(n) in (int, float) for n in numbers):
-                message = f"image_mean and image_std are three numbers each, not {numbers!r}"
-                raise UserError(f"{path}: {message}")
-        if min(std) <= 0:
-            raise UserError(f"{path}: image_std {std!r} is not above 0")
+        # Anything else would be another preprocessing; what is missing has CLIP's value at 336.
+        missing = 336 if tower == 336 else REQUIRED
+        grid = [list(size) for size in config.pinpoints]
+        fields = {
+            "image_processor_type": one_of(*KINDS, *(f"{kind}Fast" for kind in KINDS), default=""),
+            "do_resize": one_of(True, default=True),
+            "size": one_of(tower, {"shortest_edge": tower}, default=missing),
+            "resample": one_of(3, default=3),
+            "do_center_crop": one_of(True, default=True),
+            "crop_size": one_of(tower, {"height": tower, "width": tower}, default=missing),
+            "do_pad": flag(default=False),
+            "do_rescale": one_of(True, default=True),
+            "rescale_factor": one_of(1 / 255, default=1 / 255),
+            "do_normalize": one_of(True, default=True),
+            "image_mean": list_of(number(0, 1), 3, default=ImageProcessor.mean),
+            "image_std": list_of(number(0.001, 1000), 3, default=ImageProcessor.std),
+            "image_grid_pinpoints": one_of(grid, default=grid) if grid else ANYTHING,
+        }
+        values = read_fields(path, raw, fields)
+        is_clip = values["image_processor_type"].startswith("CLIP")  # which knows no do_pad
         return ImageProcessor(
             size=tower,
-            patch=config.vision.patch_size,
-            mean=tuple(mean),
-            std=tuple(std),
-            pad=raw.get("do_pad") is True and not config.pinpoints,
+            patch=patch,
+            mean=tuple(values["image_mean"]),
+            std=tuple(values["image_std"]),
+            pad=values["do_pad"] and not config.pinpoints and not is_clip,
             pinpoints=config.pinpoints,
         )
 
@@ -119,6 +135,7 @@ class ImageProcessor:
 
     def crop(self, image: Image.Image) -> Image.Image:
         """The square that the tower sees of the whole picture, before normalising."""
+        self.require_shape(image)
         image = to_rgb(image)
         if self.pinpoints:
             return image.resize((self.size, self.size), Image.Resampling.BICUBIC)
@@ -126,10 +143,7 @@ class ImageProcessor:
             image = pad_to_square(image, tuple(int(255 * m) for m in self.mean))
 
         width, height = image.size
-        short, long = min(width, height), max(width, height)
-        if long > LONGEST * short:
-            raise UserError(f"a picture of {width}x{height} pixels is no picture; drop its record")
-        long = int(self.size * long / short)
+        long = int(self.size * max(width, height) / min(width, height))
         new = (self.size, long) if width <= height else (long, self.size)
         if new != image.size:
             image = image.resize(new, Image.Resampling.BICUBIC)
@@ -151,10 +165,20 @@ class ImageProcessor:
 
     def layout(self, image: Image.Image) -> tuple[int, Tensor]:
         """How many features the tower gives for a picture, and its packing."""
+        self.require_shape(image)
         if not self.pinpoints:
             return self.patches, torch.arange(self.patches)
         side = self.size // self.patch
         return anyres.packing((image.height, image.width), self.size, side, self.pinpoints)
+
+    def require_shape(self, image: Image.Image) -> None:
+        """Refuse a picture so long that it would fill the memory on being resized or padded; a
+        padded one has Pillow's own limit."""
+        short, long = min(image.size), max(image.size)
+        limit = 2 * Image.MAX_IMAGE_PIXELS
+        if long > LONGEST * short or (self.pad and long**2 > limit):
+            size = f"a picture of {image.width}x{image.height} pixels"
+            raise UserError(f"{size} is too long for its width, or too large; drop its record")
 
     def normalise(self, image: Image.Image) -> Tensor:
         """RGB picture of the right size -> (3, size, size) float32."""
@@ -198,7 +222,10 @@ def read_picture(path: Path, remedy: str) -> Image.Image:
     refused.
     """
     try:
-        with Image.open(path) as picture:
+        # Before it is opened: a pipe would wait for somebody to write into it.
+        if not stat.S_ISREG(path.stat().st_mode):
+            raise UserError(f"image {path}: no file but a folder, a pipe or a device; {remedy}")
+        with Image.open(path, formats=FORMATS) as picture:
             if picture.mode in ("I", "F") or picture.mode.startswith("I;"):
                 message = f"more than 8 bits per value (mode {picture.mode}); convert it to 8 bits"
                 raise UserError(f"image {path}: {message}")

@@ -16,9 +16,8 @@ from pathlib import Path
 import numpy as np
 from tqdm import tqdm
 
-from minialign.data.records import FORMATS, LeftOut, Record
+from minialign.data.records import FORMATS, LeftOut, Record, format_of, require_writable
 from minialign.errors import UserError
-from minialign.files import read_json
 
 # So many pairs, the paper's subsample, are checked before anything is spent; others in their turn.
 CHECKED = 5000
@@ -37,13 +36,20 @@ class RecordFile(Sequence):
         return len(self.starts) - 1 if self.array is None else len(self.array)
 
     def __getitem__(self, number: int) -> object:
-        """The record as JSON gives it; a line that is none is a `UserError`."""
+        """The record as JSON gives it; a line that is none is a `UserError`.
+
+        So is a record that cannot be written again: parts of it may be copied into other files.
+        """
         if self.array is not None:
-            return self.array[number]
-        try:
-            return json.loads(self.line(number).decode("utf-8-sig" if number == 0 else "utf-8"))
-        except (ValueError, RecursionError) as error:
-            raise UserError(f"not JSON ({error})") from None
+            raw = self.array[number]
+        else:
+            try:
+                raw = parse_json(self.line(number))
+            except (ValueError, RecursionError) as error:
+                raise UserError(f"not JSON ({error})") from None
+        for name, value in raw.items() if isinstance(raw, dict) else ():
+            require_writable({name: value}, name)
+        return raw
 
     def json_object(self, number: int) -> dict:
         """The record, which must be an object."""
@@ -68,7 +74,11 @@ class RecordFile(Sequence):
         Those behind are not in it, as they may be mended during a run.
         """
         if self.array is not None:
-            data = json.dumps(self.array[:CHECKED]).encode()
+            try:
+                data = json.dumps(self.array[:CHECKED]).encode()
+            except RecursionError:
+                message = "a record is nested too deep to be written again; mend it"
+                raise UserError(f"{self.path}: {message}") from None
         else:
             with open(self.path, "rb") as file:
                 data = file.read(self.starts[min(CHECKED, len(self))])
@@ -90,13 +100,40 @@ def open_file(path: str, flag: str, remedy: str) -> RecordFile:
             message = "is a parquet file; make JSON Lines of it as the README shows"
             raise UserError(f"{flag} {path}: {message}")
         if begins.startswith(b"["):
-            array = read_json(Path(path), f"give {flag} JSON, or JSON Lines", list)
-            return RecordFile(path, array, np.zeros(0))
+            return RecordFile(path, read_array(path, flag), np.zeros(0))
         return RecordFile(path, None, line_starts(path))
     except FileNotFoundError:
         raise UserError(f"{flag} {path}: no such file; {remedy}") from None
     except (OSError, ValueError) as error:  # ValueError: a NUL in the name
         raise UserError(f"{flag} {path}: not readable ({error}); {remedy}") from None
+
+
+def read_array(path: str, flag: str) -> list:
+    """The records of a JSON array."""
+    remedy = f"give {flag} JSON, or JSON Lines"
+    try:
+        array = parse_json(Path(path).read_bytes())
+    except (ValueError, RecursionError) as error:
+        raise UserError(f"{path}: not readable as JSON ({error}); {remedy}") from None
+    if not isinstance(array, list):
+        raise UserError(f"{path}: expected a JSON array; {remedy}")
+    return array
+
+
+def parse_json(data: bytes) -> object:
+    """JSON in UTF-8, perhaps behind a byte order mark; a `ValueError` where an object has a field
+    twice, of which Python would take the last."""
+    return json.loads(data.decode("utf-8-sig"), object_pairs_hook=fields_once)
+
+
+def fields_once(pairs: list[tuple[str, object]]) -> dict:
+    """An object of its fields, none of which may stand twice."""
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        names = Counter(name for name, _ in pairs)
+        name = next(name for name, count in names.items() if count > 1)
+        raise ValueError(f"field {name[:60]!r} stands twice in an object")
+    return found
 
 
 def line_starts(path: str) -> np.ndarray:
@@ -130,8 +167,7 @@ class Records:
 
     def parse(self, number: int) -> Record:
         """The file's record of that number; one without an id is named by its number."""
-        _, parse = FORMATS[self.format]
-        record = parse(self.file.json_object(number))
+        record = FORMATS[self.format].parse(self.file.json_object(number))
         return replace(record, id=record.id or str(number + 1), place=self.file.place(number))
 
 
@@ -152,9 +188,9 @@ def detect(file: RecordFile) -> str:
             raw = file.json_object(number)
         except UserError:
             continue
-        for form, (known_by, _) in FORMATS.items():
-            if known_by <= raw.keys():
-                return form
+        form = format_of(raw)
+        if form is not None:
+            return form
 
     # None has: what is wrong with the first?
     place = file.place(0)
@@ -164,7 +200,7 @@ def detect(file: RecordFile) -> str:
         message = "give JSON Lines, or one JSON array of objects"
         raise UserError(f"{place}: {error}; {message}") from None
     shown = ", ".join(sorted(raw))[:80]
-    known = "; ".join(f"{form}: {', '.join(sorted(by))}" for form, (by, _) in FORMATS.items())
+    known = "; ".join(f"{name}: {form.known_by[0]}" for name, form in FORMATS.items())
     message = f"fields {shown} are of no known format ({known}); give one of these"
     raise UserError(f"{place}: {message}")
 

@@ -24,7 +24,7 @@ from minialign.data.record_files import collect, open_file
 from minialign.data.records import text_field
 from minialign.errors import UserError
 from minialign.evaluation.metrics import Counts, Figures
-from minialign.files import append_lines, read_lines, require_same_settings
+from minialign.files import append_lines, read_lines, require_same_settings, write_json
 from minialign.sampling.assistant import Assistant
 
 FILES = ("config.json", "answers.jsonl", "result.json")  # what a run leaves
@@ -113,6 +113,7 @@ def ask(
     pictures: Callable[[str], Image.Image],
     groups: dict[str, list[Question]],
     out: Path,
+    settings: dict,
     max_new_tokens: int,
     batch_size: int,
     workers: int,
@@ -121,8 +122,8 @@ def ask(
     """Answer the questions about some pictures, `batch_size` pictures at a time; {question's id:
     answer}.
 
-    Every batch is appended to `out` as it is done. A picture that cannot be read is a `UserError`,
-    or left out.
+    Every batch is appended to `out` as it is done, the first with the `settings` beside it. A
+    picture that cannot be read, and a question that is too long, is a `UserError`, or left out.
     """
 
     def load(name: str) -> PreparedImage | UserError:
@@ -144,10 +145,17 @@ def ask(
             places = [f"question {groups[name][0].id}" for name in part]
             loaded = zip(part, islice(ahead, len(part)), strict=True)
             batch = collect(zip(places, loaded, strict=True), unless_refused, None, skip_bad)
-            if batch:
-                asked = [groups[name] for name, _ in batch]
-                images = [image for _, image in batch]
+            images, asked = [], []
+            for name, image in batch:
+                places = ((f"question {question.id}", question) for question in groups[name])
+                short = collect(places, fitting(assistant, image), None, skip_bad)
+                if short:
+                    images.append(image)
+                    asked.append(short)
+            if images:
                 lines = answer_batch(assistant, images, asked, max_new_tokens)
+                if not (out / "answers.jsonl").exists():
+                    write_json(out / "config.json", settings)
                 append_lines(out / "answers.jsonl", lines)
                 found |= {line["id"]: line["answer"] for line in lines}
             bar.update(sum(len(groups[name]) for name in part))
@@ -160,6 +168,16 @@ def unless_refused(loaded: tuple[str, PreparedImage | UserError]) -> tuple[str, 
     if isinstance(image, UserError):
         raise image
     return name, image
+
+
+def fitting(assistant: Assistant, image: PreparedImage) -> Callable[[Question], Question]:
+    """Gives a question back that leaves an answer at least one position behind its picture."""
+
+    def question_that_fits(question: Question) -> Question:
+        assistant.require_positions([("user", question.text)], image, 1)
+        return question
+
+    return question_that_fits
 
 
 def answer_batch(

@@ -17,8 +17,9 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from minialign.errors import UserError
+from minialign.fields import ANYTHING, object_of, path_below, read_fields
 from minialign.files import folder_written_whole, read_json, write_json
-from minialign.model.config import read_config
+from minialign.model.config import NOT_QUANTISED, read_config
 from minialign.model.llava import Llava
 from minialign.training import parallel
 
@@ -38,6 +39,10 @@ HUB_NAMES = [
     (r"^lm_head\.", "language_model.lm_head."),
     (r"^language_model\.", "language_model.model."),
 ]
+INDEX = "model.safetensors.index.json"
+
+# The types of weights that are read, by safetensors' names of them.
+FLOATS = ("F64", "F32", "F16", "BF16")
 # Buffers that old versions of transformers stored.
 IGNORED = re.compile(r"(position_ids|\.inv_freq)$")
 # What belongs to the weights, and is copied with them.
@@ -88,14 +93,21 @@ def fingerprint(folder: Path, adapter: str | None = None, reward: str = "") -> s
 
 
 def weight_files(folder: Path) -> list[Path]:
-    """The folder's safetensors files. Pickle is never loaded."""
-    index = folder / "model.safetensors.index.json"
+    """The folder's safetensors files, in transformers' order: model.safetensors, else the index's
+    shards. Pickle is never loaded.
+    """
+    files, index = [folder / "model.safetensors"], folder / INDEX
     if index.exists():
-        names = read_json(index, "download the folder again").get("weight_map", {}).values()
-        files = [folder / name for name in sorted(set(names))]
-    else:
-        files = [folder / "model.safetensors"]
-    missing = [file for file in files if not file.exists()]
+        raw = read_json(index, "download the folder again")
+        shard = path_below(".safetensors")
+        shards = read_fields(index, raw, {"weight_map": object_of(ANYTHING)})["weight_map"]
+        shards = read_fields(index, shards, dict.fromkeys(shards, shard), "weight_map.")
+        if not files[0].exists():
+            files = [folder / name for name in sorted(set(shards.values()))]
+    missing = [file for file in files if not file.is_file()]
+    if missing and (folder / "adapter_config.json").exists():
+        message = "an adapter, and no whole model; give it as --adapter, and its base as --model"
+        raise UserError(f"{folder}: {message}")
     if missing and any(file.suffix in (".bin", ".pt", ".pth") for file in folder.glob("*")):
         message = "only pickle weights (.bin, .pt), which are never loaded"
         raise UserError(f"{folder}: {message}; convert them to safetensors")
@@ -111,23 +123,55 @@ def opened(file: Path) -> Iterator:
     try:
         with safe_open(file, framework="pt") as tensors:
             yield tensors
-    except SafetensorError as error:
+    except (SafetensorError, OSError) as error:
         message = f"not a whole safetensors file ({error}); download or save it again"
         raise UserError(f"{file}: {message}") from None
 
 
 def read_tensors(file: Path) -> Iterator[tuple[str, Tensor]]:
-    """A file's keys and tensors, one tensor at a time."""
+    """A file's keys and tensors, one tensor at a time.
+
+    One that is not in floating point, or holds NaN or infinity, is a `UserError`.
+    """
     with opened(file) as tensors:
-        for key in tensors.keys():  # noqa: SIM118 (safe_open is no dict)
-            yield key, tensors.get_tensor(key)
+        for key in keys_of(file, tensors):
+            tensor = tensors.get_tensor(key)
+            if not IGNORED.search(key):
+                require_finite(f"{file}: {key}", tensor, "download or make the file again")
+            yield key, tensor
 
 
-def read_shapes(file: Path) -> dict[str, torch.Size]:
-    """The shapes of a file's tensors, read from its header."""
-    with opened(file) as tensors:
-        keys = [key for key in tensors.keys() if not IGNORED.search(key)]  # noqa: SIM118
-        return {key: torch.Size(tensors.get_slice(key).get_shape()) for key in keys}
+def keys_of(file: Path, tensors) -> Iterator[str]:
+    """The keys of an open file; a tensor that is not in floating point is a `UserError`."""
+    for key in tensors.keys():  # noqa: SIM118 (safe_open is no dict)
+        kind = tensors.get_slice(key).get_dtype()
+        if kind not in FLOATS and not IGNORED.search(key):
+            message = f"{key} is of type {kind}; {NOT_QUANTISED.rule}"
+            raise UserError(f"{file}: {message}; give another folder")
+        yield key
+
+
+def require_finite(name: str, tensor: Tensor, remedy: str) -> None:
+    """Refuse a tensor with NaN or infinity in it, or with what is infinite in bfloat16."""
+    if tensor.numel():
+        low, high = torch.aminmax(tensor)  # one pass and no copy; of a NaN both are NaN
+        if not -3e38 < low <= high < 3e38:
+            raise UserError(f"{name} holds NaN, infinity or a number beyond 3e38; {remedy}")
+
+
+def read_shapes(files: list[Path]) -> dict[str, torch.Size]:
+    """The shapes of the files' tensors by our names, read from the headers."""
+    shapes = {}
+    for file in files:
+        with opened(file) as tensors:
+            for key in keys_of(file, tensors):
+                name = rename(key, NAMES)
+                if name in shapes:
+                    message = f"{key} stands for {name}, which the folder holds twice"
+                    raise UserError(f"{file}: {message}; save it again")
+                if not IGNORED.search(key):
+                    shapes[name] = torch.Size(tensors.get_slice(key).get_shape())
+    return shapes
 
 
 def load_model(folder: Path, device: str = "cpu", dtype: torch.dtype = torch.float32) -> Llava:
@@ -156,17 +200,8 @@ def load_weights(model: Llava, folder: Path, device: str) -> None:
     head are not read: the caller fills them in. A missing, unexpected or wrongly shaped tensor is a
     `UserError` that names the keys.
     """
-    # Name in a plain model -> names in this one, whose adapters have wrapped some modules. What is
-    # stored once may stand twice: the projector, and the copy that is trained.
-    places: dict[str, list[str]] = {}
-    for name, _ in model.named_parameters():
-        if "lora_" not in name and "scalar_head" not in name:
-            stored = name.replace(".base.", ".").replace(".copy.", ".")
-            places.setdefault(stored, []).append(name)
-
-    shapes = {}
-    for file in weight_files(folder):
-        shapes |= {rename(key, NAMES): shape for key, shape in read_shapes(file).items()}
+    places = places_of(model)
+    shapes = read_shapes(weight_files(folder))
     if model.config.text.tie_word_embeddings:
         shapes.pop("lm_head.weight", None)
     wanted = {name: model.get_parameter(names[0]).shape for name, names in places.items()}
@@ -179,6 +214,18 @@ def load_weights(model: Llava, folder: Path, device: str) -> None:
             for name in places.get(rename(key, NAMES), []):
                 set_parameter(model, name, tensor, device)
     model.tie_weights()
+
+
+def places_of(model: Llava) -> dict[str, list[str]]:
+    """Name of a parameter in a plain model -> its names in this one, whose adapters have wrapped
+    some modules. The projector stands twice: the base's, and behind it the copy that is trained.
+    """
+    places: dict[str, list[str]] = {}
+    for name, _ in model.named_parameters():
+        if "lora_" not in name and "scalar_head" not in name:
+            plain = name.replace(".base.", ".").replace(".copy.", ".")
+            places.setdefault(plain, []).append(name)
+    return places
 
 
 def set_parameter(model: nn.Module, name: str, value: Tensor, device: str) -> None:
@@ -265,14 +312,14 @@ def save_changed(
             for key, tensor in read_tensors(file):
                 new = change(rename(key, NAMES), tensor)
                 changed[key] = new.detach().to("cpu", tensor.dtype).contiguous()
-                if not changed[key].isfinite().all():
-                    message = f"{key} is not finite in the type of {file} ({tensor.dtype})"
-                    raise UserError(f"{folder}: {message}; train it anew with a lower --lr")
-            save_file(changed, partial / file.name, metadata=metadata)
+                remedy = "train anew, at a lower rate or from a model in a wider type"
+                require_finite(f"{folder}: {key} in {tensor.dtype}", changed[key], remedy)
+            written = partial / file.relative_to(source)
+            written.parent.mkdir(parents=True, exist_ok=True)
+            save_file(changed, written, metadata=metadata)
 
-        index = source / "model.safetensors.index.json"
-        if index.exists():
-            shutil.copyfile(index, partial / index.name)
+        if not (partial / "model.safetensors").exists():
+            shutil.copyfile(source / INDEX, partial / INDEX)
         copy_companions(source, partial, raw_config)
         if add is not None:
             add(partial)

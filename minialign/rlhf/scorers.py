@@ -22,7 +22,8 @@ from torch import Tensor
 from minialign.cli import require
 from minialign.data.records import Record
 from minialign.errors import UserError
-from minialign.model.hf_folder import opened
+from minialign.fields import number, read_fields
+from minialign.model.hf_folder import check_tensors, opened, read_tensors
 from minialign.model.masks import build_tree
 from minialign.model.scalar_head import branch_rewards, set_head
 from minialign.rlhf.rewards import Whitening
@@ -49,13 +50,14 @@ class RewardModel:
         images = [self.assistant.processor.prepare(picture) for picture in pictures]
         sequences = []
         for record, image, responses in zip(records, images, texts, strict=True):
-            room = self.assistant.positions_left(record.turns, image)
+            room = self.assistant.positions_left(record.turns, image, record.image_turn)
             if room < 1:
                 full = "image and prompt fill the reward model's positions"
                 raise UserError(f"{record.place}: {full}; use another one")
             # A response that leaves the decoder's positions is cut at its end.
             ids = [tokenizer.response(text)[:room] for text in responses]
-            sequences.append(self.assistant.sequence(record.turns, image, ids))
+            turns, image_turn = record.turns, record.image_turn
+            sequences.append(self.assistant.sequence(turns, image, ids, image_turn=image_turn))
 
         features = self.assistant.encode(images)
         tree = build_tree(sequences, tokenizer.image_id, tokenizer.pad_id).to(model.device)
@@ -78,11 +80,27 @@ def load_reward_model(folder: Path, device: str, dtype: torch.dtype) -> RewardMo
         raise UserError(f"{folder}: no reward model, as {HEAD_FILE} is missing; {remedy}")
     assistant = Assistant.from_folder(folder, device, dtype)
     assistant.announce(folder)
-    with opened(path) as file:
-        weight = file.get_tensor("weight")
-        facts = json.loads(file.metadata()["whitening"])
+    weight, whitening = read_head(path, assistant.model.config.text.hidden_size)
     set_head(assistant.model, weight.to(assistant.model.device))
-    return RewardModel(assistant, Whitening(facts["mean"], facts["std"]))
+    return RewardModel(assistant, whitening)
+
+
+def read_head(path: Path, size: int) -> tuple[Tensor, Whitening]:
+    """What `save_head` has written, for hidden states (..., size)."""
+    tensors = dict(read_tensors(path))
+    shapes = {name: tensor.shape for name, tensor in tensors.items()}
+    check_tensors(path, {"weight": torch.Size((1, size))}, shapes)
+    with opened(path) as file:
+        noted = (file.metadata() or {}).get("whitening", "")
+    try:
+        facts = json.loads(noted)
+    except (ValueError, RecursionError):
+        facts = None
+    if not isinstance(facts, dict):
+        message = "says no mean and standard deviation of its rewards; train it anew"
+        raise UserError(f"{path}: {message}")
+    facts = read_fields(path, facts, {"mean": number(-1e30, 1e30), "std": number(1e-30, 1e30)})
+    return tensors["weight"].float(), Whitening(facts["mean"], facts["std"])
 
 
 @dataclass(frozen=True)

@@ -2,7 +2,7 @@
 what RLOO and PPO leave behind theirs.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -35,7 +35,7 @@ class Setup:
     assistant: Assistant
     records: Records
     loader: StepLoader
-    schedule: list[list[int]]  # the record numbers of every step
+    schedule: Sequence[list[int]]  # the record numbers of every step
 
 
 def prepare(

@@ -8,6 +8,7 @@ from torch import Tensor
 
 from minialign.data.images import ImageProcessor, PreparedImage
 from minialign.data.tokenizer import Tokenizer, Turn
+from minialign.errors import UserError
 from minialign.model.hf_folder import load_model
 from minialign.model.llava import Llava
 from minialign.model.masks import Branch, Sequence
@@ -53,11 +54,22 @@ class Assistant:
         """How many positions the decoder has."""
         return self.model.config.text.max_position_embeddings
 
-    def positions_left(self, turns: list[Turn], image: PreparedImage) -> int:
+    def positions_left(self, turns: list[Turn], image: PreparedImage, image_turn: int = 0) -> int:
         """Of these, how many a prompt and its picture leave for a response."""
-        prompt = self.tokenizer.prompt(turns)
+        prompt = self.tokenizer.prompt(turns, image_turn=image_turn)
         taken = len(prompt) - 1 + len(image.packing)  # the prompt has one token for the picture
         return self.positions - taken
+
+    def require_positions(
+        self, turns: list[Turn], image: PreparedImage, response: int, image_turn: int = 0
+    ) -> None:
+        """Refuse a prompt that leaves fewer positions than its response has tokens."""
+        left = self.positions_left(turns, image, image_turn)
+        if left < response:
+            taken = self.positions - left + response
+            message = f"image, prompt and response take {taken} positions"
+            remedy = "shorten the texts, or use another model"
+            raise UserError(f"{message}, the decoder has {self.positions}; {remedy}")
 
     def sequence(
         self,
@@ -65,9 +77,10 @@ class Assistant:
         image: PreparedImage,
         responses: list[list[int]],
         image_visible: Tensor | None = None,
+        image_turn: int = 0,
     ) -> Sequence:
         """A prompt, and a branch for each response's ids behind it."""
-        prompt = self.tokenizer.prompt(turns)
+        prompt = self.tokenizer.prompt(turns, image_turn=image_turn)
         branches = [Branch(ids) for ids in responses]
         return Sequence(prompt, branches, image.features, image_visible, image.packing)
 

@@ -2,14 +2,32 @@
 policy makes of them. Pure functions of strings and token ids; the loop is in sample_bdhs.py.
 
 Differs from the paper: the yes/no pattern ends with its word, so that `Nobody`, `No-one` and
-`Yesterday` stay whole. Silent in the paper, chosen here: a cut falls on a word boundary and may
-keep nothing, but never takes a swapped word away.
+`Yesterday` stay whole. Silent in the paper, chosen here: what ends a sentence; a cut falls on a
+word boundary and may keep nothing, but never takes a swapped word away.
 """
 
 import random
 import re
 from collections.abc import Callable
 from dataclasses import dataclass
+
+# What ends a sentence: the full stops of Chinese and Japanese wherever they stand, with what closes
+# behind them; the others before white space or the end.
+CLOSERS = "\"'”’»)\\]」』）】》"
+SENTENCE_END = re.compile(rf"([。！？｡]|．(?!\d))+[{CLOSERS}]*|[.!?؟۔।॥]+(?=\s|$)")
+FULL_STOP = re.compile(rf"[.。｡．۔।॥][{CLOSERS}\s]*$")  # at the end of a token
+# What ends no sentence: a list's number, `U.S.` and `e.g.`, what stands before a name.
+NO_END = re.compile(
+    r"(^|[\n:])\s*\(?\d{1,3}\.$|\b([^\W\d_]{1,2}\.){2,}$"
+    r"|\b(Mr|Mrs|Ms|Dr|Prof|St|Mt|Sgt|Capt|Lt|Col|Gen|Gov|Sen|Rep|Rev|Hon|Fig|vs|approx|cf)\.$"
+)
+# Where a sentence may be cut: before a word, and in scripts without spaces (Thai to Khmer, Chinese,
+# Japanese) before a letter, to which its marks and what punctuation follows belong.
+UNSPACED = (
+    "\u0e00-\u0eff\u1000-\u109f\u1780-\u17ff\u2e80-\u2fff\u3040-\u4dbf\u4e00-\ua4cf\uf900-\ufaff"
+    "\uff66-\uff9f\U00020000-\U0003ffff"
+)
+WORD = re.compile(rf"[{UNSPACED}][^\s\w]*|[^\s{UNSPACED}]+")
 
 YES_NO = re.compile(r"(Yes|yes|No|no)\b(?!-)")  # Alg. 1 l. 12
 SWAP = {"Yes": "No", "yes": "no", "No": "Yes", "no": "yes"}
@@ -29,10 +47,21 @@ WHOLE_RESPONSE = Cut("", "", [], 0)  # nothing is kept: what l. 6 samples, ungui
 
 
 def split_sentences(text: str) -> list[tuple[int, int]]:
-    """Character spans of the sentences, which end behind a `.`, `!` or `?` before white space or
-    the end."""
-    found = re.finditer(r"\S.*?(?:[.!?]+(?=\s|$)|$)", text.rstrip(), re.DOTALL)
-    return [sentence.span() for sentence in found]
+    """Character spans of the sentences, without the white space around them."""
+    text = text.rstrip()
+    spans, start = [], 0
+    for stop in [*SENTENCE_END.finditer(text), None]:
+        end = len(text) if stop is None else stop.end()
+        sentence = text[start:end].lstrip()
+        if sentence and (end == len(text) or not NO_END.search(sentence)):
+            spans.append((end - len(sentence), end))
+            start = end
+    return spans
+
+
+def can_be_cut(text: str) -> bool:
+    """Whether there is more to a text than one sentence of one word, of which nothing is kept."""
+    return len(split_sentences(text)) > 1 or len(WORD.findall(text)) > 1 or bool(YES_NO.match(text))
 
 
 def cut_sentence(
@@ -56,7 +85,7 @@ def cut_sentence(
         sentence = swapped + sentence[match.end() :]
 
     # l. 14: keep what is before a random word; a swapped word stays.
-    places = [word.start() for word in re.finditer(r"\S+", sentence)]
+    places = [word.start() for word in WORD.finditer(sentence)]
     if swapped:
         places = places[1:] or [len(swapped)]
     kept = sentence[: rng.choice(places)].rstrip()

@@ -1,8 +1,8 @@
 """The pairs file that sample_bdhs.py writes: its lines, and how a killed run goes on in it.
 
 JSON Lines of id, images, prompt, chosen, rejected, external (the record's own rejected response, if
-it has one) and bdhs, which says how the pair came about. Beside it stand FILE.config.json, the
-settings that it was sampled with, and FILE.stats.json.
+it has one), which are lists of messages, and bdhs, which says how the pair came about. Beside it
+stand FILE.config.json, the settings that it was sampled with, and FILE.stats.json.
 """
 
 from collections import Counter
@@ -10,7 +10,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from minialign.cli import require
-from minialign.data.records import Record, pair_record, preference_fields
+from minialign.data.records import Record, pair_fields, pair_record
 from minialign.files import require_same_settings
 
 # Settings that may be others when a run is continued.
@@ -48,31 +48,19 @@ def require_same_records(out: Path, pairs: list[dict], records: list[Record]) ->
         wanted, kept = by_id.get(pair["id"]), pair_record(pair)
         if wanted is None:
             continue
-        same = (kept.image, kept.turns, kept.chosen) == (wanted.image, wanted.turns, wanted.chosen)
+        names = ("image", "turns", "image_turn", "chosen")
+        same = all(getattr(kept, name) == getattr(wanted, name) for name in names)
         where = f"{out}, line {number}: {pair['id']!r} is another record in --data"
         require(same and kept.external == wanted.rejected, f"{where}; name another --out")
 
 
-def needs_messages(out: Path, pairs: list[dict], records: list[Record]) -> bool:
-    """Whether prompts and responses are lists of messages, in the whole file: where a record has
-    earlier turns, or the pairs that are there already are so."""
-    several_turns = any(len(record.turns) > 1 for record in records)
-    if not pairs:
-        return several_turns
-    texts = isinstance(pairs[0]["prompt"], str)
-    message = "its prompts are texts, and some records have several turns, which need messages"
-    require(not (texts and several_turns), f"--out {out}: {message}; name another --out")
-    return not texts
-
-
-def pair_line(record: Record, sampled: Sampled, config, messages: bool) -> dict:
+def pair_line(record: Record, sampled: Sampled, config) -> dict:
     """One line of the pairs file; TRL reads it as it is."""
     bdhs = asdict(sampled) | {"rho_th": config.rho_th, "noise_steps": config.noise_steps}
     responses = {"chosen": record.chosen, "rejected": bdhs.pop("rejected")}
     if record.rejected:
         responses["external"] = record.rejected  # for Eq. 5
-    fields = preference_fields(record.turns, responses, messages)
-    return {"id": record.id, "images": [record.image], **fields, "bdhs": bdhs}
+    return pair_fields(record, responses) | {"bdhs": bdhs}
 
 
 def statistics(pairs: list[dict], n_bdhs: int, eps_s: float) -> dict[str, object]:

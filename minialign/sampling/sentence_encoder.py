@@ -12,19 +12,30 @@ The numerics follow transformers (`BertModel`, `MPNetModel`) and sentence-transf
 pooling), in evaluation mode and float32.
 """
 
-import json
 import math
 from dataclasses import dataclass
 from pathlib import Path
 
-import safetensors.torch
 import torch
 import torch.nn.functional as F
 from tokenizers import Tokenizer, normalizers
 from torch import Tensor, nn
 
 from minialign.errors import UserError
+from minialign.fields import (
+    ANYTHING,
+    broken_rule,
+    flag,
+    number,
+    one_of,
+    path_below,
+    read_fields,
+    shown,
+    text,
+    whole,
+)
 from minialign.files import read_json
+from minialign.model.hf_folder import read_tensors
 
 REMEDY = "give a complete sentence-transformers folder, such as a copy of all-mpnet-base-v2"
 MPNET_PADDING = 1  # MPNet's padding token id, and the position of every padding token
@@ -60,8 +71,25 @@ MPNET = {
 KEYS = {"bert": SHARED | BERT, "mpnet": SHARED | MPNET}
 # In the checkpoint, but not part of a sentence embedding.
 UNUSED_KEYS = ("embeddings.position_ids", "pooler.")
-# What config.json may not say otherwise, as it would be another encoder.
-SUPPORTED = {"hidden_act": "gelu", "position_embedding_type": "absolute", "is_decoder": False}
+
+# config.json's fields: those of an `EncoderConfig`, and what would be another encoder.
+CONFIG = {
+    "model_type": one_of(*KEYS),
+    "vocab_size": whole(2, 2**22),
+    "hidden_size": whole(1, 2**14),
+    "num_hidden_layers": whole(1, 512),
+    "num_attention_heads": whole(1, 2**10),
+    "intermediate_size": whole(1, 2**16),
+    "max_position_embeddings": whole(1, 2**20),
+    "layer_norm_eps": number(1e-30, 1),
+    "type_vocab_size": whole(1, 2**10, default=2),
+}
+SUPPORTED = {
+    "hidden_act": one_of("gelu", default="gelu"),
+    "position_embedding_type": one_of("absolute", default="absolute"),
+    "is_decoder": one_of(False, default=False),
+}
+MODULE = {"type": text(), "path": path_below()}
 
 
 @dataclass(frozen=True)
@@ -197,6 +225,8 @@ class SentenceEncoder:
             hidden = self.encoder(ids, keep)  # (B, T, D)
             mean = (hidden * keep[..., None]).sum(1) / keep.sum(1, keepdim=True)  # (B, D)
             embeddings[batch] = mean if self.pooling == "mean" else hidden[:, 0]
+        if not embeddings.isfinite().all():
+            raise UserError("the sentence encoder gives numbers that are not finite; use another")
         return F.normalize(embeddings, dim=-1)
 
     def cosine(self, first: list[str], second: list[str]) -> list[float]:
@@ -219,49 +249,38 @@ def unusable(path: Path, why: str) -> UserError:
 def read_pooling(folder: Path) -> str:
     """The pooling that `modules.json` and its pooling folder name: "mean" or "cls"."""
     path = folder / "modules.json"
-    try:
-        stored = json.loads(path.read_text("utf-8"))
-        modules = {module["type"].rpartition(".")[2]: module["path"] for module in stored}
-    except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
-        raise unusable(path, f"not readable as a list of modules ({error!r})") from None
+    modules = {}
+    for module in read_json(path, REMEDY, list):
+        if not isinstance(module, dict):
+            raise unusable(path, "no list of modules")
+        fields = read_fields(path, module, MODULE)
+        modules[fields["type"].rpartition(".")[2]] = fields["path"]
     if list(modules) not in (["Transformer", "Pooling"], ["Transformer", "Pooling", "Normalize"]):
         supported = "only Transformer, Pooling, Normalize are supported"
-        raise unusable(path, f"modules {list(modules)}: {supported}")
+        raise unusable(path, f"modules {shown(list(modules))}: {supported}")
 
     # Older folders have a flag for each pooling, newer ones a name.
     path = folder / modules["Pooling"] / "config.json"
     config = read_json(path, REMEDY)
-    modes = [key for key, on in config.items() if key.startswith("pooling_mode_") and on]
+    flags = {name: flag(default=False) for name in config if name.startswith("pooling_mode_")}
+    modes = [name for name, on in read_fields(path, config, flags).items() if on]
     modes = modes or [config.get("pooling_mode")]
     if modes in (["mean"], ["pooling_mode_mean_tokens"]):
         return "mean"
     if modes in (["cls"], ["pooling_mode_cls_token"]):
         return "cls"
-    raise unusable(path, f"pooling {modes} is neither mean nor cls")
+    raise unusable(path, f"pooling {shown(modes)} is neither mean nor cls")
 
 
 def read_config(path: Path) -> EncoderConfig:
     """Read and check the `config.json` of a BERT or MPNet."""
-    stored = read_json(path, REMEDY)
-    if stored.get("model_type") not in KEYS:
-        raise unusable(path, f"model_type {stored.get('model_type')!r} is neither bert nor mpnet")
-    for key, only in SUPPORTED.items():
-        if stored.get(key, only) != only:
-            raise unusable(path, f"{key} {stored[key]!r} is not supported, only {only!r}")
-    try:
-        return EncoderConfig(
-            model_type=stored["model_type"],
-            vocab_size=stored["vocab_size"],
-            hidden_size=stored["hidden_size"],
-            num_hidden_layers=stored["num_hidden_layers"],
-            num_attention_heads=stored["num_attention_heads"],
-            intermediate_size=stored["intermediate_size"],
-            max_position_embeddings=stored["max_position_embeddings"],
-            layer_norm_eps=stored["layer_norm_eps"],
-            type_vocab_size=stored.get("type_vocab_size", 2),
-        )
-    except KeyError as error:
-        raise unusable(path, f"field {error} is missing") from None
+    raw = read_json(path, REMEDY)
+    config = EncoderConfig(**read_fields(path, raw, CONFIG))
+    read_fields(path, raw, SUPPORTED)
+    if config.hidden_size % config.num_attention_heads:
+        rule = f"it must divide hidden_size {config.hidden_size}"
+        raise broken_rule(path, "num_attention_heads", config.num_attention_heads, rule)
+    return config
 
 
 def read_tokenizer(folder: Path, config: EncoderConfig) -> Tokenizer:
@@ -269,22 +288,35 @@ def read_tokenizer(folder: Path, config: EncoderConfig) -> Tokenizer:
     path = folder / "tokenizer.json"
     try:
         tokenizer = Tokenizer.from_file(str(path))
-    except Exception as error:  # the library raises bare exceptions
+        tokenizer.no_truncation()
+        tokenizer.no_padding()
+        special = tokenizer.num_special_tokens_to_add(is_pair=False)
+        ids = [*tokenizer.get_vocab().values(), *tokenizer.encode("a").ids]
+    except KeyboardInterrupt:
+        raise
+    except BaseException as error:  # the library raises bare exceptions, or panics, which is none
         raise unusable(path, f"not readable as a tokenizer ({error})") from None
+    if max(ids, default=0) >= config.vocab_size:
+        raise unusable(path, f"has ids up to {max(ids)}, config.json {config.vocab_size} in all")
 
+    # The longest text, in tokens: older folders say so in one file, newer ones in the other.
     path = folder / "sentence_bert_config.json"
-    settings = read_json(path, REMEDY)
-    limit = settings.get("max_seq_length")
-    special = tokenizer.num_special_tokens_to_add(is_pair=False)
+    declared = {"max_seq_length": ANYTHING, "do_lower_case": flag(default=False)}
+    settings = read_fields(path, read_json(path, REMEDY), declared)
     room = config.max_position_embeddings
     if config.model_type == "mpnet":
         room -= MPNET_PADDING + 1
-    if not isinstance(limit, int) or not 0 < special < limit <= room:
+    name, limit = "max_seq_length", settings["max_seq_length"]
+    if limit is None:
+        path, name = folder / "tokenizer_config.json", "model_max_length"
+        limit = read_fields(path, read_json(path, REMEDY), {name: number(1, 1e40)})[name]
+        limit = min(int(limit), room)
+    if type(limit) is not int or not 0 < special < limit <= room:
         above = f"more than the special tokens ({special}, at least 1)"
-        bounds = f"{above} and at most {room} positions"
-        raise unusable(path, f"max_seq_length is {limit}, must be {bounds}")
+        rule = f"it must be {above} and at most {room} positions"
+        raise broken_rule(path, name, limit, rule)
 
-    if settings.get("do_lower_case"):
+    if settings["do_lower_case"]:
         rest = [tokenizer.normalizer] if tokenizer.normalizer else []
         tokenizer.normalizer = normalizers.Sequence([normalizers.Lowercase(), *rest])
     tokenizer.enable_padding(pad_id=MPNET_PADDING)  # BERT takes any id there
@@ -307,12 +339,10 @@ def read_encoder(folder: Path, config: EncoderConfig) -> Encoder:
     if not path.is_file() and any(folder.glob("*.bin")):
         only = "only pickle (.bin) here, which is never loaded; convert it to safetensors"
         raise UserError(f"{path}: {only}")
-    try:
-        loaded = safetensors.torch.load_file(path)
-    except (safetensors.SafetensorError, OSError) as error:
-        raise unusable(path, f"not readable as safetensors ({error})") from None
+    if not path.is_file():
+        raise unusable(path, "no such file")
     stored = {}
-    for key, tensor in loaded.items():
+    for key, tensor in read_tensors(path):
         key = key.removeprefix(f"{config.model_type}.")
         if not key.startswith(UNUSED_KEYS):
             stored[key] = tensor.float()

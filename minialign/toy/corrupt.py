@@ -14,7 +14,7 @@ the seed and its id alone.
 import random
 import re
 
-from minialign.data.records import Record, preference_fields
+from minialign.data.records import Record, pair_fields
 from minialign.errors import UserError
 from minialign.toy.drawing import COLOURS, OBJECTS, SETTINGS
 from minialign.toy.world import POSITIONS, SENTENCE, Scene, scene_of, yes_or_no
@@ -61,6 +61,4 @@ def corrupted_pair(record: Record, seed: int) -> dict:
     """A line of the pairs file; the scene and not y+, which may be hearsay, says what is wrong."""
     rng = random.Random(f"{seed} {record.id}")
     wrong = corrupted(scene_of(record.image), record.chosen, rng)
-    answers = {"chosen": record.chosen, "rejected": wrong}
-    fields = preference_fields(record.turns, answers, messages=False)
-    return {"id": record.id, "images": [record.image], **fields}
+    return pair_fields(record, {"chosen": record.chosen, "rejected": wrong})

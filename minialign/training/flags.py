@@ -30,7 +30,8 @@ class TrainingFlags:
     model: str = "toy"  # Hugging Face LLaVA folder, or `toy`
     format: FormatName | None = None  # of the data file; else that of its first record
     images: str = "toy"  # folder of the pictures, or `toy`
-    template: str | None = None  # vicuna, llava_v1, mistral, chatml or short; else the model's own
+    # form of conversation: vicuna_v1, llava_v1, mistral, chatml, short, a file; else the model's
+    template: str | None = None
     # PEFT adapter folder that the policy starts from; its rank and alpha are kept
     adapter: str | None = None
     # with --adapter: what the policy is held against

@@ -3,6 +3,7 @@
 import math
 import random
 from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
 
 import torch
 
@@ -54,18 +55,38 @@ def batches_of_epoch(
     return [order[i : i + batch_size] for i in range(0, len(order), batch_size)]
 
 
+@dataclass(frozen=True)
+class Schedule(Sequence):
+    """The batches of some steps of a run, of which one epoch's are in memory."""
+
+    numbers: Sequence[int]
+    batch_size: int
+    seed: int
+    steps: range
+    latest: dict[int, list[list[int]]] = field(default_factory=dict, repr=False)  # by epoch
+
+    def __len__(self) -> int:
+        return len(self.steps)
+
+    def __getitem__(self, which: int | slice):
+        """A step's batch, or the schedule of some steps."""
+        if isinstance(which, slice):
+            return replace(self, steps=self.steps[which])
+        epoch, place = divmod(self.steps[which], math.ceil(len(self.numbers) / self.batch_size))
+        if epoch not in self.latest:
+            self.latest.clear()
+            self.latest[epoch] = batches_of_epoch(self.numbers, self.batch_size, self.seed, epoch)
+        return self.latest[epoch][place]
+
+
 def batches_of_run(
     numbers: Sequence[int], batch_size: int, seed: int, epochs: int, steps: int | None = None
-) -> list[list[int]]:
+) -> Schedule:
     """The batches of all epochs, one per optimizer step; with `steps` so many, however many epochs
     that takes."""
-    if steps is not None:
-        epochs = math.ceil(steps / math.ceil(len(numbers) / batch_size))
-    return [
-        batch
-        for epoch in range(epochs)
-        for batch in batches_of_epoch(numbers, batch_size, seed, epoch)
-    ][:steps]
+    if steps is None:
+        steps = epochs * math.ceil(len(numbers) / batch_size)
+    return Schedule(numbers, batch_size, seed, range(steps))
 
 
 def lr_factor(step: int, total: int, warmup: float, schedule: str) -> float:

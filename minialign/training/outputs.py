@@ -8,6 +8,7 @@ from PIL import Image
 
 from minialign.data.images import ImageProcessor
 from minialign.data.record_files import Records
+from minialign.data.templates import KEY, asked_form
 from minialign.evaluation.metrics import Counts, print_table, with_intervals
 from minialign.evaluation.report import ReportPair, write_report
 from minialign.files import write_json
@@ -33,13 +34,15 @@ def save_weights(
     their places. `add(folder)` puts files of its own into `merged`."""
     trained = whole(adapter_state(policy))
     trained.pop(HEAD, None)
-    template = {} if config.template is None else {"minialign_template": config.template}
+    raw = policy.config.raw
+    if config.template is not None:  # so that `merged` is asked in it without the flag
+        raw = raw | {KEY: asked_form(config.template)}
 
     def write() -> None:
         """By one process, while the others wait."""
         save_adapter(trained, config.lora_rank, config.lora_alpha, str(folder), out / "adapter")
         change = merged(trained, config.lora_alpha / config.lora_rank)
-        save_changed(folder, change, policy.config.raw | template, out / "merged", add)
+        save_changed(folder, change, raw, out / "merged", add)
 
     on_rank0(write)
 

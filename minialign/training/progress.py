@@ -9,7 +9,7 @@ import hashlib
 import json
 import signal
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import closing, suppress
 from dataclasses import asdict
 from pathlib import Path
@@ -175,15 +175,19 @@ class TrainingLog:
             print(f"{self.path}: {start} steps are done; going on from there")
 
     def steps(
-        self, schedule: list[list[int]], loader: Callable[[list[int]], list]
+        self, schedule: Sequence[list[int]], loader: Callable[[list[int]], list]
     ) -> Iterator[tuple[int, list]]:
         """(step, what `loader` makes of this process's records) of every step that is left.
 
         `schedule` holds the record numbers of all steps; they are loaded ahead by threads.
         """
         self.total = len(schedule)
-        mine = [shard_batch(numbers) for numbers in schedule[len(self.rows) :]]
-        with closing(load_ahead(mine, loader, self.config.workers)) as loaded:
+        left = schedule[len(self.rows) :]
+
+        def load(numbers: list[int]) -> list:
+            return loader(shard_batch(numbers))
+
+        with closing(load_ahead(left, load, self.config.workers)) as loaded:
             self.bar = tqdm(
                 loaded, initial=len(self.rows), total=self.total, desc="train", disable=rank() > 0
             )
@@ -248,8 +252,11 @@ def passed_kl_stop(rows: list[dict], kl_stop: float | None) -> str | None:
 
 
 def hash_of(rows: list[dict]) -> str:
-    """A short name of a log, by which the checkpoint knows its own."""
-    return hashlib.sha256(json.dumps(rows).encode()).hexdigest()[:16]
+    """A short name of a log, by which the checkpoint knows its own; but for the seconds that steps
+    took.
+    """
+    lasting = [{k: v for k, v in row.items() if not k.startswith("time/")} for row in rows]
+    return hashlib.sha256(json.dumps(lasting).encode()).hexdigest()[:16]
 
 
 def save_progress(

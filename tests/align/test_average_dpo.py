@@ -249,7 +249,7 @@ def test_a_record_without_a_rejected_response_has_none(model, tmp_path):
         out = tmp_path / f"{form}.jsonl"
         lines = sample(model, out, data=write(tmp_path, form), images=str(pictures), limit=None)
         assert ["external" in line for line in lines] == kept
-        texts = [line["external"] for line in lines if "external" in line]  # no talks
+        texts = [line["external"][0]["content"] for line in lines if "external" in line]
         assert texts == [REJECTED] * sum(kept)
 
 

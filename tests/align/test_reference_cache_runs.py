@@ -123,7 +123,7 @@ def test_another_reference_or_text_finds_nothing(model, pairs, cache, tmp_path, 
     elif what == "adapter":
         changes = {"adapter": some_adapter(tmp_path / "start"), "reference": "adapter"}
     else:
-        changes = {"template": {"template": "vicuna"}, "dtype": {"dtype": "bfloat16"}}[what]
+        changes = {"template": {"template": "vicuna_v1"}, "dtype": {"dtype": "bfloat16"}}[what]
     train(model, tmp_path / "out", pairs=pairs, limit=4, ref_cache=cache, **changes)
     assert passes == [(4, False), (4, True)]
     train(model, tmp_path / "again", pairs=pairs, limit=4, ref_cache=cache, **changes)

@@ -151,7 +151,7 @@ def test_a_pairs_key_in_a_batch():
     changed = [
         *keys(replace(first, chosen="A red cap.")),
         *keys(replace(first, turns=[("user", "What is here?")])),
-        *keys(first, template="vicuna"),
+        *keys(first, template="vicuna_v1"),
         *keys(replace(first, chosen="A red cup. " * 90), truncate=True),
     ]
     assert len({a, b, *changed}) == 6

@@ -1,13 +1,17 @@
 """Bad pictures are refused by name, and no picture is read from outside --images."""
 
+import os
 import random
+import socket
+import struct
+import zlib
 
 import pytest
 from input_files import array, gives_remedy, instruct, left_in, lines, pair, pairs_in, sample, train
 from PIL import Image
 
 from minialign import chat
-from minialign.data.images import PictureFolder
+from minialign.data.images import FORMATS, ImageProcessor, PictureFolder, read_picture
 from minialign.errors import UserError
 
 BAD_PICTURES = [
@@ -17,8 +21,8 @@ BAD_PICTURES = [
     ("broken.png", "not a readable picture"),
     ("text.png", "not a readable picture"),
     ("empty.png", "not a readable picture"),
-    ("deep", "not a readable picture"),
-    (".", "not a readable picture"),
+    ("deep", "no file but a folder, a pipe or a device"),
+    (".", "no file but a folder"),
     ("../outside.png", "leaves the folder --images"),
     ("deep/../../outside.png", "leaves the folder --images"),
     ("/etc/hostname", "leaves the folder --images"),
@@ -98,3 +102,92 @@ def test_chat_takes_any_path(pictures, monkeypatch):
     Image.new("RGB", (7, 9)).save("test-000000.png")  # a file goes before the embedded world
     assert chat.open_picture("test-000000.png").size == (7, 9)
     assert chat.open_picture("test-000001.png").size == (96, 96)
+
+
+# ---------------------------------------------------------------- never opened, or too large
+
+
+@pytest.mark.parametrize("form", ["EPS", "PCX", "TGA", "ICO", "SGI", "PDF"])
+def test_other_formats_are_not_decoded(tmp_path, form, monkeypatch):
+    """Whatever the name says; of EPS, Pillow would start Ghostscript."""
+    started = tmp_path / "started"
+    (tmp_path / "gs").write_text(f"#!/bin/sh\ntouch {started}\n")
+    (tmp_path / "gs").chmod(0o755)
+    monkeypatch.setenv("PATH", str(tmp_path), prepend=os.pathsep)
+    Image.new("RGB", (20, 20)).save(tmp_path / "x.png", form)
+    gives_remedy(lambda: read_picture(tmp_path / "x.png", ""), "not a readable picture")
+    assert not started.exists()
+
+
+@pytest.mark.parametrize("form", [*FORMATS, "MPO"])
+def test_formats_that_are_decoded_by_their_content(tmp_path, form):
+    Image.new("RGB", (20, 10)).save(tmp_path / "x.eps", form)
+    assert read_picture(tmp_path / "x.eps", "").size == (20, 10)
+
+
+def test_what_is_no_file_is_not_opened(tmp_path):
+    """A pipe would be waited for, and a device has no end."""
+    os.mkfifo(tmp_path / "pipe.png")
+    os.symlink("/dev/zero", tmp_path / "zero.png")
+    os.symlink("pipe.png", tmp_path / "link.png")
+    with socket.socket(socket.AF_UNIX) as bound:
+        bound.bind(str(tmp_path / "socket.png"))
+        for name in ("pipe.png", "zero.png", "link.png", "socket.png"):
+            gives_remedy(lambda name=name: PictureFolder(str(tmp_path))(name), "no file but")
+
+
+def test_a_name_that_is_no_utf8(tmp_path):
+    """As a command line gives it; the line that is said holds no half characters."""
+    name = os.fsdecode(bytes(tmp_path) + b"/\xff.png")
+    gives_remedy(lambda: chat.open_picture(name), "no such file")
+    Image.new("RGB", (20, 10)).save(name)
+    assert chat.open_picture(name).size == (20, 10)
+
+
+def grey_png(width: int, height: int) -> bytes:
+    """A black picture of one bit per pixel: few bytes, whatever its size."""
+
+    def chunk(kind: bytes, data: bytes) -> bytes:
+        return (
+            struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
+        )
+
+    rows = zlib.compress(bytes((1 + (width + 7) // 8) * height), 9)
+    head = chunk(b"IHDR", struct.pack(">IIBBBBB", width, height, 1, 0, 0, 0, 0))
+    return b"\x89PNG\r\n\x1a\n" + head + chunk(b"IDAT", rows) + chunk(b"IEND", b"")
+
+
+PROCESSORS = {
+    "crop": ImageProcessor(96),
+    "pad": ImageProcessor(96, pad=True),
+    "tiles": ImageProcessor(96, pinpoints=((96, 192), (192, 96))),
+}
+
+
+@pytest.mark.parametrize("kind", PROCESSORS)
+@pytest.mark.parametrize("size", [(1, 30000), (30000, 1), (20, 4002), (4002, 20), (1, 201)])
+def test_pictures_too_long_for_their_width(tmp_path, monkeypatch, kind, size):
+    """Refused before anything of their size is made, with their layout too."""
+    (tmp_path / "x.png").write_bytes(grey_png(*size))
+    assert (tmp_path / "x.png").stat().st_size < 200
+    picture = read_picture(tmp_path / "x.png", "")
+    monkeypatch.setattr(Image.Image, "resize", None)
+    monkeypatch.setattr(Image, "new", None)
+    for call in (PROCESSORS[kind], PROCESSORS[kind].layout, PROCESSORS[kind].prepare):
+        gives_remedy(lambda call=call: call(picture), "too long for its width")
+
+
+@pytest.mark.parametrize("kind", PROCESSORS)
+@pytest.mark.parametrize("size", [(1, 200), (200, 1), (3, 600)])
+def test_thin_pictures(kind, size):
+    pixels = PROCESSORS[kind](Image.new("L", size))
+    assert pixels.shape[1:] == (3, 96, 96) and bool(pixels.isfinite().all())
+
+
+def test_a_padded_picture_has_pillows_limit(monkeypatch):
+    """Twice MAX_IMAGE_PIXELS, from which on Pillow opens no picture."""
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 5000)
+    pad = PROCESSORS["pad"]
+    assert len(pad(Image.new("L", (100, 10)))) == 1
+    gives_remedy(lambda: pad(Image.new("L", (101, 10))), "too large")
+    assert len(PROCESSORS["crop"](Image.new("L", (101, 10)))) == 1

@@ -25,8 +25,8 @@ SEED = 1  # of the runs that meet a bad picture late
 @pytest.fixture
 def parsed(monkeypatch) -> list:
     """What was parsed as JSON so far."""
-    texts, real = [], json.loads
-    monkeypatch.setattr(record_files.json, "loads", lambda text: texts.append(text) or real(text))
+    texts, real = [], record_files.parse_json
+    monkeypatch.setattr(record_files, "parse_json", lambda data: texts.append(data) or real(data))
     return texts
 
 

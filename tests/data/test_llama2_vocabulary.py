@@ -199,7 +199,7 @@ def scheme(request):
 
 @pytest.fixture(
     scope="module",
-    params=product(["vicuna", "llava_v1", "mistral", "chatml"], ["legacy", "metaspace"]),
+    params=product(["vicuna_v1", "llava_v1", "mistral", "chatml"], ["legacy", "metaspace"]),
     ids="-".join,
 )
 def both(request, folders, theirs):
@@ -268,7 +268,7 @@ def test_merges_are_in_the_order_of_the_pieces_they_make(package):
 
 
 def test_published_ids(package, folders, theirs, scheme):
-    cases, tokenizer = package[2] + PUBLISHED, Tokenizer.from_folder(folders[scheme], "vicuna")
+    cases, tokenizer = package[2] + PUBLISHED, Tokenizer.from_folder(folders[scheme], "vicuna_v1")
     assert len(package[2]) == 12 and len(package[2][-1][1]) > 400
     for text, ids in cases:
         if scheme == "legacy" or not text.startswith(
@@ -287,7 +287,7 @@ def test_ids_of_llava(folders, scheme):
     question = [29871, 32000, *prefix, 13, 5618]
     short = Tokenizer.from_folder(folders[scheme], "short")
     assert short.prompt([("user", "What")]) == [1, 3148, 1001, 29901, *question, *ASSISTANT]
-    for name, who in (("vicuna", 5199), ("llava_v1", 1404)):
+    for name, who in (("llava_v1", 5199), ("vicuna_v1", 1404)):
         tokenizer = Tokenizer.from_folder(folders[scheme], name)
         head = [who if i == 5199 else i for i in HEAD]
         assert tokenizer.prompt([("user", "What")]) == [*head, *question, *ASSISTANT]

@@ -1,12 +1,10 @@
-"""Data that is odd but not bad is read: any text and line end, repeated ids, a placeholder within a
-question.
-"""
+"""Data that is odd but not bad is read: any text and line end, repeated ids."""
 
 import pytest
 from input_files import array, instruct, lines, pair, pairs_in, records_in
 
 from minialign.data.record_files import number_repeats
-from minialign.data.records import Record, instruct_record
+from minialign.data.records import Record
 
 
 @pytest.mark.parametrize("write", [array, lines])
@@ -52,12 +50,3 @@ def test_repeated_ids_are_numbered(tmp_path):
         )
     many = number_repeats([Record("x", "", [], "")] * 20_000)  # no quadratic search
     assert len({record.id for record in many}) == 20_000
-
-
-def test_only_the_placeholder_is_taken_out_of_a_question():
-    talk = [
-        {"from": "human", "value": "<image>\nWhat does <image> mean?"},
-        {"from": "gpt", "value": "A picture."},
-    ]
-    record = instruct_record({"id": "1", "image": "a.png", "conversations": talk})
-    assert record.turns == [("user", "What does <image> mean?")]

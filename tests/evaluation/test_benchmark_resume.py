@@ -20,6 +20,7 @@ from benchmark_files import (
 from helpers import refused
 from script_runs import contents
 
+from minialign.data.templates import asked_form
 from minialign.evaluation import questions
 
 KINDS = ("pope", "chair", "llava-bench", "mmhal")
@@ -154,7 +155,7 @@ def test_a_picture_that_is_mended_is_asked_about(flags, undisturbed, tmp_path):
     ("changes", "name"),
     [
         (["--max-new-tokens", "7"], "max_new_tokens"),
-        (["--template", "vicuna"], "template"),
+        (["--template", "vicuna_v1"], "template"),
         (["--model", "toy"], "model"),
         (["--benchmark", "llava-bench"], "benchmark"),
     ],
@@ -226,3 +227,34 @@ def test_what_changes_no_answer_may_change(flags, undisturbed, tmp_path):
     before = (out / "answers.jsonl").read_bytes()
     assert run(*argv, "--out", out)["answered"] == 4
     assert (out / "answers.jsonl").read_bytes() == before
+
+
+def test_a_question_too_long_for_the_decoder(flags, tmp_path):
+    """Told by its place, or left out by itself; the other questions about its picture are asked."""
+    argv, long = list(flags["llava-bench"]), bench_line(2, text="cup " * 1000)
+    data = write_lines(tmp_path / "q.jsonl", [bench_line(1), long, bench_line(3)])
+    argv[argv.index("--data") + 1] = data
+    refused(lambda: run(*argv, "--out", tmp_path / "out"), "question q.jsonl:2", "1024", "shorten")
+    found = run(*argv, "--out", tmp_path / "out", "--skip-bad-records")
+    assert (found["questions"], found["answered"]) == (3, 2)
+
+
+def test_settings_bind_a_folder_from_its_first_answer_on(flags, tmp_path):
+    """A run that has kept no answer leaves nothing, whatever was wrong with its flags."""
+    (tmp_path / "empty").mkdir()
+    argv, out = list(flags["pope"]), tmp_path / "out"
+    argv[argv.index("--images") + 1] = tmp_path / "empty"
+    refused(lambda: run(*argv, "--out", out), "no such file")
+    assert not out.exists()
+    assert run(*flags["pope"], "--out", out)["answered"] == 12
+    assert json.loads((out / "config.json").read_text())["images"] == str(flags["pope"][3])
+
+
+def test_another_form_in_the_file_of_the_template_is_refused(flags, tmp_path):
+    argv, out = [*flags["pope"], "--template", tmp_path / "form.json"], tmp_path / "out"
+    form = {"system": "", "user": "Q: {} A:", "answer": " {}", "end": "</s>"}
+    (tmp_path / "form.json").write_text(json.dumps(form))
+    run(*argv, "--out", out, "--limit", 1)
+    asked_form.cache_clear()  # as in another process
+    (tmp_path / "form.json").write_text(json.dumps(form | {"user": "{} A:"}))
+    refused(lambda: run(*argv, "--out", out), "another template")

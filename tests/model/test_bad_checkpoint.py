@@ -2,6 +2,10 @@
 do not know.
 """
 
+import json
+import math
+import random
+
 import pytest
 import torch
 from helpers import refused
@@ -100,6 +104,67 @@ def test_no_weights(llava_folder):
     refused(lambda: load_model(llava_folder), llava_folder / "model.safetensors")
 
 
+@pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16, torch.float64])
+def test_weights_that_are_no_numbers(llava_folder, llava_state, dtype, value):
+    """One number among all, anywhere: the file and the tensor are named."""
+    rng = random.Random(f"{value} {dtype}")
+    state = {key: tensor.to(dtype) for key, tensor in llava_state.items()}
+    key = rng.choice(sorted(state))
+    state[key] = state[key].clone()
+    state[key].view(-1)[rng.randrange(state[key].numel())] = value
+    replace_weights(llava_folder, state)
+    message = f"{llava_folder / 'model.safetensors'}: {key} holds NaN, infinity"
+    refused(lambda: load_model(llava_folder), message)
+
+
+def test_large_numbers_of_either_sign_are_numbers(llava_folder, llava_state):
+    """What overflows in a sum, or has no sum, is not refused."""
+    state = {key: torch.full_like(tensor, 6e4) for key, tensor in llava_state.items()}
+    key = pick(state, "lm_head.weight")
+    state[key] = torch.randn(state[key].shape) * 1e37
+    replace_weights(llava_folder, state)
+    assert torch.equal(load_model(llava_folder).lm_head.weight, state[key])
+
+
+def test_quantised_weights(llava_folder, llava_state):
+    for kind in (torch.int8, torch.uint8, torch.float8_e4m3fn, torch.bool):
+        state = llava_state | {"lm_head.weight": llava_state["lm_head.weight"].to(kind)}
+        replace_weights(llava_folder, state)
+        message = "lm_head.weight is of type", "only weights in floating point"
+        refused(lambda: load_model(llava_folder), llava_folder, *message)
+
+
+def test_a_tensor_that_stands_twice(llava_folder, llava_state):
+    head = {"language_model.lm_head.weight": llava_state["lm_head.weight"] + 1}
+    replace_weights(llava_folder, llava_state | head)
+    refused(lambda: load_model(llava_folder), "stands for lm_head.weight", "holds twice")
+
+
+WEIGHT_MAPS = [
+    *(["a"], None, "x", 5, {"a": 5}, {"a": 5, "b": "model.safetensors"}, {"a": ["x"]}, {"a": ""}),
+    *({"a": None}, {"a": "model.bin"}, {"a": "../model.safetensors"}, {"a": "/model.safetensors"}),
+    *({"a": "a/../../b.safetensors"}, {"a": "x\0.safetensors"}, {"a": f"{'x' * 300}.safetensors"}),
+]
+
+
+@pytest.mark.parametrize("kept", [False, True])
+@pytest.mark.parametrize("weight_map", WEIGHT_MAPS, ids=lambda value: str(value)[:30])
+def test_an_index_that_is_none(llava_folder, weight_map, kept):
+    """Whether or not model.safetensors, which would be read, lies beside it."""
+    if not kept:
+        (llava_folder / "model.safetensors").rename(llava_folder.parent / "model.safetensors")
+    index = llava_folder / "model.safetensors.index.json"
+    index.write_text(json.dumps({"weight_map": weight_map}))
+    refused(lambda: load_model(llava_folder), index, "weight_map")
+
+
+def test_an_adapter_is_no_model(llava_folder):
+    (llava_folder / "model.safetensors").rename(llava_folder / "adapter_model.safetensors")
+    (llava_folder / "adapter_config.json").write_text("{}")
+    refused(lambda: load_model(llava_folder), llava_folder, "give it as --adapter")
+
+
 @pytest.mark.parametrize("share", [0.0, 0.0001, 0.02, 0.5, 0.999])
 def test_truncated_weights(llava_folder, share):
     path = llava_folder / "model.safetensors"
@@ -139,15 +204,23 @@ def test_wrong_model_type(llava_folder, kind):
     refused(
         lambda: load_model(llava_folder),
         llava_folder / "config.json",
-        f"model_type is {kind!r}",
+        f"model_type is {'missing' if kind is None else repr(kind)}",
         "only 'llava'",
     )
     edit_json(llava_folder / "config.json", lambda raw: raw.pop("model_type"))
-    refused(lambda: load_model(llava_folder), llava_folder / "config.json", "model_type is None")
+    refused(lambda: load_model(llava_folder), llava_folder / "config.json", "model_type is missing")
 
 
 UNSUPPORTED = [
     ((), "vision_feature_select_strategy", "full"),
+    ((), "quantization_config", {"bits": 4}),
+    ((), "multimodal_projector_bias", False),
+    (("text_config",), "model_type", "qwen2"),
+    (("text_config",), "model_type", ["llama"]),
+    (("text_config",), "quantization_config", {"bits": 4}),
+    (("text_config",), "attention_bias", True),
+    (("text_config", "rope_parameters"), "partial_rotary_factor", 0.5),
+    (("vision_config",), "model_type", "siglip_vision_model"),
     ((), "projector_hidden_act", "relu"),
     (("vision_config",), "hidden_act", "gelu"),
     (("text_config",), "hidden_act", "gelu"),

@@ -16,10 +16,10 @@ from minialign.model.config import read_config
 PREPROCESSOR, CONFIG = "preprocessor_config.json", "config.json"
 CASES = [
     (PREPROCESSOR, {"crop_size": {"shortest_edge": 96}}, "crop_size"),
-    (PREPROCESSOR, {"crop_size": "96", "size": "96"}, "crop_size"),
-    (PREPROCESSOR, {"crop_size": 96, "size": 64}, "size is 64, and only 96 is supported"),
+    (PREPROCESSOR, {"crop_size": "96", "size": "96"}, "size is '96'; only 96"),
+    (PREPROCESSOR, {"crop_size": 96, "size": 64}, "size is 64; only 96"),
     (PREPROCESSOR, {"crop_size": {"height": 96, "width": 90}}, "crop_size"),
-    (PREPROCESSOR, {"crop_size": 64, "size": 64}, "crop_size is 64, and only 96 is supported"),
+    (PREPROCESSOR, {"crop_size": 64}, "crop_size is 64; only 96"),
     (PREPROCESSOR, {"do_normalize": False}, "do_normalize"),
     (PREPROCESSOR, {"do_center_crop": False}, "do_center_crop"),
     (PREPROCESSOR, {"resample": 2}, "resample"),

@@ -12,6 +12,7 @@ from llava_folders import LAYOUTS, SEED, edit_json, laid_out, replace_weights
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
+from minialign.data import anyres
 from minialign.model.config import read_config
 from minialign.model.hf_folder import load_model, save_changed, save_model, weight_files
 from minialign.model.masks import Sequence, build_tree
@@ -124,6 +125,66 @@ def test_shards_as_transformers_writes_them(llava, tmp_path, case, expected):
     llava.save_pretrained(tmp_path, max_shard_size="20KB")
     assert len(weight_files(tmp_path)) > 2 and not (tmp_path / "model.safetensors").exists()
     assert torch.equal(logits(load_model(tmp_path), case), expected)
+
+
+def test_the_file_that_counts_is_transformers(llava, llava_state, tmp_path, case, expected):
+    """model.safetensors goes before an index, whether or not the shards of that are still there."""
+    llava.save_pretrained(tmp_path / "both", max_shard_size="20KB")
+    replace_weights(tmp_path / "both", laid_out(llava_state, "hub"))
+    for shard in (tmp_path / "both").glob("model-*.safetensors"):
+        shard.write_bytes(b"no longer of this model")
+    read_again = type(llava).from_pretrained(tmp_path / "both").state_dict()
+    assert all(torch.equal(read_again[key], value) for key, value in llava_state.items())
+    assert torch.equal(logits(load_model(tmp_path / "both"), case), expected)
+
+    raw = read_config(tmp_path / "both").raw
+    save_changed(tmp_path / "both", lambda name, weight: weight, raw, tmp_path / "out")
+    assert [path.name for path in (tmp_path / "out").glob("model*")] == ["model.safetensors"]
+    for shard in (tmp_path / "both").glob("model-*.safetensors"):
+        shard.unlink()
+    assert torch.equal(logits(load_model(tmp_path / "both"), case), expected)
+
+
+def test_shards_in_folders_below(llava, tmp_path, case, expected):
+    """Read, and written again where they were, for ourselves and for transformers."""
+    llava.save_pretrained(tmp_path / "in", max_shard_size="20KB")
+    index = tmp_path / "in" / "model.safetensors.index.json"
+    raw = json.loads(index.read_text())
+    for name in sorted(set(raw["weight_map"].values()))[1:]:
+        # One of them has the name of a whole model's file.
+        new = f"deep/{name}/model.safetensors"
+        (tmp_path / "in" / new).parent.mkdir(parents=True)
+        (tmp_path / "in" / name).rename(tmp_path / "in" / new)
+        for key, file in raw["weight_map"].items():
+            raw["weight_map"][key] = new if file == name else file
+    index.write_text(json.dumps(raw))
+    assert torch.equal(logits(load_model(tmp_path / "in"), case), expected)
+
+    config = read_config(tmp_path / "in").raw
+    save_changed(tmp_path / "in", lambda name, weight: weight, config, tmp_path / "out")
+    assert torch.equal(logits(load_model(tmp_path / "out"), case), expected)
+    again, info = type(llava).from_pretrained(tmp_path / "out", output_loading_info=True)
+    assert not any(info.values())
+    files = [
+        {path.relative_to(tmp_path / where) for path in (tmp_path / where).rglob("*.safetensors*")}
+        for where in ("in", "out")
+    ]
+    assert files[0] == files[1] and len(files[0]) > 3
+
+
+def test_what_overflows_the_files_type_is_not_written(llava_folder, llava_state, tmp_path):
+    """And nothing is left of the folder."""
+    state = {key: value.half() for key, value in llava_state.items()}
+    replace_weights(llava_folder, state)
+    raw = read_config(llava_folder).raw
+    change = {"lm_head.weight": 1e9}
+    refused(
+        lambda: save_changed(
+            llava_folder, lambda name, w: w.float() * change.get(name, 1), raw, tmp_path / "out"
+        ),
+        "lm_head.weight in torch.float16 holds NaN, infinity",
+    )
+    assert not (tmp_path / "out").exists()
 
 
 def test_dtype_of_the_loaded_model(written_llava, case, expected):
@@ -301,15 +362,24 @@ SPARSE = [
             "head_dim": 12,
         }
     },
+    {"text_config": {"rope_theta": 5.0, "rope_parameters": {"rope_theta": 7.0}}},
+    {"text_config": {"rope_theta": 5.0, "rope_parameters": {"rope_type": "default"}}},
+    {"text_config": {"rope_scaling": {}, "rope_parameters": {"rope_theta": 7.0}}},
+    {"text_config": {"model_type": "mistral", "sliding_window": None}},
+    {"text_config": {"model_type": "mistral", "sliding_window": None, "hidden_size": 512}},
     # Not ViT-L's 16 heads.
     {"vision_config": {"model_type": "clip_vision_model", "hidden_size": 384}},
     {"vision_config": {"model_type": "clip_vision_model", "image_size": 336, "patch_size": 14}},
+    {"vision_config": {}},
+    {"vision_config": None},
 ]
 
 
 @pytest.mark.parametrize("sparse", SPARSE, ids=str)
 def test_sparse_configs_are_completed_as_transformers_does(oracle, tmp_path, sparse):
-    (tmp_path / "config.json").write_text(json.dumps({"model_type": "llava"} | sparse))
+    text = {"vocab_size": 32064} | sparse.get("text_config", {})  # has the default image token
+    raw = {"model_type": "llava"} | sparse | {"text_config": text}
+    (tmp_path / "config.json").write_text(json.dumps(raw))
     ours, theirs = read_config(tmp_path), oracle.transformers.LlavaConfig.from_pretrained(tmp_path)
     for section, whole in ((ours.text, theirs.text_config), (ours.vision, theirs.vision_config)):
         for name in vars(section):
@@ -319,3 +389,50 @@ def test_sparse_configs_are_completed_as_transformers_does(oracle, tmp_path, spa
     assert ours.text.rope_theta == theirs.text_config.rope_parameters["rope_theta"]
     assert ours.image_token_id == theirs.image_token_id
     assert ours.vision_feature_layer == theirs.vision_feature_layer
+
+
+def test_a_sliding_window_limits_the_positions(oracle, tmp_path):
+    """A sequence up to the window is exact; one more token behind it is not, and is refused."""
+    theirs = oracle.make_next(SEED, "mistral")
+    theirs.save_pretrained(tmp_path)
+    for window, limit in ((50, 50), (None, 131072), (2**20, 131072), ("left out", 4096)):
+
+        def change(raw, window=window):
+            raw["text_config"]["sliding_window"] = window
+            if window == "left out":
+                del raw["text_config"]["sliding_window"]
+
+        edit_json(tmp_path / "config.json", change)
+        assert read_config(tmp_path).text.max_position_embeddings == limit
+
+    edit_json(tmp_path / "config.json", lambda raw: raw["text_config"].update(sliding_window=50))
+    windowed, ours = type(theirs).from_pretrained(tmp_path).eval(), load_model(tmp_path)
+    size = theirs.config.vision_config.image_size
+    picture = {"image_sizes": torch.tensor([[size, size]])}
+    pixels = torch.randn(3, 3, size, size, generator=torch.Generator().manual_seed(SEED))
+    features = ours.encode_images(pixels)
+    _, packing = anyres.packing((size, size), size, 4, ours.config.pinpoints)
+    image, count = theirs.config.image_token_id, len(packing)
+    for length in (50, 60):
+        rest = [5 + i % 20 + (5 + i % 20 >= image) for i in range(length - count)]
+        tree = build_tree([Sequence([image, *rest], [], 3 * 16, packing=packing)], image, 0)
+        with torch.no_grad():
+            found = ours.lm_head(ours(tree, features))[0]
+            wanted = oracle.logits(windowed, [image, *rest], pixels, count=count, **picture)
+        assert len(found) == length
+        assert worst(found[:50], wanted[:50]) < 1e-4
+        assert length == 50 or worst(found[50:], wanted[50:]) > 1e-3
+
+
+# As on the pages of the original checkpoints; what none of it is read as is our own default.
+FLAT = [
+    {"mm_hidden_size": 1024, "mm_vision_tower": "openai/clip-vit-large-patch14-336"},
+    {"hidden_size": 64, "num_hidden_layers": 2, "vocab_size": 32000},
+    {"mm_projector_type": "linear"},
+]
+
+
+@pytest.mark.parametrize("fields", FLAT, ids=str)
+def test_the_original_form_of_config_json_is_refused_by_name(tmp_path, fields):
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": "llava"} | fields))
+    refused(lambda: read_config(tmp_path), "config.json", "original form", "-hf conversion")

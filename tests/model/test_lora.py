@@ -4,6 +4,7 @@ bad folder.
 
 import copy
 import json
+import math
 
 import pytest
 import torch
@@ -185,6 +186,14 @@ def drop_tensor(folder) -> None:
     save_file(tensors, path)
 
 
+def spoil(folder) -> None:
+    path = folder / "adapter_model.safetensors"
+    tensors = load_file(path)
+    name = next(k for k in sorted(tensors) if "lora_A" in k)
+    tensors[name][1, 2] = math.nan
+    save_file(tensors, path)
+
+
 def truncate(folder) -> None:
     path = folder / "adapter_model.safetensors"
     path.write_bytes(path.read_bytes()[:1000])
@@ -203,11 +212,21 @@ def truncate(folder) -> None:
             lambda f: (f / "adapter_model.safetensors").rename(f / "adapter_model.bin"),
             "never from pickle",
         ),
-        (lambda f: mend(f / "adapter_config.json", peft_type="IA3"), "no LoRA adapter .*IA3"),
-        (lambda f: mend(f / "adapter_config.json", peft_type=None), "no LoRA adapter"),
-        (lambda f: mend(f / "adapter_config.json", r=None), "no LoRA adapter"),
-        (lambda f: mend(f / "adapter_config.json", lora_alpha=None), "no LoRA adapter"),
+        (
+            lambda f: mend(f / "adapter_config.json", peft_type="IA3"),
+            "peft_type is 'IA3'; only 'LORA'",
+        ),
+        (lambda f: mend(f / "adapter_config.json", peft_type=None), "peft_type is missing"),
+        (lambda f: mend(f / "adapter_config.json", r=None), "r is missing"),
+        (lambda f: mend(f / "adapter_config.json", lora_alpha=None), "lora_alpha is missing"),
         (lambda f: mend(f / "adapter_config.json", use_rslora=True), "use_rslora is set"),
+        (lambda f: mend(f / "adapter_config.json", lora_bias=True), "lora_bias is set"),
+        (lambda f: mend(f / "adapter_config.json", of_tomorrow=3), "of_tomorrow is set"),
+        (lambda f: mend(f / "adapter_config.json", modules_to_save=5), "modules_to_save is 5"),
+        (lambda f: mend(f / "adapter_config.json", r=True), "r is True"),
+        (lambda f: mend(f / "adapter_config.json", lora_alpha=10**400), "lora_alpha is 1000"),
+        (lambda f: mend(f / "adapter_config.json", lora_alpha=math.nan), "lora_alpha is nan"),
+        (spoil, r"lora_A.weight holds NaN"),
         (
             lambda f: mend(f / "adapter_config.json", alpha_pattern={"q_proj": 1}),
             "alpha_pattern is set",

@@ -296,3 +296,18 @@ def test_masks_follow_from_example_and_iteration(rho_th):
     masks = torch.stack([mask_of_seed(PATCHES, rho_th, seed) for seed in seeds])
     hidden = (~masks).float().mean().item()
     assert abs(hidden - rho_th) < 4 * (rho_th * (1 - rho_th) / (300 * PATCHES)) ** 0.5
+
+
+def test_a_word_that_cannot_be_cut_is_sampled_unguided(calls):
+    """And says so, whatever else is in the batch; to a swapped Yes there is something to add."""
+    texts = ["Cup.", "A cup.", "Yes.", "\u732b\u3002"]
+    batch = [
+        replace(example, record=replace(example.record, chosen=text))
+        for example, text in zip(examples(4), texts, strict=True)
+    ]
+    results = sample(batch, n_bdhs=1)
+    assert [result.guided for result in results] == [False, True, True, False]
+    prompt = toy_tokenizer().prompt(batch[0].record.turns)
+    row = calls[0].sequences[0]
+    assert row.trunk == prompt and [branch.ids for branch in row.branches] == [[]]
+    assert [sample([example], n_bdhs=1)[0] for example in batch] == results

@@ -256,7 +256,8 @@ def test_the_truth_ranks_the_toys_answers(tmp_path, capsys):
     for each in pairs:
         assert each.keys() == {"id", "images", "prompt", "chosen", "rejected"}
         scene = world.scene_of(each["images"][0])
-        assert truth(scene, each["chosen"]) > truth(scene, each["rejected"])
+        better, worse = (each[name][0]["content"] for name in ("chosen", "rejected"))
+        assert truth(scene, better) > truth(scene, worse)
     printed = capsys.readouterr().out
     assert f"{len(pairs)} pairs of 12 prompts; left out: {12 - len(pairs)} ties" in printed
     assert rank(tmp_path / "b.jsonl", "--limit", 12, "--batch-size", 12) == pairs
@@ -285,7 +286,8 @@ def test_an_empty_answer_is_no_pair(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(edge, "annotator_of", lambda *_: judge)
     monkeypatch.setattr(Tokenizer, "decode", decode)
     pairs = rank(tmp_path / "a.jsonl", "--limit", 16)
-    assert all(each["chosen"] and each["rejected"] for each in pairs)
+    texts = [each[name][0]["content"] for each in pairs for name in ("chosen", "rejected")]
+    assert texts and all(texts)
     assert "0 with an empty answer" not in capsys.readouterr().out
 
 

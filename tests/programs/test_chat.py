@@ -6,6 +6,7 @@ import pytest
 from helpers import (
     plain_greedy,
     plain_logits,
+    refused,
     toy_features,
     toy_model,
     toy_processor,
@@ -83,3 +84,31 @@ def test_a_picture_of_the_users_own(capsys, tmp_path):
     flags = ("--response", "A cup.", "--json")
     own = json.loads(run(capsys, *flags, "--image", tmp_path / "mine.png"))
     assert own == json.loads(run(capsys, *flags))
+
+
+@pytest.mark.parametrize(
+    "flags", [("--prompt", "cup " * 1000, "--response", "A."), ("--response", "A cup. " * 400)]
+)
+def test_what_leaves_the_decoders_positions_is_refused(capsys, flags):
+    """As it is without --response."""
+    refused(lambda: run(capsys, *flags), "positions, the decoder has 1024", "shorten")
+
+
+def test_the_last_position_is_used(capsys):
+    """A response that ends with the decoder's positions is scored, and one token more is not."""
+    tokenizer = toy_tokenizer()
+    left = 1024 - len(tokenizer.prompt([("user", QUESTION)])) + 1 - toy_processor().patches
+    words = left - len(tokenizer.response("cup")) + 1
+    assert len(tokenizer.response("cup " * (words - 1) + "cup")) == left
+    found = json.loads(run(capsys, "--json", "--response", "cup " * (words - 1) + "cup"))
+    assert len(found["logps"]) == left
+    refused(lambda: run(capsys, "--response", "cup " * words + "cup"), "take 1025 positions")
+
+
+def test_a_form_of_a_file(capsys, tmp_path):
+    """--template FILE asks in it."""
+    form = {"system": "", "user": "Q: {} A:", "answer": " {}", "end": "</s>"}
+    (tmp_path / "form.json").write_text(json.dumps(form))
+    found = json.loads(run(capsys, "--template", tmp_path / "form.json", "--json"))
+    shown = toy_tokenizer().fast.decode(found["prompt_ids"])
+    assert shown.split() == f"Q: {QUESTION} A:".split()

@@ -77,25 +77,38 @@ def test_every_file_named_exists():
     assert all((ROOT / name).exists() for name in named), named
 
 
-@pytest.mark.parametrize("form", ["rlhf-v", "rlaif-v"])
+def parts(*texts: str | None) -> list[dict]:
+    """Content parts as parquet has them, each with all fields; None is the picture."""
+    return [{"text": text, "type": "image" if text is None else "text"} for text in texts]
+
+
+@pytest.mark.parametrize("form", ["rlhf-v", "rlaif-v", "trl-lib/rlaif-v"])
 def test_parquet_becomes_json_lines(tmp_path, form):
     """The README's program on a parquet file as the hub has it; the pictures' bytes stay what they
     were."""
     datasets = pytest.importorskip("datasets")
     pictures = photographs(tmp_path / "original")
+    raws, wanted = RAW.get(form, RAW["rlaif-v"]), expected(form if form in RAW else "rlaif-v")
     rows = [
         raw | {"image": {"bytes": (pictures / raw["image"]).read_bytes(), "path": None}}
-        for raw in RAW[form]
+        for raw in raws
     ]
-    features = datasets.Features(
-        {
-            name: datasets.Image()
-            if name == "image"
-            else datasets.Value("int64" if name == "idx" else "string")
-            for name in rows[0]
-        }
-    )
-    datasets.Dataset.from_list(rows, features=features).to_parquet(tmp_path / "train-00000.parquet")
+    if form in RAW:
+        data = datasets.Dataset.from_list(rows).cast_column("image", datasets.Image())
+    else:  # a list of pictures, and messages with parts
+        wanted = [replace(record, id=str(i + 1)) for i, record in enumerate(wanted)]
+        rows = [
+            {
+                "images": [row["image"]],
+                "prompt": [{"role": "user", "content": parts(None, row["question"])}],
+                "chosen": [{"role": "assistant", "content": parts(row["chosen"])}],
+                "rejected": [{"role": "assistant", "content": parts(row["rejected"])}],
+            }
+            for row in rows
+        ]
+        images = datasets.List(datasets.Image())
+        data = datasets.Dataset.from_list(rows).cast_column("images", images)
+    data.to_parquet(tmp_path / "train-00000.parquet")
     (tmp_path / "pictures").mkdir()
     program = next(
         block
@@ -108,8 +121,8 @@ def test_parquet_becomes_json_lines(tmp_path, form):
         subprocess.run([sys.executable, "-c", program], **run).stdout
     )
     found = pairs_in(tmp_path / "pairs.jsonl")
-    assert found == [replace(record, image=str(i)) for i, record in enumerate(expected(form))]
-    for i, raw in enumerate(RAW[form]):
+    assert found == [replace(record, image=str(i)) for i, record in enumerate(wanted)]
+    for i, raw in enumerate(raws):
         assert (tmp_path / "pictures" / str(i)).read_bytes() == (
             pictures / raw["image"]
         ).read_bytes()

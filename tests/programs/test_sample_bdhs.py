@@ -13,6 +13,7 @@ from script_runs import contents, instruct_file, read_lines, sample, train
 
 import sample_bdhs
 from minialign.data.record_files import open_pairs
+from minialign.data.tokenizer import Tokenizer
 from minialign.model.masks import image_attention_mask
 from minialign.sampling.pairs_file import Sampled
 from minialign.toy import world
@@ -26,9 +27,10 @@ def test_pairs_file(model, tmp_path):
     for pair, record in zip(pairs, records, strict=True):
         assert list(pair) == ["id", "images", "prompt", "chosen", "rejected", "bdhs"]
         assert pair["id"] == record["id"] and pair["images"] == [record["image"]]
-        assert record["conversations"][0]["value"] == f"<image>\n{pair['prompt']}"
-        assert record["conversations"][1]["value"] == pair["chosen"]
-        assert isinstance(pair["rejected"], str) and pair["rejected"].strip()
+        question, answer = (turn["value"] for turn in record["conversations"])
+        assert pair["prompt"] == [{"role": "user", "content": question.removeprefix("<image>\n")}]
+        assert pair["chosen"] == [{"role": "assistant", "content": answer}]
+        assert pair["rejected"][0]["content"].strip()
         kinds = {name: type(value) for name, value in pair["bdhs"].items()}
         assert kinds == {
             "iterations": int,
@@ -72,10 +74,10 @@ def test_other_readers_take_the_pairs(model, tmp_path):
     found = datasets.Dataset.from_json(path, cache_dir=cache)
     assert found.to_list() == pairs
     kinds = {str(found.features[name]) for name in ("prompt", "chosen", "rejected")}
-    assert kinds == {"Value('string')"}
+    assert kinds == {"List({'role': Value('string'), 'content': Value('string')})"}
 
 
-def test_a_file_keeps_to_messages_where_a_record_has_earlier_turns(model, tmp_path):
+def test_records_of_one_turn_and_of_several_are_messages(model, tmp_path):
     """TRL takes texts or messages, and looks at one row to know which."""
     talks = [
         [("human", "<image>\nWhat is there?"), ("gpt", "A red cup.")],
@@ -108,6 +110,56 @@ def test_a_file_keeps_to_messages_where_a_record_has_earlier_turns(model, tmp_pa
     assert rows[0]["loss"] == pytest.approx(math.log(2), abs=1e-5)
 
 
+def test_trl_takes_the_pairs(model, oracle, tmp_path, monkeypatch):
+    """Its collator for pictures, as the lines are: the picture's tokens stand in the turn where it
+    stands here, and the texts are the same."""
+    trainer = pytest.importorskip("trl.trainer.dpo_trainer")
+    later = [("human", "Hello."), ("gpt", "Hi."), ("human", "<image>\nWhat is there?")]
+    talks = [
+        [("human", "<image>\nWhat is there?"), ("gpt", "A red cup.")],
+        [*later, ("gpt", "A blue cup.")],
+    ]
+    data = instruct_file(tmp_path / "data.json", *talks)
+    real, places = Tokenizer.prompt, []
+
+    def prompt(tokenizer, turns, image=True, image_turn=0):
+        places.append((len(turns), image_turn))
+        return real(tokenizer, turns, image, image_turn)
+
+    monkeypatch.setattr(Tokenizer, "prompt", prompt)
+    pairs = sample(model, tmp_path / "pairs.jsonl", data=data)
+    assert [record.image_turn for record in pairs_in(tmp_path / "pairs.jsonl")] == [0, 2]
+
+    tokens = oracle.transformers.AutoTokenizer.from_pretrained(model)
+    tokens.image_token, tokens.image_token_id = "<image>", tokens.convert_tokens_to_ids("<image>")
+    form = (
+        "{% for m in messages %}{{ m.role }}: {% for c in m.content %}"
+        "{{ '<image>' if c.type == 'image' else c.text }}{% endfor %}{{ '</s>' }}{% endfor %}"
+    )
+    processor = oracle.transformers.LlavaProcessor(
+        oracle.transformers.CLIPImageProcessor(size={"shortest_edge": 48}, crop_size=48),
+        tokens,
+        patch_size=8,
+        chat_template=form,
+        vision_feature_select_strategy="default",
+        num_additional_image_tokens=1,
+    )
+    rows = [
+        {"images": [world.open_picture(pair["images"][0])]}
+        | {name: pair[name] for name in ("prompt", "chosen", "rejected")}
+        for pair in pairs
+    ]
+    batch = trainer.DataCollatorForVisionPreference(processor)(rows)
+    picture, heads = "<image>" * 36, ["user: ", "user: Hello.</s>assistant: Hi.</s>user: "]
+    for head, ids, pair in zip(heads, batch["input_ids"], pairs, strict=False):
+        text = tokens.decode(ids).replace("<pad>", "").replace("</s> ", "</s>")
+        chosen = pair["chosen"][0]["content"]
+        expected = f"{head}{picture}What is there?</s>assistant: {chosen}</s>"
+        assert text.replace(" ", "") == expected.replace(" ", "")
+    train(model, tmp_path / "out", pairs=str(tmp_path / "pairs.jsonl"))
+    assert set(places) == {(1, 0), (3, 2)}  # whoever asks, sampling and training
+
+
 def test_stats(model, tmp_path, monkeypatch):
     """Four samples made up: different at once, at the last try, never; and an empty one, which is
     no pair."""
@@ -122,7 +174,8 @@ def test_stats(model, tmp_path, monkeypatch):
 
     monkeypatch.setattr(sample_bdhs, "sample", made_up)
     pairs = sample(model, tmp_path / "pairs.jsonl", limit=4, batch_size=4)
-    assert [pair["rejected"] for pair in pairs] == ["Other.", "Late", pairs[2]["chosen"]]
+    chosen = pairs[2]["chosen"][0]["content"]
+    assert [pair["rejected"][0]["content"] for pair in pairs] == ["Other.", "Late", chosen]
     stats = json.loads((tmp_path / "pairs.jsonl.stats.json").read_text())
     assert stats == {
         "pairs": 3,

@@ -190,7 +190,10 @@ def test_an_epoch_sees_every_pair_once():
     assert batches_of_epoch(records, 5, 0, 1) == batches_of_epoch(records, 5, 0, 1)
     assert sum(batches_of_epoch(records, 5, 1, 0), []) != seen[0]
     run = batches_of_run(records, 5, 0, 3)
-    assert run == [batch for epoch in range(3) for batch in batches_of_epoch(records, 5, 0, epoch)]
+    wanted = [batch for epoch in range(3) for batch in batches_of_epoch(records, 5, 0, epoch)]
+    assert list(run) == wanted and len(run) == 15
+    assert [list(run[i:]) for i in range(16)] == [wanted[i:] for i in range(16)]
+    assert [run[i] for i in (14, 0, 7, -1)] == [wanted[i] for i in (14, 0, 7, -1)]
     for steps in (
         1,
         5,
@@ -198,11 +201,8 @@ def test_an_epoch_sees_every_pair_once():
         10,
         15,
     ):  # fewer than an epoch, just one, more; --epochs says nothing then
-        assert (
-            batches_of_run(records, 5, 0, 1, steps)
-            == batches_of_run(records, 5, 0, 9, steps)
-            == run[:steps]
-        )
+        for epochs in (1, 9):
+            assert list(batches_of_run(records, 5, 0, epochs, steps)) == wanted[:steps]
 
 
 @pytest.mark.parametrize("steps", [2, 6])

@@ -1,5 +1,7 @@
 """Folders of sentence encoders that are broken or not supported are refused by path and remedy."""
 
+import json
+import math
 import random
 import shutil
 from pathlib import Path
@@ -29,7 +31,8 @@ def test_a_missing_file_names_the_path_and_the_remedy(encoder_folder, tmp_path):
         (broken / part).unlink()
         check_error(broken, str(broken / part), "sentence-transformers folder")
         (broken / part).write_bytes(b"{ neither JSON nor safetensors")
-        check_error(broken, str(broken / part), "sentence-transformers folder")
+        remedy = "download" if part.endswith(".safetensors") else "sentence-transformers folder"
+        check_error(broken, str(broken / part), remedy)
         shutil.rmtree(broken)
     nowhere = tmp_path / "nowhere"
     check_error(nowhere, str(nowhere), "no such folder", "sentence-transformers folder")
@@ -62,15 +65,20 @@ def test_weights_that_do_not_fit_are_listed(encoder_folder):
         ("config.json", {"hidden_act": "gelu_new"}, "gelu_new"),
         ("config.json", {"position_embedding_type": "relative_key"}, "relative_key"),
         ("config.json", {"is_decoder": True}, "is_decoder"),
-        ("config.json", {"intermediate_size": None}, "intermediate_size"),
-        ("sentence_bert_config.json", {"max_seq_length": None}, "max_seq_length"),
+        ("config.json", {"intermediate_size": None}, "intermediate_size is missing"),
+        ("config.json", {"hidden_size": 2**64}, "hidden_size is 18446744073709551616"),
+        ("config.json", {"layer_norm_eps": math.nan}, "layer_norm_eps is nan"),
+        ("config.json", {"num_attention_heads": 7}, "num_attention_heads is 7; it must divide"),
+        ("config.json", {"num_hidden_layers": 10**9}, "num_hidden_layers is 1000000000"),
+        ("sentence_bert_config.json", {"max_seq_length": True}, "max_seq_length is True"),
+        ("sentence_bert_config.json", {"do_lower_case": "no"}, "do_lower_case is 'no'"),
         ("sentence_bert_config.json", {"max_seq_length": LIMIT + 3}, "max_seq_length"),
         ("sentence_bert_config.json", {"max_seq_length": 2}, "max_seq_length"),
         ("1_Pooling/config.json", {"pooling_mode_mean_tokens": False}, "neither mean nor cls"),
         ("1_Pooling/config.json", {"pooling_mode_max_tokens": True}, "pooling_mode_max_tokens"),
         (
             "1_Pooling/config.json",
-            {"pooling_mode_mean_tokens": 0, "pooling_mode": "lasttoken"},
+            {"pooling_mode_mean_tokens": False, "pooling_mode": "lasttoken"},
             "lasttoken",
         ),
     ],
@@ -89,6 +97,64 @@ def test_position_limit_is_exact(tmp_path):
         assert SentenceEncoder.from_folder(folder).embed(["w1 " * 400]).isfinite().all()
         set_fields(folder / "sentence_bert_config.json", max_seq_length=room + 1)
         check_error(folder, str(room + 1), f"{room} positions")
+
+
+def test_the_longest_text_as_newer_folders_have_it(encoder_folder):
+    """Without max_seq_length the tokenizer's model_max_length counts, up to the positions."""
+    folder, kind = encoder_folder
+    set_fields(folder / "sentence_bert_config.json", max_seq_length=None)
+    check_error(folder, str(folder / "tokenizer_config.json"))
+    path = folder / "tokenizer_config.json"
+    for given, limit in ((100, 100), (10**30, LIMIT + 2 * (kind == "bert"))):
+        path.write_text(json.dumps({"model_max_length": given}))
+        tokenizer = SentenceEncoder.from_folder(folder).tokenizer
+        assert tokenizer.truncation["max_length"] == limit
+    for wrong in (0, 2, math.nan, "256", None):
+        path.write_text(json.dumps({"model_max_length": wrong}))
+        check_error(folder, str(path), "model_max_length is ")
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
+def test_weights_that_are_no_numbers_are_refused(encoder_folder, value):
+    folder, _ = encoder_folder
+    weights = load_file(folder / "model.safetensors")
+    key = random.Random(3).choice(sorted(key for key in weights if "pooler" not in key))
+    weights[key].view(-1)[-1] = value
+    save_file(weights, folder / "model.safetensors")
+    check_error(folder, str(folder / "model.safetensors"), f"{key} holds NaN, infinity")
+
+
+def test_numbers_that_overflow_are_refused(encoder_folder):
+    folder, _ = encoder_folder
+    weights = load_file(folder / "model.safetensors")
+    key = next(key for key in sorted(weights) if key.endswith("0.output.dense.weight"))
+    save_file(weights | {key: torch.full_like(weights[key], 1e38)}, folder / "model.safetensors")
+    encoder = SentenceEncoder.from_folder(folder)
+    refused(lambda: encoder.cosine(["w1 w2"], ["w3"]), "not finite")
+
+
+@pytest.mark.parametrize("module", ["../elsewhere", "/", 5, None])
+def test_modules_outside_of_the_folder_are_refused(encoder_folder, module):
+    folder, _ = encoder_folder
+    modules = json.loads((folder / "modules.json").read_text())
+    modules[1]["path"] = module
+    (folder / "modules.json").write_text(json.dumps(modules))
+    check_error(folder, str(folder / "modules.json"), "path is ")
+
+
+def test_a_tokenizer_that_panics_or_knows_more_ids_is_refused(encoder_folder):
+    folder, kind = encoder_folder
+    path = folder / "tokenizer.json"
+    for change in ({"ids": [10**6]}, None):
+        make_tokenizer(kind).save(str(path))
+        raw = json.loads(path.read_text())
+        tokens = raw["post_processor"]["special_tokens"]
+        if change is None:  # named and not defined: tokenizers panics, which is no `Exception`
+            tokens.clear()
+        else:
+            next(iter(tokens.values())).update(change)
+        path.write_text(json.dumps(raw))
+        check_error(folder, str(path))
 
 
 def test_a_dense_module_and_a_tokenizer_without_special_tokens_are_refused(encoder_folder):

@@ -10,7 +10,16 @@ from helpers import cuts, toy_tokenizer
 from tokenizers import Tokenizer as FastTokenizer
 from tokenizers import models
 
-from minialign.sampling.bdhs import SWAP, WHOLE_RESPONSE, YES_NO, Cut, join, split_sentences
+from minialign.sampling.bdhs import (
+    SWAP,
+    WHOLE_RESPONSE,
+    YES_NO,
+    Cut,
+    can_be_cut,
+    cut_sentence,
+    join,
+    split_sentences,
+)
 
 TEXTS = [
     "This is a park. At the top left is a red cup. The bottom middle shows nothing.",
@@ -42,6 +51,19 @@ TEXTS = [
         (".", ["."]),
         ("", []),
         (" \n ", []),
+        # Chinese and Japanese put no space behind a stop; quotes close with the sentence.
+        ("一只猫。它在睡！真的吗？是", ["一只猫。", "它在睡！", "真的吗？", "是"]),
+        ("他说：“好。”然后走了。", ["他说：“好。”", "然后走了。"]),
+        ("重３．５公斤．好", ["重３．５公斤．", "好"]),
+        ("यह बिल्ली है। वह सोती है।", ["यह बिल्ली है।", "वह सोती है।"]),
+        ("هل هذه قطة؟ نعم۔ إنها قطة.", ["هل هذه قطة؟", "نعم۔", "إنها قطة."]),
+        # What a stop does not end.
+        ("1. A cup. 2. A dog.\n3. A cat.", ["1. A cup.", "2. A dog.", "3. A cat."]),
+        ("I see: 1. A cup. (2. None.)", ["I see: 1. A cup.", "(2. None.)"]),
+        ("There are 2. One is red.", ["There are 2.", "One is red."]),
+        ("St. Paul, Dr. No in the U.S. army.", ["St. Paul, Dr. No in the U.S. army."]),
+        ("Fruit, e.g. pears, i.e. 3.5 kg. Yes.", ["Fruit, e.g. pears, i.e. 3.5 kg.", "Yes."]),
+        ("First. 1.", ["First.", "1."]),
     ],
 )
 def test_split_sentences(text, sentences):
@@ -56,7 +78,8 @@ def test_sentences_and_the_space_between_make_the_text(seed):
     for span in spans:
         assert text[end : span[0]].strip() == "" and span[0] < span[1]
         sentence, end = text[span[0] : span[1]], span[1]
-        assert not sentence[0].isspace() and not re.search(r"\S[.!?]\s", sentence[:-1])
+        assert not sentence[0].isspace()
+        assert not re.search(r"\S[.!?]\s", sentence.removeprefix("3.")[:-1])  # a list's number
     assert text[end:].strip() == ""
 
 
@@ -120,6 +143,39 @@ def test_the_true_continuation_gives_the_true_text(text, seed):
     assert join(parts, completions, tokenizer.decode) == text.strip()
 
 
+@pytest.mark.parametrize(
+    ("text", "kept"),
+    [
+        ("图中有猫。", {"", "图", "图中", "图中有"}),
+        ("貓が3匹いる。", {"", "貓", "貓が", "貓が3", "貓が3匹", "貓が3匹い"}),
+        ("a图b", {"", "a", "a图"}),
+        ("ที่นี่", {"", "ที่"}),  # a vowel and a tone belong to their letter
+        ("고양이가 있다.", {"", "고양이가"}),
+        ("red cup.", {"", "red"}),
+    ],
+)
+def test_cuts_inside_texts_without_spaces(text, kept):
+    tokenizer, found = toy_tokenizer(), set()
+    for seed in range(60):
+        ids = tokenizer.answer(text)
+        cut = cut_sentence(text, (0, len(text)), ids, tokenizer.answer, random.Random(seed))
+        assert tokenizer.decode(cut.kept_ids) == cut.kept
+        found.add(cut.kept)
+    assert found == kept
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [("Cup.", False), ("Cup", False), ("猫。", False), ("Yes.", True), ("no", True)]
+    + [("猫だ。", True), ("A cup.", True), ("Once. Twice.", True), ("Nobody.", False)],
+)
+def test_what_can_be_cut(text, expected):
+    """Where nothing can, whole responses are sampled, and say so."""
+    assert can_be_cut(text) == expected
+    kept = {cut.kept for seed in range(50) for _, cut in cuts(text, random.Random(seed))}
+    assert expected or kept == {""}
+
+
 def test_join_by_hand():
     tokenizer = toy_tokenizer()
 
@@ -144,7 +200,11 @@ def test_tokens_that_end_a_sentence():
     tokenizer = toy_tokenizer()
     assert tokenizer.sentence_ends == {tokenizer.encode("a.")[-1], tokenizer.eos_id}
     pieces = ["<s>", "</s>", ".", "▁.", "...", "▁Inc.", "▁3.5", ".com", "!", "a"]
+    pieces += ['."', ".)", ".\n\n", "。", "。」", "।", ".,", '"']
     vocabulary = {piece: i for i, piece in enumerate(pieces)}
     fast = FastTokenizer(models.WordLevel(vocabulary, unk_token="a"))
     fast.add_special_tokens(["<extra.>", "<end>."])  # control tokens are no text
-    assert replace(tokenizer, fast=fast, eos_id=1).sentence_ends == {1, 2, 3, 4, 5}
+    assert replace(tokenizer, fast=fast, eos_id=1).sentence_ends == {
+        *(1, 2, 3, 4, 5),
+        *(10, 11, 12, 13, 14, 15),
+    }

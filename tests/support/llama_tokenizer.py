@@ -8,16 +8,16 @@ from tokenizers import Tokenizer as FastTokenizer
 from tokenizers import decoders, models, normalizers, processors
 
 VICUNA = (
-    "A chat between a curious human and an artificial intelligence assistant. The assistant gives "
-    "helpful, detailed, and polite answers to the human's questions. "
+    "A chat between a curious user and an artificial intelligence assistant. The assistant gives "
+    "helpful, detailed, and polite answers to the user's questions. "
 )
 # template -> (what stands before the first turn, a question, an answer), as the models' pages have
 # them.
 FORMS = {
     "short": ("", "USER: {} ASSISTANT:", " {}</s>"),
-    "vicuna": (VICUNA, "USER: {} ASSISTANT:", " {}</s>"),
-    "llava_v1": (VICUNA.replace("human", "user"), "USER: {} ASSISTANT:", " {}</s>"),
-    "mistral": ("", "[INST] {} [/INST]", " {}</s>"),
+    "vicuna_v1": (VICUNA, "USER: {} ASSISTANT:", " {}</s>"),
+    "llava_v1": (VICUNA.replace("user", "human"), "USER: {} ASSISTANT:", " {}</s>"),
+    "mistral": ("", "[INST] {} [/INST]", " {} </s>"),
     "chatml": (
         "<|im_start|>system\nAnswer the questions.<|im_end|>",
         "<|im_start|>user\n{}<|im_end|><|im_start|>assistant\n",

@@ -1,16 +1,16 @@
-"""The scripts run by torchrun, as processes of their own; one that hangs says where."""
+"""The scripts as several processes, by torchrun or forked; one that hangs says where."""
 
 import os
 import signal
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
 
 import pytest
-
-ROOT = Path(__file__).resolve().parents[2]
+from forks import ROOT, Forked
 
 
 def command(processes: int, program: str, flags: str) -> list[str]:
@@ -31,8 +31,8 @@ def start(words: list[str]) -> subprocess.Popen:
     )
 
 
-def children(process: subprocess.Popen) -> list[int]:
-    """The processes that torchrun has started."""
+def children(process: subprocess.Popen | Forked) -> list[int]:
+    """The processes that torchrun, or a launcher, has started."""
     path = Path(f"/proc/{process.pid}/task/{process.pid}/children")
     return [int(pid) for pid in path.read_text().split()]
 
@@ -50,7 +50,7 @@ def kill(pids: list[int], number: int) -> None:
             os.kill(pid, number)
 
 
-def fail_with_stacks(process: subprocess.Popen, why: str) -> None:
+def fail_with_stacks(process: subprocess.Popen | Forked, why: str) -> None:
     """Of the processes that torchrun has started, in their order; its own only where there are
     none."""
     pids = children(process)
@@ -71,7 +71,7 @@ def fail_with_stacks(process: subprocess.Popen, why: str) -> None:
     pytest.fail(f"{why}: {' '.join(process.args)}\n{stdout[-3000:]}\n{stderr[-30000:]}")
 
 
-def finish(process: subprocess.Popen, seconds: float) -> subprocess.CompletedProcess:
+def finish(process: subprocess.Popen | Forked, seconds: float) -> subprocess.CompletedProcess:
     """What it leaves; after so many seconds it counts as hanging."""
     try:
         stdout, stderr = process.communicate(timeout=seconds)
@@ -80,7 +80,7 @@ def finish(process: subprocess.Popen, seconds: float) -> subprocess.CompletedPro
     return subprocess.CompletedProcess(process.args, process.returncode, stdout, stderr)
 
 
-def wait_for(done, process: subprocess.Popen, seconds: float = 120) -> None:
+def wait_for(done, process: subprocess.Popen | Forked, seconds: float = 120) -> None:
     """Until `done()`; a run that ends or takes too long before that is an error."""
     end = time.monotonic() + seconds
     while not done():
@@ -91,7 +91,8 @@ def wait_for(done, process: subprocess.Popen, seconds: float = 120) -> None:
 
 
 def launch(processes: int, program: str, flags: str) -> subprocess.CompletedProcess:
-    return finish(start(command(processes, program, flags)), 240)
+    """Forked; a program is what `command` takes."""
+    return finish(Forked(processes, program, flags.split()), 240)
 
 
 def run(processes: int, program: str, flags: str) -> subprocess.CompletedProcess:
@@ -100,9 +101,10 @@ def run(processes: int, program: str, flags: str) -> subprocess.CompletedProcess
     return done
 
 
-def killed(log: Path, words: list[str], end) -> subprocess.CompletedProcess:
+def killed(
+    log: Path, process: subprocess.Popen | Forked, end: Callable
+) -> subprocess.CompletedProcess:
     """A run of many steps that `end(process)` ends after its third step, as its log has them."""
-    process = start(words)
     wait_for(lambda: log.exists() and len(log.read_text().splitlines()) >= 3, process)
     end(process)
     return finish(process, 100)

@@ -20,7 +20,15 @@ from minialign.toy.world import (
     scene_of,
 )
 
-PAIRS = [corrupted_pair(record, 0) for record in records_of("toy", None, 600, 0, False)]
+
+def pairs(limit: int, seed: int) -> list[dict]:
+    """Corrupted pairs, of each message its text."""
+    lines = [corrupted_pair(record, seed) for record in records_of("toy", None, limit, 0, False)]
+    names = ("prompt", "chosen", "rejected")
+    return [line | {name: line[name][0]["content"] for name in names} for line in lines]
+
+
+PAIRS = pairs(600, 0)
 DESCRIPTIONS = [pair for pair in PAIRS if pair["chosen"].startswith("This is")]
 ANSWERS = [pair for pair in PAIRS if not pair["chosen"].startswith("This is")]
 
@@ -83,9 +91,9 @@ def test_as_long_as_the_chosen_one_and_never_the_same():
 
 
 def test_a_pair_follows_from_seed_and_id():
-    few = [corrupted_pair(record, 0) for record in records_of("toy", None, 20, 0, False)]
+    few = pairs(20, 0)
     assert few == PAIRS[:20]  # whatever else is made
-    other = [corrupted_pair(record, 1) for record in records_of("toy", None, 20, 0, False)]
+    other = pairs(20, 1)
     assert [pair["chosen"] for pair in other] == [pair["chosen"] for pair in few] and other != few
 
 

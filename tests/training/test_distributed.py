@@ -1,5 +1,5 @@
-"""The three scripts under torchrun, on gloo: one process, two and three give the same, whole models
-or shards."""
+"""The three scripts as several processes, on gloo: one, two and three give the same, whole models or
+shards."""
 
 import importlib
 import json
@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from forks import Forked
 from input_files import pairs_in
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
@@ -56,14 +57,14 @@ def assert_same_training(one: Path, other: Path) -> None:
 
 @pytest.fixture(scope="session")
 def alone(pairs, tmp_path_factory) -> Path:
-    """Ten steps of one process: batches of 5, of which the last of an epoch has 4."""
+    """Four steps of one process: batches of 5, of which the last of an epoch, the third, has 4."""
     out = tmp_path_factory.mktemp("alone") / "out"
     run_alone("train_dpo.py", flags_of("toy", pairs, out))
     return out
 
 
 def flags_of(model: str, pairs: str, out: Path) -> str:
-    return f"--model {model} --pairs {pairs} {SIZES} --steps 10 --eval-images 60 --out {out}"
+    return f"--model {model} --pairs {pairs} {SIZES} --steps 4 --eval-images 12 --out {out}"
 
 
 @pytest.mark.parametrize(("processes", "shard"), [(2, "none"), (2, "full"), (3, "full")])
@@ -95,10 +96,10 @@ def test_shards_in_bfloat16_are_those_of_one_process(model, pairs, tmp_path):
 @pytest.mark.parametrize(
     ("program", "flags"),
     [
-        ("sample_bdhs.py", "--limit 6 --batch-size 3 --max-new-tokens 12"),
-        ("train_dpo.py", f"--limit 6 --steps 2 {SIZES} --eval-images 8"),
-        ("train_online.py", f"--limit 6 --steps 2 {SIZES} --eval-images 0"),
-        ("minialign.rlhf.ppo", f"--limit 6 --steps 2 {SIZES} --eval-images 0"),
+        ("sample_bdhs.py", "--limit 6 --batch-size 3 --max-new-tokens 8"),
+        ("train_dpo.py", f"--limit 3 --steps 2 {SIZES} --eval-images 3"),
+        ("train_online.py", f"--limit 3 --steps 2 {SIZES} --eval-images 0"),
+        ("minialign.rlhf.ppo", f"--limit 3 --steps 2 {SIZES} --k 2 --eval-images 0"),
     ],
     ids=lambda value: value if "--" not in value else "",
 )
@@ -223,18 +224,18 @@ def test_sampling_by_three(model, tmp_path):
 def test_a_process_that_dies_ends_the_others(model, pairs, tmp_path, capsys):
     """By kill -9, as for want of memory: no hang, a line that says so, and one process goes on from
     the checkpoint."""
-    flags = f"--model {model} --pairs {pairs} {SIZES} --steps 24 --save-every 2 --eval-images 0"
+    flags = f"--model {model} --pairs {pairs} {SIZES} --steps 16 --save-every 2 --eval-images 0"
     flags += " --lr 1e-3"
     words = command(2, "train_dpo.py", f"{flags} --shard full --out {tmp_path}/two")
     done = killed(
         tmp_path / "two/metrics.jsonl",
-        words,
+        start(words),
         lambda process: os.kill(children(process)[1], signal.SIGKILL),
     )
     assert done.returncode != 0
     assert "error: another process has ended" in done.stderr and "[rank0]" not in done.stderr
     assert "(SIGKILL)" in done.stderr  # torchrun names the one that was killed
-    assert 3 <= len(rows_of(tmp_path / "two")) < 24
+    assert 3 <= len(rows_of(tmp_path / "two")) < 16
     run_alone("train_dpo.py", f"{flags} --resume --out {tmp_path}/two")
     assert "steps are done" in capsys.readouterr().out
     run_alone("train_dpo.py", f"{flags} --out {tmp_path}/one")
@@ -255,17 +256,16 @@ def test_sigterm_to_one_ends_all_after_the_same_step(model, pairs, tmp_path):
     """As a scheduler ends a job, every process hears it at another moment; here only the second one
     ever does."""
     flags = f"--model {model} --pairs {pairs} {SIZES} --steps 40 --save-every 40 --eval-images 0"
-    words = command(2, "train_dpo.py", f"{flags} --shard full --out {tmp_path}")
     done = killed(
         tmp_path / "metrics.jsonl",
-        words,
+        Forked(2, "train_dpo.py", f"{flags} --shard full --out {tmp_path}".split()),
         lambda process: os.kill(children(process)[1], signal.SIGTERM),
     )
     steps = len(rows_of(tmp_path))
-    said = f"terminated after step {steps}; --resume goes on from there"
+    said = f"ended after step {steps}; --resume goes on from there"
     assert done.returncode == 0 and 3 <= steps < 40 and done.stderr.count(said) == 1
     with safe_open(tmp_path / "checkpoint/progress.safetensors", "pt") as file:
-        assert json.loads(file.metadata()["progress"]) == {"step": steps}
+        assert json.loads(file.metadata()["progress"])["step"] == steps
 
 
 @pytest.mark.parametrize("processes", [1, 2, 3, 5, 8])
@@ -293,7 +293,7 @@ stuck(0)
 def test_a_run_that_hangs_says_where(tmp_path):
     """The stacks of all threads of both processes, which then end."""
     (tmp_path / "stuck.py").write_text(STUCK)
-    process = start(command(2, str(tmp_path / "stuck.py"), str(tmp_path)))
+    process = Forked(2, str(tmp_path / "stuck.py"), [str(tmp_path)])
     wait_for(lambda: len(list(tmp_path.glob("[01]-[01]"))) == 4, process)
     pids = children(process)
     with pytest.raises(pytest.fail.Exception) as failure:

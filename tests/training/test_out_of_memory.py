@@ -4,22 +4,26 @@ For real, under a limit on the address space (Linux), and on a GPU's error as to
 """
 
 import json
-import subprocess
+import re
+import shutil
 import sys
 from pathlib import Path
 
 import pytest
 import torch
+from forks import Forked
 from input_files import train as train_by_flags
+from online_runs import rlhf
 from script_runs import read_lines, train
-from torchruns import ROOT
+from torchruns import finish
 
 import sample_bdhs
 import train_dpo
 import train_online
-from minialign import chat
-from minialign.cli import is_out_of_memory, out_of_memory, run_main
+from minialign import annotate, chat, evaluate
+from minialign.cli import is_out_of_memory, out_of_memory, parse_config, run_main
 from minialign.errors import UserError
+from minialign.rlhf import ppo, reward_model, rloo
 from minialign.toy import world
 
 INSIDE = """
@@ -32,73 +36,60 @@ def peak():
     print("PEAK", int(line.split()[1]) * 1024, file=sys.stderr)
 atexit.register(peak)
 sys.argv = sys.argv[2:]
-sys.path.insert(0, ".")
-if sys.argv[0].endswith(".py"):
-    runpy.run_path(sys.argv[0], run_name="__main__")
-else:
-    runpy.run_module(sys.argv[0], run_name="__main__", alter_sys=True)
+runpy.run_path(sys.argv[0], run_name="__main__")
 """
 
 
-def limited(limit: int, program: str, flags: str) -> tuple[int, str, int]:
-    """Exit code, last line of stderr, and peak of the address space, of a program under a limit."""
-    words = [sys.executable, "-c", INSIDE, str(limit), program, *flags.split()]
-    done = subprocess.run(words, cwd=ROOT, capture_output=True, text=True, timeout=300)
-    assert "Traceback" not in done.stderr, done.stderr[-2000:]
-    message, peak = done.stderr.rsplit("PEAK", 1)
-    last = message.strip().splitlines()[-1] if message.strip() else ""
-    return done.returncode, last, int(peak)
+@pytest.fixture
+def limited(tmp_path):
+    """Runs a script under a limit; gives exit code, last line of stderr, and peak of the address
+    space."""
+    inside = tmp_path / "inside.py"
+    inside.write_text(INSIDE)
+
+    def limited(limit: int, script: str, flags: str) -> tuple[int, str, int]:
+        done = finish(Forked(1, str(inside), [str(limit), script, *flags.split()]), 240)
+        assert "Traceback" not in done.stderr, done.stderr[-2000:]
+        message, peak = done.stderr.rsplit("PEAK", 1)
+        last = message.strip().splitlines()[-1] if message.strip() else ""
+        return done.returncode, last, int(peak)
+
+    return limited
 
 
 @pytest.fixture
 def long_pairs(tmp_path) -> Path:
-    """48 pairs whose responses have some 250 tokens each."""
+    """12 pairs whose responses have some 130 tokens each."""
     path = tmp_path / "pairs.jsonl"
     with open(path, "w") as file:
-        for i in range(48):
+        for i in range(12):
             pair = {
                 "id": str(i),
                 "images": [world.image_name("alignment", i)],
                 "prompt": "What is there?",
             }
             texts = {
-                "chosen": "A red cup is at the top left. " * 25,
-                "rejected": "There is no cup at all. " * 30,
+                "chosen": "A red cup is at the top left. " * 13,
+                "rejected": "There is no cup at all. " * 16,
             }
             file.write(json.dumps(pair | texts) + "\n")
     return path
 
 
-# What a program is given, how many records are too many for the room left, and that room in MiB.
-PROGRAMS = {
-    "train_dpo.py": ("--pairs {pairs} --steps 1 --eval-images 0", 48, 400),
-    "minialign.rlhf.rloo": ("--max-new-tokens 200 --steps 1 --eval-images 0", 32, 400),
-    "sample_bdhs.py": ("--max-new-tokens 150 --n-bdhs 1", 96, 60),
-}
-
-
 @pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="the peak is read from /proc")
-@pytest.mark.parametrize("program", PROGRAMS)
-def test_the_remedy_works(program, model, long_pairs, tmp_path):
-    """A run of one record at a time, then one that takes more than the room left to it, then the
+def test_the_remedy_works(limited, model, long_pairs, tmp_path):
+    """A run of one record, then of 12 at a time, which take more than the room left, then the
     remedy."""
-    own, records, room = PROGRAMS[program]
-    flags = f"--model {model} {own.format(pairs=long_pairs)} --limit"
-    code, _, peak = limited(0, program, f"{flags} 1 --batch-size 1 --out {tmp_path}/small")
+    flags = f"--model {model} --pairs {long_pairs} --steps 1 --eval-images 0 --lora-rank 4"
+    code, _, peak = limited(0, "train_dpo.py", f"{flags} --limit 1 --out {tmp_path}/small")
     assert code == 0
 
-    limit, out = peak + room * 2**20, tmp_path / "large"
-    flags = f"{flags} {records} --out {out} --batch-size"
-    code, message, _ = limited(limit, program, f"{flags} {records}")
+    limit, out = peak + 100 * 2**20, tmp_path / "large"
+    flags += f" --batch-size 12 --out {out}"
+    code, message, _ = limited(limit, "train_dpo.py", flags)
     assert code == 2 and message.startswith("error: out of memory; "), message
-
-    if program == "sample_bdhs.py":
-        assert "a smaller --batch-size" in message
-        code, message, _ = limited(limit, program, f"{flags} 2")
-        assert code == 0 and len(out.read_text().splitlines()) > 50, message
-        return
     assert "--resume with --accumulate 2 or more" in message
-    code, message, _ = limited(limit, program, f"{flags} {records} --resume --accumulate 16")
+    code, message, _ = limited(limit, "train_dpo.py", f"{flags} --resume --accumulate 12")
     assert code == 0 and (out / "report.html").exists(), message
 
 
@@ -148,6 +139,21 @@ def test_remedies_are_flags_that_were_not_given():
     assert said == "out of memory; give a smaller --max-new-tokens"
 
 
+PROGRAMS = (train_dpo, train_online, sample_bdhs, rloo, ppo, reward_model, chat, annotate, evaluate)
+
+
+@pytest.mark.parametrize("program", PROGRAMS, ids=lambda program: program.__name__)
+def test_a_program_takes_the_flags_that_it_is_told(program):
+    """Each remedy's flag, and --accumulate with the number that is told."""
+    flags = re.findall(r"--[a-z-]+(?: (?:\d+|full|bfloat16))?", out_of_memory(program.Config()))
+    assert flags
+    for flag in flags:
+        number = ["1"] if flag in ("--batch-size", "--max-new-tokens") else []
+        if flag != "--out":
+            given = parse_config(program.Config, "", flag.split() + number)
+            assert given != program.Config(), flag
+
+
 def test_while_it_samples_its_own_pairs(model, tmp_path, monkeypatch):
     """Parts of a step would not help there."""
 
@@ -160,37 +166,50 @@ def test_while_it_samples_its_own_pairs(model, tmp_path, monkeypatch):
         train(model, tmp_path)
 
 
-@pytest.mark.parametrize("error", [torch.OutOfMemoryError(GPU), RuntimeError(CPU)])
+@pytest.mark.parametrize(
+    ("script", "loss", "error"),
+    [
+        (train_dpo, "dpo_loss", torch.OutOfMemoryError(GPU)),
+        (rloo, "rloo_loss", RuntimeError(CPU)),
+    ],
+    ids=["train_dpo", "rloo"],
+)
 def test_what_was_done_is_saved_and_goes_on_in_smaller_parts(
-    error, model, pairs, tmp_path, monkeypatch
+    script, loss, error, model, pairs, tmp_path, monkeypatch
 ):
-    """In the fourth step, half of which is done: the three before it are there, and the rest is the
+    """In the third step, half of which is done: the two before it are there, and the rest is the
     same."""
-    whole = train(model, tmp_path / "whole", pairs=pairs, epochs=2, lr=3e-3)
-    real, calls = train_dpo.dpo_loss, []
+
+    def run(out: str, **changes) -> list[dict]:
+        if script is rloo:
+            return rlhf("rloo", model, tmp_path / out, limit=12, k=3, **changes)
+        return train(model, tmp_path / out, pairs=pairs, lr=3e-3, **changes)
+
+    whole = run("whole")
+    real, calls = getattr(script, loss), []
 
     def failing(*given):
         calls.append(given)
-        if len(calls) == 4:
+        if len(calls) == 3:
             raise error
         return real(*given)
 
     with monkeypatch.context() as patch, pytest.raises(type(error)):
-        patch.setattr(train_dpo, "dpo_loss", failing)
-        train(model, tmp_path / "cut", pairs=pairs, epochs=2, lr=3e-3)
-    assert len(read_lines(tmp_path / "cut/metrics.jsonl")) == 3
-    flags = {"pairs": pairs, "epochs": 2, "lr": 3e-3, "accumulate": 2, "recompute": True}
-    rows = train(model, tmp_path / "cut", resume=True, **flags)
-    assert rows[:3] == whole[:3] and len(rows) == len(whole)
+        patch.setattr(script, loss, failing)
+        run("cut")
+    assert len(read_lines(tmp_path / "cut/metrics.jsonl")) == 2
+    rows = run("cut", resume=True, accumulate=2, recompute=True)
+    assert len(rows) == len(whole) > 2
     for row, also in zip(rows, whole, strict=True):
         assert row == pytest.approx(also, abs=1e-4, rel=1e-4)
+    names = row.keys() - {"time/sampling", "time/training"}
+    assert all(rows[i][name] == whole[i][name] for i in range(2) for name in names)
 
 
 @pytest.mark.parametrize("flag", ["--lr=1e-5", "--batch-size=3", "--dtype=bfloat16", "--seed=9"])
 def test_what_changes_the_gradient_is_refused(flag, undisturbed, model, pairs, tmp_path):
     config = json.loads((undisturbed / "config.json").read_text())
-    (tmp_path / "out").mkdir()
-    (tmp_path / "out/config.json").write_text(json.dumps(config))
+    shutil.copytree(undisturbed, tmp_path / "out")
     given = [
         f"--{k.replace('_', '-')}={v}"
         for k, v in config.items()
