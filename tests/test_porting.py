@@ -1,8 +1,12 @@
 """docs/bdhs_with_transformers.py finds what sample_bdhs.py finds, text by text, and the programs of
 docs/porting.md run."""
 
+import json
+import math
 import random
+import re
 import runpy
+import shlex
 import shutil
 from dataclasses import replace
 from pathlib import Path
@@ -12,12 +16,17 @@ import numpy as np
 import pytest
 import torch
 from helpers import toy_tokenizer
+from input_files import pairs_in
 from PIL import Image
 from safetensors.torch import load_file, save_file
 
+import minialign.toy.__main__
 import sample_bdhs
-from minialign.data.records import Record, instruct_record
+from minialign.align.logps import branch_logps
+from minialign.cli import parse_config
+from minialign.data.records import Record, instruct_record, pair_fields
 from minialign.edge import CHECKPOINT
+from minialign.model.masks import build_tree
 from minialign.sampling.assistant import Assistant
 from minialign.sampling.similarity import lexical_cosine
 from minialign.toy import world
@@ -176,3 +185,99 @@ def test_control_tokens_in_texts_are_refused(toy):
         record = Record("0", "a.png", [("user", question)], chosen)
         with pytest.raises(SystemExit, match="would become a control token"):
             toy.by_port(record, world.open_picture("validation-000000.png"), never, settings())
+
+
+# ---------------------------------------------------------------- docs/porting.md
+
+PAGE = (ROOT / "docs/porting.md").read_text(encoding="utf-8")
+BLOCKS = re.findall(r"```python\n(.*?)```", PAGE, re.DOTALL)
+COMMANDS = re.findall(r"```bash\n(.*?)```", PAGE, re.DOTALL)
+PROGRAMS = {"minialign.toy": minialign.toy.__main__, "sample_bdhs.py": sample_bdhs}
+
+
+def run_block(text: str) -> dict:
+    """Run the one block that has a text in it; its names."""
+    [block] = [block for block in BLOCKS if text in block]
+    names = {}
+    exec(compile(block, "docs/porting.md", "exec"), names)
+    return names
+
+
+@pytest.fixture(scope="module")
+def porters(tmp_path_factory):
+    """A copy of the project's root in which the page's commands have run."""
+    folder = tmp_path_factory.mktemp("porters")
+    for name in ("minialign", "docs"):
+        (folder / name).symlink_to(ROOT / name)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(folder)
+        for line in "".join(COMMANDS).splitlines():
+            name, *words = shlex.split(line.removeprefix("python ").removeprefix("-m "))
+            program = PROGRAMS[name]
+            program.main(parse_config(program.Config, "", words))
+        yield folder
+
+
+def test_every_block_is_run():
+    """By one of the tests below, each."""
+    assert len(BLOCKS) == 3
+
+
+def test_the_checks_of_a_port(porters):
+    assert len(run_block("Hidden tokens")["hidden"]) == 2
+
+
+@pytest.mark.filterwarnings("ignore")  # what TRL and transformers say to each other
+def test_trl_trains_on_the_pairs(porters, monkeypatch):
+    """One step: the tokens of prompts and responses, their log-probs and the loss are ours."""
+    datasets = pytest.importorskip("datasets")
+    pytest.importorskip("trl")
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", porters / "cache")
+    trainer = run_block("DPOTrainer")["trainer"]
+    assistant = Assistant.from_folder(CHECKPOINT)
+    records, logs = pairs_in(porters / "runs/pairs.jsonl"), trainer.state.log_history[0]
+    batch = trainer.data_collator([dict(row) for row in trainer.train_dataset])
+
+    means, image_id = {"chosen": 0.0, "rejected": 0.0}, assistant.tokenizer.image_id
+    for number, record in enumerate(records):
+        image = assistant.processor.prepare(world.open_picture(record.image))
+        prompt = assistant.tokenizer.prompt(record.turns)
+        place = prompt.index(image_id)
+        whole = prompt[:place] + [image_id] * len(image.packing) + prompt[place + 1 :]
+        answers = [assistant.tokenizer.response(text) for text in (record.chosen, record.rejected)]
+        for row, answer in zip((number, number + len(records)), answers, strict=True):
+            theirs = batch["input_ids"][row][batch["attention_mask"][row].bool()]
+            assert theirs.tolist() == whole + answer
+            assert int(batch["completion_mask"][row].sum()) == len(answer)
+
+        tree = build_tree([assistant.sequence(record.turns, image, answers)], image_id, 0)
+        with torch.no_grad():
+            logps = branch_logps(assistant.model, tree, assistant.encode([image]))[0]
+        for name, logp in zip(means, logps.tolist(), strict=True):
+            means[name] += logp / len(records)
+
+    assert logs["loss"] == pytest.approx(math.log(2), abs=1e-6)
+    for name, mean in means.items():
+        assert logs[f"logps/{name}"] == pytest.approx(mean, abs=1e-3)
+
+
+def test_the_pairs_for_llama_factory(porters):
+    """Read back as what they were; also where the picture stands in a later turn."""
+    path = porters / "runs/pairs.jsonl"
+    kept, talk = path.read_text("utf-8"), [("user", "Hello."), ("assistant", "Hi."), ("user", "Q")]
+    later = Record("later", "a.png", talk, "A cup.", image_turn=2)
+    line = pair_fields(later, {"chosen": "A cup.", "rejected": "A dog."})
+    with open(path, "a", encoding="utf-8") as file:
+        file.write(json.dumps(line) + "\n")
+    run_block("sharegpt.jsonl")
+    wanted = [replace(record, bdhs={}) for record in pairs_in(path)]
+    path.write_text(kept, "utf-8")
+    assert pairs_in(porters / "runs/sharegpt.jsonl") == wanted
+    assert wanted[-1].image_turn == 2 and len(wanted) == 3
+
+
+def test_llama_factory_is_told_of_the_columns():
+    """`dataset_info.json` names the fields of the lines."""
+    [text] = re.findall(r"```json\n(.*?)```", PAGE, re.DOTALL)
+    columns = json.loads(text)["bdhs"]["columns"]
+    assert set(columns) == set(columns.values()) == {"messages", "chosen", "rejected", "images"}
