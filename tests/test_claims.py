@@ -261,7 +261,7 @@ def stopped_run(model: str, pairs: str, out: Path, monkeypatch) -> None:
     "name,change,message",
     [
         ("checkpoint/data.json", None, "data.json: no such file; leave --resume out"),
-        ("checkpoint/data.json", {"pairs": 3}, "pairs or model are not those"),
+        ("checkpoint/data.json", {"pairs": 3}, "pairs, model or template are not those"),
         ("metrics.jsonl", {"step": 1}, "not the log of the 2 steps"),
         ("metrics.jsonl", None, "not the log of the 2 steps"),
     ],

@@ -23,6 +23,7 @@ from minialign.claims import claim_folder, require_own_folder, set_aside
 from minialign.cli import is_out_of_memory
 from minialign.data.prefetch import load_ahead
 from minialign.data.record_files import Records
+from minialign.data.templates import asked_form
 from minialign.errors import UserError
 from minialign.files import (
     append_lines,
@@ -117,6 +118,7 @@ def begin(config, records: Records, weights: str) -> None:
     claim_run(config)
     out = Path(config.out)
     data = {"pairs": len(records.numbers), "hash": records.file.hash(), "weights": weights}
+    data["template"] = asked_form(config.template)
     path = out / "checkpoint/data.json"
 
     def note() -> None:
@@ -124,7 +126,7 @@ def begin(config, records: Records, weights: str) -> None:
         path.parent.mkdir(exist_ok=True)
         if config.resume and (out / PROGRESS).exists():
             if read_json(path, "leave --resume out") != data:
-                message = f"pairs or model are not those that {path} was made for"
+                message = f"pairs, model or template are not those that {path} was made for"
                 raise UserError(f"--resume: {message}; leave --resume out")
         write_json(out / "config.json", asdict(config) | {"resume": False})
         write_json(path, data)

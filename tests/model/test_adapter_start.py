@@ -297,5 +297,5 @@ def test_a_run_from_a_partial_adapter_is_repeatable_and_knows_its_adapter(
     )
     refused(
         lambda: train(model, tmp_path / "x", resume=True, **flags),
-        "--resume: pairs or model are not those",
+        "--resume: pairs, model or template are not those",
     )

@@ -155,5 +155,5 @@ def test_resuming_on_other_pairs_is_refused(model, tmp_path):
     file.write_text("".join(json.dumps(row) + "\n" for row in rows))
     train(model, tmp_path / "run", pairs=str(file))
     file.write_text("".join(json.dumps(row) + "\n" for row in rows[:-1]))
-    with pytest.raises(UserError, match="pairs or model are not those"):
+    with pytest.raises(UserError, match="pairs, model or template are not those"):
         train(model, tmp_path / "run", pairs=str(file), resume=True)
