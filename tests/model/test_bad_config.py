@@ -3,6 +3,7 @@ field.
 """
 
 import json
+import math
 import shutil
 
 import pytest
@@ -36,6 +37,21 @@ CASES = [
     (CONFIG, {"text_config": {"num_attention_heads": True}}, "num_attention_heads"),
     (CONFIG, {"text_config": {"rope_scaling": "linear"}}, "rope_scaling"),
     (CONFIG, {"vision_config": {"patch_size": 0}}, "patch_size"),
+    (CONFIG, {"vision_config": {"patch_size": 97}}, "patch_size is 97; it must be at most"),
+    (CONFIG, {"vision_config": {"patch_size": 2**31}}, "patch_size is 2147483648"),
+    (
+        CONFIG,
+        {"vision_config": {"num_attention_heads": 7}},
+        "num_attention_heads is 7; it must div",
+    ),
+    (CONFIG, {"text_config": {"head_dim": 7}}, "head_dim is 7; it must be even"),
+    (CONFIG, {"text_config": {"num_key_value_heads": 3}}, "num_key_value_heads is 3; it must div"),
+    (CONFIG, {"text_config": {"head_dim": None, "num_attention_heads": 7}}, "is 7; it must divide"),
+    (CONFIG, {"text_config": {"intermediate_size": 2**64}}, "intermediate_size is 184467440737"),
+    (CONFIG, {"text_config": {"rms_norm_eps": 10**30}}, "rms_norm_eps is 1000000000"),
+    (CONFIG, {"text_config": {"rope_theta": math.nan}}, "rope_theta is nan"),
+    (CONFIG, {"text_config": {"num_hidden_layers": 10**6}}, "num_hidden_layers is 1000000"),
+    (CONFIG, {"tie_word_embeddings": "false"}, "tie_word_embeddings is 'false'"),
     (CONFIG, {"minialign_template": ["x"]}, "minialign_template"),
     ("tokenizer.json", {"added_tokens": [1]}, "added_tokens"),
 ]
