@@ -1,6 +1,8 @@
 """The one exception for bad input; `cli.run_main` turns it into one line and exit code 2."""
 
-LONGEST = 1000  # letters of a message: what is read may be a name of megabytes
+import re
+
+LONGEST = 1000  # letters of a message, and 200 of a word: what is read may be of megabytes
 
 
 class UserError(Exception):
@@ -9,6 +11,7 @@ class UserError(Exception):
     def __init__(self, message: str):
         # What a file holds may stand in the message: no line breaks and no terminal codes of its
         # making.
+        message = re.sub(r"\S{201,}", lambda word: f"{word[0][:100]}...{word[0][-100:]}", message)
         if len(message) > LONGEST:  # the place stands at its head, the remedy at its end
             message = f"{message[: LONGEST // 2]} ... {message[-LONGEST // 2 :]}"
         super().__init__("".join(c if c.isprintable() else " " for c in message))

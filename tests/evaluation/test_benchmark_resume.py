@@ -245,7 +245,7 @@ def test_settings_bind_a_folder_from_its_first_answer_on(flags, tmp_path):
     argv, out = list(flags["pope"]), tmp_path / "out"
     argv[argv.index("--images") + 1] = tmp_path / "empty"
     refused(lambda: run(*argv, "--out", out), "no such file")
-    assert not out.exists()
+    assert not contents(out)
     assert run(*flags["pope"], "--out", out)["answered"] == 12
     assert json.loads((out / "config.json").read_text())["images"] == str(flags["pope"][3])
 

@@ -270,7 +270,7 @@ def test_a_wrong_adapter_costs_nothing(model, pairs, tmp_path):
     before = contents(tmp_path / "out")
     for adapter, message in (
         (tmp_path / "none", "adapter_config.json"),
-        (tmp_path / "out" / "adapter", "overwritten"),
+        (tmp_path / "out" / "adapter", "which is read"),
     ):
         flags = {"adapter": str(adapter), "reference": "base"}
         refused(lambda f=flags: train(model, tmp_path / "out", pairs=pairs, limit=6, **f), message)

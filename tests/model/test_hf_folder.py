@@ -207,7 +207,7 @@ def test_dtype_of_the_loaded_model(written_llava, case, expected):
 def test_what_is_written_is_what_transformers_reads(
     oracle, written_llava, llava_state, tmp_path, case, dtype
 ):
-    model, out = load_model(written_llava), tmp_path / "deep" / "out"
+    model, out = load_model(written_llava), tmp_path / "out"
     save_model(model.state_dict(), model.config.raw, written_llava, out, dtype)
     kind = oracle.transformers.LlavaForConditionalGeneration
     again, info = kind.from_pretrained(out, dtype=torch.float32, output_loading_info=True)

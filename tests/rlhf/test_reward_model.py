@@ -168,8 +168,9 @@ def test_without_pairs_it_learns_from_rule_corrupted_ones(model, tmp_path):
 
 
 def test_pictures_of_ones_own_need_pairs(model, tmp_path):
-    message = "--pairs is missing; make one with sample_bdhs.py"
-    refused(lambda: train_reward(model, tmp_path / "out", images=str(tmp_path)), message)
+    message, images = "--pairs is missing; make one with sample_bdhs.py", tmp_path / "images"
+    images.mkdir()
+    refused(lambda: train_reward(model, tmp_path / "out", images=str(images)), message)
     assert not (tmp_path / "out").exists()
 
 

@@ -16,7 +16,7 @@ from minialign.data.collate import StepLoader
 from minialign.model.llava import Llava
 from minialign.rlhf import reward_model
 from minialign.rlhf.scorers import HEAD_FILE
-from minialign.training.progress import passed_kl_stop
+from minialign.training.progress import hash_of, passed_kl_stop
 
 METHODS = tuple(RLHF)
 RATES = {"rloo": 4e-3, "ppo": 1e-3}  # ppo makes four updates where rloo makes one
@@ -149,7 +149,8 @@ def test_kl_stop_ends_the_run_and_a_resumed_one(model, tmp_path, method, capsys)
     assert reason.startswith(f"step {len(rows)}: a KL of ") and "above --kl-stop 0.5" in reason
     assert f"ended early, {reason}" in capsys.readouterr().out
     with safe_open(out / "checkpoint/progress.safetensors", "pt") as file:  # saved there and then
-        assert json.loads(file.metadata()["progress"]) == {"step": len(rows)}
+        note = json.loads(file.metadata()["progress"])
+        assert note == {"step": len(rows), "log": hash_of(rows)}
     weights = weights_of(out)
     assert rlhf(method, model, out, resume=True, **flags) == rows and weights_of(out) == weights
     assert not (out / "checkpoint/.progress.partial").exists()
@@ -184,7 +185,7 @@ BAD = [
     ("rloo", "--kl-stop 0", "--kl-stop 0.0: above 0"),
     ("rloo", "--beta -1", "--beta -1.0: 0 or more"),
     ("rloo", "--max-new-tokens 0", "--max-new-tokens 0: at least 1"),
-    ("rloo", "--images .", "--data is missing; name a file of records or pairs"),
+    ("rloo", "--images .", "--reward oracle: knows the embedded world alone"),
     ("ppo", "--k 0", "--k 0: at least 1"),
     ("ppo", "--updates 0", "--updates 0: at least 1"),
     ("ppo", "--ratio-clip 0", "--ratio-clip 0.0: above 0"),

@@ -41,16 +41,17 @@ def test_without_pairs_they_are_sampled_first(model, tmp_path, monkeypatch):
     a, b = contents(tmp_path / "a"), contents(tmp_path / "b")
     different = {name for name in a if a[name] != b[name]}
     assert a.keys() == b.keys() and different == {"config.json", "pairs.jsonl.config.json"}
-    # A new run of the same settings takes the pairs that are there.
-    train(model, tmp_path / "b", **knobs)
-    assert contents(tmp_path / "b") == b and sum(map(len, calls)) == 1
-    with pytest.raises(UserError, match="of another seed, which was 0 and is 1 now; name another"):
-        train(model, tmp_path / "b", seed=1, **knobs)
-    assert contents(tmp_path / "b") == b  # nothing of the run before is lost
-    with open(tmp_path / "b" / "pairs.jsonl", "a") as file:
-        file.write("rubbish\n")
-    before = (tmp_path / "b" / "pairs.jsonl").read_bytes()
-    # What it did not write it does not remove.
-    with pytest.raises(UserError, match="another --out"):
-        train(model, tmp_path / "b", **knobs)
-    assert (tmp_path / "b" / "pairs.jsonl").read_bytes() == before
+    # A new run begins with pairs of its own, and nothing of the run before is lost.
+    train(model, tmp_path / "b", seed=1, **knobs)
+    assert contents(tmp_path / "b.1") == b and contents(tmp_path / "b") != b
+
+
+def test_pairs_that_it_did_not_sample_are_not_gone_on_with(model, tmp_path):
+    """As those of a stopped run whose file somebody has written into."""
+    (tmp_path / "b").mkdir()
+    (tmp_path / "b/.minialign").write_text("train_dpo\n")
+    (tmp_path / "b/pairs.jsonl").write_text("rubbish\n")
+    before = contents(tmp_path / "b")
+    with pytest.raises(UserError, match="no such file; name another --out"):
+        train(model, tmp_path / "b", limit=2)
+    assert contents(tmp_path / "b") == before
