@@ -8,6 +8,7 @@ import re
 import runpy
 import shlex
 import shutil
+import sys
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -187,6 +188,41 @@ def test_control_tokens_in_texts_are_refused(toy):
             toy.by_port(record, world.open_picture("validation-000000.png"), never, settings())
 
 
+def test_the_program_prints_a_rejected_response(toy, tmp_path, monkeypatch, capsys):
+    """From a command line; the sentence encoder, which takes long to load, is a stand-in."""
+
+    class Encoder:
+        def __init__(self, folder):
+            assert folder == "ENCODER"
+
+        def encode(self, texts):
+            return torch.tensor([[float(len(text))] for text in texts])
+
+        def similarity(self, first, second):
+            return torch.tensor([[0.25]]) if first != second else torch.tensor([[1.0]])
+
+    monkeypatch.setitem(
+        sys.modules, "sentence_transformers", SimpleNamespace(SentenceTransformer=Encoder)
+    )
+    record = toy_record(2)
+    picture = world.open_picture(record.image)
+    picture.save(tmp_path / "picture.png")
+    flags = "--temperature 0 --rho-th 0.7 --n-bdhs 2 --max-new-tokens 12 --encoder ENCODER --seed 4"
+    words = [str(CHECKPOINT), str(tmp_path / "picture.png"), record.turns[0][1], record.chosen]
+    monkeypatch.setattr(sys, "argv", ["bdhs_with_transformers.py", *words, *flags.split()])
+    PORT.main()
+
+    # In the type of the weights, float16.
+    model = type(toy.model).from_pretrained(CHECKPOINT)
+    pixels = toy.processor(picture, return_tensors="pt")
+    with torch.no_grad():
+        features = model.get_image_features(pixels.pixel_values.half()).pooler_output[0]
+    config = SimpleNamespace(**vars(settings()) | {"template": PORT.TEMPLATE})
+    pair = (features, record.turns[0][1], record.chosen)
+    text, iterations, _ = PORT.bdhs(model, toy.tokenizer, *pair, never, [4, 5], config)
+    assert capsys.readouterr().out == f"{text} {iterations} 0.25\n"
+
+
 # ---------------------------------------------------------------- docs/porting.md
 
 PAGE = (ROOT / "docs/porting.md").read_text(encoding="utf-8")
@@ -281,3 +317,44 @@ def test_llama_factory_is_told_of_the_columns():
     [text] = re.findall(r"```json\n(.*?)```", PAGE, re.DOTALL)
     columns = json.loads(text)["bdhs"]["columns"]
     assert set(columns) == set(columns.values()) == {"messages", "chosen", "rejected", "images"}
+
+
+@torch.no_grad()
+def test_the_traps_of_masks_are_there(oracle):
+    """What the page says of transformers, on a random picture that is hidden whole."""
+    auto = oracle.transformers.AutoModelForImageTextToText
+    models = {}
+    for name in ("sdpa", "eager"):
+        options = {"dtype": torch.float32, "attn_implementation": name}
+        models[name] = auto.from_pretrained(CHECKPOINT, **options).eval()
+    image = models["sdpa"].config.image_token_id
+    ids = [1, 368, 286, *[image] * 36, 15, 296, 544, 371]
+    features, visible = torch.randn(36, 128), torch.zeros(36).bool()
+    seen = torch.tensor(ids) != image
+    embeddings, positions = (
+        models["sdpa"].get_input_embeddings()(torch.tensor(ids)),
+        torch.arange(len(ids)),
+    )
+    embeddings[~seen] = features
+    wanted = PORT.next_logits(models["sdpa"], ids, features, visible)
+
+    def wrong(logits) -> bool:
+        return not torch.allclose(logits, wanted, atol=0.1)
+
+    # Right: eager attention with the same mask, a 2D mask with positions, no hidden tokens at all.
+    assert not wrong(PORT.next_logits(models["eager"], ids, features, visible))
+    whole = {"inputs_embeds": embeddings[None], "position_ids": positions[None]}
+    assert not wrong(models["sdpa"](**whole, attention_mask=seen[None].long()).logits[0, -1])
+    left = {"inputs_embeds": embeddings[None, seen], "position_ids": positions[None, seen]}
+    ones = torch.ones(1, int(seen.sum()))
+    assert not wrong(models["sdpa"](**left, attention_mask=ones, use_cache=False).logits[0, -1])
+
+    # Wrong: without a mask, of True and False, and as `generate` counts positions.
+    assert wrong(models["sdpa"](**left, use_cache=False).logits[0, -1])
+    allowed = (seen & torch.ones(len(ids), len(ids)).tril().bool())[None, None]
+    assert wrong(models["eager"](**whole, attention_mask=allowed).logits[0, -1])
+    options = {"max_new_tokens": 1, "output_logits": True, "return_dict_in_generate": True}
+    generated = models["sdpa"].generate(
+        inputs_embeds=embeddings[None], attention_mask=seen[None].long(), **options
+    )
+    assert wrong(generated.logits[0][0])
