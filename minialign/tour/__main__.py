@@ -45,7 +45,7 @@ class Config:
     out: str = "tour.html"  # page to write, or drawing (.svg)
     scene: int = 78  # number of the picture, of the validation split; this one shows DPO well
     pairs: int = 320  # pictures of which DPO gets pairs
-    steps: int = 40  # of DPO
+    steps: int = 40  # steps of the short DPO run
     seed: int = 0  # everything that is drawn follows from it
 
 
