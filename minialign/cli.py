@@ -13,8 +13,7 @@ from collections.abc import Callable
 
 from safetensors import SafetensorError
 
-from minialign.errors import UserError
-from minialign.files import remedy_of
+from minialign.errors import UserError, remedy_of
 
 
 def parse_config(

@@ -15,3 +15,15 @@ class UserError(Exception):
         if len(message) > LONGEST:  # the place stands at its head, the remedy at its end
             message = f"{message[: LONGEST // 2]} ... {message[-LONGEST // 2 :]}"
         super().__init__("".join(c if c.isprintable() else " " for c in message))
+
+
+def remedy_of(error: Exception) -> str:
+    """What helps against an error of files, by its cause."""
+    text = str(error)
+    if "No space left" in text or "quota" in text.lower():
+        return "make room for it, or name another place"
+    if isinstance(error, PermissionError) or "Read-only" in text:
+        return "allow it, or name another place"
+    if isinstance(error, FileNotFoundError):
+        return "put it back, or name another place"
+    return "mend it, or name another place"

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from minialign.errors import UserError
+from minialign.errors import UserError, remedy_of
 
 
 def write_whole(path: Path, text: str) -> None:
@@ -27,18 +27,6 @@ def write_whole(path: Path, text: str) -> None:
 def not_written(path: Path, error: OSError) -> UserError:
     """What a disk without room, or without permission, is to the user."""
     return UserError(f"{path}: cannot be written ({error}); {remedy_of(error)}")
-
-
-def remedy_of(error: Exception) -> str:
-    """What helps against an error of files, by its cause."""
-    text = str(error)
-    if "No space left" in text or "quota" in text.lower():
-        return "make room for it, or name another place"
-    if isinstance(error, PermissionError) or "Read-only" in text:
-        return "allow it, or name another place"
-    if isinstance(error, FileNotFoundError):
-        return "put it back, or name another place"
-    return "mend it, or name another place"
 
 
 @contextmanager
