@@ -68,7 +68,7 @@ from minialign.training.optimizer import (
 )
 from minialign.training.outputs import report_pairs, save_results, save_weights
 from minialign.training.parallel import sum_across_ranks, sum_gradients_across_ranks, unsharded
-from minialign.training.progress import TrainingLog, begin, claim_run, require_run_folder
+from minialign.training.progress import TrainingLog, begin, require_run_folder
 
 # What stands for a flag that is not given: the paper's value (App. A), and the toy model's, which
 # was chosen on validation images.
@@ -262,13 +262,11 @@ def main(config: Config) -> None:
 
     # The records: with a stored y- where one is wanted; a gamma of 0 gives it no weight.
     stored = ("rejected",) if config.method == "mixed-dpo" or config.gamma else ()
-    data = config.data
-    if data is None and stored:
-        data = str(sample_bdhs.sample_for(config, out))
-    elif data is None:
-        claim_run(config)
-        data = str(out / "data.json")
-        parallel.on_rank0(lambda: edge.write_records(Path(data), config.limit))
+    if config.data is None and stored:
+        sampled = sample_bdhs.sample_for(config, out)
+        records = open_records(str(sampled), "--data", config.format, "give records or pairs")
+    else:
+        records = edge.training_records(config)
 
     # The policy: a LLaVA with LoRA adapters and a trainable copy of its projector. At first names,
     # shapes and types alone (torch's meta device), no memory yet.
@@ -287,7 +285,6 @@ def main(config: Config) -> None:
         rejected=stored,
         device=config.device,
     )
-    records = open_records(data, "--data", config.format, "give records or pairs")
     records = usable_pairs(
         records, collate.check, config.limit, config.seed, config.skip_bad_records
     )

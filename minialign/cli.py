@@ -187,9 +187,10 @@ def run_main(
     processes ends without Python's own tidying up, in which torch's threads may abort it.
     """
     # Where nobody listens, nothing is said; a terminal without the letters shows their codes.
-    sys.stdout, sys.stderr = (
-        open(os.devnull, "w") if stream is None else stream for stream in (sys.stdout, sys.stderr)
-    )
+    if sys.stdout is None:
+        sys.stdout = open(os.devnull, "w")
+    if sys.stderr is None:
+        sys.stderr = open(os.devnull, "w")
     for stream in (sys.stdout, sys.stderr):
         stream.reconfigure(errors="backslashreplace")
 

@@ -275,15 +275,24 @@ def test_a_tampered_run_does_not_go_on(model, pairs, tmp_path, monkeypatch, name
     refused(lambda: train(model, tmp_path / "out", pairs=pairs, save_every=1, resume=True), message)
 
 
-@pytest.mark.parametrize("note", ["", "{", "[]", '{"step": 1}', '{"step": "x", "log": ""}', "7"])
-def test_a_tampered_note_in_a_checkpoint(model, pairs, tmp_path, monkeypatch, note):
+@pytest.mark.parametrize(
+    "note,message",
+    [
+        *((note, "does not say which step it is of") for note in ("", "{", "[]", "7", "[" * 10**5)),
+        ('{"step": 1}', "log is missing"),
+        ('{"step": "x", "log": ""}', "step is 'x'; it must be a whole number"),
+        ('{"step": Infinity, "log": ""}', "step is inf; it must be a whole number"),
+    ],
+    ids=range(8),
+)
+def test_a_tampered_note_in_a_checkpoint(model, pairs, tmp_path, monkeypatch, note, message):
     from safetensors.torch import load_file, save_file
 
     stopped_run(model, pairs, tmp_path / "out", monkeypatch)
     path = tmp_path / "out/checkpoint/progress.safetensors"
     save_file(load_file(path), path, {"progress": note})
-    message = "does not say which step it is of"
-    refused(lambda: train(model, tmp_path / "out", pairs=pairs, save_every=1, resume=True), message)
+    flags = {"pairs": pairs, "save_every": 1, "resume": True}
+    refused(lambda: train(model, tmp_path / "out", **flags), path, message)
 
 
 def test_a_diverging_last_step_leaves_no_weights(pairs, tmp_path):
@@ -307,6 +316,7 @@ def test_a_diverged_checkpoint_is_not_written(model, pairs, tmp_path, monkeypatc
 
     monkeypatch.setattr(progress, "whole", diverged)
     flags = {"pairs": pairs, "save_every": 1, "batch_size": 2}
-    refused(lambda: train(model, tmp_path / "out", **flags), "is not finite behind step 2, and")
+    said = ("step 2: ", " holds NaN, infinity", "; what was saved before it stays")
+    refused(lambda: train(model, tmp_path / "out", **flags), *said)
     monkeypatch.undo()
     train(model, tmp_path / "out", resume=True, **flags)

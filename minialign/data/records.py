@@ -15,6 +15,7 @@ from typing import Literal
 
 from minialign.data.tokenizer import Turn
 from minialign.errors import UserError
+from minialign.fields import shown
 
 # What stands in a text for the picture, in LLaVA's data and in what follows it.
 PLACEHOLDER = "<image>"
@@ -72,11 +73,6 @@ def require_different(record: Record, name: str = "rejected") -> None:
 
 
 # ---------------------------------------------------------------- fields
-
-
-def shown(value: object) -> str:
-    """The beginning of a value, for a message."""
-    return repr(value)[:60] if not isinstance(value, str) else repr(value[:60])
 
 
 def value_of(raw: object, name: str, kind: type, what: str):

@@ -12,7 +12,7 @@ from tokenizers import Tokenizer as FastTokenizer
 
 from minialign.data.templates import CONTROL
 from minialign.errors import UserError
-from minialign.fields import read_fields, whole
+from minialign.fields import read_fields, shortened, whole
 from minialign.files import read_json
 from minialign.model.llava import LlavaConfig
 
@@ -30,7 +30,8 @@ def sound(where: object) -> Iterator[None]:
     except (KeyboardInterrupt, SystemExit, MemoryError):
         raise
     except BaseException as error:  # a bare Exception; and none where its Rust code panics
-        message = f"not a tokenizer that works ({error}); download the folder again"
+        reason = shortened(str(error))
+        message = f"not a tokenizer that works ({reason}); download the folder again"
         raise UserError(f"{where}: {message}") from None
 
 

@@ -5,6 +5,7 @@ preprocessor_config.json. `NAMES` is the whole mapping between Hugging Face's ke
 """
 
 import hashlib
+import json
 import re
 import shutil
 from collections.abc import Callable, Iterator
@@ -141,6 +142,21 @@ def read_tensors(file: Path) -> Iterator[tuple[str, Tensor]]:
                     f"{file}: {shortened(key)}", tensor, "download or make the file again"
                 )
             yield key, tensor
+
+
+def read_note(file: Path, name: str, problem: str) -> dict:
+    """The JSON object that stands in a safetensors file's metadata under a name; where there is
+    none, or a damaged one, `problem` says what that means, and the remedy.
+    """
+    with opened(file) as tensors:
+        noted = (tensors.metadata() or {}).get(name, "")
+    try:
+        note = json.loads(noted)
+    except (ValueError, RecursionError):
+        note = None
+    if not isinstance(note, dict):
+        raise UserError(f"{file}: {problem}")
+    return note
 
 
 def keys_of(file: Path, tensors) -> Iterator[str]:

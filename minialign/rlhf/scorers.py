@@ -23,7 +23,7 @@ from minialign.cli import require
 from minialign.data.records import Record
 from minialign.errors import UserError
 from minialign.fields import number, read_fields
-from minialign.model.hf_folder import check_tensors, opened, read_tensors
+from minialign.model.hf_folder import check_tensors, read_note, read_tensors
 from minialign.model.masks import build_tree
 from minialign.model.scalar_head import branch_rewards, set_head
 from minialign.rlhf.rewards import Whitening
@@ -90,15 +90,8 @@ def read_head(path: Path, size: int) -> tuple[Tensor, Whitening]:
     tensors = dict(read_tensors(path))
     shapes = {name: tensor.shape for name, tensor in tensors.items()}
     check_tensors(path, {"weight": torch.Size((1, size))}, shapes)
-    with opened(path) as file:
-        noted = (file.metadata() or {}).get("whitening", "")
-    try:
-        facts = json.loads(noted)
-    except (ValueError, RecursionError):
-        facts = None
-    if not isinstance(facts, dict):
-        message = "says no mean and standard deviation of its rewards; train it anew"
-        raise UserError(f"{path}: {message}")
+    problem = "says no mean and standard deviation of its rewards; train it anew"
+    facts = read_note(path, "whitening", problem)
     facts = read_fields(path, facts, {"mean": number(-1e30, 1e30), "std": number(1e-30, 1e30)})
     return tensors["weight"].float(), Whitening(facts["mean"], facts["std"])
 

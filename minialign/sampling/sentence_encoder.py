@@ -21,6 +21,7 @@ import torch.nn.functional as F
 from tokenizers import Tokenizer, normalizers
 from torch import Tensor, nn
 
+from minialign.data.tokenizer_file import sound
 from minialign.errors import UserError
 from minialign.fields import (
     ANYTHING,
@@ -30,7 +31,6 @@ from minialign.fields import (
     one_of,
     path_below,
     read_fields,
-    shortened,
     shown,
     text,
     whole,
@@ -220,7 +220,8 @@ class SentenceEncoder:
         embeddings = weight.new_empty(len(texts), weight.shape[1])  # (N, D)
         for start in range(0, len(texts), batch_size):
             batch = slice(start, start + batch_size)
-            rows = self.tokenizer.encode_batch(texts[batch])
+            with sound("the encoder's tokenizer.json fails on a text"):
+                rows = self.tokenizer.encode_batch(texts[batch])
             ids = torch.tensor([row.ids for row in rows], device=weight.device)  # (B, T)
             keep = torch.tensor([row.attention_mask for row in rows], device=weight.device).bool()
             hidden = self.encoder(ids, keep)  # (B, T, D)
@@ -287,16 +288,12 @@ def read_config(path: Path) -> EncoderConfig:
 def read_tokenizer(folder: Path, config: EncoderConfig) -> Tokenizer:
     """Read `tokenizer.json`, with the truncation of `sentence_bert_config.json`, not its own."""
     path = folder / "tokenizer.json"
-    try:
+    with sound(path):
         tokenizer = Tokenizer.from_file(str(path))
         tokenizer.no_truncation()
         tokenizer.no_padding()
         special = tokenizer.num_special_tokens_to_add(is_pair=False)
         ids = [*tokenizer.get_vocab().values(), *tokenizer.encode("a").ids]
-    except KeyboardInterrupt:
-        raise
-    except BaseException as error:  # the library raises bare exceptions, or panics, which is none
-        raise unusable(path, f"not readable as a tokenizer ({shortened(str(error))})") from None
     if max(ids, default=0) >= config.vocab_size:
         raise unusable(path, f"has ids up to {max(ids)}, config.json {config.vocab_size} in all")
 

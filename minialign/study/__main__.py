@@ -35,6 +35,7 @@ from minialign.study.findings import judge
 from minialign.study.page import SHOWN, write_study
 from minialign.study.rows import EXPORT, HELD, HELD_OUT, LAST, PAID, REWARD_MODELS, ROWS
 from minialign.toy.world import TOY_RECORDS
+from minialign.training.progress import PROGRESS
 
 SCRIPTS = Path(__file__).resolve().parents[2]
 
@@ -73,7 +74,7 @@ def run_commands(commands: list[str], row: str, seed: int, config: Config) -> Pa
         program, *flags = (word.format(**places) for word in command.split())
         out = flags[1]
         if not Path(out + LAST[f"{program} {flags[0]}"]).exists():
-            begun = Path(out, "checkpoint/progress.safetensors").exists()
+            begun = Path(out, PROGRESS).exists()
             run(program, flags + ["--resume"] * begun)
     return Path(out)
 

@@ -12,6 +12,9 @@ from minialign.model.llava import Llava
 from minialign.model.lora import trainable_groups
 from minialign.training.parallel import full
 
+# What helps where training has diverged.
+BEGIN_ANEW = "begin anew with a lower --lr or a longer --warmup in another --out"
+
 
 def make_optimizer(policy: Llava, lr: float, projector_lr: float) -> torch.optim.AdamW:
     """AdamW on what is trained; each group keeps its peak rate as `peak`."""
@@ -41,8 +44,7 @@ def require_finite(step: int, loss: float, grad_norm: float) -> None:
     """Refuse to learn from a loss or a gradient that is none: the weights stay as they were."""
     if not (math.isfinite(loss) and math.isfinite(grad_norm)):
         found = f"step {step + 1}: loss {loss}, gradient norm {grad_norm}"
-        remedy = "begin anew with a lower --lr or a longer --warmup in another --out"
-        raise UserError(f"{found}; what was saved before it stays; {remedy}")
+        raise UserError(f"{found}; what was saved before it stays; {BEGIN_ANEW}")
 
 
 def batches_of_epoch(

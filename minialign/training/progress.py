@@ -25,6 +25,8 @@ from minialign.data.prefetch import load_ahead
 from minialign.data.record_files import Records
 from minialign.data.templates import asked_form
 from minialign.errors import UserError
+from minialign.fields import read_fields, text
+from minialign.fields import whole as whole_number
 from minialign.files import (
     append_lines,
     read_json,
@@ -33,10 +35,15 @@ from minialign.files import (
     write_json,
     write_whole,
 )
-from minialign.model.hf_folder import check_tensors, opened, read_tensors
+from minialign.model.hf_folder import (
+    check_tensors,
+    read_note,
+    read_tensors,
+    require_finite,
+)
 from minialign.model.llava import Llava
 from minialign.model.lora import adapter_state
-from minialign.training.optimizer import trained_parameters
+from minialign.training.optimizer import BEGIN_ANEW, trained_parameters
 from minialign.training.parallel import (
     fill_in,
     gather,
@@ -48,6 +55,7 @@ from minialign.training.parallel import (
 )
 
 PROGRESS = "checkpoint/progress.safetensors"  # in --out
+NOTE = {"step": whole_number(1, 2**62), "log": text()}  # in its metadata
 ENDING = (signal.SIGTERM, signal.SIGINT)  # a scheduler's, and Ctrl-C
 # In the progress bar, where they were logged.
 SHOWN = (
@@ -273,11 +281,9 @@ def save_progress(
 
     def write() -> None:
         """By one process, while the others wait."""
+        remedy = f"what was saved before it stays; {BEGIN_ANEW}"
         for name, tensor in tensors.items():
-            if not tensor.isfinite().all():
-                message = f"{name} is not finite behind step {len(rows)}"
-                remedy = "begin anew with a lower --lr or a longer --warmup in another --out"
-                raise UserError(f"{message}, and what was saved before it stays; {remedy}")
+            require_finite(f"step {len(rows)}: {name}", tensor, remedy)
         partial = path.with_name(f".{path.name}.partial")
         note = {"step": len(rows), "log": hash_of(rows)}
         save_file(tensors, partial, {"progress": json.dumps(note)})
@@ -316,11 +322,6 @@ def load_progress(path: Path, model: Llava, optimizer: torch.optim.Optimizer) ->
     check_tensors(path, wanted_shapes, found_shapes)
     for name, tensor in wanted.items():
         fill_in(tensor, found[name])
-    with opened(path) as file:
-        noted = (file.metadata() or {}).get("progress", "")
-    try:
-        note = json.loads(noted)
-        return int(note["step"]), str(note["log"])
-    except (ValueError, TypeError, KeyError):
-        message = f"does not say which step it is of, but {noted[:40]!r}"
-        raise UserError(f"{path}: {message}; leave --resume out and name another --out") from None
+    problem = "does not say which step it is of; leave --resume out and name another --out"
+    note = read_fields(path, read_note(path, "progress", problem), NOTE)
+    return note["step"], note["log"]

@@ -15,6 +15,7 @@ from encoder_folders import (
     make_tokenizer,
     set_fields,
 )
+from helpers import refused
 from safetensors.torch import load_file, save_file
 
 from minialign.sampling.sentence_encoder import SentenceEncoder, relative_buckets
@@ -182,3 +183,15 @@ def test_folder_settings_are_followed(encoder_folder):
     newer = '{"embedding_dimension": 1, "pooling_mode": "cls"}'
     (folder / "1_Pooling" / "config.json").write_text(newer)
     assert SentenceEncoder.from_folder(folder).pooling == "cls"
+
+
+def test_a_tokenizer_that_fails_on_a_text_is_one_line(encoder_folder):
+    """tokenizers panics by what is no `Exception`."""
+    encoder = SentenceEncoder.from_folder(encoder_folder[0])
+
+    class Panics:
+        def encode_batch(self, texts):
+            raise BaseException("panicked")
+
+    encoder.tokenizer = Panics()
+    refused(lambda: encoder.embed(["a"]), "tokenizer.json fails on a text", "panicked")
