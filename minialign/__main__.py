@@ -10,6 +10,7 @@ python -m minialign.chat                   ask about a picture, or score an answ
 python -m minialign.evaluate               CHAIR, POPE, and answers for LLaVA-Bench and MMHal-Bench
 python -m minialign.annotate               how good an annotator is; pairs that one has ranked
 python -m minialign.toy                    the embedded world as files, its checkpoint anew
+python -m minialign.tour                   BDHS and DPO on one picture: a page in eight stations
 python -m minialign.study                  the comparison of all methods on the embedded world
 
 Without flags they run on the embedded world; the training programs, the sampler among them, also
