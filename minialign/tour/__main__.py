@@ -212,7 +212,9 @@ def measure(config: Config, run: Path) -> Tour:
 def main(config: Config) -> None:
     """Train, measure, draw."""
     require_new_file(config)
-    require_at_least(config, pairs=1, steps=1)
+    require_at_least(config, scene=0, pairs=1, steps=1)
+    even = config.scene % 2 == 0 and config.scene < 10**9
+    require(even, f"--scene {config.scene}: an even number below 10^9; others ask for Yes or No")
     require_seed(config.seed)
     there = (SCRIPTS / "train_dpo.py").is_file()
     require(there, f"{SCRIPTS}: no train_dpo.py; start the tour in a checkout of minialign")

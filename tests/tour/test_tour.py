@@ -228,9 +228,9 @@ def test_the_command_writes_what_its_name_says(tmp_path, monkeypatch, tour, name
 
 
 @pytest.mark.parametrize("number", [-2, 7, 10**9])
-def test_a_scene_that_is_none_is_refused(number):
+def test_a_scene_that_is_none_is_refused_before_anything_is_done(tmp_path, number):
     with pytest.raises(UserError, match="--scene"):
-        facts.subject_of(toy_assistant(), number)
+        main(Config(out=str(tmp_path / "tour.html"), scene=number))
 
 
 def test_a_training_that_fails_is_told(tmp_path):
