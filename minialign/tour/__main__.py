@@ -8,11 +8,14 @@ included, whose pairs are of other pictures. Differs from a real run in size alo
 fewer steps.
 """
 
+import os
 import subprocess
 import sys
 import tempfile
 from dataclasses import dataclass, replace
 from pathlib import Path
+
+import torch
 
 from minialign import edge
 from minialign.claims import require_new_file
@@ -158,8 +161,13 @@ def train(config: Config, out: Path) -> None:
     """A short run of train_dpo.py on BDHS pairs of its own."""
     flags = ["--limit", config.pairs, "--steps", config.steps, "--seed", config.seed]
     command = ["train_dpo.py", *map(str, flags), "--eval-images", "0", "--out", str(out)]
-    command_line = [sys.executable, *command]
-    done = subprocess.run(command_line, cwd=SCRIPTS, stdout=subprocess.DEVNULL, check=False)
+    done = subprocess.run(
+        [sys.executable, *command],
+        cwd=SCRIPTS,
+        env=os.environ | {"OMP_NUM_THREADS": "1"},  # as in `main`
+        stdout=subprocess.DEVNULL,
+        check=False,
+    )
     if done.returncode:
         raise UserError(f"{' '.join(command)} ended with exit code {done.returncode}; see above")
 
@@ -212,10 +220,13 @@ def measure(config: Config, run: Path) -> Tour:
 def main(config: Config) -> None:
     """Train, measure, draw."""
     require_new_file(config)
-    require_at_least(config, pairs=1, steps=1)
+    require_at_least(config, scene=0, pairs=1, steps=1)
+    even = config.scene % 2 == 0 and config.scene < 10**9
+    require(even, f"--scene {config.scene}: an even number below 10^9; others ask for Yes or No")
     require_seed(config.seed)
     there = (SCRIPTS / "train_dpo.py").is_file()
     require(there, f"{SCRIPTS}: no train_dpo.py; start the tour in a checkout of minialign")
+    torch.set_num_threads(1)  # the model is tiny: on a busy machine a second thread costs minutes
     sys.path.append(str(SCRIPTS))  # for sample_bdhs, wherever this was started
 
     with tempfile.TemporaryDirectory() as folder:

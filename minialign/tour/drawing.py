@@ -1,18 +1,22 @@
-"""The tour's figures: pictures under a mask, bars, a token tree and its attention matrix.
+"""The tour's figures: pictures under a mask, texts with what is false in them, bars, a token tree
+and its attention matrix.
 
 Everything is HTML or SVG text without a script; names of tokens appear where one points or taps.
 """
 
 import base64
 import io
+import re
 
 from PIL import Image
 from torch import Tensor
 
-from minialign.evaluation.report import ReportPair, escape, marked, shown_picture
+from minialign.evaluation.report import WORD, ReportPair, escape, marked, shown_picture
 from minialign.model.masks import TRUNK, TokenTree, dense_mask
-from minialign.tour.facts import Subject, false_words
-from minialign.toy.world import picture
+from minialign.sampling.bdhs import split_sentences
+from minialign.toy.benchmark import MENTION, POSITION
+from minialign.toy.oracle import DENIED
+from minialign.toy.world import Scene, picture
 
 COLUMN, ROW, PATCH = 92, 17, 9  # of the tree's drawing, in SVG units
 CELL = 'width="1" height="1"'  # of the matrix
@@ -63,21 +67,40 @@ def data_uri(image: Image.Image) -> str:
     return "data:image/png;base64," + base64.b64encode(buffer.getvalue()).decode("ascii")
 
 
-def under_mask(subject: Subject, visible: Tensor | None) -> Image.Image:
+def under_mask(scene: Scene, visible: Tensor | None) -> Image.Image:
     """The picture, large; the patches that a mask (image tokens,) hides are dimmed."""
     shown = None if visible is None else visible.tolist()
-    large = picture(subject.scene, scale=3)
+    large = picture(scene, scale=3)
     return shown_picture(ReportPair("", large, shown, "", "", "", None, None, None))
 
 
-def image_tag(subject: Subject, visible: Tensor | None, alt: str) -> str:
+def image_tag(scene: Scene, visible: Tensor | None, alt: str) -> str:
     """That as an element."""
-    return f'<img src="{data_uri(under_mask(subject, visible))}" alt="{escape(alt)}">'
+    return f'<img src="{data_uri(under_mask(scene, visible))}" alt="{escape(alt)}">'
 
 
-def with_false_words(subject: Subject, text: str) -> str:
+def false_words(scene: Scene, text: str) -> list[re.Match]:
+    """The words that are not true of the scene, as toy/benchmark.py::count_description counts them:
+    objects that are not there, or not at the place that is named, and colours. What is denied,
+    as toy/oracle.py has it, is not said to be there.
+    """
+    text = DENIED.sub(lambda denied: " " * len(denied[0]), text)
+    wrong = set()
+    for start, end in split_sentences(text):
+        place = POSITION.search(text, start, end)
+        for found in MENTION.finditer(text, start, end):
+            places = scene.objects.get(found[1], {})
+            here = places.get(place[1]) if place else None
+            if not places or (place and here is None):
+                wrong.add(found.start(1))
+            if places and found[2] and found[2] not in ([here] if here else places.values()):
+                wrong.add(found.start(2))
+    return [word for word in WORD.finditer(text) if word.start() in wrong]
+
+
+def with_false_words(scene: Scene, text: str) -> str:
     """The text, with what is not true of the picture in <del>."""
-    return marked(text, [[word] for word in false_words(subject.scene, text)], "del")
+    return marked(text, [[word] for word in false_words(scene, text)], "del")
 
 
 def bar(share: float, kind: str) -> str:

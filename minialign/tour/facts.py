@@ -1,10 +1,9 @@
-"""What the tour tells of one picture: answers, probabilities, log-probs, and what is false.
+"""What the tour tells of one picture: answers, probabilities and log-probs.
 
 Everything is measured on the spot. `Tour` holds it all; __main__.py fills one, stations.py and
 idea.py draw it.
 """
 
-import re
 from dataclasses import dataclass
 
 import torch
@@ -12,16 +11,13 @@ from PIL import Image
 from torch import Tensor
 
 from minialign.align.logps import token_logps
-from minialign.cli import require
 from minialign.data.images import PreparedImage
 from minialign.data.records import Record, instruct_record
-from minialign.evaluation.report import WORD
 from minialign.model.masks import Branch, Sequence, TokenTree, build_tree
 from minialign.sampling.assistant import Assistant
 from minialign.sampling.bdhs import Cut, split_sentences
 from minialign.sampling.generate import Completion, Sampling, generate
-from minialign.toy.benchmark import MENTION, POSITION
-from minialign.toy.oracle import DENIED
+from minialign.toy.benchmark import POSITION
 from minialign.toy.world import POSITIONS, Scene, alignment_records, open_picture, scene_of
 
 
@@ -90,34 +86,11 @@ class Tour:
 
 
 def subject_of(assistant: Assistant, number: int) -> Subject:
-    """Picture `number` of the validation split, to be described."""
-    odd = "its record is a Yes or No; give an even number"
-    require(number >= 0, f"--scene {number}: 0 or more")
-    require(number % 2 == 0, f"--scene {number}: {odd}")
-    require(number < 10**9, f"--scene {number}: below 10^9")
+    """Picture `number` of the validation split, which is even: the others are asked Yes or No."""
     record = instruct_record(alignment_records(1, "validation", number)[0])
     picture = open_picture(record.image)
     image = assistant.processor.prepare(picture)
     return Subject(scene_of(record.image), record, picture, image, assistant.encode([image]))
-
-
-def false_words(scene: Scene, text: str) -> list[re.Match]:
-    """The words that are not true of the scene, as toy/benchmark.py::count_description counts them:
-    objects that are not there, or not at the place that is named, and colours. What is denied,
-    as toy/oracle.py has it, is not said to be there.
-    """
-    text = DENIED.sub(lambda denied: " " * len(denied[0]), text)
-    wrong = set()
-    for start, end in split_sentences(text):
-        place = POSITION.search(text, start, end)
-        for found in MENTION.finditer(text, start, end):
-            places = scene.objects.get(found[1], {})
-            here = places.get(place[1]) if place else None
-            if not places or (place and here is None):
-                wrong.add(found.start(1))
-            if places and found[2] and found[2] not in ([here] if here else places.values()):
-                wrong.add(found.start(2))
-    return [word for word in WORD.finditer(text) if word.start() in wrong]
 
 
 def token_words(assistant: Assistant, ids: list[int]) -> list[str]:

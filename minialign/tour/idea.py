@@ -4,8 +4,9 @@ import re
 
 from minialign.evaluation.report import escape
 from minialign.sampling.bdhs import split_sentences
-from minialign.tour.drawing import data_uri, under_mask
-from minialign.tour.facts import Round, Subject, Tour, false_words
+from minialign.tour.drawing import data_uri, false_words, under_mask
+from minialign.tour.facts import Round, Tour
+from minialign.toy.world import Scene
 
 WIDTH, HEIGHT = 900, 480
 SIDE = 170  # of a picture
@@ -36,16 +37,16 @@ def idea(tour: Tour) -> str:
 
     parts = [
         line(20, 36, "1  A picture, a good answer", "head"),
-        picture(subject, None, 20, 52),
+        picture(subject.scene, None, 20, 52),
         line(20, 250, subject.record.chosen[start:end], "kept"),
         line(20, 270, "y+, chosen", "soft"),
         line(320, 36, "2  Hide patches, cut a sentence", "head"),
-        picture(subject, first.visible, 320, 52),
+        picture(subject.scene, first.visible, 320, 52),
         line(320, 250, f"{cut.kept} …", "kept"),
         line(320, 270, visible, "soft"),
         line(610, 36, "3  Let the model go on", "head"),
         line(610, 72, "its likeliest next words", "soft"),
-        *wrapped(subject, sampled(first, best), 610, 250, 34),
+        *wrapped(subject.scene, sampled(first, best), 610, 250, 34),
         line(610, 270, "y-, rejected: made up out of habit", "soft"),
     ]
     for i, (word, share) in enumerate(first.likely[best]):
@@ -66,7 +67,7 @@ def idea(tour: Tour) -> str:
         count = len(false_words(subject.scene, answer))
         behind = f"Behind “The {moved.place}”: “{moved.picture_word}” {share:.2f}"
         parts.append(line(x, 350, f"{when}: {count} false words. {behind}", "soft"))
-        parts += wrapped(subject, answer, x, 376, 50)
+        parts += wrapped(subject.scene, answer, x, 376, 50)
     body = "\n".join(parts)
     size = f'width="{WIDTH}" height="{HEIGHT}" viewBox="0 0 {WIDTH} {HEIGHT}"'
     about = "A model completes a sentence with most of the picture hidden; DPO learns from that"
@@ -89,15 +90,15 @@ def line(x: int, y: int, words: str, kind: str = "") -> str:
     return f'<text class="{kind}" x="{x}" y="{y}">{escape(words)}</text>'
 
 
-def picture(subject: Subject, visible, x: int, y: int) -> str:
+def picture(scene: Scene, visible, x: int, y: int) -> str:
     """The picture under a mask."""
     place = f'x="{x}" y="{y}" width="{SIDE}" height="{SIDE}"'
-    return f'<image {place} href="{data_uri(under_mask(subject, visible))}"/>'
+    return f'<image {place} href="{data_uri(under_mask(scene, visible))}"/>'
 
 
-def wrapped(subject: Subject, words: str, x: int, y: int, width: int) -> list[str]:
+def wrapped(scene: Scene, words: str, x: int, y: int, width: int) -> list[str]:
     """Lines of at most `width` letters, with false words marked."""
-    wrong = {match.start() for match in false_words(subject.scene, words)}
+    wrong = {match.start() for match in false_words(scene, words)}
     lines, length = [[]], 0
     for word in re.finditer(r"\S+", words):
         if lines[-1] and length + len(word[0]) > width:

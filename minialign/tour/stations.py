@@ -66,8 +66,8 @@ def scene_station(tour: Tour) -> str:
     for name, places in subject.scene.objects.items():
         where = ", ".join(f"{colour}, in the {place}" for place, colour in places.items())
         rows += f"<li>{escape(with_article(name))}: {escape(where)}</li>"
-    picture = image_tag(subject, None, "The picture")
-    chosen = with_false_words(subject, subject.record.chosen)
+    picture = image_tag(subject.scene, None, "The picture")
+    chosen = with_false_words(subject.scene, subject.record.chosen)
     return station(
         1,
         "A picture and its truth",
@@ -89,8 +89,8 @@ def answer_station(tour: Tour) -> str:
         "This is the model before any alignment, and its likeliest answer. It sees the picture, "
         "but it was taught by texts whose authors had not always looked. So it names what such a "
         "place usually has.",
-        f"<blockquote>{with_false_words(tour.subject, tour.answer)}</blockquote>",
-        "minialign/tour/facts.py::false_words minialign/toy/benchmark.py::count_description",
+        f"<blockquote>{with_false_words(tour.subject.scene, tour.answer)}</blockquote>",
+        "minialign/tour/drawing.py::false_words minialign/toy/benchmark.py::count_description",
     )
 
 
@@ -99,8 +99,8 @@ def mask_station(tour: Tour) -> str:
     parts = ""
     for rho_th, visible, answer in tour.masked:
         shown = f"{int(visible.sum())} of {len(visible)} patches visible"
-        picture = image_tag(tour.subject, visible, f"rho_th {rho_th}: {shown}")
-        said = with_false_words(tour.subject, answer)
+        picture = image_tag(tour.subject.scene, visible, f"rho_th {rho_th}: {shown}")
+        said = with_false_words(tour.subject.scene, answer)
         parts += f"<div>{picture}<small><code>rho_th</code> = {rho_th}: {shown}</small>"
         parts += f"<p>{said}</p></div>"
     return station(
@@ -172,13 +172,13 @@ def round_block(tour: Tour, subject: Subject, number: int, each: Round) -> str:
         lines += f'</span>{swap}<div class="note words">{words}</div></li>'
     guided = "guided: the response is cut" if each.guided else "the last one: a whole response"
     shown = f"{int(each.visible.sum())} of {len(each.visible)} patches visible"
-    joined = with_false_words(subject, each.response)
+    joined = with_false_words(subject.scene, each.response)
     if subject is tour.yes_no:  # where the truth counts objects alone, and a denial is none
         joined = word_diff(subject.record.chosen, each.response)[1]
     verdict = "not below: sampled again" if each.again else "below: this is y<sup>-</sup>"
     return f"""<div class="round"><h3>Iteration {number}</h3>
 <p class="note">l. 5-7, {guided}. Eq. 6: {shown}.</p>
-{image_tag(subject, each.visible, shown)}
+{image_tag(subject.scene, each.visible, shown)}
 <p class="note">l. 9-15, split, cut at a random word, completed:</p><ol>{lines}</ol>
 <p class="note">l. 16, joined:</p><p>{joined}</p>
 <p class="note">l. 17-19: similarity (&phi;) {each.similarity:.3f}, <code>eps_s</code>
@@ -242,8 +242,8 @@ def moved_station(tour: Tour) -> str:
         "shows, and of the likeliest other one before training, which the language prior puts "
         "there.",
         f"""<div class="row"><div><small>before</small>
-<p>{with_false_words(tour.subject, tour.answer)}</p></div><div><small>after</small>
-<p>{with_false_words(tour.subject, tour.answer_after)}</p></div></div>
+<p>{with_false_words(tour.subject.scene, tour.answer)}</p></div><div><small>after</small>
+<p>{with_false_words(tour.subject.scene, tour.answer_after)}</p></div></div>
 <div class="wide"><table class="texts"><tr><th>place</th><td>picture's word<small>before, after
 </small></td><td>prior's word<small>before, after</small></td></tr>{rows}</table></div>""",
         "train_dpo.py::main minialign/tour/facts.py::moved_words",

@@ -9,7 +9,6 @@ from pathlib import Path
 from xml.etree import ElementTree
 
 import pytest
-import torch
 from helpers import toy_assistant
 from html_page import Page
 
@@ -21,6 +20,7 @@ from minialign.sampling.similarity import lexical_cosines
 from minialign.tour import __main__ as tour_program
 from minialign.tour import facts, stations
 from minialign.tour.__main__ import Config, algorithm_1, main, measure
+from minialign.tour.drawing import false_words
 from minialign.tour.facts import Tour
 from minialign.tour.idea import idea
 from minialign.toy import world
@@ -98,7 +98,7 @@ def test_words_that_are_marked_are_those_the_oracle_counts():
             cells = [f"The {world.POSITIONS[c]} {o} is blue." for c, (o, _) in scene.cells.items()]
             text = " ".join(cells) + " There is no cup."
         objects, attributes, _ = truth(scene, text)
-        marked = facts.false_words(scene, text)
+        marked = false_words(scene, text)
         assert len(marked) == -objects - attributes, text
         seen.update(word[0] in world.COLOURS for word in marked)
     assert min(seen[True], seen[False]) > 50
@@ -186,11 +186,14 @@ def test_probabilities_have_moved_and_are_the_models(tour):
     text = tour.subject.record.chosen
     ids = assistant.tokenizer.prompt(tour.subject.record.turns)
     ids += assistant.tokenizer.answer(text[: text.index(f" {first.place} ") + len(first.place) + 1])
-    for word, share in zip((first.picture_word, first.prior_word), first.before, strict=True):
+    shares = {}
+    for word in world.OBJECTS:
         one = [*ids, assistant.tokenizer.answer(f"The {word}")[1]]
-        with torch.no_grad():
-            logp = facts.plain_logps(assistant, tour.subject, one, 1, None).item()
-        assert share == pytest.approx(math.exp(logp), abs=1e-5)
+        shares[word] = math.exp(facts.plain_logps(assistant, tour.subject, one, 1, None).item())
+    words = (first.picture_word, first.prior_word)
+    assert first.before == pytest.approx([shares[word] for word in words], abs=1e-5)
+    assert first.picture_word in tour.subject.scene.objects
+    assert max(shares, key=lambda word: shares[word] * (word != words[0])) == words[1]
     assert any(each.before != each.after for each in tour.moved)
 
 
@@ -227,9 +230,9 @@ def test_the_command_writes_what_its_name_says(tmp_path, monkeypatch, tour, name
 
 
 @pytest.mark.parametrize("number", [-2, 7, 10**9])
-def test_a_scene_that_is_none_is_refused(number):
+def test_a_scene_that_is_none_is_refused_before_anything_is_done(tmp_path, number):
     with pytest.raises(UserError, match="--scene"):
-        facts.subject_of(toy_assistant(), number)
+        main(Config(out=str(tmp_path / "tour.html"), scene=number))
 
 
 def test_a_training_that_fails_is_told(tmp_path):
