@@ -12,6 +12,7 @@ The numerics follow transformers (`BertModel`, `MPNetModel`) and sentence-transf
 pooling), in evaluation mode and float32.
 """
 
+import json
 import math
 from dataclasses import dataclass
 from pathlib import Path
@@ -288,8 +289,9 @@ def read_config(path: Path) -> EncoderConfig:
 def read_tokenizer(folder: Path, config: EncoderConfig) -> Tokenizer:
     """Read `tokenizer.json`, with the truncation of `sentence_bert_config.json`, not its own."""
     path = folder / "tokenizer.json"
+    raw = read_json(path, REMEDY)
     with sound(path):
-        tokenizer = Tokenizer.from_file(str(path))
+        tokenizer = Tokenizer.from_str(json.dumps(raw))
         tokenizer.no_truncation()
         tokenizer.no_padding()
         special = tokenizer.num_special_tokens_to_add(is_pair=False)
