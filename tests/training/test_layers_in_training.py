@@ -132,7 +132,7 @@ def test_compiled_by_the_real_compiler():
     alone."""
     model = adapted(random_model(2), 4, 8.0)
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    for seed, (rows, length) in enumerate([(3, 40), (3, 29), (2, 33)]):
+    for seed, (rows, length) in enumerate([(3, 40), (2, 33)]):
         tree, features = pairs_of(seed, rows, length)
         found = []
         for means in (COMPILED, PLAIN):
