@@ -183,7 +183,7 @@ def test_it_learns_what_the_annotator_prefers(tmp_path, monkeypatch, sign):
         "epochs": 6,
         "batch_size": 12,
         "lr": 5e-3,
-        "max_new_tokens": 60,
+        "max_new_tokens": 20,
         "lora_rank": 16,
         "lora_alpha": 32.0,
         "beta": 0.1,
