@@ -171,8 +171,7 @@ def gradients(monkeypatch, run, file: str, **options) -> torch.Tensor:
     return found[0]
 
 
-@pytest.mark.parametrize("loss", ["dpo", "ipo", "slic"])
-@pytest.mark.parametrize("gamma", [0.5, 0.2])
+@pytest.mark.parametrize(("loss", "gamma"), [("dpo", 0.2), ("ipo", 0.5), ("slic", 0.2)])
 def test_the_gradient_is_the_weighted_mean(run, undisturbed, monkeypatch, loss, gamma):
     """From trained adapters on, where policy and reference differ: that of two runs with one y-
     each."""

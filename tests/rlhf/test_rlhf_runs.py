@@ -38,7 +38,7 @@ def test_it_learns_what_is_paid(tmp_path, method, sign):
     )
     talks = [[("human", "<image>\nDescribe the picture."), ("gpt", "A cup.")]] * 24
     data = instruct_file(tmp_path / "data.json", *talks)
-    flags = {"data": data, "reward": reward, "k": 4, "max_new_tokens": 60, "beta": 0.02}
+    flags = {"data": data, "reward": reward, "k": 4, "max_new_tokens": 20, "beta": 0.02}
     flags |= {"epochs": 4, "batch_size": 12, "lr": RATES[method]}
     flags |= {"lora_rank": 16, "lora_alpha": 32.0}
     rows = rlhf(method, "toy", tmp_path / "out", **flags)

@@ -139,6 +139,9 @@ def run_program(words: list[str]) -> None:
         runpy.run_path(str(ROOT / words[0]), run_name="__main__")
     else:
         runpy.run_module(words[0], run_name="__main__", alter_sys=True)
+    if "RANK" in os.environ:  # as the programs end there: without Python's own tidying up
+        sys.stdout.flush()
+        os._exit(0)
     sys.exit()
 
 

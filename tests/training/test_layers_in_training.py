@@ -113,12 +113,12 @@ def test_who_runs_again():
 
 
 @pytest.mark.parametrize("recompute", [False, True])
-def test_twenty_lengths_are_compiled_once(recompute, compilations):
+def test_a_dozen_lengths_are_compiled_once(recompute, compilations):
     """Policy and reference, one row and more: all layers, lengths and numbers of rows share the
     code."""
     rng, model = random.Random(int(recompute)), adapted(random_model(1), 4, 8.0)
     counts = []
-    for i, length in enumerate(rng.sample(range(17, 90), 20)):
+    for i, length in enumerate(rng.sample(range(17, 90), 12)):
         tree, features = pairs_of(i, [1, 2, 5, rng.randrange(1, 7)][i % 4], length)
         means = step(model, tree, features, (recompute, True)), step(model, tree, features, PLAIN)
         assert_close(*means)
@@ -132,7 +132,7 @@ def test_compiled_by_the_real_compiler():
     alone."""
     model = adapted(random_model(2), 4, 8.0)
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    for seed, (rows, length) in enumerate([(3, 40), (3, 29), (2, 33)]):
+    for seed, (rows, length) in enumerate([(3, 40), (2, 33)]):
         tree, features = pairs_of(seed, rows, length)
         found = []
         for means in (COMPILED, PLAIN):

@@ -3,6 +3,7 @@ Ctrl-C ends it at once, and a kill at any moment costs no more than a step.
 
 The scripts run in a process group of their own, and go on to the same bytes afterwards."""
 
+import json
 import os
 import random
 import signal
@@ -12,6 +13,7 @@ from pathlib import Path
 import pytest
 from forks import Forked
 from helpers import refused
+from safetensors import safe_open
 from script_runs import contents, read_lines, train
 from torchruns import finish, wait_for
 
@@ -98,6 +100,8 @@ def test_the_step_ends_and_is_saved(model, pairs, tmp_path, whole, number, to_al
     steps = len(read_lines(out / "metrics.jsonl"))
     assert f"ended after step {steps}; --resume goes on from there\n" in done.stderr
     assert done.returncode == code and 4 <= steps < STEPS and "Traceback" not in done.stderr
+    with safe_open(out / "checkpoint/progress.safetensors", "pt") as file:
+        assert json.loads(file.metadata()["progress"])["step"] == steps
     refused(
         lambda: train(model, out, pairs=pairs, workers=0, **TRAIN),
         "holds an unfinished run; --resume goes on",
