@@ -43,10 +43,11 @@ from minialign.cli import (
 from minialign.data.images import ImageProcessor, PreparedImage
 from minialign.data.prefetch import load_ahead
 from minialign.data.record_files import sift
-from minialign.data.records import FormatName, Record
+from minialign.data.records import FormatName, Record, pair_record
 from minialign.data.templates import asked_form
 from minialign.data.tokenizer import Tokenizer
 from minialign.errors import UserError
+from minialign.fields import shortened
 from minialign.files import append_lines, read_lines, write_json
 from minialign.model.hf_folder import empty_model, fingerprint, load_weights
 from minialign.model.masks import Branch, Sequence, mask_of_seed
@@ -69,7 +70,7 @@ from minialign.sampling.pairs_file import (
     require_same_sampling,
     statistics,
 )
-from minialign.sampling.similarity import Similarity, load_similarity
+from minialign.sampling.similarity import WITHOUT_ENCODER, Similarity, load_similarity
 from minialign.seeds import stable_seed
 from minialign.training import parallel
 from minialign.training.progress import claim_run
@@ -321,6 +322,8 @@ def main(config: Config) -> None:
     load_weights(model, folder, config.device)  # each process reads its rows
     assistant.announce(folder)
     similarity = load_similarity(config.encoder, config.device)
+    if config.encoder is None and config.model != "toy":
+        print(WITHOUT_ENCODER)
 
     def load(record: Record) -> Example:
         """A record with its picture; refused where these leave no position for a completion."""
@@ -368,11 +371,18 @@ def main(config: Config) -> None:
     require(bool(pairs) or not unreadable, none)
     stats = statistics(pairs, config.n_bdhs, config.eps_s) | {"left_out": left_out}
     parallel.on_rank0(lambda: write_json(beside(out, "stats"), stats))
+    if pairs:
+        first = pair_record(pairs[0])
+        print(f"y+, chosen:   {shortened(first.chosen)!r}")
+        print(f"y-, rejected: {shortened(first.rejected)!r}")
     shares = [f"{share:.1%} after {i}" for i, share in enumerate(stats["resolved"], start=1)]
     print(
-        f"{out}: {len(pairs)} pairs, {left_out} left out; different from y+ (Fig. 10): "
-        f"{', '.join(shares)}; identical: {stats['identical']}; truncated: {stats['truncated']}"
+        f"{out}: {len(pairs)} pairs, {left_out} left out; accepted (Fig. 10): "
+        f"{', '.join(shares)}; identical: {stats['identical']}; cut off: {stats['truncated']}"
     )
+    if stats["truncated"] > len(pairs) / 2:
+        limit = f"--max-new-tokens {config.max_new_tokens}"
+        print(f"most responses were cut off at {limit}: raise it, in another --out")
 
 
 def sample_for(config, out: Path) -> Path:

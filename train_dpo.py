@@ -19,7 +19,7 @@ is silent).
 """
 
 from collections import Counter
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import ClassVar, Literal
@@ -60,7 +60,12 @@ from minialign.training.optimizer import (
     set_learning_rate,
     trained_parameters,
 )
-from minialign.training.outputs import report_pairs, save_results, save_weights
+from minialign.training.outputs import (
+    report_pairs,
+    save_results,
+    save_weights,
+    say_what_is_left,
+)
 from minialign.training.parallel import sum_across_ranks, sum_gradients_across_ranks, unsharded
 from minialign.training.progress import TrainingLog, begin, require_run_folder
 
@@ -85,7 +90,7 @@ class Config(TrainingFlags):
 
     program: ClassVar[str] = "train_dpo"
     pairs: str | None = None  # pairs file; without it BDHS pairs are sampled into --out first
-    out: str = "runs/dpo"  # folder to write
+    out: str | None = None  # folder to write; runs/LOSS if it is not given
     loss: Literal["dpo", "ipo", "slic", "sft"] = "dpo"  # sft: supervised on y+ alone
     beta: float | None = None  # strength of the pull to the reference
     # stored: the pairs' own y-; both: and the external one, of the data that they were sampled from
@@ -130,6 +135,8 @@ def main(config: Config) -> None:
     """Pairs, evaluation, training, evaluation, export, report."""
     config = edge.with_defaults(config, DEFAULTS)
     config = with_shape_of_adapter(config)
+    if config.out is None:
+        config = replace(config, out=f"runs/{config.loss}")
     pictures = edge.picture_source(config.images)
     check(config)
     require_run_folder(config)
@@ -243,7 +250,7 @@ def main(config: Config) -> None:
                 ref_chosen, ref_rejected = ref_logps[:, :1], ref_logps[:, 1:]
 
                 if config.loss == "sft":
-                    # The mean over all tokens of y+ in the step; the rest is for the metrics.
+                    # The mean over all tokens of y+ in the step; the rest is not looked at.
                     loss = -chosen.mean() / (total["tokens"] / total["pairs"])
                 else:
                     beta = config.beta
@@ -258,9 +265,12 @@ def main(config: Config) -> None:
                 share = len(batch) / total["pairs"]
                 (loss * share).backward()
                 found = {"loss": loss.item()}
-                found |= preference_metrics(
-                    chosen, rejected, ref_chosen, ref_rejected, config.beta, weights
-                )
+                if config.loss == "sft":  # which has no reference
+                    found["logps/chosen"] = chosen.mean().item()
+                else:
+                    found |= preference_metrics(
+                        chosen, rejected, ref_chosen, ref_rejected, config.beta, weights
+                    )
                 metrics.update({name: share * value for name, value in found.items()})
 
             # One update, at a share of the peak rates. Nothing is learned where every pair of the
@@ -283,16 +293,18 @@ def main(config: Config) -> None:
     save_weights(policy, folder, config, out)
     if benchmark:
         evaluations["after"] = benchmark.run(assistant, "after")
-    ranked = base_accuracy(log.rows, len(records.numbers), config.batch_size)
-    shown = report_pairs(records, assistant.processor, pictures)
+    shown = report_pairs(records, assistant, pictures, edge.truth_of(config.images))
     title = f"minialign: {config.loss} on {len(records.numbers)} pairs"
-    facts = {"base_preference_accuracy": ranked}
-    parallel.on_rank0(lambda: save_results(out, title, config, shown, log.rows, evaluations, facts))
-    print(
-        f"{len(log.rows)} steps on {len(records.numbers)} pairs, of which the reference ranked "
-        f"{ranked:.1%} right; {out}/adapter (PEFT), {out}/merged (Hugging Face), "
-        f"{out}/report.html (pairs and curves)"
+    done, facts = f"{len(log.rows)} steps on {len(records.numbers)} pairs", {}
+    if config.loss != "sft":
+        ranked = base_accuracy(log.rows, len(records.numbers), config.batch_size)
+        facts["base_preference_accuracy"] = ranked
+        done += f", of which the reference ranked {ranked:.1%} right"
+    parallel.on_rank0(
+        lambda: save_results(out, title, config, evaluations, log.rows, facts, shown, [])
     )
+    print(done)
+    say_what_is_left(config.out, edge.picture_to_ask(config.images))
 
 
 def base_accuracy(rows: list[dict], pairs: int, batch_size: int) -> float:

@@ -47,7 +47,7 @@ from minialign.model.masks import Branch, Sequence, TokenTree
 from minialign.model.policy import empty_policy, load_policy_weights
 from minialign.sampling.assistant import Assistant
 from minialign.sampling.generate import Sampling, generate
-from minialign.sampling.similarity import load_similarity
+from minialign.sampling.similarity import WITHOUT_ENCODER, load_similarity
 from minialign.seeds import stable_seed
 from minialign.training import parallel
 from minialign.training.flags import (
@@ -66,7 +66,14 @@ from minialign.training.optimizer import (
     set_learning_rate,
     trained_parameters,
 )
-from minialign.training.outputs import report_pairs, save_results, save_weights
+from minialign.training.outputs import (
+    example,
+    report_pairs,
+    sampled_answers,
+    save_results,
+    save_weights,
+    say_what_is_left,
+)
 from minialign.training.parallel import sum_across_ranks, sum_gradients_across_ranks, unsharded
 from minialign.training.progress import TrainingLog, begin, require_run_folder
 
@@ -108,7 +115,7 @@ class Config(TrainingFlags):
     program: ClassVar[str] = "train_online"
     # records or pairs; without it the embedded world's, for mixed-dpo and --gamma BDHS pairs
     data: str | None = None
-    out: str = "runs/online"  # folder to write
+    out: str | None = None  # folder to write; runs/METHOD if it is not given
     method: Literal["online-dpo", "mixed-dpo", "online-bdhs"] = "online-bdhs"  # as listed above
     # `oracle` (embedded world), `self` (the base, adapters off), or a LLaVA or reward model folder
     annotator: str = "oracle"
@@ -171,9 +178,10 @@ def ranked_samples(
     config: Config,
     step: int,
     counts: Counter,
+    said: list[dict],
 ) -> list[Sequence | None]:
     """Online DPO: two responses of the policy to each prompt, the better one as chosen; None where
-    the annotator prefers neither. `counts` takes down all."""
+    the annotator prefers neither. `counts` takes down all, `said` what the report may show."""
     if not pairs:
         return []
     tokenizer, seen = assistant.tokenizer, torch.cat(features)
@@ -209,12 +217,16 @@ def ranked_samples(
         counts["dropped"] += verdict.better is None
         counts[verdict.reason or "decided"] += 1
         counts["asked twice"] += both_orders and verdict.reason != "unparsable"
+        notes = [verdict.reason or "not decided"] * 2
         if verdict.better is None:
             sequences.append(None)
         else:
+            notes = ["preferred" if n == verdict.better else "not preferred" for n in (0, 1)]
             chosen, rejected = row[verdict.better], row[1 - verdict.better]
             branches = [Branch(chosen.ids), Branch(rejected.ids)]
             sequences.append(replace(pair.sequence, branches=branches))
+        answers = list(zip(notes, comparison.responses, strict=True))
+        said.append(example(pair.record, answers))
     return sequences
 
 
@@ -226,9 +238,11 @@ def own_rejected(
     config: Config,
     step: int,
     counts: Counter,
+    said: list[dict],
 ) -> list[Sequence | None]:
     """Online BDHS: the policy's own y~- (Algorithm 1) as one more branch behind the stored ones;
-    None where it does not differ from y+. `counts` takes down all."""
+    None where it does not differ from y+. `counts` takes down all, `said` what the report may
+    show."""
     if not pairs:
         return []
     examples = [sample_bdhs.Example(pair.record, pair.picture, pair.image) for pair in pairs]
@@ -245,6 +259,9 @@ def own_rejected(
         else:
             branches = [*pair.sequence.branches, Branch(ids)]
             sequences.append(replace(pair.sequence, branches=branches))
+        note = f"sampled as rejected in iteration {result.iterations}, phi {result.similarity:.3f}"
+        answers = [("stored as chosen", pair.record.chosen), (note, result.rejected)]
+        said.append(example(pair.record, answers))
     return sequences
 
 
@@ -254,6 +271,8 @@ def main(config: Config) -> None:
         config = replace(config, rho_th=0.0)  # noise instead of the mask
     config = edge.with_defaults(config, DEFAULTS)
     config = with_shape_of_adapter(config)
+    if config.out is None:
+        config = replace(config, out=f"runs/{config.method}")
     pictures = edge.picture_source(config.images)
     check(config)
     require_run_folder(config)
@@ -319,6 +338,8 @@ def main(config: Config) -> None:
     annotator = similarity = None
     if config.method == "online-bdhs":
         similarity = load_similarity(config.encoder, config.device)
+        if config.encoder is None and config.model != "toy":
+            print(WITHOUT_ENCODER)
     elif config.annotator == "self":
         both_orders = config.orders == "both"
         annotator = ModelAnnotator(assistant, both_orders, config.seed, adapters_off=True)
@@ -351,7 +372,7 @@ def main(config: Config) -> None:
 
     with TrainingLog(policy, optimizer, config) as log:
         for step, batches in log.steps(schedule, loader):
-            begun, counts, rollouts = time.perf_counter(), Counter(), []
+            begun, counts, rollouts, said = time.perf_counter(), Counter(), [], []
 
             # 1. The policy answers. Of weights in shards every process holds all meanwhile.
             with unsharded(policy):
@@ -370,11 +391,11 @@ def main(config: Config) -> None:
                     seen = [features[i] for i in asked]
                     if config.method == "online-bdhs":  # Eq. 5: Algorithm 1, by the current policy
                         sampled = own_rejected(
-                            assistant, similarity, pairs, seen, config, step, counts
+                            assistant, similarity, pairs, seen, config, step, counts, said
                         )
                     else:  # Sec. 2.3: two samples and a judge
                         sampled = ranked_samples(
-                            assistant, annotator, pairs, seen, config, step, counts
+                            assistant, annotator, pairs, seen, config, step, counts, said
                         )
 
                     # Stored pairs as they are, and what was sampled; None where neither response is
@@ -450,24 +471,26 @@ def main(config: Config) -> None:
                     "pairs": pairs_in_step,
                     "time/sampling": answered - begun,
                     "time/training": time.perf_counter() - answered,
-                }
+                },
+                said[0] if said else None,
             )
 
     parallel.tell_left_out(loader.left_out, "records")
     save_weights(policy, folder, config, out)
     if benchmark:
         evaluations["after"] = benchmark.run(assistant, "after")
-    shown = report_pairs(records, assistant.processor, pictures) if stored else []
+    truth = edge.truth_of(config.images)
+    shown = report_pairs(records, assistant, pictures, truth) if stored else []
+    said = sampled_answers(log.rows, pictures, truth)
     pairs = sum(row["pairs"] for row in log.rows)
     title = f"minialign: {config.method}"
+    facts = {"pairs": pairs}
     parallel.on_rank0(
-        lambda: save_results(out, title, config, shown, log.rows, evaluations, {"pairs": pairs})
+        lambda: save_results(out, title, config, evaluations, log.rows, facts, shown, said)
     )
     nothing = " (nothing was learned: metrics.jsonl says why answers were dropped)"
-    print(
-        f"{len(log.rows)} steps, {pairs} pairs{'' if pairs else nothing}; {out}/adapter (PEFT), "
-        f"{out}/merged (Hugging Face), {out}/report.html"
-    )
+    print(f"{len(log.rows)} steps, {pairs} pairs{'' if pairs else nothing}")
+    say_what_is_left(config.out, edge.picture_to_ask(config.images))
 
 
 if __name__ == "__main__":

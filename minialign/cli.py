@@ -2,6 +2,7 @@
 
 import argparse
 import dataclasses
+import difflib
 import inspect
 import os
 import re
@@ -55,7 +56,13 @@ def parse_config(
             options |= {"type": hint, "metavar": hint.__name__.upper()}
         parser.add_argument(flag_of(field.name), **options)
 
-    values = vars(parser.parse_args(argv))
+    values, unknown = parser.parse_known_args(argv)
+    values = vars(values)
+    if unknown:
+        flags = [flag_of(name) for name in values]
+        near = difflib.get_close_matches(unknown[0].split("=")[0], flags, n=1)
+        meant = f"; did you mean {near[0]}?" if near else ""
+        parser.error(f"unrecognized arguments: {' '.join(unknown)}{meant}")
     for name, value in values.items():
         # Bytes that are no UTF-8 come as half surrogate pairs, which no file can hold.
         text = value if isinstance(value, str) else ""

@@ -20,10 +20,11 @@ from minialign.data.records import Record, instruct_record
 from minialign.files import write_whole
 from minialign.rlhf.scorers import HEAD_FILE, UserReward, load_function, load_reward_model
 from minialign.sampling.assistant import Assistant
-from minialign.toy.benchmark import ToyBenchmark
+from minialign.toy.benchmark import ToyBenchmark, false_words
 from minialign.toy.corrupt import corrupted_pair
 from minialign.toy.oracle import OracleAnnotator, oracle_reward
-from minialign.toy.world import TOY_RECORDS, alignment_records, open_picture
+from minialign.toy.world import TOY_RECORDS, alignment_records, open_picture, scene_of
+from minialign.training.outputs import Truth
 from minialign.training.parallel import on_rank0
 from minialign.training.progress import claim_run
 
@@ -59,6 +60,20 @@ def picture_source(images: str) -> Callable[[str], Image.Image]:
     message = f"--images {images}: no such folder; name that of the pictures, or `toy`"
     require(Path(images).is_dir(), message)
     return PictureFolder(images)
+
+
+def picture_to_ask(images: str) -> str:
+    """A picture that one may ask a trained model about, as `minialign.chat --image` has it."""
+    return "test-000000.png" if images == "toy" else "PICTURE"
+
+
+def truth_of(images: str) -> Truth | None:
+    """What tells which words of a text are not true of a picture, by its name; None for pictures of
+    which nobody knows.
+    """
+    if images == "toy":
+        return lambda name, text: false_words(scene_of(name), text)
+    return None
 
 
 def records_of(

@@ -172,7 +172,7 @@ def read(config: Config) -> Benchmark:
 def evaluate_toy(config: Config) -> dict:
     """The embedded world's figures."""
     benchmark = ToyBenchmark(config.split, int(config.images), config.batch_size)
-    return with_intervals([benchmark.run(load_assistant(config))])
+    return with_intervals([benchmark.run(load_assistant(config)).counts])
 
 
 def evaluate_files(config: Config) -> dict:

@@ -20,6 +20,39 @@ CHAIR: Figures = {
 }
 
 
+# What the keys mean; an arrow says which way is better.
+WORDS = {
+    "chair_i": "hallucinated objects ↓",
+    "chair_s": "texts with one or more ↓",
+    "recall": "objects mentioned ↑",
+    "typical_share": "hallucinations, typical",
+    "colour_errors": "wrong colours ↓",
+    "position_errors": "wrong places ↓",
+    "length": "words in a description",
+    "accuracy": "pairs ranked right ↑",
+    "first": "first answer preferred",
+    "ties": "ties",
+    "unparsable": "verdicts not understood ↓",
+}
+WORDS_OF_POPE = {
+    "": "accuracy ↑",
+    "precision": "precision ↑",
+    "recall": "recall ↑",
+    "f1": "F1 ↑",
+    "yes": "share of Yes",
+    "unclear": "neither Yes nor No ↓",
+}
+
+
+def in_words(name: str) -> str:
+    """A figure's name for people; one that is not known stays as it is."""
+    first, *rest = name.split("_")
+    if first != "pope":
+        return WORDS.get(name, name)
+    setting = rest.pop(0) if rest and rest[0] in SETTINGS_OF_POPE else ""
+    return f"POPE {setting}".strip() + ", " + WORDS_OF_POPE.get("_".join(rest), name)
+
+
 def pope_verdict(answer: str) -> bool:
     """POPE's reading of an answer: in its first sentence, without commas, the word No, no or not
     means no.
@@ -115,17 +148,21 @@ def with_intervals(runs: list[list[Counts]], figures: Figures = TOY_FIGURES) -> 
 
 
 def print_table(columns: dict[str, dict[str, Interval]]) -> None:
-    """One line per figure, one column per run: value and interval."""
+    """One line per figure, in words, one column per run: value and interval."""
     names = list(next(iter(columns.values())))
-    width = max(22, *(len(name) + 2 for name in names))
-    print(f"{'':{width}}" + "".join(f"{title:>26}" for title in columns))
+    width = max(len(in_words(name)) for name in names) + 2
+    widths = [max(23, len(title) + 2) for title in columns]
+    heads = zip(columns, widths, strict=True)
+    print(" " * width + "".join(f"{title:>{room}}" for title, room in heads))
     for name in names:
-        cells = [cell_text(column[name]) for column in columns.values()]
-        print(f"{name:{width}}" + "".join(f"{cell:>26}" for cell in cells))
+        cells = zip(columns.values(), widths, strict=True)
+        texts = [f"{cell_text(column[name]):>{room}}" for column, room in cells]
+        print(f"{in_words(name):{width}}" + "".join(texts))
 
 
 def cell_text(cell: Interval) -> str:
     """A figure and its interval, as the table has them."""
     if cell["value"] is None:
         return "not measured"
-    return f"{cell['value']:.3f} [{cell['low']:.3f}, {cell['high']:.3f}]"
+    form = ".1f" if cell["value"] >= 10 else ".3f"  # lengths, and shares
+    return f"{cell['value']:{form}} [{cell['low']:{form}}, {cell['high']:{form}}]"

@@ -8,6 +8,7 @@ import base64
 import difflib
 import html
 import io
+import itertools
 import json
 import math
 import re
@@ -18,39 +19,26 @@ from pathlib import Path
 
 from PIL import Image
 
-from minialign.evaluation.metrics import Interval
+from minialign.evaluation import charts
+from minialign.evaluation.charts import show
+from minialign.evaluation.metrics import Counts, Interval, in_words
 from minialign.files import write_whole
 
-Curve = list[tuple[float, float]]  # (step, value)
+Span = tuple[int, int]  # where a part of a text begins and ends
 PICTURE_SIDE = 288  # pixels, the longer side of an embedded picture
-CHART_POINTS = 200  # points per curve; longer curves are averaged over equal runs of logged values
 COMPARED = 1000  # words of a response that are compared with the other one's
-WIDTH, HEIGHT = 360, 220  # of a chart, in SVG units
-LEFT, RIGHT, TOP, BOTTOM = 56, 350, 10, 184  # its frame
 # Punctuation apart, so that "dog." against "dog" marks the dot.
 WORD = re.compile(r"\w+(?:['’-]\w+)*|[^\w\s]")
-# Which way is better, by a metric's first or last word; a yes-rate is neither.
-LOWER, HIGHER = "lower is better", "higher is better"
-BETTER = {"chair": LOWER, "errors": LOWER, "recall": HIGHER, "pope": HIGHER, "yes": ""}
 # A second lock behind the escaping: the browser itself refuses scripts and fetches.
 POLICY = "default-src 'none'; img-src data:; style-src 'unsafe-inline'"
-REWARDS = ["rewards/chosen", "rewards/rejected", "rewards/margins"]
-# Title, keys of metrics.jsonl, values that the vertical axis always spans.
-CHARTS = [
-    ("Loss", ["loss"], []),
-    ("Rewards of the pairs", REWARDS, [0.0]),
-    ("Log-probabilities of the responses", ["logps/chosen", "logps/rejected"], []),
-    ("Reward accuracy, a share of the pairs", ["rewards/accuracies"], [0.0, 1.0]),
-    ("Rewards of the policy's answers", ["objective/scores", "objective/rlhf_reward"], []),
-    ("KL of the policy's answers, nats per answer", ["objective/kl"], [0.0]),
-    ("Entropy of the policy's answers, nats per answer", ["objective/entropy"], [0.0]),
-]
 STYLE = """
 :root { color-scheme: light dark; --bg: #fdfdfb; --ink: #1d1f21; --soft: #5f6468;
-  --rule: #d9dad6; --ins: #dcebf7; --del: #fae3d8; --c0: #1b64a8; --c1: #bd4a12; --c2: #4d6b2f; }
+  --rule: #d9dad6; --ins: #dcebf7; --del: #fae3d8; --false: #b3261e;
+  --c0: #1b64a8; --c1: #bd4a12; --c2: #4d6b2f; }
 @media (prefers-color-scheme: dark) {
   :root { --bg: #17191b; --ink: #e3e4e1; --soft: #9da2a6; --rule: #383c40; --ins: #1d3a55;
-    --del: #552c1a; --c0: #7db8ec; --c1: #f0965f; --c2: #a5c882; } }
+    --del: #552c1a; --false: #ff8177;
+    --c0: #7db8ec; --c1: #f0965f; --c2: #a5c882; } }
 body { margin: 0 auto; padding: 1.5rem 1rem 4rem; max-width: 60rem; background: var(--bg);
   color: var(--ink); font: 1rem/1.55 Charter, Georgia, serif; }
 h1, h3, figure { margin: 0; } h1 { font-size: 1.6rem; } h3 { font-size: 1rem; }
@@ -61,21 +49,14 @@ small { display: block; font-weight: normal; }
 th, td { padding: .4rem 0 .4rem .8rem; vertical-align: top; text-align: right;
   border-top: 1px solid var(--rule); }
 th:first-child, .texts td { text-align: left; } td small { white-space: nowrap; }
-.charts { display: grid; gap: 2rem;
-  grid-template-columns: repeat(auto-fit, minmax(min(100%, 20rem), 1fr)); }
-.legend span { margin-right: 1rem; border-bottom: 2px solid var(--c0); }
-.legend span:nth-child(2) { border-bottom: 2px dashed var(--c1); }
-.legend span:nth-child(3) { border-bottom: 2px dotted var(--c2); }
-svg { width: 100%; } path { fill: none; } text { font: 11px sans-serif; fill: var(--soft); }
-.axis { stroke: var(--soft); } .zero { stroke: var(--rule); }
-.line { stroke-width: 1.6; stroke-linecap: round; } .s0 { stroke: var(--c0); }
-.s1 { stroke: var(--c1); stroke-dasharray: 6 4; } .s2 { stroke: var(--c2); stroke-dasharray: 1 4; }
 .pair { display: flex; flex-wrap: wrap; gap: .6rem 1.6rem; padding: 1.4rem 0;
   align-items: flex-start; border-top: 1px solid var(--rule); }
 .pair div { flex: 1 1 18rem; overflow-wrap: anywhere; } img { max-width: 100%; }
 .text { margin: 0 0 .7rem; white-space: pre-wrap; }
 ins { background: var(--ins); text-decoration: underline; }
 del { background: var(--del); text-decoration: underline wavy 1px; }
+.false { color: var(--false); font-weight: bold; }
+.cut::before { content: "│"; color: var(--soft); margin: 0 .1em; }
 pre { white-space: pre-wrap; overflow-wrap: anywhere; font: .8rem/1.5 monospace; }
 """
 
@@ -87,12 +68,42 @@ class ReportPair:
     id: str
     image: Image.Image  # the crop that the image encoder saw
     visible: list[bool] | None  # row by row, one per image token; None: all visible, or unknown
+    tokens: str  # how many image tokens were visible, and of how many, in words
     prompt: str
     chosen: str
     rejected: str
     iterations: int | None
     similarity: float | None
     guided: bool | None
+    cuts: tuple[list[int], list[int]] = ([], [])  # where sentences of chosen and rejected were cut
+    # What is not true of the picture in chosen and rejected; None where nobody knows.
+    false: tuple[list[Span], list[Span]] | None = None
+
+
+@dataclass(frozen=True)
+class Answer:
+    """What a model has said of a picture."""
+
+    image: Image.Image
+    prompt: str
+    text: str
+    false: list[Span]  # what is not true of the picture, where that is known
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """What a benchmark has found: counts per image, and the first answers."""
+
+    counts: list[Counts]
+    answers: list[Answer]
+
+
+@dataclass(frozen=True)
+class Sampled:
+    """Some answers of the policy to one prompt, in training."""
+
+    title: str
+    answers: list[tuple[str, Answer]]  # each with what came of it: a verdict, or a reward
 
 
 def write_report(
@@ -102,16 +113,20 @@ def write_report(
     pairs: list[ReportPair],
     metrics: list[dict],
     result: dict[str, dict[str, Interval]],
+    answers: dict[str, list[Answer]] | None = None,
+    sampled: list[Sampled] | None = None,
 ) -> None:
     """Write the page to `path`, whole or not at all.
 
     metrics: the rows of metrics.jsonl, in which keys may be missing. result: {column: {name:
-    figure}}.
+    figure}}. answers: {column: to the same prompts}. sampled: in training, by the policy.
     """
     settings = escape(json.dumps(config, indent=2, ensure_ascii=False, default=str))
     body = f"""<h2>Results</h2>{results_table(result)}
-<h2>Training</h2>{training_curves(metrics)}
-<h2>Sampled pairs</h2>{pair_list(pairs)}
+{answer_list(answers or {})}
+<h2>Training</h2>{charts.training_curves(metrics)}
+{sampled_list(sampled or [])}
+<h2>Pairs</h2>{pair_list(pairs)}
 <h2>Configuration</h2><details><summary>All settings</summary><pre>{settings}</pre></details>"""
     write_page(path, title, config, body)
 
@@ -127,7 +142,7 @@ def write_page(path: Path, title: str, config: dict, body: str) -> None:
 <meta name="viewport" content="width=device-width, initial-scale=1">
 <meta http-equiv="Content-Security-Policy" content="{POLICY}">
 <title>{escape(title)}</title>
-<style>{STYLE}</style></head>
+<style>{STYLE}{charts.STYLE}</style></head>
 <body><h1>{escape(title)}</h1>
 <p class="note">{escape(summary)}</p>
 {body}
@@ -139,11 +154,6 @@ def write_page(path: Path, title: str, config: dict, body: str) -> None:
 def escape(text: str) -> str:
     """Text that is safe between tags and inside quoted attributes."""
     return html.escape(text, quote=True)
-
-
-def show(value: float | None, form: str = ".4g") -> str:
-    """A number with a true minus sign, or a dash where there is none."""
-    return "–" if value is None else format(value, form).replace("-", "−")
 
 
 # ---------------------------------------------------------------- results
@@ -161,9 +171,9 @@ def results_table(
     head = "".join(f"<th>{escape(name)}</th>" for name in (corner, *result))
     rows = ""
     for name in names:
-        hint = BETTER.get(name.split("_")[-1], BETTER.get(name.split("_")[0], ""))
+        key = "" if in_words(name) == name else f"<small>{escape(name)}</small>"
         cells = "".join(f"<td>{figure_cell(column.get(name))}</td>" for column in result.values())
-        rows += f"<tr><th>{escape(name)}<small>{hint}</small></th>{cells}</tr>\n"
+        rows += f"<tr><th>{escape(in_words(name))}{key}</th>{cells}</tr>\n"
     return f"""<div class="wide"><table>
 <tr>{head}</tr>
 {rows}</table></div>
@@ -179,168 +189,145 @@ def figure_cell(figure: Interval | None) -> str:
     return f"{show(figure['value'], form)}<small>[{low}, {high}]</small>"
 
 
-# ---------------------------------------------------------------- curves
+# ---------------------------------------------------------------- answers and pairs
+
+FALSE = '<span class="false">Red and bold</span>: the picture shows it otherwise'
 
 
-def training_curves(metrics: list[dict]) -> str:
-    """The charts of what was logged, or one sentence when nothing was."""
-    if not metrics:
-        return '<p class="note">No training metrics were recorded.</p>'
-    size = math.ceil(len(metrics) / CHART_POINTS)
-    note = ""
-    if size > 1:
-        note = f'<p class="note">Each point is the mean of {size} logged values.</p>\n'
-    charts = []
-    for title, keys, span in CHARTS:
-        curves = {key: curve(metrics, key, size) for key in keys}
-        if any(curves.values()):
-            charts.append(chart(title, curves, span))
-    return note + '<div class="charts">\n' + "\n".join(charts) + "\n</div>"
+def answer_list(answers: dict[str, list[Answer]]) -> str:
+    """The answers to the same prompts, those of every column together."""
+    blocks = ""
+    for row in zip(*answers.values(), strict=True):
+        blocks += answer_block("", list(zip(answers, row, strict=True)))
+    return f'<h2>Before and after</h2><p class="note">{FALSE}.</p>\n{blocks}' if blocks else ""
 
 
-def curve(metrics: list[dict], key: str, size: int) -> Curve:
-    """A metric against the step, as the means of `size` logged values each; what is not finite is
-    left out.
-    """
-    rows = [row for row in metrics if math.isfinite(row.get(key, math.nan))]
-    points = []
-    for start in range(0, len(rows), size):
-        part = rows[start : start + size]
-        points.append((part[-1]["step"], sum(row[key] for row in part) / len(part)))
-    return points
+def sampled_list(sampled: list[Sampled]) -> str:
+    """What the policy itself said in training, and what came of it."""
+    if not sampled:
+        return ""
+    known = f" {FALSE}." if any(each.false for s in sampled for _, each in s.answers) else ""
+    note = f"Samples of a few steps, and what they were worth.{known}"
+    blocks = "".join(answer_block(each.title, each.answers) for each in sampled)
+    return f'<h2>What the policy said</h2><p class="note">{note}</p>\n{blocks}'
 
 
-def chart(title: str, curves: dict[str, Curve], span: list[float]) -> str:
-    """An SVG line chart against the step; dashes as well as colours tell lines apart."""
-    points = [point for line in curves.values() for point in line]
-    steps = [step for step, _ in points]
-    values = [value for _, value in points] + span
-    first, last, low, high = min(steps), max(steps), min(values), max(values)
-
-    marks, legend = axes(first, last, low, high), ""
-    for index, (key, line) in enumerate(curves.items()):
-        places = []
-        for step, value in line:
-            x, y = between(step, first, last, LEFT, RIGHT), between(value, low, high, BOTTOM, TOP)
-            places.append(f"{x:.1f} {y:.1f}")
-        if places:
-            # The stroke of no length at the end makes a dot of a lone point.
-            marks += f'<path class="line s{index}" d="M{"L".join(places)}h0"/>'
-        legend += f"<span>{key}</span>"
-    about = f"{title}, against the step, from {show(low)} to {show(high)}"
-    size = f'viewBox="0 0 {WIDTH} {HEIGHT}" role="img" aria-label="{about}"'
-    return f"""<figure><h3>{title}</h3><div class="legend">{legend}</div>
-<svg {size}>{marks}</svg></figure>"""
-
-
-def between(value: float, low: float, high: float, start: float, end: float) -> float:
-    """Where a value lies on an axis on which `low` is at `start` and `high` at `end`."""
-    share = (value - low) / (high - low) if high > low else 0.5
-    return start + (end - start) * share
-
-
-def axes(first: float, last: float, low: float, high: float) -> str:
-    """Both axes with the extremes as ticks, and a faint line at zero where zero lies between
-    them.
-    """
-    marks = f'<path class="axis" d="M{LEFT} {TOP}V{BOTTOM}H{RIGHT}"/>'
-    zero = between(0, low, high, BOTTOM, TOP)
-    ticks = {low, high}
-    if low < 0 < high:
-        marks += f'<path class="zero" d="M{LEFT + 1} {zero:.1f}H{RIGHT}"/>'
-        if TOP + 12 < zero < BOTTOM - 12:  # else its label would touch another
-            ticks.add(0)
-    for value in sorted(ticks):
-        marks += label(LEFT - 6, between(value, low, high, BOTTOM, TOP) + 4, "end", show(value))
-    for step in sorted({first, last}):
-        marks += label(between(step, first, last, LEFT, RIGHT), BOTTOM + 15, "middle", str(step))
-    return marks + label((LEFT + RIGHT) / 2, HEIGHT - 5, "middle", "step")
-
-
-def label(x: float, y: float, anchor: str, text: str) -> str:
-    """A text of a chart."""
-    return f'<text x="{x:.1f}" y="{y:.1f}" text-anchor="{anchor}">{text}</text>'
-
-
-# ---------------------------------------------------------------- pairs
+def answer_block(title: str, answers: list[tuple[str, Answer]]) -> str:
+    """A picture, a prompt, and answers under their names."""
+    first = answers[0][1]
+    heading = f"<h3>{escape(title)}</h3>" if title else ""
+    blocks = f'<small>prompt</small><p class="text">{escape(first.prompt)}</p>\n'
+    for name, answer in answers:
+        text = tagged(answer.text, {"false": answer.false})
+        blocks += f'<small>{escape(name)}</small><p class="text">{text}</p>\n'
+    image = image_element(at_page_size(first.image), "The picture asked about")
+    return f'<article class="pair">\n{image}\n<div>{heading}{blocks}</div>\n</article>'
 
 
 def pair_list(pairs: list[ReportPair]) -> str:
-    """The pairs one after another, with a line that explains the marks."""
+    """The pairs one after another, with lines that explain the marks."""
     if not pairs:
-        note = "No pairs were stored, and answers of the policy itself are not kept."
+        note = "No pairs were stored."
     else:
         note = """Masked patches are dimmed. Words that differ are <ins>underlined</ins> in the
 chosen response, <del>underlined with a wave</del> in the rejected one."""
+    if any(any(pair.cuts) for pair in pairs):
+        note += """ <span class="cut"></span> BDHS has cut a sentence here: what is before it was
+kept, what is behind it the model made up with most of the picture hidden; a Yes or No before it may
+have been swapped."""
+    if any(pair.false for pair in pairs):
+        note += f""" {FALSE}. The chosen response may be wrong, too: its author has not always
+looked, as it is with data sets. DPO learns from the difference, and the rejected one is wrong more
+often."""
     return f'<p class="note">{note}</p>\n' + "\n".join(pair_block(pair) for pair in pairs)
 
 
 def pair_block(pair: ReportPair) -> str:
     """Picture, facts, prompt and both responses of one pair."""
-    patches = "–"
-    if pair.visible is not None:
-        patches = f"{sum(pair.visible)} of {len(pair.visible)}"
     guided = {None: "–", True: "yes", False: "no"}[pair.guided]
     similarity = show(pair.similarity, ".3f")
     facts = f"""iterations {show(pair.iterations)} · similarity {similarity} · guided {guided} ·
-visible patches {patches}"""
+visible image tokens {pair.tokens}"""
 
-    chosen, rejected = word_diff(pair.chosen, pair.rejected)
-    texts = {"prompt": escape(pair.prompt), "chosen": chosen, "rejected": rejected}
-    blocks = ""
-    for name, text in texts.items():
+    texts = [pair.chosen, pair.rejected]
+    different = word_diff(*texts)
+    false = pair.false or ([], [])
+    blocks = f'<small>prompt</small><p class="text">{escape(pair.prompt)}</p>\n'
+    for i, (name, tag) in enumerate((("chosen, y+", "ins"), ("rejected, y−", "del"))):
+        text = tagged(texts[i], {tag: different[i], "false": false[i]}, pair.cuts[i])
         blocks += f'<small>{name}</small><p class="text">{text}</p>\n'
 
-    buffer = io.BytesIO()
-    shown_picture(pair).save(buffer, "PNG", optimize=True)
-    data = base64.b64encode(buffer.getvalue()).decode("ascii")
-    alt = escape(f"Picture of pair {pair.id}, visible patches: {patches}")
+    alt = f"Picture of pair {pair.id}, visible image tokens: {pair.tokens}"
     return f"""<article class="pair">
-<img src="data:image/png;base64,{data}" alt="{alt}">
+{image_element(shown_picture(pair.image, pair.visible), alt)}
 <div><h3>{escape(pair.id)}</h3><p class="note">{facts}</p>
 {blocks}</div>
 </article>"""
 
 
-def shown_picture(pair: ReportPair) -> Image.Image:
-    """The picture at page size, its masked patches moved 75 % of the way to neutral grey."""
-    image = pair.image.convert("RGB")
+def image_element(image: Image.Image, alt: str) -> str:
+    """A picture inside the page."""
+    buffer = io.BytesIO()
+    image.save(buffer, "PNG", optimize=True)
+    data = base64.b64encode(buffer.getvalue()).decode("ascii")
+    return f'<img src="data:image/png;base64,{data}" alt="{escape(alt)}">'
+
+
+def at_page_size(image: Image.Image) -> Image.Image:
+    """The picture, its longer side as the page has room for."""
+    image = image.convert("RGB")
     factor = max(1, PICTURE_SIDE // max(image.size))  # whole, so that every pixel keeps its shape
     image = image.resize((image.width * factor, image.height * factor), Image.Resampling.NEAREST)
     image.thumbnail((PICTURE_SIDE, PICTURE_SIDE))  # does nothing to a picture that fits
-    if pair.visible is None:
+    return image
+
+
+def shown_picture(image: Image.Image, visible: list[bool] | None) -> Image.Image:
+    """The picture at page size, its masked patches moved 75 % of the way to neutral grey."""
+    image = at_page_size(image)
+    if visible is None:
         return image
-    side = math.isqrt(len(pair.visible))
-    hidden = bytes(0 if visible else 255 for visible in pair.visible)
+    side = math.isqrt(len(visible))
+    hidden = bytes(0 if shown else 255 for shown in visible)
     mask = Image.frombytes("L", (side, side), hidden)
     dimmed = Image.blend(image, Image.new("RGB", image.size, (128, 128, 128)), 0.75)
     return Image.composite(dimmed, image, mask.resize(image.size, Image.Resampling.NEAREST))
 
 
-def word_diff(chosen: str, rejected: str) -> tuple[str, str]:
-    """Both texts escaped, with the words that differ inside <ins> (chosen) and <del> (rejected).
+def word_diff(chosen: str, rejected: str) -> tuple[list[Span], list[Span]]:
+    """The runs of words that differ: of the chosen response, and of the rejected one.
 
-    Only the first `COMPARED` words: to align them takes the square of their number.
+    Only of the first `COMPARED` words: to align them takes the square of their number.
     """
     left = list(islice(WORD.finditer(chosen), COMPARED))
     right = list(islice(WORD.finditer(rejected), COMPARED))
     words, other_words = [match[0] for match in left], [match[0] for match in right]
     # One alignment serves both sides: aligning the other way round need not give the same words.
     matcher = difflib.SequenceMatcher(None, words, other_words, autojunk=False)
-    runs, other_runs = [], []
+    spans: tuple[list[Span], list[Span]] = ([], [])
     for kind, start, end, other_start, other_end in matcher.get_opcodes():
-        if kind != "equal":
-            runs.append(left[start:end])
-            other_runs.append(right[other_start:other_end])
-    return marked(chosen, runs, "ins"), marked(rejected, other_runs, "del")
+        for found, run in zip(spans, (left[start:end], right[other_start:other_end]), strict=True):
+            if kind != "equal" and run:
+                found.append((run[0].start(), run[-1].end()))
+    return spans
 
 
-def marked(text: str, runs: list[list[re.Match]], tag: str) -> str:
-    """The text escaped, with each run of words inside a tag."""
-    out, done = "", 0
-    for run in runs:
-        if run:
-            start, end = run[0].start(), run[-1].end()
-            out += f"{escape(text[done:start])}<{tag}>{escape(text[start:end])}</{tag}>"
-            done = end
-    return out + escape(text[done:])
+def tagged(text: str, spans: dict[str, list[Span]], cuts: list[int] | None = None) -> str:
+    """The text escaped, with the spans of each name in its element, and a mark at each cut.
+
+    `ins` and `del` are elements; any other name is a class. Spans of one name do not overlap, those
+    of two may.
+    """
+    edges = {0, len(text), *(cuts or [])}
+    edges |= {edge for found in spans.values() for span in found for edge in span}
+    edges = sorted(edges)
+    out = ""
+    for start, end in itertools.pairwise(edges):
+        piece = escape(text[start:end])
+        for name, found in spans.items():
+            if any(begin <= start and end <= stop for begin, stop in found):
+                element = name if name in ("ins", "del") else f'span class="{name}"'
+                piece = f"<{element}>{piece}</{element.split()[0]}>"
+        mark = '<span class="cut"></span>' if start in (cuts or []) else ""
+        out += mark + piece
+    return out

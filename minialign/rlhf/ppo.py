@@ -56,7 +56,7 @@ from minialign.training.optimizer import (
     set_learning_rate,
     trained_parameters,
 )
-from minialign.training.outputs import save_weights
+from minialign.training.outputs import sampled_answers, save_weights
 from minialign.training.parallel import sum_across_ranks, sum_gradients_across_ranks, unsharded
 from minialign.training.progress import TrainingLog, require_run_folder
 
@@ -241,13 +241,16 @@ def main(config: Config) -> None:
             means = {name: value / responses for name, value in sum_across_ranks(sums).items()}
             row = {"step": step + 1, **metrics, **means, "lr": factor * config.lr}
             row |= {"responses": responses, "time/sampling": answered - begun}
-            log.add(row | {"time/training": time.perf_counter() - answered})
+            row |= {"time/training": time.perf_counter() - answered}
+            said = rollouts[0].example(score=rollouts[0].scores[0]) if rollouts else None
+            log.add(row, said)
 
     parallel.tell_left_out(setup.loader.left_out, "records")
     save_weights(policy, folder, config, out)  # without the head of values, which nobody needs now
     if benchmark:
         evaluations["after"] = benchmark.run(assistant, "after")
-    leave_results("ppo", config, log, evaluations)
+    sampled = sampled_answers(log.rows, pictures, edge.truth_of(config.images))
+    leave_results("ppo", config, log, evaluations, sampled, edge.picture_to_ask(config.images))
 
 
 if __name__ == "__main__":

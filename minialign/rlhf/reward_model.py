@@ -151,10 +151,10 @@ def main(config: Config) -> None:
     right = sum(last) / max(1, len(last))
     mean, std = whitening.mean, whitening.std
     facts = {"reward_mean": mean, "reward_std": std, "accuracy_of_last_steps": right}
-    shown = report_pairs(setup.records, assistant.processor, pictures)
+    shown = report_pairs(setup.records, assistant, pictures, edge.truth_of(config.images))
     count = len(setup.records.numbers)
     title = f"minialign: reward model on {count} pairs"
-    parallel.on_rank0(lambda: save_results(out, title, config, shown, log.rows, {}, facts))
+    parallel.on_rank0(lambda: save_results(out, title, config, {}, log.rows, facts, shown, []))
     print(
         f"{len(log.rows)} steps on {count} pairs, of which the last {len(last)} steps ranked "
         f"{right:.1%} right; rewards {mean:.2f} on average, standard deviation {std:.2f}; "

@@ -26,7 +26,7 @@ from minialign import edge
 from minialign.align.logps import branch_logps
 from minialign.cli import require_at_least, run_main
 from minialign.model.lora import adapters_off
-from minialign.rlhf.losses import rloo_loss
+from minialign.rlhf.losses import leave_one_out, rloo_loss
 from minialign.rlhf.rewards import sequence_rewards
 from minialign.rlhf.rollouts import idle_rollout, sample_rollout
 from minialign.rlhf.setup import check_rlhf, leave_results, prepare
@@ -40,7 +40,7 @@ from minialign.training.optimizer import (
     set_learning_rate,
     trained_parameters,
 )
-from minialign.training.outputs import save_weights
+from minialign.training.outputs import sampled_answers, save_weights
 from minialign.training.parallel import sum_across_ranks, sum_gradients_across_ranks, unsharded
 from minialign.training.progress import TrainingLog, require_run_folder
 
@@ -114,6 +114,7 @@ def main(config: Config) -> None:
             prompts = sum(rollout.prompts for rollout in rollouts)
             prompts = sum_across_ranks({"prompts": prompts})["prompts"]
             metrics: Counter = Counter()
+            said = None  # to one prompt, for the report
             for rollout in parallel.even(rollouts, idle):
                 # Log-probs of the responses, summed over their tokens: (B, k).
                 with adapters_off(policy):
@@ -132,6 +133,11 @@ def main(config: Config) -> None:
                     sums["objective/rlhf_reward"] += rewards.sum().item()
                     sums["objective/kl"] += (logps - ref_logps).sum().item()
                     sums["objective/entropy"] -= logps.sum().item()
+                    said = said or rollout.example(
+                        score=rollout.scores[0],
+                        reward=rewards[0],
+                        advantage=leave_one_out(rewards)[0],
+                    )
 
             metrics = sum_across_ranks(metrics)
             factor = lr_factor(step, len(setup.schedule), config.warmup, config.schedule)
@@ -147,13 +153,14 @@ def main(config: Config) -> None:
             means = {name: value / responses for name, value in sum_across_ranks(sums).items()}
             row = {"step": step + 1, **metrics, **means, "lr": factor * config.lr}
             row |= {"responses": responses, "time/sampling": answered - begun}
-            log.add(row | {"time/training": time.perf_counter() - answered})
+            log.add(row | {"time/training": time.perf_counter() - answered}, said)
 
     parallel.tell_left_out(setup.loader.left_out, "records")
     save_weights(policy, folder, config, out)
     if benchmark:
         evaluations["after"] = benchmark.run(assistant, "after")
-    leave_results("rloo", config, log, evaluations)
+    sampled = sampled_answers(log.rows, pictures, edge.truth_of(config.images))
+    leave_results("rloo", config, log, evaluations, sampled, edge.picture_to_ask(config.images))
 
 
 if __name__ == "__main__":

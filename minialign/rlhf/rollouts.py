@@ -8,10 +8,12 @@ import torch
 from torch import Tensor
 
 from minialign.data.collate import PairBatch, StepLoader
+from minialign.data.records import Record
 from minialign.model.masks import Branch, TokenTree, build_tree
 from minialign.sampling.assistant import Assistant
 from minialign.sampling.generate import Sampling, generate
 from minialign.seeds import stable_seed
+from minialign.training.outputs import example
 
 
 @dataclass(frozen=True)
@@ -22,6 +24,15 @@ class Rollout:
     features: Tensor  # (tiles, patches, D), of the prompts' pictures
     scores: Tensor  # (B, k)
     prompts: int  # B; 0: an idle one, which counts for nothing
+    record: Record | None = None  # of the first prompt, and the responses to it, for the log
+    texts: tuple[str, ...] = ()
+
+    def example(self, **figures: Tensor) -> dict:
+        """The responses to the first prompt, each with its figures: (k,) of every name."""
+        notes = []
+        for n in range(len(self.texts)):
+            notes.append(", ".join(f"{name} {each[n]:.2f}" for name, each in figures.items()))
+        return example(self.record, list(zip(notes, self.texts, strict=True)))
 
 
 def sample_rollout(
@@ -57,7 +68,8 @@ def sample_rollout(
     for prompt, row in zip(prompts, samples, strict=True):
         sequences.append(replace(prompt, branches=[Branch(sample.ids) for sample in row]))
     tree = build_tree(sequences, tokenizer.image_id, tokenizer.pad_id).to(model.device)
-    return Rollout(tree, features, scores.to(model.device), len(batch))
+    scores = scores.to(model.device)
+    return Rollout(tree, features, scores, len(batch), records[0], texts[0])
 
 
 def idle_rollout(assistant: Assistant, loader: StepLoader, k: int) -> Rollout:

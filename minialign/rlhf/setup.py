@@ -17,14 +17,14 @@ from minialign.data.collate import PairCollator, StepLoader
 from minialign.data.images import ImageProcessor
 from minialign.data.record_files import Records, usable_pairs
 from minialign.data.tokenizer import Tokenizer
-from minialign.evaluation.metrics import Counts
+from minialign.evaluation.report import Evaluation, Sampled
 from minialign.model.hf_folder import fingerprint
 from minialign.model.policy import empty_policy, load_policy_weights
 from minialign.sampling.assistant import Assistant
 from minialign.training import parallel
 from minialign.training.flags import COMPILE_OPTIONS, TrainingFlags
 from minialign.training.optimizer import batches_of_run
-from minialign.training.outputs import save_results
+from minialign.training.outputs import save_results, say_what_is_left
 from minialign.training.progress import TrainingLog, begin
 
 
@@ -119,7 +119,12 @@ def check_rlhf(config) -> None:
 
 
 def leave_results(
-    name: str, config: TrainingFlags, log: TrainingLog, evaluations: dict[str, list[Counts]]
+    name: str,
+    config: TrainingFlags,
+    log: TrainingLog,
+    evaluations: dict[str, Evaluation],
+    sampled: list[Sampled],
+    picture: str,
 ) -> None:
     """result.json and report.html, and what is said in the end: how far the run came, how much was
     learned from, and where the scores went.
@@ -131,7 +136,9 @@ def leave_results(
         facts["stopped"] = log.stopped
         title += f", ended early: {log.stopped}"
         print(f"ended early, {log.stopped}; --resume with another --kl-stop goes on")
-    parallel.on_rank0(lambda: save_results(out, title, config, [], rows, evaluations, facts))
+    parallel.on_rank0(
+        lambda: save_results(out, title, config, evaluations, rows, facts, [], sampled)
+    )
 
     message = f"{len(rows)} steps, {count} responses"
     learned = [row for row in rows if row["responses"]]
@@ -141,4 +148,5 @@ def leave_results(
         message += f", KL {first['objective/kl']:.2f} -> {last['objective/kl']:.2f}"
     else:
         message += " (nothing was learned)"
-    print(f"{message}; {out}/adapter (PEFT), {out}/merged (Hugging Face), {out}/report.html")
+    print(message)
+    say_what_is_left(config.out, picture)

@@ -1,6 +1,7 @@
 """A LLaVA with what belongs to it: its tokenizer, under a template, and its image preprocessing."""
 
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 
 import torch
@@ -11,9 +12,16 @@ from minialign.data.tokenizer import Tokenizer, Turn
 from minialign.errors import UserError
 from minialign.model.hf_folder import load_model
 from minialign.model.llava import Llava
+from minialign.model.lora import adapter_state
 from minialign.model.masks import Branch, Sequence
 from minialign.model.peft_folder import load_adapter
 from minialign.sampling.generate import Sampling, generate
+
+
+@cache
+def say_once(line: str) -> None:
+    """Print a line that this process has not printed yet."""
+    print(line)
 
 
 @dataclass(frozen=True)
@@ -42,12 +50,14 @@ class Assistant:
         return cls(model, tokenizer, processor)
 
     def announce(self, folder: Path) -> None:
-        """Say which model is used, and how."""
-        size = sum(p.numel() for p in self.model.parameters()) / 1e6
+        """Say which model is used, and how; once, however often it is loaded."""
+        trained = adapter_state(self.model).keys()
+        base = [p for name, p in self.model.named_parameters() if name not in trained]
+        size = sum(p.numel() for p in base) / 1e6
         weight = self.model.lm_head.weight
         kind = f"{self.model.config.raw.get('model_type')}, {size:,.0f} M parameters"
         where = f"{weight.dtype} on {weight.device}"
-        print(f"{folder}: {kind}, {where}, template {self.tokenizer.name}")
+        say_once(f"{folder}: {kind}, {where}, template {self.tokenizer.name}")
 
     @property
     def positions(self) -> int:

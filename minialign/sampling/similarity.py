@@ -13,6 +13,11 @@ from minialign.sampling.sentence_encoder import SentenceEncoder
 
 Similarity = Callable[[list[str], list[str]], list[float]]  # N texts, N texts -> N cosines
 
+WITHOUT_ENCODER = (
+    "no --encoder: similarity is that of word trigrams, and keeps rephrasings of y+ that the "
+    "paper's all-mpnet-base-v2 would have sampled again"
+)
+
 
 def load_similarity(encoder: str | None, device: str = "cpu") -> Similarity:
     """The pairwise phi: `similarity(sampled, chosen)` takes two lists of N texts and returns N

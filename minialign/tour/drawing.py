@@ -6,16 +6,13 @@ Everything is HTML or SVG text without a script; names of tokens appear where on
 
 import base64
 import io
-import re
 
 from PIL import Image
 from torch import Tensor
 
-from minialign.evaluation.report import WORD, ReportPair, escape, marked, shown_picture
+from minialign.evaluation.report import escape, shown_picture, tagged
 from minialign.model.masks import TRUNK, TokenTree, dense_mask
-from minialign.sampling.bdhs import split_sentences
-from minialign.toy.benchmark import MENTION, POSITION
-from minialign.toy.oracle import DENIED
+from minialign.toy.benchmark import false_words
 from minialign.toy.world import Scene, picture
 
 COLUMN, ROW, PATCH = 92, 17, 9  # of the tree's drawing, in SVG units
@@ -39,7 +36,6 @@ STYLE = """
 section { margin-top: 2.6rem; border-top: 1px solid var(--rule); } section > h2 { border: 0;
   margin: 1rem 0 .6rem; } figure { margin: 1rem 0; } figcaption, .code { color: var(--soft);
   font-size: .875rem; } .code { overflow-wrap: anywhere; } code { font-size: .9em; }
-del { background: none; color: var(--false); text-decoration: underline wavy 1px; }
 .row { display: flex; flex-wrap: wrap; gap: 1rem 1.5rem; } .row > * { flex: 1 1 15rem; margin: 0; }
 .row img { width: 12rem; display: block; margin-bottom: .4rem; } ol, ul { padding-left: 1.2rem; }
 .round { border-left: 3px solid var(--rule); padding-left: 1rem; } .round > img { width: 8rem; }
@@ -71,7 +67,7 @@ def under_mask(scene: Scene, visible: Tensor | None) -> Image.Image:
     """The picture, large; the patches that a mask (image tokens,) hides are dimmed."""
     shown = None if visible is None else visible.tolist()
     large = picture(scene, scale=3)
-    return shown_picture(ReportPair("", large, shown, "", "", "", None, None, None))
+    return shown_picture(large, shown)
 
 
 def image_tag(scene: Scene, visible: Tensor | None, alt: str) -> str:
@@ -79,28 +75,9 @@ def image_tag(scene: Scene, visible: Tensor | None, alt: str) -> str:
     return f'<img src="{data_uri(under_mask(scene, visible))}" alt="{escape(alt)}">'
 
 
-def false_words(scene: Scene, text: str) -> list[re.Match]:
-    """The words that are not true of the scene, as toy/benchmark.py::count_description counts them:
-    objects that are not there, or not at the place that is named, and colours. What is denied,
-    as toy/oracle.py has it, is not said to be there.
-    """
-    text = DENIED.sub(lambda denied: " " * len(denied[0]), text)
-    wrong = set()
-    for start, end in split_sentences(text):
-        place = POSITION.search(text, start, end)
-        for found in MENTION.finditer(text, start, end):
-            places = scene.objects.get(found[1], {})
-            here = places.get(place[1]) if place else None
-            if not places or (place and here is None):
-                wrong.add(found.start(1))
-            if places and found[2] and found[2] not in ([here] if here else places.values()):
-                wrong.add(found.start(2))
-    return [word for word in WORD.finditer(text) if word.start() in wrong]
-
-
 def with_false_words(scene: Scene, text: str) -> str:
-    """The text, with what is not true of the picture in <del>."""
-    return marked(text, [[word] for word in false_words(scene, text)], "del")
+    """The text, with what is not true of the picture marked."""
+    return tagged(text, {"false": false_words(scene, text)})
 
 
 def bar(share: float, kind: str) -> str:

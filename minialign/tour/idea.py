@@ -4,8 +4,9 @@ import re
 
 from minialign.evaluation.report import escape
 from minialign.sampling.bdhs import split_sentences
-from minialign.tour.drawing import data_uri, false_words, under_mask
+from minialign.tour.drawing import data_uri, under_mask
 from minialign.tour.facts import Round, Tour
+from minialign.toy.benchmark import false_words
 from minialign.toy.world import Scene
 
 WIDTH, HEIGHT = 900, 480
@@ -98,7 +99,7 @@ def picture(scene: Scene, visible, x: int, y: int) -> str:
 
 def wrapped(scene: Scene, words: str, x: int, y: int, width: int) -> list[str]:
     """Lines of at most `width` letters, with false words marked."""
-    wrong = {match.start() for match in false_words(scene, words)}
+    wrong = {start for start, _ in false_words(scene, words)}
     lines, length = [[]], 0
     for word in re.finditer(r"\S+", words):
         if lines[-1] and length + len(word[0]) > width:

@@ -8,7 +8,8 @@ from pathlib import Path
 import torch
 
 from minialign.align.losses import dpo_loss, log_ratio_difference
-from minialign.evaluation.report import escape, show, word_diff, write_page
+from minialign.evaluation.charts import show
+from minialign.evaluation.report import escape, tagged, word_diff, write_page
 from minialign.tour.drawing import (
     STYLE,
     WORDS,
@@ -41,9 +42,9 @@ def write_stations(path: Path, tour: Tour, config) -> None:
     intro = """BDHS makes a rejected response out of a good one. It hides most of the picture, cuts
 every sentence, and lets the model go on: what it then says comes from its habits. DPO teaches the
 model to prefer the good response. Here is all of it on one picture. Every number was measured by
-the run that made this page. <del>Waved red words</del> are false: the picture's exact truth says
-so. By default the picture is one on which this model errs and DPO helps; how often that is so, the
-README measures."""
+the run that made this page. <span class="false">Red words in bold</span> are false: the picture's
+exact truth says so. By default the picture is one on which this model errs and DPO helps; how often
+that is so, the README measures."""
     stations = (
         scene_station,
         answer_station,
@@ -90,7 +91,7 @@ def answer_station(tour: Tour) -> str:
         "but it was taught by texts whose authors had not always looked. So it names what such a "
         "place usually has.",
         f"<blockquote>{with_false_words(tour.subject.scene, tour.answer)}</blockquote>",
-        "minialign/tour/drawing.py::false_words minialign/toy/benchmark.py::count_description",
+        "minialign/toy/benchmark.py::false_words minialign/toy/benchmark.py::count_description",
     )
 
 
@@ -174,7 +175,8 @@ def round_block(tour: Tour, subject: Subject, number: int, each: Round) -> str:
     shown = f"{int(each.visible.sum())} of {len(each.visible)} patches visible"
     joined = with_false_words(subject.scene, each.response)
     if subject is tour.yes_no:  # where the truth counts objects alone, and a denial is none
-        joined = word_diff(subject.record.chosen, each.response)[1]
+        different = word_diff(subject.record.chosen, each.response)[1]
+        joined = tagged(each.response, {"del": different})
     verdict = "not below: sampled again" if each.again else "below: this is y<sup>-</sup>"
     return f"""<div class="round"><h3>Iteration {number}</h3>
 <p class="note">l. 5-7, {guided}. Eq. 6: {shown}.</p>

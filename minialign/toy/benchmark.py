@@ -15,7 +15,9 @@ from typing import Literal
 from tqdm import tqdm
 
 from minialign.evaluation.metrics import SETTINGS_OF_POPE, Counts, pope_verdict
+from minialign.evaluation.report import Answer, Evaluation
 from minialign.sampling.assistant import Assistant
+from minialign.sampling.bdhs import split_sentences
 from minialign.toy.drawing import COLOURS, OBJECTS, SETTINGS
 from minialign.toy.world import (
     DESCRIBE,
@@ -28,8 +30,12 @@ from minialign.toy.world import (
 )
 from minialign.training.parallel import gather, rank, shard_batch, unsharded
 
+SHOWN = 6  # answers that are kept to be read
 MENTION = re.compile(rf"\b({'|'.join(OBJECTS)})\b(?: is ({'|'.join(COLOURS)})\b)?")
 POSITION = re.compile(rf"\b({'|'.join(POSITIONS.values())})\b")
+
+# `there is no cup`, `no red cup`: mentions none.
+DENIED = re.compile(rf"\bno (?:(?:{'|'.join(COLOURS)}) )?(?:{'|'.join(OBJECTS)})\b", re.IGNORECASE)
 
 
 @cache
@@ -81,6 +87,25 @@ def count_description(scene: Scene, text: str) -> Counts:
     return counts
 
 
+def false_words(scene: Scene, text: str) -> list[tuple[int, int]]:
+    """Where the words are that are not true of the scene, as `count_description` counts them:
+    objects that are not there, or not at the place that is named, and colours. What is denied is
+    not said to be there.
+    """
+    text = DENIED.sub(lambda denied: " " * len(denied[0]), text)
+    wrong = []
+    for start, end in split_sentences(text):
+        place = POSITION.search(text, start, end)
+        for found in MENTION.finditer(text, start, end):
+            places = scene.objects.get(found[1], {})
+            here = places.get(place[1]) if place else None
+            if not places or (place and here is None):
+                wrong.append(found.span(1))
+            if places and found[2] and found[2] not in ([here] if here else places.values()):
+                wrong.append(found.span(2))
+    return wrong
+
+
 def count_pope(questions: dict[str, list[str]], answers: dict[tuple[str, str], str]) -> Counts:
     """True and false yeses and noes of one image, for each of POPE's settings."""
     yes = {key: pope_verdict(answer) for key, answer in answers.items()}
@@ -103,22 +128,30 @@ class ToyBenchmark:
     images: int = 500
     batch_size: int = 50
 
-    def run(self, assistant: Assistant, title: str = "evaluate") -> list[Counts]:
+    def run(self, assistant: Assistant, title: str = "evaluate") -> Evaluation:
         """Greedy answers for every image, counted against its scene; `with_intervals` makes figures
-        of them. Of a model in shards every process holds the whole meanwhile.
+        of the counts. Of a model in shards every process holds the whole meanwhile.
         """
-        counts: dict[int, list[Counts]] = {}  # by the first image of a batch
+        found: dict[int, list[tuple[Counts, str]]] = {}  # by the first image of a batch
         firsts = shard_batch([*range(0, self.images, self.batch_size)])
         with unsharded(assistant.model):
             for first in tqdm(firsts, desc=title, leave=False, disable=rank() > 0):
                 last = min(first + self.batch_size, self.images)
                 scenes = [make_scene(self.split, index) for index in range(first, last)]
-                counts[first] = self.count_batch(assistant, scenes)
-        batches = {first: batch for each in gather(counts) for first, batch in each.items()}
-        return [each for first in sorted(batches) for each in batches[first]]
+                found[first] = self.count_batch(assistant, scenes)
+        batches = {first: batch for each in gather(found) for first, batch in each.items()}
+        images = [each for first in sorted(batches) for each in batches[first]]
 
-    def count_batch(self, assistant: Assistant, scenes: list[Scene]) -> list[Counts]:
-        """A description of each scene and the answers to POPE's questions, counted."""
+        answers = []
+        for index, (_, text) in enumerate(images[:SHOWN]):
+            scene = make_scene(self.split, index)
+            answers.append(Answer(picture(scene), DESCRIBE[0], text, false_words(scene, text)))
+        return Evaluation([counts for counts, _ in images], answers)
+
+    def count_batch(self, assistant: Assistant, scenes: list[Scene]) -> list[tuple[Counts, str]]:
+        """A description of each scene and the answers to POPE's questions, counted, and the
+        description itself.
+        """
         images = [assistant.processor.prepare(picture(scene)) for scene in scenes]
         features = assistant.encode(images)
         described = [[DESCRIBE[0]] for _ in scenes]
@@ -129,9 +162,9 @@ class ToyBenchmark:
         asked = [[EXISTS[1].format(with_article(name)) for _, name in each] for each in keys]
         replies = assistant.answers(features, images, asked, max_new_tokens=16)
 
-        counts = []
+        found = []
         for i, scene in enumerate(scenes):
             answers = dict(zip(keys[i], replies[i], strict=True))
-            pope = count_pope(objects[i], answers)
-            counts.append({**count_description(scene, texts[i][0]), **pope})
-        return counts
+            counts = {**count_description(scene, texts[i][0]), **count_pope(objects[i], answers)}
+            found.append((counts, texts[i][0]))
+        return found

@@ -1,19 +1,13 @@
 """The embedded world's exact truth, as an annotator and as a reward."""
 
-import re
-
 import torch
 from PIL import Image
 from torch import Tensor
 
 from minialign.align.annotators import Comparison, Verdict
 from minialign.data.records import Record
-from minialign.toy.benchmark import count_description
-from minialign.toy.drawing import COLOURS, OBJECTS
+from minialign.toy.benchmark import DENIED, count_description
 from minialign.toy.world import Scene, scene_of
-
-# `there is no cup`, `no red cup`: mentions none.
-DENIED = re.compile(rf"\bno (?:(?:{'|'.join(COLOURS)}) )?(?:{'|'.join(OBJECTS)})\b", re.IGNORECASE)
 
 
 def truth(scene: Scene, text: str) -> tuple[float, float, float]:

@@ -341,5 +341,5 @@ def pretrain(folder: Path) -> None:
     print(f"wrote {folder} after {(time.time() - started) / 60:.1f} minutes")
 
     assistant = Assistant(model.eval(), tokenizer, processor)
-    counts = ToyBenchmark("validation", 500).run(assistant)
+    counts = ToyBenchmark("validation", 500).run(assistant).counts
     print_table({"validation": with_intervals([counts])})

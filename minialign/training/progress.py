@@ -54,6 +54,7 @@ from minialign.training.parallel import (
     whole,
 )
 
+EXAMPLES = 6  # of what was sampled, in the log
 PROGRESS = "checkpoint/progress.safetensors"  # in --out
 NOTE = {"step": whole_number(1, 2**62), "log": text()}  # in its metadata
 ENDING = (signal.SIGTERM, signal.SIGINT)  # a scheduler's, and Ctrl-C
@@ -206,8 +207,12 @@ class TrainingLog:
                     return
                 yield step, batches
 
-    def add(self, row: dict) -> None:
-        """Log a step that is done, and save the progress if it is time to."""
+    def add(self, row: dict, example: dict | None = None) -> None:
+        """Log a step that is done, and save the progress if it is time to. An `example` of what was
+        sampled is kept in a few rows, from the first step to the last.
+        """
+        if example and len(self.rows) % max(1, self.total // EXAMPLES) == 0:
+            row = row | {"example": example}
         self.rows.append(row)
         self.updates = self.count_updates()
         if rank() == 0:

@@ -10,7 +10,7 @@ from dataclasses import replace
 
 import pytest
 from data_sets import RAW, expected
-from helpers import toy_processor, toy_tokenizer
+from helpers import toy_assistant, toy_tokenizer
 from input_files import (
     MESSAGE,
     array,
@@ -81,7 +81,7 @@ def damage_text(line: str, rng: random.Random) -> str:
     return rng.choice([head, head + put + tail, head + put + tail[1:], tail])
 
 
-COLLATE = toy_collator(64)
+COLLATE, ASSISTANT = toy_collator(64), toy_assistant()
 # Pairs from elsewhere: what `bdhs` holds only the sampler writes.
 PAIR = pair(1, bdhs=None)
 LONG = PAIR | {"prompt": [MESSAGE, {"role": "assistant", "content": "A"}, MESSAGE]}
@@ -106,7 +106,7 @@ def test_damaged_pairs(tmp_path, seed):
         batch = COLLATE.batch([COLLATE.load(records[1])])
         assert batch.tree.ids.shape[0] == 1
         of_file = replace(open_pairs(str(path), None), numbers=[1])
-        shown = report_pairs(of_file, toy_processor(), open_picture)
+        shown = report_pairs(of_file, ASSISTANT, open_picture, None)
         write_report(tmp_path / "r.html", "", {}, shown, [], {})
     path.write_bytes(lines(*neighbours))
     assert [records[0], records[-1]] == pairs_in(path)

@@ -287,7 +287,7 @@ def test_the_table_says_how_many(model, tmp_path, images, capsys, monkeypatch):
     monkeypatch.setattr("sys.argv", [str(word) for word in argv])
     evaluate.main(parse_config(evaluate.Config, ""))
     shown = capsys.readouterr()
-    assert shown.out.splitlines()[0].split() == ["pope"] and "pope_precision" in shown.out
+    assert shown.out.splitlines()[0].split() == ["pope"] and "POPE, precision ↑" in shown.out
     assert (
         shown.out.splitlines()[-1]
         == f"9 of 12 questions answered; the answers: {tmp_path / 'out'}/answers.jsonl"
@@ -356,7 +356,7 @@ def test_what_stands_for_flags_that_are_not_given(tmp_path, kind, filled):
 
 def test_no_figures_of_the_embedded_world_are_changed():
     """`--benchmark toy` prints what ToyBenchmark counts."""
-    counts = ToyBenchmark("validation", 3, 2).run(toy_assistant())
+    counts = ToyBenchmark("validation", 3, 2).run(toy_assistant()).counts
     assert run("--split", "validation", "--images", 3, "--batch-size", 2) == with_intervals(
         [counts]
     )

@@ -3,9 +3,11 @@ all.
 """
 
 import base64
+import html
 import io
 import math
 import os
+import random
 import re
 from dataclasses import replace
 
@@ -14,8 +16,8 @@ from html_page import EVIL, Page
 from PIL import Image
 
 from minialign.errors import UserError
-from minialign.evaluation import report
-from minialign.evaluation.report import ReportPair, write_report
+from minialign.evaluation import charts, report
+from minialign.evaluation.report import Answer, ReportPair, Sampled, write_report
 
 
 def make_pair(**changes) -> ReportPair:
@@ -23,6 +25,7 @@ def make_pair(**changes) -> ReportPair:
         id="7",
         image=Image.new("RGB", (96, 96), (200, 40, 0)),
         visible=[True, False, False, True],
+        tokens="2 of 4",
         prompt="Describe it.",
         chosen="A red ball.",
         rejected="A blue ball.",
@@ -34,7 +37,7 @@ def make_pair(**changes) -> ReportPair:
 
 
 def make_metrics(steps: int) -> list[dict]:
-    keys = [key for _, keys, _ in report.CHARTS for key in keys]
+    keys = [key for _, keys, _ in charts.CHARTS for key in keys]
     rows = []
     for step in range(steps):
         rows.append({"step": step} | {key: i - step / 7 for i, key in enumerate(keys)})
@@ -69,7 +72,8 @@ def picture(page: Page, index: int = 0) -> Image.Image:
 
 
 def test_full_page_is_well_formed_and_in_order(tmp_path):
-    pairs = [make_pair(), make_pair(visible=None, iterations=None, similarity=None, guided=None)]
+    unknown = make_pair(visible=None, tokens="–", iterations=None, similarity=None, guided=None)
+    pairs = [make_pair(), unknown]
     config = {"seed": 0, "data": {"root": "x"}}
     source, page = write(tmp_path, "Run 1", config, pairs, make_metrics(9), RESULT)
     order = [
@@ -77,7 +81,7 @@ def test_full_page_is_well_formed_and_in_order(tmp_path):
         "UTC · seed 0",
         "Results",
         "Training",
-        "Sampled pairs",
+        "Pairs",
         "Configuration",
         '"root": "x"',
     ]
@@ -88,8 +92,8 @@ def test_full_page_is_well_formed_and_in_order(tmp_path):
     assert "prefers-color-scheme: dark" in source
     assert len(page.all("article")) == len(page.all("img")) == 2
     facts = " ".join(page.text.split())
-    assert "iterations 3 · similarity 0.871 · guided yes · visible patches 2 of 4" in facts
-    assert "iterations – · similarity – · guided – · visible patches –" in facts
+    assert "iterations 3 · similarity 0.871 · guided yes · visible image tokens 2 of 4" in facts
+    assert "iterations – · similarity – · guided – · visible image tokens –" in facts
 
 
 def test_everything_from_outside_stays_text(tmp_path):
@@ -145,14 +149,59 @@ def test_nothing_is_loaded_from_outside(tmp_path):
     ],
 )
 def test_word_diff_marks_exactly_the_differing_words(chosen, rejected, left, right):
-    assert report.word_diff(chosen, rejected) == (left, right)
+    of_chosen, of_rejected = report.word_diff(chosen, rejected)
+    assert report.tagged(chosen, {"ins": of_chosen}) == left
+    assert report.tagged(rejected, {"del": of_rejected}) == right
 
 
 def test_word_diff_of_long_texts_ignores_no_frequent_word():
     # From 200 words on, difflib would by default treat frequent words as junk and mark them all.
     text = " ".join(["the cat and the dog"] * 60)
-    marked = (f"<ins>left</ins> {text}", f"<del>right</del> {text}")
-    assert report.word_diff("left " + text, "right " + text) == marked
+    assert report.word_diff("left " + text, "right " + text) == ([(0, 4)], [(0, 5)])
+
+
+def test_marks_that_overlap_and_cuts():
+    """Each piece is in all elements that cover it, and a cut falls between two letters."""
+    spans = {"del": [(2, 6)], "false": [(4, 8)]}
+    assert report.tagged("ab<def>hij", spans, [0, 5]) == (
+        '<span class="cut"></span>ab<del>&lt;d</del>'
+        '<span class="false"><del>e</del></span>'
+        '<span class="cut"></span><span class="false"><del>f</del></span>'
+        '<span class="false">&gt;h</span>ij'
+    )
+    rng = random.Random(0)
+    for _ in range(200):
+        text = "".join(rng.choice("a<&>b \n") for _ in range(rng.randint(0, 20)))
+        cut = sorted(rng.randint(0, len(text)) for _ in range(4))
+        marked = report.tagged(text, {"ins": [tuple(cut[:2])], "x": [tuple(cut[1:3])]}, cut[3:])
+        assert html.unescape(re.sub("<[^>]+>", "", marked)) == text
+
+
+def test_false_words_and_cuts_of_pairs(tmp_path):
+    """They are marked on both sides and explained, and neither is where nothing is known."""
+    source, page = write(tmp_path, pairs=[make_pair()])
+    assert "the picture shows it otherwise" not in page.text and "has cut" not in page.text
+    known = make_pair(cuts=([2], [2]), false=([(2, 5)], [(2, 6)]))
+    source, page = write(tmp_path, pairs=[known])
+    assert 'A <span class="cut"></span><span class="false"><ins>red</ins></span> ball.' in source
+    assert 'A <span class="cut"></span><span class="false"><del>blue</del></span> ball.' in source
+    assert "The chosen response may be wrong, too" in " ".join(page.text.split())
+
+
+def test_answers_before_and_after_and_samples_of_steps(tmp_path):
+    picture = Image.new("RGB", (8, 8))
+    texts = ("A <b>cat</b>.", "A dog.")
+    before, after = (Answer(picture, "What is it?", text, [(2, 5)]) for text in texts)
+    sampled = [Sampled("step 3, a.png", [("preferred", after), ("not preferred", before)])]
+    path = tmp_path / "report.html"
+    answers = {"before": [before], "after": [after]}
+    write_report(path, "Run", {}, [], [], {}, answers, sampled)
+    source = path.read_text(encoding="utf-8")
+    page = Page(source)
+    words = " ".join(page.text.split())
+    assert "What is it? beforeA <b>cat</b>. afterA dog." in words and "step 3, a.png" in words
+    assert "preferredA dog. not preferredA <b>cat</b>." in words
+    assert source.count('A <span class="false">dog</span>.') == 2 and len(page.all("img")) == 2
 
 
 @pytest.mark.parametrize(
@@ -194,7 +243,7 @@ def test_table_shows_values_intervals_and_dashes(tmp_path):
     assert rows[0] == ["metric", "before", "after"]
     assert rows[1][-6:] == ["0.200", "[0.180,", "0.220]", "0.150", "[0.130,", "0.170]"]
     assert rows[2][-4:] == ["0.800", "[0.700,", "0.900]", "–"]
-    assert rows[3] == ["length", "–", "81.3", "[80.0,", "82.0]"]
+    assert rows[3] == [*"words in a description length – 81.3 [80.0, 82.0]".split()]
     _, page = write(tmp_path, result={"before": {"x": dict.fromkeys(("value", "low", "high"))}})
     assert "x–" in page.text and "None" not in page.text
 
@@ -216,7 +265,7 @@ def test_what_is_missing_or_not_finite_is_left_out(tmp_path):
     assert path.count("M") == 1 and path.count("L") == 3
     assert "nan" not in chart and "inf" not in chart
     ticks = re.findall(r"<text[^>]*>([^<]*)</text>", chart)
-    assert ticks == ["0.25", "1.5", "0", "5", "step"]
+    assert ticks == ["0.5", "1", "1.5", "0", "1", "2", "3", "4", "5", "step"]
     _, page = write(tmp_path, metrics=[{"step": 1, "loss": math.nan}])
     assert not page.all("svg")
 
@@ -240,15 +289,15 @@ def test_charts_have_legends_labels_and_ticks_where_the_values_lie(tmp_path):
     assert re.findall(r"<text[^>]*>([^<]*)</text>", chart) == [
         "−1",
         "0",
+        "1",
+        "2",
         "3",
-        "10",
-        "30",
-        "step",
+        *("10", "20", "30", "step"),
     ]
     for key in ("rewards/chosen", "rewards/rejected", "rewards/margins"):
         assert f"<span>{key}</span>" in source
     # From the lower left corner of the frame to its right edge, half way up.
-    left, right, bottom, top = report.LEFT, report.RIGHT, report.BOTTOM, report.TOP
+    left, right, bottom, top = charts.LEFT, charts.RIGHT, charts.BOTTOM, charts.TOP
     assert f'd="M{left:.1f} {bottom:.1f}L{right:.1f} {(bottom + top) / 2:.1f}h0"' in chart
     assert f'd="M{left:.1f} {top:.1f}h0"' in chart  # one value: a dot
 
@@ -256,17 +305,61 @@ def test_charts_have_legends_labels_and_ticks_where_the_values_lie(tmp_path):
 def test_accuracy_spans_zero_to_one(tmp_path):
     source, _ = write(tmp_path, metrics=[{"step": s, "rewards/accuracies": 0.6} for s in (1, 2)])
     chart = re.search("<svg viewBox.*?</svg>", source).group()
-    assert re.findall(r"<text[^>]*>([^<]*)</text>", chart) == [
-        "0",
-        "1",
-        "1",
-        "2",
-        "step",
+    found = re.findall(r"<text[^>]*>([^<]*)</text>", chart)
+    assert found == ["0", "0.2", "0.4", "0.6", "0.8", "1", "1", "2", "step"]
+
+
+def test_no_accuracy_of_a_step_in_which_the_policy_is_the_reference():
+    """All rewards are 0 there, or nearly: which of two is larger says nothing."""
+    rows = [
+        {"step": 1, "rewards/accuracies": 0.0, "rewards/chosen": 0.0, "rewards/rejected": 1e-7},
+        {"step": 2, "rewards/accuracies": 0.5, "rewards/chosen": 0.1, "rewards/rejected": 0.0},
     ]
+    assert charts.curve(rows, "rewards/accuracies", 1) == [(2, 0.5)]
+
+
+@pytest.mark.parametrize(
+    ("low", "high", "found"),
+    [
+        (0, 1, [0, 0.2, 0.4, 0.6, 0.8, 1]),
+        (-0.07, 0.08, [-0.05, 0, 0.05]),
+        (1, 374, [100, 200, 300]),
+        (5, 5, [5]),
+        (0.6931, 0.6932, [0.6931, 0.69312, 0.69314, 0.69316, 0.69318, 0.6932]),
+    ],
+)
+def test_ticks_are_round_numbers(low, high, found):
+    assert charts.ticks(low, high) == pytest.approx(found)
+
+
+def test_random_ticks():
+    rng = random.Random(0)
+    for _ in range(2000):
+        low = rng.uniform(-10, 10) * 10 ** rng.randint(-5, 5)
+        high = low + rng.uniform(0.1, 10) * 10 ** rng.randint(-5, 5)
+        found = charts.ticks(low, high)
+        slack = 1e-6 * (high - low)
+        assert 2 <= len(found) <= 6 and low - slack <= found[0] and found[-1] <= high + slack
+
+
+def test_moving_mean():
+    """A straight line stays what it is, to its ends; noise is averaged."""
+    line = [(float(i), 3.0 * i) for i in range(100)]
+    found = [value for _, value in charts.moving_mean(line)]
+    assert found == pytest.approx([value for _, value in line])
+    noise = [(i, (-1.0) ** i) for i in range(100)]
+    assert max(abs(value) for _, value in charts.moving_mean(noise)[10:-10]) < 0.1
+
+
+def test_values_where_one_points(tmp_path):
+    metrics = [{"step": s, "logps/chosen": -s, "logps/rejected": -2 * s} for s in range(1, 9)]
+    source, _ = write(tmp_path, metrics=metrics)
+    titles = re.findall("<title>(step.*?)</title>", source)
+    assert titles == [f"step {s}, logps/chosen −{s}, logps/rejected −{2 * s}" for s in range(1, 9)]
 
 
 def test_long_runs_are_averaged():
-    line = report.curve(make_metrics(1000), "loss", 5)
+    line = charts.curve(make_metrics(1000), "loss", 5)
     assert len(line) == 200
     assert line[0] == (4, pytest.approx(-2 / 7)) and line[-1][0] == 999
     rows = [
@@ -276,13 +369,13 @@ def test_long_runs_are_averaged():
         {"step": 4, "loss": 4.0},
         {"step": 5, "loss": math.nan},
     ]
-    assert report.curve(rows, "loss", 2) == [(4, 2.5)]
+    assert charts.curve(rows, "loss", 2) == [(4, 2.5)]
 
 
 def test_long_runs_keep_the_page_small(tmp_path):
     source, page = write(tmp_path, metrics=make_metrics(20_000))
     assert "Each point is the mean of 100 logged values." in page.text
-    assert len(source) < 60_000
+    assert len(source) < 120_000
 
 
 @pytest.mark.parametrize("fault", ["rename", "render"])

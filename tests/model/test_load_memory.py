@@ -144,7 +144,8 @@ def test_memory_of_loading_shards(checkpoint, tmp_path, dtype):
     for peak, mine, largest in zip(*[iter(numbers)] * 3, strict=True):
         shown = {"share": mine, "largest tensor": largest, "peak": peak}
         print(dtype, {name: f"{size / 1e6:.0f} MB" for name, size in shown.items()})
-        assert 0.95 * mine < peak < mine + largest
+        # What was freed before is used again, so that a little less may be seen than is held.
+        assert 0.85 * mine < peak < mine + largest
     whole = load_model(checkpoint, dtype=getattr(torch, dtype))
     expected = sum(p.double().abs().sum().item() for p in whole.parameters())
     assert checksum == pytest.approx(expected, rel=1e-6)

@@ -19,6 +19,7 @@ from minialign import annotate, edge
 from minialign.align.annotators import Verdict
 from minialign.cli import parse_config
 from minialign.data.tokenizer import Tokenizer
+from minialign.evaluation.metrics import in_words
 from minialign.sampling import assistant
 from minialign.toy import world
 from minialign.toy.oracle import truth
@@ -165,8 +166,9 @@ def test_the_table(monkeypatch, capsys, tmp_path):
     annotate.main(parse_config(annotate.Config, ""))
     rows = capsys.readouterr().out.splitlines()
     assert rows[0].split() == ["oracle"]
-    assert [row.split()[0] for row in rows[1:]] == list(annotate.FIGURES)
-    assert rows[1].split()[1] == "0.750" and "not measured" in rows[2]
+    for row, name in zip(rows[1:], annotate.FIGURES, strict=True):
+        assert row.startswith(in_words(name))
+    assert "↑  " in rows[1] and " 0.750 " in rows[1] and "not measured" in rows[2]
 
 
 def test_pairs_of_no_use_are_left_out_and_counted(monkeypatch, capsys, tmp_path):

@@ -7,7 +7,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from helpers import toy_processor
+from helpers import toy_assistant
 from input_files import pairs_in
 from script_runs import contents, instruct_file, read_lines, sample, train
 
@@ -62,7 +62,7 @@ def test_the_stored_seed_draws_the_mask_that_was_used(model, tmp_path, monkeypat
     monkeypatch.setattr(sample_bdhs, "mask_of_seed", spy)
     pairs = sample(model, tmp_path / "pairs.jsonl", n_bdhs=1)
     records = open_pairs(str(tmp_path / "pairs.jsonl"), None)
-    shown = report_pairs(records, toy_processor(), world.open_picture)
+    shown = report_pairs(records, toy_assistant(), world.open_picture, None)
     assert [pair.visible for pair in shown] == used and len(pairs) == len(used) == 7
     assert all(0 < sum(mask) < 36 for mask in used)
 

@@ -87,6 +87,8 @@ def test_parts_of_a_step_learn_the_same(model, tmp_path, method):
     """
     rows = rlhf(method, model, tmp_path / "1", **FEW)
     split = rlhf(method, model, tmp_path / "3", accumulate=3, **FEW)
+    examples = [row.pop("example")["image"] for row in (*rows, *split)]
+    assert len(examples) == 8  # of a short run every step has one
     assert split == [pytest.approx(row, abs=1e-4, rel=1e-4) for row in rows]
     assert rows[-1]["grad_norm"] > 0
 

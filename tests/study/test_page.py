@@ -39,7 +39,7 @@ def test_the_page_is_whole_and_in_order(tmp_path):
     places = [text.index(part, 100) for part in ("Results", "base", "bdhs", "sft", "Findings")]
     assert places == sorted(places) and "UTC · seeds 3" in text
     assert "Table 7" not in text
-    rows = re.findall("<tr><th>(.*?)<small>.*?</th>(.*?)</tr>", source)
+    rows = re.findall("<tr><th>(.*?)</th>(<td>[\\d.].*?)</tr>", source)
     assert [row for row, _ in rows] == ["base", "bdhs", "sft"]
     for (_, cells), metrics in zip(rows, TABLE.values(), strict=True):
         values = [float(value) for value in re.findall(r"<td>([\d.]+)<small>", cells)]
@@ -72,7 +72,7 @@ def test_table_7_has_mean_and_range_of_the_seeds(tmp_path):
     ]
     source, page = write(tmp_path, {}, ROWS_JSON, [], rewards)
     table = source[source.index("Table 7") :]
-    found = re.findall("<tr><th>(.*?)<small>.*?<td>(.*?)<small>(.*?)</small></td></tr>", table)
+    found = re.findall("<tr><th>(.*?)</th><td>(.*?)<small>(.*?)</small></td></tr>", table)
     assert found == [
         ("learned from corrupted", "0.700", "[0.500, 0.900]"),
         ("learned from ranked", "0.600", "[0.600, 0.600]"),

@@ -20,11 +20,10 @@ from minialign.sampling.similarity import lexical_cosines
 from minialign.tour import __main__ as tour_program
 from minialign.tour import facts, stations
 from minialign.tour.__main__ import Config, algorithm_1, main, measure
-from minialign.tour.drawing import false_words
 from minialign.tour.facts import Tour
 from minialign.tour.idea import idea
 from minialign.toy import world
-from minialign.toy.benchmark import count_description
+from minialign.toy.benchmark import count_description, false_words
 from minialign.toy.oracle import truth
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -100,14 +99,14 @@ def test_words_that_are_marked_are_those_the_oracle_counts():
         objects, attributes, _ = truth(scene, text)
         marked = false_words(scene, text)
         assert len(marked) == -objects - attributes, text
-        seen.update(word[0] in world.COLOURS for word in marked)
+        seen.update(text[start:end] in world.COLOURS for start, end in marked)
     assert min(seen[True], seen[False]) > 50
 
 
 def test_false_words_of_the_page_are_marked(source, tour):
     """As many in the base's answer as the truth counts, and each of them says what is false."""
     counts = count_description(tour.subject.scene, tour.answer)
-    marked = re.findall(r"<del>(\w+)</del>", sections(source)[1])
+    marked = re.findall(r'<span class="false">(\w+)</span>', sections(source)[1])
     wrong = counts["hallucinated"] + counts["wrong_place"] + counts["wrong_colour"]
     assert len(marked) == wrong > 0
     assert not set(marked) <= tour.subject.scene.objects.keys()

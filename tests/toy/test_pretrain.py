@@ -60,4 +60,4 @@ def test_a_short_run_leaves_a_checkpoint(tmp_path, monkeypatch, capsys):
     pretrain.pretrain(tmp_path)
     files = sorted(path.name for path in tmp_path.iterdir())
     assert files == sorted(path.name for path in CHECKPOINT.iterdir())
-    assert "pope_adversarial" in capsys.readouterr().out
+    assert "POPE adversarial, accuracy ↑" in capsys.readouterr().out
