@@ -43,7 +43,7 @@ from minialign.cli import (
 from minialign.data.images import ImageProcessor, PreparedImage
 from minialign.data.prefetch import load_ahead
 from minialign.data.record_files import sift
-from minialign.data.records import FormatName, Record, pair_record
+from minialign.data.records import FormatName, Record, pair_record, sharegpt_fields
 from minialign.data.templates import asked_form
 from minialign.data.tokenizer import Tokenizer
 from minialign.errors import UserError
@@ -115,6 +115,7 @@ class Config:
     # under torchrun: a whole model per process, or FSDP2's shards of one
     shard: Literal["none", "full"] = "none"
     workers: int | None = None  # threads that decode pictures ahead
+    sharegpt: bool = False  # also write OUT.sharegpt.json, the pairs in LLaMA-Factory's form
     skip_bad_records: bool = False  # skip and count malformed records instead of stopping
 
 
@@ -371,6 +372,9 @@ def main(config: Config) -> None:
     require(bool(pairs) or not unreadable, none)
     stats = statistics(pairs, config.n_bdhs, config.eps_s) | {"left_out": left_out}
     parallel.on_rank0(lambda: write_json(beside(out, "stats"), stats))
+    if config.sharegpt:
+        lines = [sharegpt_fields(pair) for pair in pairs]
+        parallel.on_rank0(lambda: write_json(beside(out, "sharegpt"), lines))
     if pairs:
         first = pair_record(pairs[0])
         print(f"y+, chosen:   {shortened(first.chosen)!r}")

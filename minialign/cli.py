@@ -31,6 +31,7 @@ def parse_config(
     parser = argparse.ArgumentParser(
         prog=f"python -m {module}" if module.startswith("minialign.") else None,
         description=doc,
+        epilog="docs/running.md explains data, files, and every metric.",
         formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,
     )

@@ -25,7 +25,7 @@ import minialign.toy.__main__
 import sample_bdhs
 from minialign.align.logps import branch_logps
 from minialign.cli import parse_config
-from minialign.data.records import Record, instruct_record, pair_fields
+from minialign.data.records import Record, instruct_record, pair_fields, sharegpt_fields
 from minialign.edge import CHECKPOINT
 from minialign.model.masks import build_tree
 from minialign.sampling.assistant import Assistant
@@ -256,7 +256,7 @@ def porters(tmp_path_factory):
 
 def test_every_block_is_run():
     """By one of the tests below, each."""
-    assert len(BLOCKS) == 3
+    assert len(BLOCKS) == 2
 
 
 def test_the_checks_of_a_port(porters):
@@ -297,19 +297,19 @@ def test_trl_trains_on_the_pairs(porters, monkeypatch):
         assert logs[f"logps/{name}"] == pytest.approx(mean, abs=1e-3)
 
 
-def test_the_pairs_for_llama_factory(porters):
+def test_the_pairs_for_llama_factory(tmp_path):
     """Read back as what they were; also where the picture stands in a later turn."""
-    path = porters / "runs/pairs.jsonl"
-    kept, talk = path.read_text("utf-8"), [("user", "Hello."), ("assistant", "Hi."), ("user", "Q")]
-    later = Record("later", "a.png", talk, "A cup.", image_turn=2)
+    out = tmp_path / "pairs.jsonl"
+    sample_bdhs.main(sample_bdhs.Config(limit=3, out=str(out), workers=0, sharegpt=True))
+    wanted = [replace(record, bdhs={}) for record in pairs_in(out)]
+    assert pairs_in(tmp_path / "pairs.jsonl.sharegpt.json") == wanted and len(wanted) == 3
+
+    talk = [("user", "Hello."), ("assistant", "Hi."), ("user", "Q")]
+    later = Record("later", "a.png", talk, "A cup.", "A dog.", image_turn=2)
     line = pair_fields(later, {"chosen": "A cup.", "rejected": "A dog."})
-    with open(path, "a", encoding="utf-8") as file:
-        file.write(json.dumps(line) + "\n")
-    run_block("sharegpt.jsonl")
-    wanted = [replace(record, bdhs={}) for record in pairs_in(path)]
-    path.write_text(kept, "utf-8")
-    assert pairs_in(porters / "runs/sharegpt.jsonl") == wanted
-    assert wanted[-1].image_turn == 2 and len(wanted) == 3
+    path = tmp_path / "later.json"
+    path.write_text(json.dumps([sharegpt_fields(line)]))
+    assert pairs_in(path) == [later]
 
 
 def test_llama_factory_is_told_of_the_columns():

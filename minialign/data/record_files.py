@@ -97,7 +97,7 @@ def open_file(path: str, flag: str, remedy: str) -> RecordFile:
         with open(path, "rb") as file:
             begins = file.read(2**16).removeprefix(b"\xef\xbb\xbf").lstrip()
         if begins.startswith(b"PAR1"):
-            message = "is a parquet file; make JSON Lines of it as the README shows"
+            message = "is a parquet file; make JSON Lines of it as docs/running.md shows"
             raise UserError(f"{flag} {path}: {message}")
         if begins.startswith(b"["):
             return RecordFile(path, read_array(path, flag), np.zeros(0))

@@ -162,7 +162,7 @@ def names_in(value: object, name: str) -> list[str]:
         return [found for each in value for found in names_in(each, name)]
     if isinstance(value, dict) and value.get("bytes"):
         message = f"field {name!r} holds a picture's bytes"
-        raise UserError(f"{message}; name a file instead, as the README's program for parquet does")
+        raise UserError(f"{message}; name a file instead, as the program for parquet in docs/running.md does")
     if isinstance(value, dict) and value.keys() & {"path", "bytes", "url"}:
         return names_in(value.get("path") or value.get("url"), name)
     if not isinstance(value, str):
@@ -584,3 +584,17 @@ def pair_fields(record: Record, answers: dict[str, str]) -> dict:
     for name, answer in answers.items():
         fields[name] = [{"role": "assistant", "content": answer}]
     return fields
+
+
+def sharegpt_fields(pair: dict) -> dict:
+    """A pairs file's line as a record of LLaMA-Factory's sharegpt preferences: `<image>` stands in
+    the text of the turn that shows the picture, and the answers are one message each.
+    """
+    record = pair_record(pair)
+    messages = []
+    for number, (role, text) in enumerate(record.turns):
+        shown = "<image>\n" if number == record.image_turn else ""
+        messages.append({"role": role, "content": shown + text})
+    answers = {"chosen": record.chosen, "rejected": record.rejected}
+    fields = {"id": record.id, "images": [record.image], "messages": messages}
+    return fields | {name: {"role": "assistant", "content": text} for name, text in answers.items()}

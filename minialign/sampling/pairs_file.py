@@ -2,7 +2,8 @@
 
 JSON Lines of id, images, prompt, chosen, rejected, external (the record's own rejected response, if
 it has one), which are lists of messages, and bdhs, which says how the pair came about. Beside it
-stand FILE.config.json, the settings that it was sampled with, and FILE.stats.json.
+stand FILE.config.json, the settings that it was sampled with, FILE.stats.json and, with --sharegpt,
+FILE.sharegpt.json, the pairs as LLaMA-Factory reads them.
 """
 
 from collections import Counter
@@ -14,7 +15,16 @@ from minialign.data.records import Record, pair_fields, pair_record
 from minialign.files import require_same_settings
 
 # Settings that may be others when a run is continued.
-MAY_CHANGE = ("out", "limit", "batch_size", "skip_bad_records", "workers", "shard", "device")
+MAY_CHANGE = (
+    "out",
+    "limit",
+    "batch_size",
+    "skip_bad_records",
+    "sharegpt",
+    "workers",
+    "shard",
+    "device",
+)
 
 
 @dataclass(frozen=True)

@@ -44,7 +44,7 @@ every sentence, and lets the model go on: what it then says comes from its habit
 model to prefer the good response. Here is all of it on one picture. Every number was measured by
 the run that made this page. <span class="false">Red words in bold</span> are false: the picture's
 exact truth says so. By default the picture is one on which this model errs and DPO helps; how often
-that is so, the README measures."""
+that is so, docs/results.md says."""
     stations = (
         scene_station,
         answer_station,
