@@ -162,7 +162,7 @@ def names_in(value: object, name: str) -> list[str]:
         return [found for each in value for found in names_in(each, name)]
     if isinstance(value, dict) and value.get("bytes"):
         message = f"field {name!r} holds a picture's bytes"
-        raise UserError(f"{message}; name a file instead, as the program for parquet in docs/running.md does")
+        raise UserError(f"{message}; name a file, as docs/running.md's program for parquet does")
     if isinstance(value, dict) and value.keys() & {"path", "bytes", "url"}:
         return names_in(value.get("path") or value.get("url"), name)
     if not isinstance(value, str):

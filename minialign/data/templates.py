@@ -53,8 +53,8 @@ NAMES = ", ".join(TEMPLATES)
 FIELDS = {name: text() for name in ("system", "user", "answer", "end")}
 KEY = "minialign_template"  # in config.json: a name, or the fields of a form without one
 OWN_FORM = (
-    "write the model's own form into a JSON file (system, user, answer, end; see docs/running.md) and "
-    "give it with --template FILE"
+    "write the model's own form into a JSON file (system, user, answer, end; see docs/running.md) "
+    "and give it with --template FILE"
 )
 # What a chat template has in it -> the form that it is of.
 MARKERS = {"[INST]": "mistral", "<|im_start|>": "chatml", "ASSISTANT:": "vicuna_v1"}

@@ -42,7 +42,8 @@ def rows_of(out: Path) -> list[dict]:
     return [{name: row[name] for name in row if name not in TIMES} for row in rows]
 
 
-# How far several processes may be from one, relative where a value is above 1: docs/running.md's table.
+# How far several processes may be from one, relative where a value is above 1: the table in
+# docs/running.md.
 LOGGED, LOSS_OF_IPO, WEIGHTS = 2e-5, 5e-4, 5e-5
 # In bfloat16: what the first step logs, later losses (and IPO's), and weights.
 HALF_FIRST, HALF_LOSS, HALF_LOSS_OF_IPO, HALF_WEIGHTS = 5e-3, 5e-2, 1.0, 1e-2
