@@ -126,7 +126,7 @@ def write_report(
 {answer_list(answers or {})}
 <h2>Training</h2>{charts.training_curves(metrics)}
 {sampled_list(sampled or [])}
-<h2>Pairs</h2>{pair_list(pairs)}
+{pair_list(pairs)}
 <h2>Configuration</h2><details><summary>All settings</summary><pre>{settings}</pre></details>"""
     write_page(path, title, config, body)
 
@@ -208,6 +208,9 @@ def sampled_list(sampled: list[Sampled]) -> str:
         return ""
     known = f" {FALSE}." if any(each.false for s in sampled for _, each in s.answers) else ""
     note = f"Samples of a few steps, and what they were worth.{known}"
+    if any("advantage" in name for each in sampled for name, _ in each.answers):
+        note += """ The reward is the score less beta times the log-ratio to the reference (Eq. 2);
+the advantage is what it has beyond the mean of the others."""
     blocks = "".join(answer_block(each.title, each.answers) for each in sampled)
     return f'<h2>What the policy said</h2><p class="note">{note}</p>\n{blocks}'
 
@@ -227,9 +230,8 @@ def answer_block(title: str, answers: list[tuple[str, Answer]]) -> str:
 def pair_list(pairs: list[ReportPair]) -> str:
     """The pairs one after another, with lines that explain the marks."""
     if not pairs:
-        note = "No pairs were stored."
-    else:
-        note = """Masked patches are dimmed. Words that differ are <ins>underlined</ins> in the
+        return ""
+    note = """Masked patches are dimmed. Words that differ are <ins>underlined</ins> in the
 chosen response, <del>underlined with a wave</del> in the rejected one."""
     if any(any(pair.cuts) for pair in pairs):
         note += """ <span class="cut"></span> BDHS has cut a sentence here: what is before it was
@@ -239,7 +241,8 @@ have been swapped."""
         note += f""" {FALSE}. The chosen response may be wrong, too: its author has not always
 looked, as it is with data sets. DPO learns from the difference, and the rejected one is wrong more
 often."""
-    return f'<p class="note">{note}</p>\n' + "\n".join(pair_block(pair) for pair in pairs)
+    blocks = "\n".join(pair_block(pair) for pair in pairs)
+    return f'<h2>Pairs</h2><p class="note">{note}</p>\n{blocks}'
 
 
 def pair_block(pair: ReportPair) -> str:

@@ -228,7 +228,7 @@ def test_spellings_of_one_picture(form):
             with pytest.raises(LeftOut, match="text without an image"):
                 parse(raw | {name: value})
         bytes_of_it = {"bytes": "iVBORw0KGgo=" * 200_000, "path": "a.png"}
-        remedy = "a picture's bytes; name a file instead"
+        remedy = "a picture's bytes; name a file, as docs/running.md's program for parquet does"
         message = refused(lambda raw=raw | {name: bytes_of_it}: parse(raw), name, remedy)
         assert len(message) < 200
         for value in (
