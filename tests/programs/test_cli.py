@@ -226,6 +226,27 @@ def test_a_typo_ends_every_program(program, capsys, modules):
     assert "--devise" in err and "Traceback" not in err
 
 
+@pytest.mark.parametrize(
+    ("typed", "meant"),
+    [
+        ("--stepps", "; did you mean --steps?"),
+        ("--step=7", "; did you mean --steps?"),
+        ("--max_length", "; did you mean --max-length?"),
+        ("--qqqqqq", "\n"),  # nothing is near
+    ],
+)
+def test_a_typo_is_met_with_the_nearest_flag(typed, meant, capsys):
+    with pytest.raises(SystemExit):
+        parse(typed)
+    assert capsys.readouterr().err.endswith(f"unrecognized arguments: {typed}{meant.strip()}\n")
+
+
+def test_help_names_the_page_of_metrics(capsys):
+    with pytest.raises(SystemExit):
+        parse("--help")
+    assert "docs/running.md" in capsys.readouterr().out
+
+
 def test_defaults_replace_what_was_not_given():
     @dataclass(frozen=True)
     class Partial:

@@ -7,17 +7,19 @@ from dataclasses import replace
 
 import pytest
 import torch
-from helpers import toy_assistant
+from helpers import toy_assistant, toy_tokenizer
 from input_files import pairs_in
 from script_runs import contents, instruct_file, read_lines, sample, train
 
 import sample_bdhs
+from minialign import edge
 from minialign.data.record_files import open_pairs
 from minialign.data.tokenizer import Tokenizer
 from minialign.model.masks import image_attention_mask
+from minialign.sampling.bdhs import split_sentences
 from minialign.sampling.pairs_file import Sampled
 from minialign.toy import world
-from minialign.training.outputs import report_pairs
+from minialign.training.outputs import places_of_cuts, report_pairs
 
 
 def test_pairs_file(model, tmp_path):
@@ -65,6 +67,53 @@ def test_the_stored_seed_draws_the_mask_that_was_used(model, tmp_path, monkeypat
     shown = report_pairs(records, toy_assistant(), world.open_picture, None)
     assert [pair.visible for pair in shown] == used and len(pairs) == len(used) == 7
     assert all(0 < sum(mask) < 36 for mask in used)
+
+
+def test_what_a_run_says(model, tmp_path, capsys):
+    """The first pair; that responses were cut off, where most were; what is lost without an
+    encoder, once."""
+    pairs = sample(model, tmp_path / "pairs.jsonl", max_new_tokens=1)
+    out = capsys.readouterr().out
+    assert sum(pair["bdhs"]["truncated"] for pair in pairs) > len(pairs) / 2
+    assert "most responses were cut off at --max-new-tokens 1: raise it" in out
+    assert f"y-, rejected: {pairs[0]['rejected'][0]['content']!r}" in out
+    assert "accepted (Fig. 10)" in out and out.count("no --encoder: ") == 1
+    sample("toy", tmp_path / "longer.jsonl", max_new_tokens=128, limit=2)
+    out = capsys.readouterr().out
+    assert "most responses" not in out and "no --encoder" not in out
+
+
+def test_the_places_of_cuts_are_those_that_were_cut(tmp_path, monkeypatch):
+    """Redrawn for the report; what stands before each in y- stands so in y+, but for a swap."""
+    used, real = [], sample_bdhs.completion_tree
+
+    def spy(*args):
+        found = real(*args)
+        used.append([cut.kept for cut in found[0]])
+        return found
+
+    monkeypatch.setattr(sample_bdhs, "completion_tree", spy)
+    sample("toy", tmp_path / "pairs.jsonl", limit=24, n_bdhs=1, max_new_tokens=20, batch_size=24)
+    records = open_pairs(str(tmp_path / "pairs.jsonl"), None)
+    shown = report_pairs(records, toy_assistant(), world.open_picture, edge.truth_of("toy"))
+    marked = 0
+    for pair, kept in zip(shown, used, strict=False):
+        if not any(pair.cuts):
+            continue
+        sentences = split_sentences(pair.rejected)
+        starts = [start for start, _ in sentences]
+        cut = [pair.rejected[a:b] for a, b in zip(starts, pair.cuts[1], strict=True)]
+        assert cut == kept
+        assert len(pair.cuts[0]) <= len(pair.cuts[1]) and pair.false is not None
+        marked += 1
+    assert marked >= 6
+
+
+def test_no_places_where_another_text_stands():
+    """Of another sampler's response, or with another seed, nothing is marked."""
+    encode = toy_tokenizer().answer
+    assert places_of_cuts("A cup is red. It is.", "One sentence.", 0, encode) == ([], [])
+    assert places_of_cuts("The cup is red.", "Some dog ran.", 3, encode) == ([], [])
 
 
 def test_other_readers_take_the_pairs(model, tmp_path):

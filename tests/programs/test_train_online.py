@@ -2,6 +2,7 @@
 what is preferred."""
 
 import copy
+import html
 import json
 
 import pytest
@@ -18,6 +19,28 @@ from minialign.model.lora import adapter_state, add_adapters
 from minialign.model.masks import Branch, Sequence, build_tree
 from minialign.model.peft_folder import save_adapter
 from minialign.sampling.generate import Sampling, generate
+
+
+@pytest.mark.parametrize("method", ["online-dpo", "online-bdhs"])
+def test_what_the_policy_said_is_kept_and_shown(model, tmp_path, method):
+    """A few answers of the whole run, with what came of each, in the log and in the report."""
+    rows = online(model, tmp_path, method=method, limit=8, batch_size=1, epochs=3)
+    kept = [row for row in rows if "example" in row]
+    assert len(rows) == 24 and [row["step"] for row in kept] == [1, 5, 9, 13, 17, 21]
+    page = html.unescape((tmp_path / "report.html").read_text())
+    for row in kept:
+        example = row["example"]
+        assert f"step {row['step']}, {example['image']}" in page and example["prompt"] in page
+        assert len(example["answers"]) == 2
+        for note, _ in example["answers"]:
+            assert note in page
+    answers = [answer for row in kept for answer in row["example"]["answers"]]
+    notes = {note.split(" in iteration")[0] for note, _ in answers}
+    if method == "online-dpo":
+        assert notes <= {"preferred", "not preferred", "tie"} and notes
+    else:
+        assert notes == {"stored as chosen", "sampled as rejected"}
+
 
 # ---------------------------------------------------------------- limits
 
