@@ -10,8 +10,8 @@ rows that begin with the same command share its pairs; where several studies run
 on the same records and make the same number of steps, in batches of the same size (ppo with four
 updates in each), unless a run of rloo or ppo passes its --kl-stop. Intervals are bootstrapped over
 images and seeds; differences between rows are paired by image. Leaves study.html and study.json:
-{"rows": [...], "findings": [{"id", "status", "evidence"}], "rewards": [...]}, the last being Table
-7 where a row has a reward model.
+{"rows": [...], "findings": [...], "rewards": [...]}: the findings as `findings.judge` has them, the
+rewards Table 7 where a row has a reward model.
 """
 
 import json
@@ -28,10 +28,10 @@ from minialign.claims import claim_folder, require_own_folder
 from minialign.cli import require, require_at_least, run_main
 from minialign.edge import CHECKPOINT
 from minialign.errors import UserError
-from minialign.evaluation.metrics import Counts, bootstrap, interval, print_table
+from minialign.evaluation.metrics import Counts, bootstrap, in_words, interval, print_table
 from minialign.files import read_json, read_lines, require_same_settings, write_json
 from minialign.model.hf_folder import fingerprint
-from minialign.study.findings import judge
+from minialign.study.findings import judge, shown_difference
 from minialign.study.page import SHOWN, write_study
 from minialign.study.rows import EXPORT, HELD, HELD_OUT, LAST, PAID, REWARD_MODELS, ROWS
 from minialign.toy.world import TOY_RECORDS
@@ -174,7 +174,8 @@ def main(config: Config) -> None:
     print_table({name: {row: each[name] for row, each in table.items()} for name in SHOWN})
     findings = judge(metrics)
     for finding in findings:
-        print(f"{finding['status']:15} {finding['id']}: {finding['evidence']}")
+        name = f"{finding['claim']}, {in_words(finding['metric'])}"
+        print(f"{finding['status']:15} {name}: {shown_difference(finding['difference'])}")
 
     out = Path(config.out)
     write_json(out / "study.json", {"rows": rows_json, "findings": findings, "rewards": rewards})

@@ -5,8 +5,9 @@ Beside CHAIR_i stands recall, as whoever says less hallucinates less.
 
 from pathlib import Path
 
-from minialign.evaluation.metrics import Interval
+from minialign.evaluation.metrics import Interval, in_words
 from minialign.evaluation.report import escape, results_table, write_page
+from minialign.study.findings import OURS, shown_difference
 
 TITLE = "minialign: the comparison on the embedded world"
 # Of all that study.json holds.
@@ -35,11 +36,18 @@ def write_study(
 
 
 def findings_table(findings: list[dict]) -> str:
-    """One line per finding."""
-    lines = "<tr><th>finding</th><td>status</td><td>evidence</td></tr>\n"
+    """One line per claim and metric: the paper's difference, ours, and whether the signs agree."""
+    lines = "<tr><th>claim</th><td>metric</td><td>paper, points</td><td>here</td><td></td></tr>\n"
     for finding in findings:
-        status, evidence = escape(finding["status"]), escape(finding["evidence"])
-        cells = f"<th>{escape(finding['id'])}</th><td>{status}</td><td>{evidence}</td>"
+        paper = finding["table"]
+        if finding["paper"] is not None:
+            paper = f"{finding['paper']:+.2f}, {paper}"
+        elif finding["table"] != OURS:
+            paper = "not reported"
+        cells = f"<th>{escape(finding['claim'])}<small>{escape(finding['rows'])}</small></th>"
+        words = (in_words(finding["metric"]), paper, shown_difference(finding["difference"]))
+        for text in (*words, finding["status"]):
+            cells += f"<td>{escape(text)}</td>"
         lines += f"<tr>{cells}</tr>\n"
     return f'<div class="wide"><table class="texts">\n{lines}</table></div>\n'
 

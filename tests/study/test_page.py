@@ -22,7 +22,15 @@ ROWS_JSON = [
     {"row": row, "steps": 4, "pairs": 1000, "metrics": metrics} for row, metrics in TABLE.items()
 ]
 FINDINGS = [
-    {"id": "bdhs lowers CHAIR_i", "status": "reproduced", "evidence": "chair_i bdhs - base: -0.170"}
+    {
+        "claim": "BDHS against the base",
+        "rows": "bdhs - base",
+        "table": "Table 6",
+        "metric": "recall",
+        "paper": 7.45,
+        "difference": {"value": 0.2, "low": 0.1, "high": 0.3},
+        "status": "reproduced",
+    }
 ]
 
 
@@ -44,18 +52,20 @@ def test_the_page_is_whole_and_in_order(tmp_path):
     for (_, cells), metrics in zip(rows, TABLE.values(), strict=True):
         values = [float(value) for value in re.findall(r"<td>([\d.]+)<small>", cells)]
         assert values == [metrics[name]["value"] for name in SHOWN]
-    assert "bdhs lowers CHAIR_ireproducedchair_i bdhs - base" in page.text
+    assert "BDHS against the basebdhs - base" in page.text
+    cells = "objects mentioned ↑+7.45, Table 6+0.200 [+0.100, +0.300]reproduced"
+    assert cells in page.text
     assert not re.search(r"(src|href|url)\s*[=(]", source)  # self-contained
 
 
 def test_everything_stays_text(tmp_path):
-    findings = [dict.fromkeys(("id", "status", "evidence"), EVIL)]
+    findings = [FINDINGS[0] | dict.fromkeys(("claim", "rows", "table", "status"), EVIL)]
     rows = [{"row": EVIL, "steps": 1, "pairs": 1, "metrics": figures(0.1, 0.8)}]
     rewards = [{"learned_from": EVIL, "asked_about": EVIL, "accuracy": [0.5]}]
     _, page = write(tmp_path, {"rows": EVIL}, rows, findings, rewards)
     assert not page.all("script") and not any("onerror" in attrs for _, attrs in page.tags)
     # Settings; the row, twice; a finding; both heads of Table 7.
-    assert page.text.count(EVIL) == 1 + 2 + 3 + 2
+    assert page.text.count(EVIL) == 1 + 2 + 4 + 2
 
 
 def test_what_was_not_measured_is_a_dash(tmp_path):

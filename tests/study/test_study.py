@@ -18,7 +18,7 @@ from minialign.study.__main__ import ROWS, Config
 from minialign.study.findings import judge
 from minialign.training.flags import check_training
 
-IDS = ("bdhs lowers adversarial POPE error", "bdhs misses fewer objects", "bdhs lowers CHAIR_i")
+CLAIMS = ("BDHS against the base", "BDHS against supervised fine-tuning on y+")
 METRICS = '{"step": 1, "pairs": 16}\n{"step": 2, "pairs": 3}\n'
 
 
@@ -67,14 +67,11 @@ def test_study_leaves_rows_and_findings(tmp_path, monkeypatch, programs, capsys)
     base = bootstrap([some_runs(100, 1, 6)[0]] * 2)
     assert found["rows"][0]["metrics"]["recall"] == interval(base["recall"])
     assert found["findings"] == judge({"base": base, "bdhs": pooled, "sft": pooled})
-    assert {f["status"] for f in found["findings"] if "supervised" in f["id"]} == {
-        "undecided"
-    }  # the same counts
-    assert all(f.keys() == {"id", "status", "evidence"} for f in found["findings"])
+    assert {f["status"] for f in found["findings"] if f["rows"] == "bdhs - sft"} == {"ours"}
     shown, page = capsys.readouterr().out, (out / "study.html").read_text()
     assert all(
         name in text
-        for name in ("base", "bdhs", "sft", "pope_adversarial", *IDS)
+        for name in ("base", "bdhs", "sft", "POPE adversarial, accuracy", *CLAIMS)
         for text in (shown, page)
     )
 
