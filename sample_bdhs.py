@@ -12,11 +12,7 @@ Reads records of any format in minialign/data/records.py and writes a pairs file
 appended, and what is there is not sampled again. An example's pair depends on --seed and its id
 alone, not on the batch size or --limit; repeated ids are numbered.
 
-Differs from the paper: see minialign/sampling/bdhs.py; and a response that is empty or runs into
-the length limit is sampled again like one that is too similar, but in the last iteration, whose
-response is kept as it is. Without --encoder the similarity is lexical, not MPNet's. Silent in the
-paper, chosen here: hidden tokens leave gaps in the RoPE positions rather than shifting the text;
-every draw is seeded per example.
+The README lists where this departs from the paper, or chooses what the paper leaves open.
 """
 
 import random
@@ -103,6 +99,7 @@ class Config:
     guided: bool = True  # complete y+'s sentences (Eq. 7); --no-guided samples whole responses
     # sentence-transformers folder (all-mpnet-base-v2); without it a lexical cosine
     encoder: str | None = None
+    # Silent in the paper: the decoding temperature.
     temperature: float = 1.0  # 0 is greedy
     top_p: float = 1.0  # nucleus sampling
     max_new_tokens: int = 128  # limit of one completion
@@ -248,6 +245,8 @@ def sample(
                 guided=all_cuts[n][0] is not WHOLE_RESPONSE,
                 truncated=truncated,
             )
+            # Differs from the paper: what is empty or was cut off is sampled again, too; in the
+            # last iteration it is kept as it is.
             if phis[n] >= config.eps_s or truncated or not responses[n]:
                 again.append(i)
         pending = again
@@ -411,7 +410,8 @@ def sample_for(config, out: Path) -> Path:
             raise
         apart = out.with_name(f"{out.name}-pairs.jsonl")
         first = f"run `sample_bdhs.py --batch-size 8 --out {apart}` first"
-        message = f"out of memory while pairs were sampled; {first}, then this with --pairs {apart}"
+        flag = "--pairs" if hasattr(config, "pairs") else "--data"
+        message = f"out of memory while pairs were sampled; {first}, then this with {flag} {apart}"
         raise UserError(message) from error
     return pairs
 

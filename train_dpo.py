@@ -13,9 +13,6 @@ Left in --out: config.json, metrics.jsonl, result.json, adapter/ (PEFT), merged/
 checkpoint/ (--resume), report.html. `--loss sft` is the supervised control: its loss knows y+
 alone, neither y- nor reference. `--rejected both` takes pairs that sample_bdhs.py made of data with
 rejected responses; distorted is Sec. 3.3's loss.
-
-Differs from the paper: AdamW without weight decay, warm-up and cosine decay by default (the paper
-is silent).
 """
 
 from collections import Counter
@@ -72,6 +69,7 @@ from minialign.training.progress import TrainingLog, begin, require_run_folder
 # What stands for a flag that is not given: the paper's value (App. A), and the toy model's, which
 # was chosen on validation images.
 DEFAULTS = {
+    # Differs from the paper: IPO and SLiC want a beta of their own (0.8 to 1, 0.02 to 0.2).
     "beta": (0.1, 0.1),
     "lr": (5e-7, 2e-4),
     "projector_lr": (2e-6, 3e-5),

@@ -15,8 +15,7 @@ An image goes through the tower once per step, for sampling, annotator (if it is
 base), policy and reference. Every draw follows from --seed, the step and the record's id, so that
 a resumed run goes on bit for bit. RLHF (Eq. 2) is in minialign/rlhf.
 
-Left in --out: what train_dpo.py leaves. Differs from the paper: see train_dpo.py and
-minialign/sampling/bdhs.py.
+Left in --out: what train_dpo.py leaves.
 """
 
 import random
@@ -207,7 +206,9 @@ def ranked_samples(
     sequences: list[Sequence | None] = []
     both_orders = isinstance(annotator, ModelAnnotator) and annotator.both_orders
     for pair, row, comparison, verdict in zip(pairs, samples, comparisons, verdicts, strict=True):
-        if comparison.responses[0] == comparison.responses[1]:
+        # Silent in the paper: what is a tie, or is not understood, gives no pair.
+        same = comparison.responses[0] == comparison.responses[1]
+        if same:
             verdict = Verdict(None, "tie")
         counts["responses"] += 2
         counts["tokens"] += sum(len(sample.ids) for sample in row)
@@ -216,7 +217,7 @@ def ranked_samples(
         counts["first"] += bool(verdict.first)
         counts["dropped"] += verdict.better is None
         counts[verdict.reason or "decided"] += 1
-        counts["asked twice"] += both_orders and verdict.reason != "unparsable"
+        counts["asked twice"] += both_orders and not same and verdict.reason != "unparsable"
         notes = [verdict.reason or "not decided"] * 2
         if verdict.better is None:
             sequences.append(None)

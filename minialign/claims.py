@@ -48,7 +48,7 @@ def require_place(config, name: str = "out") -> None:
             message = f"{where} {flag_of(other)} {path}, which is read; name a place outside of it"
             require(apart, f"{flag} {value}: {message}")
 
-    above = next(path for path in place.parents if path.exists())
+    above = next(path for path in (place.parent, *place.parents) if path.exists())
     require(above.is_dir(), f"{flag} {value}: {above} is a file; name another place")
     allowed = os.access(place if place.exists() else above, os.W_OK)
     require(allowed, f"{flag} {value}: no permission to write there; name another place")
@@ -73,15 +73,6 @@ def require_new_file(config, name: str = "out") -> None:
     require(not path.is_dir(), f"{flag} {path}: is a folder; name the file to write")
     message = "is there already; name another file, or remove it"
     require(not os.path.lexists(path), f"{flag} {path}: {message}")
-
-
-def require_new_folder(config, name: str) -> None:
-    """Refuse a folder to write that is there with something in it."""
-    require_place(config, name)
-    flag, path = flag_of(name), Path(getattr(config, name))
-    require(not path.is_file(), f"{flag} {path}: is a file; name a folder")
-    empty = not path.is_dir() or not any(path.iterdir())
-    require(empty, f"{flag} {path}: is there already; name a new folder")
 
 
 def require_own_folder(config, program: str, name: str = "out") -> None:

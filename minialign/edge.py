@@ -17,7 +17,7 @@ from minialign.cli import require
 from minialign.data.images import PictureFolder
 from minialign.data.record_files import Records, open_pairs, open_records, read_records
 from minialign.data.records import Record, instruct_record
-from minialign.files import write_whole
+from minialign.files import write_json, write_whole
 from minialign.rlhf.scorers import HEAD_FILE, UserReward, load_function, load_reward_model
 from minialign.sampling.assistant import Assistant
 from minialign.toy.benchmark import ToyBenchmark, false_words
@@ -87,14 +87,8 @@ def records_of(
     """Records to sample for: a file's, or for `toy` the first of the alignment split."""
     if data != "toy":
         return read_records(data, form, limit, seed, skip_bad, flag)
-    raws = alignment_records(TOY_RECORDS if limit is None else limit)
+    raws = alignment_records(limit or TOY_RECORDS)
     return [instruct_record(raw) for raw in raws]
-
-
-def write_records(path: Path, limit: int | None) -> None:
-    """The first records of the alignment split as a data file."""
-    raws = alignment_records(TOY_RECORDS if limit is None else limit)
-    write_whole(path, json.dumps(raws, indent=2, ensure_ascii=False) + "\n")
 
 
 def training_records(config) -> Records:
@@ -107,7 +101,8 @@ def training_records(config) -> Records:
     if data is None:
         claim_run(config)
         data = str(Path(config.out) / "data.json")
-        on_rank0(lambda: write_records(Path(data), config.limit))
+        raws = alignment_records(config.limit or TOY_RECORDS)
+        on_rank0(lambda: write_json(Path(data), raws))
     return open_records(data, "--data", config.format, "give records or pairs")
 
 

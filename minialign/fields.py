@@ -62,7 +62,8 @@ def path_below(ending: str = "", default: object = REQUIRED) -> Field:
         path = PurePosixPath(value)
         return not path.is_absolute() and ".." not in path.parts and value.endswith(ending)
 
-    return Field(f"it must be a path inside this folder that ends in {ending!r}", fits, default)
+    ends = f" that ends in {ending!r}" if ending else ""
+    return Field(f"it must be a path inside this folder{ends}", fits, default)
 
 
 def one_of(*choices: object, default: object = REQUIRED) -> Field:
@@ -121,9 +122,7 @@ def read_fields(path: Path, values: dict, fields: dict[str, Field], where: str =
 def broken_rule(path: Path, name: str, value: object, rule: str) -> UserError:
     """The error for a field that is missing (None), or not as its rule says."""
     found = "missing" if value is None else shown(value)
-    return UserError(
-        f"{path}: {shortened(name)} is {found}; {rule}; mend it, or give another folder"
-    )
+    return UserError(f"{path}: {shortened(name)} is {found}; {rule}; mend it, or give another")
 
 
 def shown(value: object) -> str:

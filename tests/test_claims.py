@@ -77,6 +77,12 @@ def test_a_place_beside_what_is_read(mine, out):
     claims.require_place(Places(out, **flags))
 
 
+def test_the_root_of_all(mine):
+    """It holds what is read; and where nothing is read from a path, it is nobody's to write."""
+    refused(lambda: claims.require_place(Places("/", pairs="pairs.jsonl")), "holds --pairs")
+    refused(lambda: claims.require_own_folder(Places("/"), "study"), "--out /")
+
+
 def test_names_of_the_embedded_world_are_no_paths(mine):
     (mine / "toy").mkdir()
     claims.require_place(Places("toy/run"))

@@ -3,8 +3,7 @@ noise.
 
 Every token of y~- is the model's own prediction given the noisy image and the true tokens of y+
 before it. It is an example of what not to say beside the stored y- (Eq. 5), made anew from the
-current policy at every step. Chosen here, where the paper is silent: the prediction is the
-likeliest token, never the image token.
+current policy at every step.
 """
 
 from dataclasses import replace
@@ -28,7 +27,9 @@ def distorted_tree(model: Llava, sequences: list[Sequence], features: Tensor) ->
     chosen = [replace(sequence, branches=sequence.branches[:1]) for sequence in sequences]
     tree = build_tree(chosen, image_id, pad_id).to(model.device)
 
-    # The likeliest token in the place of every token of y+, row after row.
+    # The likeliest token in the place of every token of y+, row after row; never the image token.
+    # Differs from the paper: POVID's code scores these tokens behind the true prefix, lets the
+    # reference score its own, and draws fresh noise at every visit.
     _, _, _, hidden = predicting(model, tree, features)
     logits = model.lm_head(hidden)
     logits[:, image_id] = -torch.inf

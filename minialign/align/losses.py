@@ -39,7 +39,8 @@ def ipo_loss(
     ref_rejected_logps: Tensor,
     beta: float,
 ) -> Tensor:
-    """Sec. 5.7, IPO: (h - 1 / (2 beta))^2 on sums, as the IPO paper has it."""
+    """Sec. 5.7, IPO: (h - 1 / (2 beta))^2."""
+    # Silent in the paper: sums of log-probs, as the IPO paper has it, or TRL's means over tokens.
     h = log_ratio_difference(chosen_logps, rejected_logps, ref_chosen_logps, ref_rejected_logps)
     return (h - 1 / (2 * beta)) ** 2
 

@@ -217,6 +217,7 @@ class StepLoader:
         places = ((self.records.file.place(number), number) for number in numbers)
         pairs, refused = sift(places, self.load, self.skip_bad)
         self.left_out.extend(f"{place}: {error}" for place, error in refused)
+        # Silent in the paper: batches are not drawn by length.
         if self.accumulate > 1:
             pairs.sort(key=lambda pair: pair.sequence.length)
         size = math.ceil(len(pairs) / self.accumulate) or 1

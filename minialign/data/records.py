@@ -69,7 +69,8 @@ def require_different(record: Record, name: str = "rejected") -> None:
     if not getattr(record, name):
         raise LeftOut(f"no {name} response (of answers with ratings: none is rated below another)")
     if record.chosen == getattr(record, name):
-        raise LeftOut("chosen and rejected are the same text")
+        # Differs from the paper: pairs of one text are left out.
+        raise LeftOut(f"chosen and {name} are the same text")
 
 
 # ---------------------------------------------------------------- fields
@@ -216,7 +217,7 @@ def turns_of(talk: object, name: str, first: str = "user") -> list[Turn]:
             said = "whose text is the template's own here"
             raise UserError(f"{where}, {said}; leave it out, or put it before the first question")
         if ROLES.get(role) != wanted[number % 2]:
-            raise UserError(f"{where}; turns alternate, the user's first")
+            raise UserError(f"{where}; turns alternate, the {first}'s first")
         turns.append((ROLES[role], text))
     return turns
 
@@ -224,10 +225,8 @@ def turns_of(talk: object, name: str, first: str = "user") -> list[Turn]:
 def conversation(raw: dict, name: str = "conversations") -> list[Turn]:
     """A talk that ends with an answer."""
     turns = turns_of(raw.get(name), name)
-    if len(turns) < 2:
-        raise UserError(f"field {name!r} must hold a question and its answer")
-    if len(turns) % 2:
-        raise UserError(f"field {name!r} must end with an answer")
+    if not turns or len(turns) % 2:
+        raise UserError(f"field {name!r} must hold a question and end with an answer")
     return turns
 
 
@@ -489,18 +488,7 @@ class Format:
     what: str
 
 
-FormatName = Literal[
-    "pairs",
-    "povid",
-    "llava-rlhf",
-    "sharegpt",
-    "alpaca",
-    "instruct",
-    "vlfeedback",
-    "rlaif-v",
-    "rlhf-v",
-]
-FORMATS: dict[FormatName, Format] = {
+FORMATS = {
     "pairs": Format(
         pair_record,
         ("prompt chosen rejected", "chosen rejected"),
@@ -553,6 +541,7 @@ FORMATS: dict[FormatName, Format] = {
         "RLHF-V: `text` is JSON of question, chosen and rejected.",
     ),
 }
+FormatName = Literal[*FORMATS]
 
 
 def format_of(raw: dict) -> FormatName | None:

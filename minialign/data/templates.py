@@ -120,15 +120,16 @@ def template_of(
 def form_of_chat_template(folder: Path) -> str | None:
     """The form whose markers a folder's chat template has; None where there is no chat template.
 
-    Of a chat template its markers count and not its system text: those of the hub's LLaVA-1.5 and
-    1.6 on Vicuna leave out the one that these models were trained with.
+    Its system text need not be the form's: those of the hub's LLaVA-1.5 and 1.6 on Vicuna leave out
+    the one that these models were trained with. It only tells LLaVA's two forms for Vicuna apart.
     """
     for path, found in chat_templates(folder):
         names = {name for marker, name in MARKERS.items() if marker in found}
         if len(names) != 1:
             message = f"its chat template is of none of the forms {NAMES}, or of several"
             raise UserError(f"{path}: {message}; name one with --template, or {OWN_FORM}")
-        return "llava_v1" if "curious human" in found else names.pop()
+        name = names.pop()
+        return "llava_v1" if name == "vicuna_v1" and "curious human" in found else name
     return None
 
 

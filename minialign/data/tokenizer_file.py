@@ -111,8 +111,9 @@ def beginning(
         message = "its post_processor is of an unknown kind, or damaged; download the folder again"
         raise UserError(f"{path}: {message}") from None
 
-    if wrong or len(before) > 1:
-        message = f"its post_processor puts {(wrong or before)[0]!r} beside every text"
+    wrong += [name for name, _ in before[1:]]
+    if wrong:
+        message = f"its post_processor puts {wrong[0]!r} beside every text"
         rule = "and only a beginning token before it and an end token behind it are known here"
         raise UserError(f"{path}: {message}, {rule}; take it out of the file")
     # The embedded world's has no rule for it.

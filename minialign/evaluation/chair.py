@@ -67,15 +67,14 @@ class ObjectWords:
     def of(synonyms: list[list[str]]) -> "ObjectWords":
         """From lines of synonyms; the first of a line is the object."""
         canonical = {name: names[0] for names in synonyms for name in names}
-        # Differs from the official code: its list of names to join is fixed, here the table's own
-        # belong to it too.
+        # In the official code the list of names to join is fixed; here the table's own join it.
         joined = {name: name for name in canonical if " " in name} | MEANT
         known = frozenset(word for name in [*canonical, *joined] for word in name.split())
         return ObjectWords(canonical, joined, known, max(len(name.split()) for name in joined))
 
     def singular(self, word: str) -> str:
         """The word of a name that this is the plural of; any other word stays as it is."""
-        # Differs from the official code, which makes the singular of every word with pattern.en,
+        # Differs from the paper: CHAIR's code makes the singular of every word with pattern.en,
         # right or not. Words that no name has change nothing, so the names say which singular is
         # meant (collies: collie; ponies: pony).
         if word in self.known:

@@ -56,6 +56,7 @@ def read_pope(data: str, skip_bad: bool) -> Benchmark:
 
 def pope_question(raw: object, identity: str) -> Question:
     """A question that has its right answer beside it."""
+    # Silent in the paper: the question is asked as it stands, without a request for one word.
     question = question_of(raw, identity)
     label = question.raw.get("label")
     if label not in ("yes", "no"):

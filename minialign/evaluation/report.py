@@ -19,6 +19,7 @@ from pathlib import Path
 
 from PIL import Image
 
+from minialign.data.records import Record
 from minialign.evaluation import charts
 from minialign.evaluation.charts import show
 from minialign.evaluation.metrics import Counts, Interval, in_words
@@ -65,19 +66,12 @@ pre { white-space: pre-wrap; overflow-wrap: anywhere; font: .8rem/1.5 monospace;
 class ReportPair:
     """A preference pair as the page shows it."""
 
-    id: str
+    record: Record
     image: Image.Image  # the crop that the image encoder saw
     visible: list[bool] | None  # row by row, one per image token; None: all visible, or unknown
     tokens: str  # how many image tokens were visible, and of how many, in words
-    prompt: str
-    chosen: str
-    rejected: str
-    iterations: int | None
-    similarity: float | None
-    guided: bool | None
     cuts: tuple[list[int], list[int]] = ([], [])  # where sentences of chosen and rejected were cut
-    # What is not true of the picture in chosen and rejected; None where nobody knows.
-    false: tuple[list[Span], list[Span]] | None = None
+    false: tuple[list[Span], list[Span]] = ([], [])  # what the picture is known to contradict
 
 
 @dataclass(frozen=True)
@@ -199,7 +193,8 @@ def answer_list(answers: dict[str, list[Answer]]) -> str:
     blocks = ""
     for row in zip(*answers.values(), strict=True):
         blocks += answer_block("", list(zip(answers, row, strict=True)))
-    return f'<h2>Before and after</h2><p class="note">{FALSE}.</p>\n{blocks}' if blocks else ""
+    note = f'<p class="note">{FALSE}.</p>\n'
+    return f"<h2>Before and after</h2>{note}{blocks}" if blocks else ""
 
 
 def sampled_list(sampled: list[Sampled]) -> str:
@@ -237,7 +232,7 @@ chosen response, <del>underlined with a wave</del> in the rejected one."""
         note += """ <span class="cut"></span> BDHS has cut a sentence here: what is before it was
 kept, what is behind it the model made up with most of the picture hidden; a Yes or No before it may
 have been swapped."""
-    if any(pair.false for pair in pairs):
+    if any(any(pair.false) for pair in pairs):
         note += f""" {FALSE}. The chosen response may be wrong, too: its author has not always
 looked, as it is with data sets. DPO learns from the difference, and the rejected one is wrong more
 often."""
@@ -247,23 +242,23 @@ often."""
 
 def pair_block(pair: ReportPair) -> str:
     """Picture, facts, prompt and both responses of one pair."""
-    guided = {None: "–", True: "yes", False: "no"}[pair.guided]
-    similarity = show(pair.similarity, ".3f")
-    facts = f"""iterations {show(pair.iterations)} · similarity {similarity} · guided {guided} ·
-visible image tokens {pair.tokens}"""
+    record, bdhs = pair.record, pair.record.bdhs
+    guided = {None: "–", True: "yes", False: "no"}[bdhs.get("guided")]
+    similarity = show(bdhs.get("similarity"), ".3f")
+    facts = f"""iterations {show(bdhs.get("iterations"))} · similarity {similarity} ·
+guided {guided} · visible image tokens {pair.tokens}"""
 
-    texts = [pair.chosen, pair.rejected]
+    texts = [record.chosen, record.rejected]
     different = word_diff(*texts)
-    false = pair.false or ([], [])
-    blocks = f'<small>prompt</small><p class="text">{escape(pair.prompt)}</p>\n'
+    blocks = f'<small>prompt</small><p class="text">{escape(record.turns[-1][1])}</p>\n'
     for i, (name, tag) in enumerate((("chosen, y+", "ins"), ("rejected, y−", "del"))):
-        text = tagged(texts[i], {tag: different[i], "false": false[i]}, pair.cuts[i])
+        text = tagged(texts[i], {tag: different[i], "false": pair.false[i]}, pair.cuts[i])
         blocks += f'<small>{name}</small><p class="text">{text}</p>\n'
 
-    alt = f"Picture of pair {pair.id}, visible image tokens: {pair.tokens}"
+    alt = f"Picture of pair {record.id}, visible image tokens: {pair.tokens}"
     return f"""<article class="pair">
 {image_element(shown_picture(pair.image, pair.visible), alt)}
-<div><h3>{escape(pair.id)}</h3><p class="note">{facts}</p>
+<div><h3>{escape(record.id)}</h3><p class="note">{facts}</p>
 {blocks}</div>
 </article>"""
 

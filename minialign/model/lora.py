@@ -118,11 +118,16 @@ def adapters_off(model: Llava) -> Iterator[None]:
 
 
 def trainable_groups(model: Llava, lr: float, projector_lr: float) -> list[dict]:
-    """Optimizer groups: adapters and a head at `lr`, the projector at its own rate (App. A)."""
+    """Optimizer groups: adapters and a head at `lr`, the projector at its own rate (App. A); at a
+    rate of 0 it is frozen, and has no part in clipping.
+    """
     projector = list(model.multi_modal_projector.copy.parameters())
     lora = [p for m in model.modules() if isinstance(m, LoraLinear) for p in (m.lora_A, m.lora_B)]
     if model.scalar_head is not None:
         lora.append(model.scalar_head.weight)
+    if projector_lr == 0:
+        model.multi_modal_projector.copy.requires_grad_(False)
+        return [{"params": lora, "lr": lr}]
     return [{"params": lora, "lr": lr}, {"params": projector, "lr": projector_lr}]
 
 

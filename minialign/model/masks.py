@@ -114,6 +114,8 @@ def image_attention_mask(image_tokens: int, rho_th: float, generator: torch.Gene
 
     (image_tokens,) bool.
     """
+    # Silent in the paper: RoPE positions. A hidden token leaves a gap in them; positions counted
+    # from the mask would shift the text.
     return torch.rand(image_tokens, generator=generator) >= rho_th
 
 

@@ -21,6 +21,7 @@ def new_head(model: Llava, kind: Literal["value", "reward"]) -> Tensor:
 
     Of zeros for values; for rewards normal with the standard deviation (D + 1)^-1/2.
     """
+    # Silent in the paper: how a head begins.
     size = model.config.text.hidden_size
     weight = nn.Linear(size, 1, bias=False).weight.detach()
     return nn.init.normal_(weight, std=(size + 1) ** -0.5 if kind == "reward" else 0.0)

@@ -65,7 +65,8 @@ from minialign.training.progress import TrainingLog, require_run_folder
 DEFAULTS = {
     "beta": (0.1, 0.05),
     "lr": (1.41e-5, 1e-4),
-    "projector_lr": (0.0, 3e-5),  # the paper trains adapters alone
+    # Differs from the paper: it trains adapters alone; the toy's projector learns, too.
+    "projector_lr": (0.0, 3e-5),
     "lora_rank": (128, 64),
     "epochs": (3, 1),
     "batch_size": (32, 16),
@@ -178,6 +179,8 @@ def main(config: Config) -> None:
     reward = edge.scorer_of(config.reward, config)
     records = edge.training_records(config)
     pictures = edge.picture_source(config.images)
+    # Silent in the paper: values come from a head on the policy's own body, and the KL is taken off
+    # token by token.
     setup = prepare(config, folder, records, pictures, head="value", reward=config.reward)
     assistant, policy = setup.assistant, setup.assistant.model
     benchmark = edge.benchmark_of(config.images, config.eval_split, config.eval_images)

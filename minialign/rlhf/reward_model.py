@@ -6,7 +6,8 @@ preference pairs (Sec. 5.5).
 
 A pair is one sequence, as in train_dpo.py: chosen and rejected are two branches of one trunk. In
 the end the mean and standard deviation of the rewards on pairs that it learned from are measured;
-scores are whitened by them, so that beta of Eq. 2 counts in standard deviations.
+scores are whitened by them (the paper: by those of the alignment data), so that beta of Eq. 2
+counts in standard deviations.
 
 Unless --steps or --epochs is given, it is 4,000 steps (toy: 500). No benchmark is run, before or
 after. Left in --out: what train_dpo.py leaves; `merged` is the reward model, for --reward of rloo
@@ -45,6 +46,7 @@ from minialign.training.outputs import report_pairs, save_results, save_weights
 from minialign.training.parallel import sum_across_ranks, sum_gradients_across_ranks, whole
 from minialign.training.progress import TrainingLog, require_run_folder
 
+# Differs from the paper: by the rewards of pairs that it learned from, not of the alignment data.
 # Pairs whose rewards are measured: so many tell the mean to 2 % of the standard deviation.
 MEASURED = 1000
 
@@ -52,7 +54,8 @@ MEASURED = 1000
 # was chosen on validation images.
 DEFAULTS = {
     "lr": (2e-5, 1e-3),
-    "projector_lr": (0.0, 3e-5),  # the paper trains adapters alone
+    # Differs from the paper: it trains adapters alone; the toy's projector learns, too.
+    "projector_lr": (0.0, 3e-5),
     "lora_rank": (128, 64),
     "batch_size": (32, 16),
     "warmup": (0.03, 0.1),

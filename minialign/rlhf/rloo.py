@@ -49,7 +49,8 @@ from minialign.training.progress import TrainingLog, require_run_folder
 DEFAULTS = {
     "beta": (0.4, 0.05),
     "lr": (3e-4, 5e-4),
-    "projector_lr": (0.0, 3e-5),  # the paper trains adapters alone
+    # Differs from the paper: it trains adapters alone; the toy's projector learns, too.
+    "projector_lr": (0.0, 3e-5),
     "lora_rank": (128, 64),
     "epochs": (2, 1),
     "batch_size": (256, 16),

@@ -54,7 +54,8 @@ class RewardModel:
             if room < 1:
                 full = "image and prompt fill the reward model's positions"
                 raise UserError(f"{record.place}: {full}; use another one")
-            # A response that leaves the decoder's positions is cut at its end.
+            # Silent in the paper: a response that was cut off is scored as if it ended there. One
+            # that leaves the decoder's positions is cut at its end.
             ids = [tokenizer.response(text)[:room] for text in responses]
             turns, image_turn = record.turns, record.image_turn
             sequences.append(self.assistant.sequence(turns, image, ids, image_turn=image_turn))

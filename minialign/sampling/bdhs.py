@@ -1,9 +1,5 @@
 """Eq. 7 and Algorithm 1, l. 9-16: y+ cut into beginnings of sentences, and joined with what the
 policy makes of them. Pure functions of strings and token ids; the loop is in sample_bdhs.py.
-
-Differs from the paper: the yes/no pattern ends with its word, so that `Nobody`, `No-one` and
-`Yesterday` stay whole. Silent in the paper, chosen here: what ends a sentence; a cut falls on a
-word boundary and may keep nothing, but never takes a swapped word away.
 """
 
 import random
@@ -11,8 +7,8 @@ import re
 from collections.abc import Callable
 from dataclasses import dataclass
 
-# What ends a sentence: the full stops of Chinese and Japanese wherever they stand, with what closes
-# behind them; the others before white space or the end.
+# Silent in the paper: what ends a sentence. The full stops of Chinese and Japanese wherever they
+# stand, with what closes behind them; the others before white space or the end.
 CLOSERS = "\"'”’»)\\]」』）】》"
 SENTENCE_END = re.compile(rf"([。！？｡]|．(?!\d))+[{CLOSERS}]*|[.!?؟۔।॥]+(?=\s|$)")
 FULL_STOP = re.compile(rf"[.。｡．۔।॥][{CLOSERS}\s]*$")  # at the end of a token
@@ -29,6 +25,8 @@ UNSPACED = (
 )
 WORD = re.compile(rf"[{UNSPACED}][^\s\w]*|[^\s{UNSPACED}]+")
 
+# Differs from the paper: the pattern ends with its word, so that `Nobody`, `No-one` and `Yesterday`
+# stay whole.
 YES_NO = re.compile(r"(Yes|yes|No|no)\b(?!-)")  # Alg. 1 l. 12
 SWAP = {"Yes": "No", "yes": "no", "No": "Yes", "no": "yes"}
 
@@ -84,7 +82,9 @@ def cut_sentence(
     if swapped:
         sentence = swapped + sentence[match.end() :]
 
-    # l. 14: keep what is before a random word; a swapped word stays.
+    # l. 14: keep what is before a random word.
+    # Silent in the paper: a cut falls on a word boundary, and may keep nothing;
+    # Silent in the paper: a swapped word is never cut away again.
     places = [word.start() for word in WORD.finditer(sentence)]
     if swapped:
         places = places[1:] or [len(swapped)]

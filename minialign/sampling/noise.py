@@ -13,15 +13,13 @@ def noise_level(steps: int) -> float:
 
 
 def add_noise(image: Image.Image, steps: int, generator: torch.Generator) -> Image.Image:
-    """Eq. 9: x~ = sqrt(abar_N) x + sqrt(1 - abar_N) eps on raw [0, 1] pixels, before any resizing.
-
-    Values are clamped to [0, 1]; letting bytes wrap around would be a different noise.
-    """
+    """Eq. 9: x~ = sqrt(abar_N) x + sqrt(1 - abar_N) eps on raw [0, 1] pixels, before resizing."""
     if steps == 0:
         return image
     pixels = torch.from_numpy(np.asarray(image.convert("RGB")) / 255.0)
     abar = noise_level(steps)
     noise = torch.randn(pixels.shape, generator=generator, dtype=torch.float64)
+    # Differs from the paper: clamped to [0, 1]. In POVID's code bytes wrap around.
     noisy = (abar**0.5 * pixels + (1 - abar) ** 0.5 * noise).clamp(0, 1)
     return Image.fromarray((noisy * 255).round().to(torch.uint8).numpy())
 

@@ -26,6 +26,7 @@ def load_similarity(encoder: str | None, device: str = "cpu") -> Similarity:
     With a folder: the cosine of its encoder's embeddings, in [-1, 1]; a `UserError` where the
     folder is not usable. With None: `lexical_cosine`, in [0, 1].
     """
+    # Differs from the paper: without an encoder there are no embeddings of MPNet.
     if encoder is None:
         return lexical_cosines
     return SentenceEncoder.from_folder(encoder, device).cosine

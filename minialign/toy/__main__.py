@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Literal
 
 from minialign import edge
-from minialign.claims import require_new_file, require_new_folder
+from minialign.claims import require_new_file, require_own_folder
 from minialign.cli import require, require_at_least, run_main
 from minialign.files import folder_written_whole, write_json
 from minialign.toy.world import TOY_RECORDS, alignment_records, picture, scene_of
@@ -65,10 +65,10 @@ def main(config: Config) -> None:
         require_new_file(config, "corrupted")
         corrupt(config)
     if config.export is not None:
-        require_new_folder(config, "export")
+        require_own_folder(config, "toy", "export")
         export(config)
     if config.pretrain is not None:
-        require_new_folder(config, "pretrain")
+        require_own_folder(config, "toy", "pretrain")
         from minialign.toy.pretrain import pretrain  # here, as all else needs no model
 
         pretrain(Path(config.pretrain))

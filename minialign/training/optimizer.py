@@ -18,7 +18,7 @@ BEGIN_ANEW = "begin anew with a lower --lr or a longer --warmup in another --out
 
 def make_optimizer(policy: Llava, lr: float, projector_lr: float) -> torch.optim.AdamW:
     """AdamW on what is trained; each group keeps its peak rate as `peak`."""
-    # Differs from the paper: without weight decay; the paper is silent.
+    # Silent in the paper: AdamW without weight decay, warm-up and decay, clipping.
     groups = [group | {"peak": group["lr"]} for group in trainable_groups(policy, lr, projector_lr)]
     return torch.optim.AdamW(groups, weight_decay=0.0, fused=True)
 

@@ -157,27 +157,13 @@ def report_pairs(
         if record.bdhs.get("noise_steps") and seed is not None:
             picture = noise_of_seed(picture, record.bdhs["noise_steps"], seed)
 
-        cuts, false = ([], []), None
+        cuts = false = ([], [])
         if record.bdhs.get("guided") and seed is not None:
             cuts = places_of_cuts(record.chosen, record.rejected, seed, encode)
         if truth is not None:
             false = truth(record.image, record.chosen), truth(record.image, record.rejected)
-        shown.append(
-            ReportPair(
-                id=record.id,
-                image=processor.crop(picture),
-                visible=visible,
-                tokens=tokens,
-                prompt=record.turns[-1][1],
-                chosen=record.chosen,
-                rejected=record.rejected,
-                iterations=record.bdhs.get("iterations"),
-                similarity=record.bdhs.get("similarity"),
-                guided=record.bdhs.get("guided"),
-                cuts=cuts,
-                false=false,
-            )
-        )
+        crop = processor.crop(picture)
+        shown.append(ReportPair(record, crop, visible, tokens, cuts, false))
     return shown
 
 
@@ -185,7 +171,7 @@ def places_of_cuts(
     chosen: str, rejected: str, seed: int, encode: Callable[[str], list[int]]
 ) -> tuple[list[int], list[int]]:
     """Where sample_bdhs.py cut each sentence of y+, and where that place is in y-: drawn again from
-    the pair's seed. None where y- does not go on from there, as after another tokenizer."""
+    the pair's seed. No places where y- does not go on from there, as after another tokenizer."""
     rng, ids = random.Random(seed), encode(chosen)
     sentences, completed = split_sentences(chosen), split_sentences(rejected)
     if len(sentences) != len(completed):

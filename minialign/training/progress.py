@@ -211,7 +211,7 @@ class TrainingLog:
         """Log a step that is done, and save the progress if it is time to. An `example` of what was
         sampled is kept in a few rows, from the first step to the last.
         """
-        if example and len(self.rows) % max(1, self.total // EXAMPLES) == 0:
+        if example and len(self.rows) % -(-self.total // EXAMPLES) == 0:
             row = row | {"example": example}
         self.rows.append(row)
         self.updates = self.count_updates()

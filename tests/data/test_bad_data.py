@@ -28,7 +28,7 @@ BAD_INSTRUCT = [
     (array(instruct(image=7)), "field 'image' is not a text"),
     (array(instruct(0), instruct(1, conversations=None)), "record 2: field 'conversations'"),
     (array(instruct(conversations="text")), "field 'conversations'"),
-    (array(instruct(conversations=talk(("human", "Q")))), "a question and its answer"),
+    (array(instruct(conversations=talk(("human", "Q")))), "a question and end with an answer"),
     (array(instruct(conversations=["Q", "A"])), "turn 1: a message must be an object"),
     (array(instruct(conversations=talk(("human", "Q"), ("gpt", "")))), "field 'value' is empty"),
     (

@@ -191,6 +191,7 @@ def form_for(folder) -> str:
         (USER_AND_ASSISTANT, "vicuna_v1"),
         ("A chat between a curious human and ... " + USER_AND_ASSISTANT, "llava_v1"),
         (INST, "mistral"),
+        ("A chat between a curious human and ... " + INST, "mistral"),
         ("<|im_start|>{{ messages[0].role }}", "chatml"),
     ],
 )

@@ -15,23 +15,25 @@ import pytest
 from html_page import EVIL, Page
 from PIL import Image
 
+from minialign.data.records import Record
 from minialign.errors import UserError
 from minialign.evaluation import charts, report
 from minialign.evaluation.report import Answer, ReportPair, Sampled, write_report
 
+BDHS = {"iterations": 3, "similarity": 0.871, "guided": True}
+
+
+def make_record(**changes) -> Record:
+    turns = [("user", "Describe it.")]
+    return replace(Record("7", "a.png", turns, "A red ball.", "A blue ball.", bdhs=BDHS), **changes)
+
 
 def make_pair(**changes) -> ReportPair:
     pair = ReportPair(
-        id="7",
+        record=make_record(),
         image=Image.new("RGB", (96, 96), (200, 40, 0)),
         visible=[True, False, False, True],
         tokens="2 of 4",
-        prompt="Describe it.",
-        chosen="A red ball.",
-        rejected="A blue ball.",
-        iterations=3,
-        similarity=0.871,
-        guided=True,
     )
     return replace(pair, **changes)
 
@@ -72,7 +74,7 @@ def picture(page: Page, index: int = 0) -> Image.Image:
 
 
 def test_full_page_is_well_formed_and_in_order(tmp_path):
-    unknown = make_pair(visible=None, tokens="–", iterations=None, similarity=None, guided=None)
+    unknown = make_pair(record=make_record(bdhs={}), visible=None, tokens="–")
     pairs = [make_pair(), unknown]
     config = {"seed": 0, "data": {"root": "x"}}
     source, page = write(tmp_path, "Run 1", config, pairs, make_metrics(9), RESULT)
@@ -97,7 +99,9 @@ def test_full_page_is_well_formed_and_in_order(tmp_path):
 
 
 def test_everything_from_outside_stays_text(tmp_path):
-    pair = make_pair(id=EVIL, prompt=EVIL, chosen=EVIL + " one", rejected=EVIL + " two")
+    turns = [("user", EVIL)]
+    record = make_record(id=EVIL, turns=turns, chosen=EVIL + " one", rejected=EVIL + " two")
+    pair = make_pair(record=record)
     config = {"name": EVIL, EVIL: 1}
     cell = {"value": 0.5, "low": 0.4, "high": 0.6}
     metrics = [{"step": 1, "loss": 0.5, EVIL: 1.0}]
@@ -382,7 +386,8 @@ def test_long_runs_keep_the_page_small(tmp_path):
 def test_a_fault_leaves_the_old_page_and_no_partial_one(tmp_path, monkeypatch, fault):
     path = tmp_path / "report.html"
     path.write_text("old", encoding="utf-8")
-    pairs = [make_pair(), make_pair(guided="perhaps" if fault == "render" else None)]
+    guided = "perhaps" if fault == "render" else None
+    pairs = [make_pair(), make_pair(record=make_record(bdhs={"guided": guided}))]
     if fault == "rename":
         # The whole text lies beside the page at this point; the page itself is still the old one.
         def refuse(source, target):

@@ -122,6 +122,23 @@ def test_every_metric_is_explained():
     assert keys <= {key for row in rows for key in re.findall(r"`([^`]+)`", row)}
 
 
+def test_departures_from_the_paper_are_marked_and_listed():
+    """As many marks in a file as items that name it: none is in the code or in the list alone."""
+    page = PAGES["README.md"]
+    items = page[page.index("## Differences from the paper") :].split("\n- ")[1:]
+    assert all(re.search(r"`[\w/]+\.py`\s*$", item) for item in items)
+    listed = Counter(
+        name if (ROOT / name).exists() else f"minialign/{name}"
+        for item in items
+        for name in re.findall(r"`([\w/]+\.py)`", item)
+    )
+    marked = Counter()
+    for path in [*ROOT.glob("*.py"), *ROOT.glob("minialign/**/*.py")]:
+        found = re.findall(r"# (?:Differs from|Silent in) the paper: ", path.read_text("utf-8"))
+        marked += Counter({path.relative_to(ROOT).as_posix(): len(found)})
+    assert listed == marked and len(items) >= 20
+
+
 # ---------------------------------------------------------------- links
 
 

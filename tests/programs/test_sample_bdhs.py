@@ -100,11 +100,12 @@ def test_the_places_of_cuts_are_those_that_were_cut(tmp_path, monkeypatch):
     for pair, kept in zip(shown, used, strict=False):
         if not any(pair.cuts):
             continue
-        sentences = split_sentences(pair.rejected)
+        rejected = pair.record.rejected
+        sentences = split_sentences(rejected)
         starts = [start for start, _ in sentences]
-        cut = [pair.rejected[a:b] for a, b in zip(starts, pair.cuts[1], strict=True)]
+        cut = [rejected[a:b] for a, b in zip(starts, pair.cuts[1], strict=True)]
         assert cut == kept
-        assert len(pair.cuts[0]) <= len(pair.cuts[1]) and pair.false is not None
+        assert len(pair.cuts[0]) <= len(pair.cuts[1])
         marked += 1
     assert marked >= 6
 
