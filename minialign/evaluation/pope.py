@@ -45,12 +45,20 @@ def read_pope(data: str, skip_bad: bool) -> Benchmark:
     """The questions of a POPE file or folder, and what an answer counts."""
     questions: list[Question] = []
     figures: Figures = {}
-    for setting, path in pope_files(Path(data)).items():
+    overall: Figures = {}  # over all questions, whatever their setting
+    files = pope_files(Path(data))
+    for setting, path in files.items():
         of_file = read_questions(path, pope_question, skip_bad)
         for question in of_file:
             question.raw["setting"] = setting
         questions += of_file
-        figures |= pope_figures(setting)
+        for name, (above, below) in pope_figures(setting).items():
+            figures[name] = above, below
+            name = name.replace(f"_{setting}", "", 1)
+            all_above, all_below = overall.get(name, ((), ()))
+            overall[name] = all_above + above, all_below + below
+    if len(files) > 1:
+        figures |= overall
     return Benchmark(questions, count_answer, figures)
 
 
