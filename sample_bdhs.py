@@ -272,8 +272,9 @@ def check(config: Config) -> None:
     check_sampling(config)
     require_at_least(config, batch_size=1, limit=1, workers=0)
     require_place(config)
-    is_folder = Path(config.out).is_dir()
-    require(not is_folder, f"--out {config.out}: is a folder; name the pairs file to write")
+    out = Path(config.out)
+    is_file = out.is_file() or not out.exists()
+    require(is_file, f"--out {out}: is a folder, or a pipe; name the pairs file to write")
     require_device(config.device)
     require_torchrun(config.shard)
 

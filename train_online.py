@@ -266,6 +266,11 @@ def own_rejected(
     return sequences
 
 
+def was_decided(example: dict) -> bool:
+    """Whether the annotator has preferred one of two answers."""
+    return example["answers"][0][0] not in ("tie", "unparsable")
+
+
 def main(config: Config) -> None:
     """Data, evaluation, training, evaluation, export, report."""
     if config.noise_steps and config.rho_th is None:
@@ -473,7 +478,7 @@ def main(config: Config) -> None:
                     "time/sampling": answered - begun,
                     "time/training": time.perf_counter() - answered,
                 },
-                said[0] if said else None,
+                next(filter(was_decided, said), said[0] if said else None),
             )
 
     parallel.tell_left_out(loader.left_out, "records")
@@ -489,8 +494,12 @@ def main(config: Config) -> None:
     parallel.on_rank0(
         lambda: save_results(out, title, config, evaluations, log.rows, facts, shown, said)
     )
-    nothing = " (nothing was learned: metrics.jsonl says why answers were dropped)"
-    print(f"{len(log.rows)} steps, {pairs} pairs{'' if pairs else nothing}")
+    dropped = [row["annotator/dropped"] for row in log.rows if "annotator/dropped" in row]
+    done = f"{len(log.rows)} steps, {pairs} pairs"
+    if any(dropped):
+        share = sum(dropped) / len(dropped)
+        done += f"; {share:.0%} of the judged ones dropped, as metrics.jsonl says in annotator/..."
+    print(done)
     say_what_is_left(config.out, edge.picture_to_ask(config.images))
 
 

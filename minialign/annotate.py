@@ -31,6 +31,7 @@ from minialign import edge
 from minialign.align.annotators import Comparison, Verdict
 from minialign.claims import require_new_file
 from minialign.cli import (
+    flag_of,
     require,
     require_at_least,
     require_device,
@@ -100,6 +101,9 @@ def check(config: Config) -> list[str]:
         require_temperature(config.temperature)
         return []
 
+    for name in ("model", "temperature", "max_new_tokens", "limit"):
+        not_asked = getattr(config, name) == getattr(Config, name)
+        require(not_asked, f"{flag_of(name)}: not for --pairs, only for --rank; leave it out")
     paths = [config.pairs] if Path(config.pairs).exists() else config.pairs.split(",")
     twice = f"--pairs {config.pairs}: a file stands twice; name each once"
     require(len(set(paths)) == len(paths), twice)
@@ -215,12 +219,12 @@ def rank(config: Config) -> None:
 
     if left_out:
         tqdm.write(f"{len(left_out)} records left out on the way, the first: {left_out[0]}")
-    if not lines:
-        message = f"--rank {config.rank}: not one pair was ranked"
-        raise UserError(f"{message}; give another --annotator, or more records")
-    write_whole(Path(config.out), "".join(lines))
     ties, unclear, empty = counts["tie"], counts["unparsable"], counts["empty"]
     unused = f"{ties} ties, {unclear} without a clear verdict, {empty} with an empty answer"
+    if not lines:
+        message = f"--rank {config.rank}: not one pair of {counts['judged']} prompts ({unused})"
+        raise UserError(f"{message}; give another --annotator, or more records")
+    write_whole(Path(config.out), "".join(lines))
     print(f"{config.out}: {len(lines)} pairs of {counts['judged']} prompts; left out: {unused}")
 
 

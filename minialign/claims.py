@@ -39,6 +39,12 @@ def require_place(config, name: str = "out") -> None:
     """
     value, flag = getattr(config, name), flag_of(name)
     require(value.strip() != "", f"{flag} is empty; name a place to write")
+    # Behind a folder that is not there `..` leads nowhere yet, and elsewhere once it is made.
+    steps = (Path(value), *Path(value).parents)
+    there = all(path.parent.is_dir() for path in steps if path.name == "..")
+    missing = "goes through a folder that is not there; name the place without `..`"
+    require(there, f"{flag} {value}: {missing}")
+
     place = Path(os.path.realpath(value))
     for other in READ:
         for path in paths_of(getattr(config, other, None)):
@@ -130,6 +136,9 @@ def lock(path: Path) -> None:
 def set_aside(folder: Path) -> None:
     """Give a folder another name: FOLDER.1, or the next number that is free."""
     place = Path(os.path.realpath(folder))  # and not a link to it
+    if Path.cwd().is_relative_to(place):
+        message = "a finished run's folder, which gets another name, and you are in it"
+        raise UserError(f"--out {folder}: {message}; change to another folder first")
     names = (place.with_name(f"{place.name}.{number}") for number in itertools.count(1))
     aside = next(path for path in names if not os.path.lexists(path))
     os.rename(place, aside)

@@ -35,6 +35,9 @@ def folder_written_whole(folder: Path) -> Iterator[Path]:
 
     What was there stays whole until then, beside the new one.
     """
+    folder = Path(os.path.realpath(folder))
+    if folder == Path.cwd():
+        raise UserError(f"{folder}: you are in it; name it from another folder")
     partial = folder.with_name(f".{folder.name}.partial")
     old = folder.with_name(f".{folder.name}.old")
     shutil.rmtree(partial, ignore_errors=True)

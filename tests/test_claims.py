@@ -1,5 +1,6 @@
 """Where a program may write: beside what is read, over nothing of the user's, and alone."""
 
+import dataclasses
 import json
 import math
 import os
@@ -7,6 +8,7 @@ import shutil
 import subprocess
 import sys
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -127,6 +129,83 @@ def test_a_folder_that_is_there_is_nobodys_but_its_owners(name, mine):
     refused(lambda: program.main(replace(config, out="pairs.jsonl")), "is a file; name a folder")
     refused(lambda: program.main(replace(config, out="")), "--out is empty")
     assert contents(mine) == before
+
+
+@pytest.mark.parametrize("place", ["runs/../{}", "runs/dpo/../../{}", "runs/../runs2/../{}/x"])
+def test_behind_a_folder_that_is_not_there(mine, place):
+    """`..` leads nowhere before that folder is made, and to the user's own afterwards."""
+    (mine / "notes").mkdir()
+    (mine / "notes/report.html").write_text("mine")
+    (mine / "page.html").write_text("mine, too")
+    before = contents(mine)
+    missing = "goes through a folder that is not there; name the place without `..`"
+    for name, (program, flags) in PROGRAMS.items():
+        (mine / "questions.json").write_text("[]")
+        config = program.Config(out=place.format("notes"), **flags)
+        refused(lambda p=program, c=config: p.main(c), missing)
+        assert name
+    for flags in ({"export": "pictures"}, {"corrupted": "page.html"}, {"pretrain": "model"}):
+        flags = {name: place.format(path) for name, path in flags.items()}
+        refused(lambda f=flags: toy_program.main(toy_program.Config(**f, limit=1)), missing)
+    config = annotate.Config(rank="toy", limit=1, out=place.format("page.html"))
+    refused(lambda: annotate.main(config), missing)
+    config = sample_bdhs.Config(limit=1, out=place.format("new.jsonl"))
+    refused(lambda: sample_bdhs.main(config), missing)
+    (mine / "questions.json").unlink()
+    assert contents(mine) == before
+    claims.require_place(Places("model/../new"))  # that one is there
+
+
+@pytest.mark.parametrize("what", ["config", "stats", "sharegpt"])
+def test_files_beside_the_pairs_that_are_somebodys(mine, what):
+    """What sampling writes beside its --out is refused like that where another has made it."""
+    path = mine / f"new.jsonl.{what}.json"
+    path.write_text('{"precious": 1}')
+    config = sample_bdhs.Config(out="new.jsonl", limit=1)
+    refused(lambda: sample_bdhs.main(config), f"{path.name}: is there, and would be written")
+    assert path.read_text() == '{"precious": 1}' and not (mine / "new.jsonl").exists()
+
+
+def test_killed_between_the_settings_and_the_first_pair(mine):
+    """Those settings are a sampling's own: it goes on."""
+    settings = sample_bdhs.Config(out="new.jsonl", limit=1, max_new_tokens=4)
+    (mine / "new.jsonl.config.json").write_text(json.dumps(dataclasses.asdict(settings)))
+    sample_bdhs.main(settings)
+    assert len((mine / "new.jsonl").read_text().splitlines()) == 1
+
+
+def test_whoever_stands_in_a_finished_run_keeps_it(model, pairs, tmp_path, monkeypatch):
+    train(model, tmp_path / "run", pairs=pairs, limit=4)
+    before = contents(tmp_path)
+    monkeypatch.chdir(tmp_path / "run")
+    run = partial(train, model, Path("."), pairs=pairs, limit=4, seed=5)
+    refused(run, "you are in it; change to another folder first")
+    monkeypatch.chdir(tmp_path)
+    found = contents(tmp_path)
+    assert before == found
+    (tmp_path / "empty").mkdir()
+    monkeypatch.chdir(tmp_path / "empty")
+    refused(lambda: toy_program.main(toy_program.Config(export=".", limit=1)), "you are in it")
+
+
+def test_a_run_that_ended_while_this_one_was_loading(model, pairs, tmp_path, monkeypatch):
+    """The other one was killed half-way, behind this one's first look: it is not written over."""
+    real, out = progress.claim_folder, tmp_path / "run"
+
+    def claim(folder, program):
+        (out / "checkpoint").mkdir(parents=True)
+        (out / progress.PROGRESS).write_bytes(b"of the other")
+        real(folder, program)
+
+    monkeypatch.setattr(progress, "claim_folder", claim)
+    refused(lambda: train(model, out, pairs=pairs, limit=4), "holds an unfinished run")
+    assert (out / progress.PROGRESS).read_bytes() == b"of the other"
+
+
+@pytest.mark.parametrize("cache", ["run", "run/cache", "."])
+def test_a_cache_apart_from_the_run(mine, model, pairs, cache):
+    run = partial(train, model, mine / "run", pairs=pairs, ref_cache=cache, limit=4)
+    refused(run, f"--ref-cache {cache}: ")
 
 
 @pytest.mark.parametrize("flag", ["export", "corrupted", "pretrain"])

@@ -13,6 +13,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Literal
 
+from minialign import fields
 from minialign.data.tokenizer import Turn
 from minialign.errors import UserError
 from minialign.fields import shown
@@ -35,6 +36,16 @@ MARKUP = re.compile(
     # Placeholders of other programs, and the one known here where none may stand.
     r"|(?i:</?(?:image|img|video|audio)(?:here|\d{0,3}|[_\- ][\w\-]{1,20})\s*/?>|<im_\w{1,10}>)"
 )
+
+# Of a pair's `bdhs`, what is used again.
+BDHS = {
+    "mask_seed": fields.whole(0, 2**31),
+    "rho_th": fields.number(0, 1),
+    "noise_steps": fields.whole(0, 1000),
+    "iterations": fields.whole(1, 10**6),
+    "similarity": fields.number(-1.01, 1.01),
+    "guided": fields.flag(),
+}
 
 # Fields beside the conversation that would change what a model is asked.
 UNKNOWN_HERE = ("system", "tools", "video", "videos", "audio", "audios")
@@ -312,6 +323,9 @@ def pair_record(raw: dict) -> Record:
     bdhs = raw.get("bdhs") or {}  # how a pair came about; pairs from elsewhere lack it
     if not isinstance(bdhs, dict):
         raise UserError("field 'bdhs' must be an object")
+    for name, rule in BDHS.items():
+        if bdhs.get(name) is not None and not rule.fits(bdhs[name]):
+            raise UserError(f"field 'bdhs': {name} is {shown(bdhs[name])}; {rule.rule}")
     image = image_of(raw, (raw.get("prompt"), raw.get("chosen")))
     before, chosen = answer_of(raw, "chosen")
     same, rejected = answer_of(raw, "rejected")

@@ -28,6 +28,7 @@ WORDS = {
     "typical_share": "hallucinations, typical",
     "colour_errors": "wrong colours ↓",
     "position_errors": "wrong places ↓",
+    "setting_errors": "wrong settings ↓",
     "length": "words in a description",
     "accuracy": "pairs ranked right ↑",
     "first": "first answer preferred",
@@ -83,6 +84,7 @@ def toy_figures() -> Figures:
         "typical_share": (("typical",), ("hallucinated",)),
         "colour_errors": (("wrong_colour",), ("coloured",)),
         "position_errors": (("wrong_place",), ("placed",)),
+        "setting_errors": (("wrong_setting",), ("settings",)),
         "length": (("length",), ("images",)),
     }
     for setting in SETTINGS_OF_POPE:

@@ -245,7 +245,7 @@ def main(config: Config) -> None:
             row = {"step": step + 1, **metrics, **means, "lr": factor * config.lr}
             row |= {"responses": responses, "time/sampling": answered - begun}
             row |= {"time/training": time.perf_counter() - answered}
-            said = rollouts[0].example(score=rollouts[0].scores[0]) if rollouts else None
+            said = rollouts[0].example(score=rollouts[0].scores) if rollouts else None
             log.add(row, said)
 
     parallel.tell_left_out(setup.loader.left_out, "records")

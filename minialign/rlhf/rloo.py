@@ -134,10 +134,9 @@ def main(config: Config) -> None:
                     sums["objective/rlhf_reward"] += rewards.sum().item()
                     sums["objective/kl"] += (logps - ref_logps).sum().item()
                     sums["objective/entropy"] -= logps.sum().item()
+                    advantages = leave_one_out(rewards)
                     said = said or rollout.example(
-                        score=rollout.scores[0],
-                        reward=rewards[0],
-                        advantage=leave_one_out(rewards)[0],
+                        score=rollout.scores, reward=rewards, advantage=advantages
                     )
 
             metrics = sum_across_ranks(metrics)

@@ -1,7 +1,7 @@
 """Rollouts of RLHF: k responses of the policy to each prompt, and what the reward says of them."""
 
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -24,15 +24,21 @@ class Rollout:
     features: Tensor  # (tiles, patches, D), of the prompts' pictures
     scores: Tensor  # (B, k)
     prompts: int  # B; 0: an idle one, which counts for nothing
-    record: Record | None = None  # of the first prompt, and the responses to it, for the log
-    texts: tuple[str, ...] = ()
+    # Of the prompts, and the responses to each: for the log.
+    records: Sequence[Record] = ()
+    texts: Sequence[tuple[str, ...]] = ()
 
     def example(self, **figures: Tensor) -> dict:
-        """The responses to the first prompt, each with its figures: (k,) of every name."""
-        notes = []
-        for n in range(len(self.texts)):
-            notes.append(", ".join(f"{name} {each[n]:.2f}" for name, each in figures.items()))
-        return example(self.record, list(zip(notes, self.texts, strict=True)))
+        """The responses to a prompt, if there is one whose scores differ, each with its figures:
+        (B, k) of every name.
+        """
+        differ = (self.scores != self.scores[:, :1]).any(1)
+        row = int(differ.int().argmax())
+        answers = []
+        for n, text in enumerate(self.texts[row]):
+            note = ", ".join(f"{name} {each[row, n]:.2f}" for name, each in figures.items())
+            answers.append((note, text))
+        return example(self.records[row], answers)
 
 
 def sample_rollout(
@@ -69,7 +75,7 @@ def sample_rollout(
         sequences.append(replace(prompt, branches=[Branch(sample.ids) for sample in row]))
     tree = build_tree(sequences, tokenizer.image_id, tokenizer.pad_id).to(model.device)
     scores = scores.to(model.device)
-    return Rollout(tree, features, scores, len(batch), records[0], texts[0])
+    return Rollout(tree, features, scores, len(batch), records, texts)
 
 
 def idle_rollout(assistant: Assistant, loader: StepLoader, k: int) -> Rollout:

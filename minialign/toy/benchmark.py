@@ -32,6 +32,7 @@ from minialign.training.parallel import gather, rank, shard_batch, unsharded
 
 SHOWN = 6  # answers that are kept to be read
 MENTION = re.compile(rf"\b({'|'.join(OBJECTS)})\b(?: is ({'|'.join(COLOURS)})\b)?")
+SETTING = re.compile(rf"\bThis is a ({'|'.join(SETTINGS)})\b")
 POSITION = re.compile(rf"\b({'|'.join(POSITIONS.values())})\b")
 
 # `there is no cup`, `no red cup`: mentions none.
@@ -82,6 +83,9 @@ def count_description(scene: Scene, text: str) -> Counts:
             counts["wrong_place"] += bool(place) and here is None
             right = [here] if here else places.values()
             counts["wrong_colour"] += bool(colour) and colour not in right
+    named = SETTING.findall(text)
+    counts["settings"] = len(named)
+    counts["wrong_setting"] = sum(name != scene.setting for name in named)
     counts["hallucinating"] = counts["hallucinated"] > 0
     counts["found"] = sum(bool(re.search(rf"\b{name}\b", text)) for name in scene.objects)
     return counts
@@ -89,11 +93,11 @@ def count_description(scene: Scene, text: str) -> Counts:
 
 def false_words(scene: Scene, text: str) -> list[tuple[int, int]]:
     """Where the words are that are not true of the scene, as `count_description` counts them:
-    objects that are not there, or not at the place that is named, and colours. What is denied is
-    not said to be there.
+    objects that are not there, or not at the place that is named, colours, and the setting. What is
+    denied is not said to be there.
     """
     text = DENIED.sub(lambda denied: " " * len(denied[0]), text)
-    wrong = []
+    wrong = [match.span(1) for match in SETTING.finditer(text) if match[1] != scene.setting]
     for start, end in split_sentences(text):
         place = POSITION.search(text, start, end)
         for found in MENTION.finditer(text, start, end):

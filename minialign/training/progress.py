@@ -58,6 +58,8 @@ EXAMPLES = 6  # of what was sampled, in the log
 PROGRESS = "checkpoint/progress.safetensors"  # in --out
 NOTE = {"step": whole_number(1, 2**62), "log": text()}  # in its metadata
 ENDING = (signal.SIGTERM, signal.SIGINT)  # a scheduler's, and Ctrl-C
+# Said when a run begins: what decides how much it learns.
+TOLD = ("beta", "lr", "projector_lr", "batch_size", "epochs", "warmup", "schedule")
 # In the progress bar, where they were logged.
 SHOWN = (
     "loss",
@@ -96,6 +98,10 @@ def require_run_folder(config) -> None:
     if config.resume and (out / "config.json").exists():
         remedy = "give the old value, or leave --resume out and name another --out"
         require_same_settings(out / "config.json", asdict(config), MAY_CHANGE, remedy)
+        # Of one that --kl-stop has ended more may be left to do.
+        if finished(out) and "stopped" not in read_json(out / "result.json", remedy):
+            print(f"--out {out}: this run is finished; nothing is left to do")
+            sys.exit(0)
     if not config.resume and (out / PROGRESS).exists() and not finished(out):
         message = "holds an unfinished run; --resume goes on with it, or name another --out"
         raise UserError(f"--out {out}: {message}")
@@ -110,6 +116,7 @@ def claim_run(config) -> None:
     def claim() -> None:
         out = Path(config.out)
         claim_folder(out, config.program)
+        require_run_folder(config)  # another run may have ended there, while this one was loading
         if not config.resume and finished(out):
             set_aside(out)
             claim_folder(out, config.program)
@@ -141,6 +148,8 @@ def begin(config, records: Records, weights: str) -> None:
         write_json(path, data)
 
     on_rank0(note)
+    shown = [f"{name} {getattr(config, name)}" for name in TOLD if hasattr(config, name)]
+    print(f"{len(records.numbers)} records; {', '.join(shown)}")
 
 
 class TrainingLog:

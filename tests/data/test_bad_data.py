@@ -2,7 +2,10 @@
 --out.
 """
 
+import json
+
 import pytest
+from helpers import refused
 from input_files import (
     MESSAGE,
     NO_DATA,
@@ -12,6 +15,7 @@ from input_files import (
     left_in,
     lines,
     pair,
+    pairs_in,
     sample,
     talk,
     train,
@@ -112,3 +116,26 @@ def test_bad_pairs(model, tmp_path, data, match):
     path.write_bytes(data)
     gives_remedy(lambda: train(model, out, "--pairs", str(path)), match, path)
     assert left_in(out) == []
+
+
+@pytest.mark.parametrize(
+    "bdhs",
+    [
+        {"mask_seed": "x", "rho_th": 0.7},
+        {"mask_seed": 1, "rho_th": "0.7"},
+        {"mask_seed": -1, "rho_th": 0.7},
+        {"rho_th": 7},
+        {"noise_steps": 99999},
+        {"iterations": [1]},
+        {"similarity": "x"},
+        {"guided": "perhaps"},
+        {"rho_th": float("nan")},
+    ],
+    ids=str,
+)
+def test_rubbish_in_what_a_pair_says_of_itself(tmp_path, bdhs):
+    """Met with the record, and not by the report after all is trained."""
+    path = tmp_path / "pairs.jsonl"
+    path.write_text(json.dumps(pair(1, bdhs=bdhs)) + "\n")
+    name = next(iter(bdhs)) if bdhs.get("mask_seed") != 1 else "rho_th"
+    refused(lambda: pairs_in(path), "line 1: ", f"field 'bdhs': {name} is ", "it must be")

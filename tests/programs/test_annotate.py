@@ -275,7 +275,7 @@ def test_the_same_text_twice_is_a_tie_whoever_judges(tmp_path, monkeypatch):
 
     monkeypatch.setattr(edge, "annotator_of", lambda *_: First())
     flags = ["--limit", 4, "--temperature", 0.001]
-    refused(lambda: rank(tmp_path / "a.jsonl", *flags), "not one pair was ranked")
+    refused(lambda: rank(tmp_path / "a.jsonl", *flags), "not one pair of 4 prompts (4 ties")
     assert not (tmp_path / "a.jsonl").exists()
 
 
@@ -320,6 +320,13 @@ def test_bad_records_are_met_with_their_place_or_skipped(tmp_path, capsys):
 def test_bad_flags_of_rank(tmp_path, flags, message):
     refused(lambda: rank(tmp_path / "a.jsonl", *flags), message)
     assert not (tmp_path / "a.jsonl").exists()
+
+
+@pytest.mark.parametrize("flag", [{"limit": 3}, {"model": "x"}, {"temperature": 0.5}])
+def test_flags_of_rank_are_not_for_pairs(tmp_path, flag):
+    path = file_of(tmp_path / "pairs.jsonl", yes_no(0, True))
+    message = f"--{next(iter(flag))}: not for --pairs, only for --rank"
+    refused(lambda: annotate.main(annotate.Config(pairs=str(path), **flag)), message)
 
 
 def test_a_file_that_is_there_is_kept(tmp_path):

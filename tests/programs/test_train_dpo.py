@@ -289,3 +289,18 @@ def test_an_out_that_holds_the_model_is_refused(model, levels):
     with pytest.raises(UserError, match="which is read; name a place outside of it"):
         train(model, out, pairs="none.jsonl")
     assert contents(Path(model)) == before
+
+
+def test_a_projector_at_a_rate_of_zero_has_no_part_in_clipping(model, pairs, tmp_path):
+    """It stays what it was, and the gradient's norm is that of the adapters alone."""
+    norms = {}
+    for rate in (0.0, 1e-30):
+        out = tmp_path / str(rate)
+        norms[rate] = train(model, out, pairs=pairs, projector_lr=rate, batch_size=14)[0]
+    assert norms[0.0]["loss"] == norms[1e-30]["loss"]
+    assert 0 < norms[0.0]["grad_norm"] < 0.9 * norms[1e-30]["grad_norm"]
+    saved = [load_file(tmp_path / str(rate) / "merged/model.safetensors") for rate in norms]
+    projector = [name for name in saved[0] if "projector" in name]
+    assert projector and all(torch.equal(saved[0][name], saved[1][name]) for name in projector)
+    progress = load_file(tmp_path / "0.0/checkpoint/progress.safetensors")
+    assert not any(name.startswith("optimizer.1.") for name in progress)

@@ -6,7 +6,7 @@ from minialign.evaluation.metrics import SETTINGS_OF_POPE
 
 COUNTED = (
     "images", "length", "objects", "mentioned", "hallucinated", "typical", "true", "coloured",
-    "wrong_colour", "placed", "wrong_place", "hallucinating", "found",
+    "wrong_colour", "placed", "wrong_place", "settings", "wrong_setting", "hallucinating", "found",
 )  # fmt: skip
 POPE = {f"{setting}_{part}": 0 for setting in SETTINGS_OF_POPE for part in ("tp", "fp", "fn", "tn")}
 

@@ -98,7 +98,8 @@ def test_words_that_are_marked_are_those_the_oracle_counts():
             text = " ".join(cells) + " There is no cup."
         objects, attributes, _ = truth(scene, text)
         marked = false_words(scene, text)
-        assert len(marked) == -objects - attributes, text
+        settings = count_description(scene, text)["wrong_setting"]
+        assert len(marked) == -objects - attributes + settings, text
         seen.update(text[start:end] in world.COLOURS for start, end in marked)
     assert min(seen[True], seen[False]) > 50
 
@@ -108,6 +109,7 @@ def test_false_words_of_the_page_are_marked(source, tour):
     counts = count_description(tour.subject.scene, tour.answer)
     marked = re.findall(r'<span class="false">(\w+)</span>', sections(source)[1])
     wrong = counts["hallucinated"] + counts["wrong_place"] + counts["wrong_colour"]
+    wrong += counts["wrong_setting"]
     assert len(marked) == wrong > 0
     assert not set(marked) <= tour.subject.scene.objects.keys()
 

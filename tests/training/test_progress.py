@@ -60,13 +60,33 @@ def test_stopped_twice(undisturbed, model, pairs, tmp_path, monkeypatch):
         assert (tmp_path / name).read_bytes() == (undisturbed / name).read_bytes()
 
 
-def test_a_finished_run_resumes_to_itself(undisturbed, model, pairs, tmp_path, monkeypatch):
+def test_a_finished_run_is_left_alone(model, pairs, tmp_path, capsys):
+    """Also what somebody has put into its folders; where only the report is missing no step is left
+    to do, and all comes out the same.
+    """
+    options = {"pairs": pairs, "limit": 4}
+    train(model, tmp_path, **options)
+    (tmp_path / "merged/README.md").write_text("a model card")
+    before = contents(tmp_path)
+    with pytest.raises(SystemExit) as ended:
+        train(model, tmp_path, resume=True, **options)
+    assert ended.value.code == 0 and "this run is finished" in capsys.readouterr().out
+    assert contents(tmp_path) == before
+
+
+def test_a_run_without_its_report_ends_as_it_did(model, pairs, tmp_path, monkeypatch):
     options = {"pairs": pairs, "limit": 4}
     train(model, tmp_path, **options)
     before = contents(tmp_path)
+    unfinished(tmp_path)
     monkeypatch.setattr(train_dpo, "preference_metrics", None)  # no step is left
     train(model, tmp_path, resume=True, **options)
     assert contents(tmp_path) == before
+
+
+def unfinished(out: Path) -> None:
+    """A run that was killed before it wrote its last file."""
+    (out / "report.html").unlink()
 
 
 @pytest.mark.parametrize(
@@ -138,6 +158,7 @@ def test_an_earlier_runs_checkpoint_is_not_resumed(model, pairs, tmp_path, monke
 )
 def test_damaged_runs_do_not_resume(model, pairs, tmp_path, damage, match):
     train(model, tmp_path, pairs=pairs, limit=4)
+    unfinished(tmp_path)
     damage(tmp_path)
     with pytest.raises(UserError, match=match):
         train(model, tmp_path, pairs=pairs, limit=4, resume=True)
@@ -154,6 +175,7 @@ def test_resuming_on_other_pairs_is_refused(model, tmp_path):
     file = tmp_path / "mine.jsonl"
     file.write_text("".join(json.dumps(row) + "\n" for row in rows))
     train(model, tmp_path / "run", pairs=str(file))
+    unfinished(tmp_path / "run")
     file.write_text("".join(json.dumps(row) + "\n" for row in rows[:-1]))
     with pytest.raises(UserError, match="pairs, model or template are not those"):
         train(model, tmp_path / "run", pairs=str(file), resume=True)
