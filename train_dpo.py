@@ -28,7 +28,7 @@ from torch.utils.checkpoint import checkpoint
 import sample_bdhs
 from minialign import edge
 from minialign.align.distortion import distorted_tree
-from minialign.align.logps import branch_logps
+from minialign.align.logps import branch_lengths, branch_logps
 from minialign.align.losses import dpo_loss, ipo_loss, preference_metrics, slic_loss
 from minialign.align.reference_cache import ReferenceCache
 from minialign.claims import require_own_folder
@@ -91,6 +91,8 @@ class Config(TrainingFlags):
     pairs: str | None = None  # pairs file; without it BDHS pairs are sampled into --out first
     out: str | None = None  # folder to write; runs/LOSS if it is not given
     loss: Literal["dpo", "ipo", "slic", "sft"] = "dpo"  # sft: supervised on y+ alone
+    # --loss ipo: of a response the sum of its log-probs, or (as in TRL) the mean over its tokens
+    ipo: Literal["sums", "means"] = "sums"
     beta: float | None = None  # strength of the pull to the reference
     # stored: the pairs' own y-; both: and the external one, of the data that they were sampled from
     # (Eq. 5); distorted: and what the policy makes of a noisy picture (Sec. 3.3)
@@ -260,7 +262,16 @@ def main(config: Config) -> None:
                     if config.loss == "dpo":  # Eq. 3
                         losses = dpo_loss(chosen, rejected, ref_chosen, ref_rejected, beta)
                     elif config.loss == "ipo":  # Sec. 5.7
-                        losses = ipo_loss(chosen, rejected, ref_chosen, ref_rejected, beta)
+                        n = torch.ones_like(logps)  # sums of log-probs, or their means over tokens
+                        if config.ipo == "means":
+                            n = branch_lengths(tree)
+                        losses = ipo_loss(
+                            chosen / n[:, :1],
+                            rejected / n[:, 1:],
+                            ref_chosen / n[:, :1],
+                            ref_rejected / n[:, 1:],
+                            beta,
+                        )
                     else:
                         losses = slic_loss(chosen, rejected, ref_chosen, ref_rejected, beta)
                     loss = (losses * weights).sum(1).mean()  # Eq. 5; one y- of weight 1 is Eq. 3

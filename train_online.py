@@ -33,7 +33,7 @@ from torch.utils.checkpoint import checkpoint
 import sample_bdhs
 from minialign import edge
 from minialign.align.annotators import Comparison, ModelAnnotator, Verdict
-from minialign.align.logps import branch_logps
+from minialign.align.logps import branch_lengths, branch_logps
 from minialign.align.losses import dpo_loss, ipo_loss, preference_metrics, slic_loss
 from minialign.cli import require, run_main
 from minialign.data.collate import Pair, PairCollator, StepLoader
@@ -122,6 +122,8 @@ class Config(TrainingFlags):
     p: float = 0.5  # Eq. 4: probability of the stored pair
     gamma: float | None = None  # Eq. 5: weight of the stored y-; else the sampled one alone
     loss: Literal["dpo", "ipo", "slic"] = "dpo"  # Eq. 3, Sec. 5.7
+    # --loss ipo: of a response the sum of its log-probs, or (as in TRL) the mean over its tokens
+    ipo: Literal["sums", "means"] = "sums"
     beta: float | None = None  # strength of the pull to the reference
     temperature: float = 1.0  # of sampling; 0 is greedy
     top_p: float = 1.0  # nucleus sampling
@@ -435,7 +437,16 @@ def main(config: Config) -> None:
                 if config.loss == "dpo":  # Eq. 3
                     losses = dpo_loss(chosen, rejected, ref_chosen, ref_rejected, beta)
                 elif config.loss == "ipo":  # Sec. 5.7
-                    losses = ipo_loss(chosen, rejected, ref_chosen, ref_rejected, beta)
+                    n = torch.ones_like(logps)  # sums of log-probs, or their means over tokens
+                    if config.ipo == "means":
+                        n = branch_lengths(rollout.tree)
+                    losses = ipo_loss(
+                        chosen / n[:, :1],
+                        rejected / n[:, 1:],
+                        ref_chosen / n[:, :1],
+                        ref_rejected / n[:, 1:],
+                        beta,
+                    )
                 else:
                     losses = slic_loss(chosen, rejected, ref_chosen, ref_rejected, beta)
                 loss = (losses * weights).sum(1).mean()  # Eq. 5; one y- of weight 1 is Eq. 3

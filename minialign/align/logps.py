@@ -17,6 +17,13 @@ def branch_logps(model: Llava, tree: TokenTree, tower_features: Tensor | None) -
     return summed(tree, row, branch, logps)
 
 
+def branch_lengths(tree: TokenTree) -> Tensor:
+    """How many tokens every branch has: (B, S), float32; at least 1, also where there is none."""
+    row, column = (tree.branch > 0).nonzero(as_tuple=True)
+    ones = torch.ones(len(row), device=row.device)
+    return summed(tree, row, tree.branch[row, column] - 1, ones).clamp(min=1)
+
+
 def reference_logps(model: Llava, tree: TokenTree, tower_features: Tensor | None) -> Tensor:
     """The same by the reference, which is the model with its adapters switched off."""
     with adapters_off(model):

@@ -1,6 +1,7 @@
-"""The paper's preference losses: four tensors of summed log-probs in, a loss out.
+"""The paper's preference losses: four tensors of log-probs in, a loss out.
 
-A log-prob here is that of a whole response, summed over its tokens (align/logps.py). chosen is y+,
+A log-prob here is that of a whole response, summed over its tokens (align/logps.py; --ipo means:
+their mean). chosen is y+,
 (B, 1); rejected holds K responses y- to the same prompt, (B, K), and so does a loss. This file
 imports torch and nothing else.
 """
@@ -40,7 +41,7 @@ def ipo_loss(
     beta: float,
 ) -> Tensor:
     """Sec. 5.7, IPO: (h - 1 / (2 beta))^2."""
-    # Silent in the paper: sums of log-probs, as the IPO paper has it, or TRL's means over tokens.
+    # Silent in the paper: sums of log-probs, as the IPO paper has it, or means over tokens, as TRL.
     h = log_ratio_difference(chosen_logps, rejected_logps, ref_chosen_logps, ref_rejected_logps)
     return (h - 1 / (2 * beta)) ** 2
 

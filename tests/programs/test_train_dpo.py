@@ -304,3 +304,21 @@ def test_a_projector_at_a_rate_of_zero_has_no_part_in_clipping(model, pairs, tmp
     assert projector and all(torch.equal(saved[0][name], saved[1][name]) for name in projector)
     progress = load_file(tmp_path / "0.0/checkpoint/progress.safetensors")
     assert not any(name.startswith("optimizer.1.") for name in progress)
+
+
+@pytest.mark.parametrize("ipo", ["sums", "means"])
+def test_ipo_on_sums_and_on_means(model, pairs, tmp_path, ipo):
+    """The second step's loss, by hand from what is logged of its one pair."""
+    beta = 0.9
+    rows = train(
+        model, tmp_path, pairs=pairs, loss="ipo", ipo=ipo, beta=beta, batch_size=1, lr=0.02
+    )
+    tokenizer, row = toy_tokenizer(), rows[1]
+    records = pairs_in(Path(pairs))
+    order = batches_of_epoch([*range(len(records))], 1, 0, 0)
+    record = records[order[1][0]]
+    h = 0
+    for sign, name, text in ((1, "chosen", record.chosen), (-1, "rejected", record.rejected)):
+        tokens = len(tokenizer.response(text)) if ipo == "means" else 1
+        h += sign * row[f"rewards/{name}"] / beta / tokens
+    assert abs(h) > 1e-4 and row["loss"] == pytest.approx((h - 1 / (2 * beta)) ** 2, rel=1e-4)
