@@ -273,8 +273,8 @@ def check(config: Config) -> None:
     require_at_least(config, batch_size=1, limit=1, workers=0)
     require_place(config)
     out = Path(config.out)
-    is_file = out.is_file() or not out.exists()
-    require(is_file, f"--out {out}: is a folder, or a pipe; name the pairs file to write")
+    require(not out.is_dir(), f"--out {out}: is a folder; name the pairs file to write")
+    require(out.is_file() or not out.exists(), f"--out {out}: is no ordinary file; name another")
     require_device(config.device)
     require_torchrun(config.shard)
 

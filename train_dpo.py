@@ -119,10 +119,9 @@ def check(config: Config) -> None:
         message = f"--ref-cache with --rejected distorted: {anew}; leave one of the two out"
         require("distorted" not in rejected_weights(config), message)
         require_own_folder(config, "reference cache", "ref_cache")
-        places = [Path(os.path.realpath(place)) for place in (config.out, config.ref_cache)]
-        apart = not any(a.is_relative_to(b) for a in places for b in places if a is not b)
-        message = f"--ref-cache {config.ref_cache}: is --out, or lies in it, or holds it"
-        require(apart, f"{message}; name a folder outside of it")
+        out, cache = (Path(os.path.realpath(place)) for place in (config.out, config.ref_cache))
+        message = f"--ref-cache {config.ref_cache}: is --out, or holds it; name another folder"
+        require(not out.is_relative_to(cache), message)
 
 
 def rejected_weights(config: Config) -> dict[str, float]:

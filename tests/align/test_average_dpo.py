@@ -213,7 +213,7 @@ def test_the_external_response_that_is_y_plus_is_left_out(model, pairs, tmp_path
     (tmp_path / "pairs.jsonl").write_text("".join(json.dumps(raw) + "\n" for raw in raws))
     rows = train(model, tmp_path / "out", pairs=str(tmp_path / "pairs.jsonl"), rejected="both")
     assert [row["pairs"] for row in rows] == [3]
-    assert "1 records left out: chosen and rejected are the same text" in capsys.readouterr().out
+    assert "1 records left out: chosen and external are the same text" in capsys.readouterr().out
 
 
 # ---------------------------------------------------------------- sample_bdhs.py

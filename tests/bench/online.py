@@ -31,7 +31,9 @@ def measure(size: Size, folder: Path, facts: Facts) -> None:
         features = model.encode_images(batch.pixels)
         tiles = [len(pair.image.pixels) for pair in batch.pairs]
         seen, counts = list(features.split(tiles)), Counter()
-        train_online.own_rejected(assistant, never_similar, batch.pairs, seen, config, 0, counts)
+        train_online.own_rejected(
+            assistant, never_similar, batch.pairs, seen, config, 0, counts, []
+        )
         return offline.learn(batch.tree, features)
 
     online, stored = online_step(), offline.step()

@@ -295,6 +295,7 @@ def test_a_run_from_a_partial_adapter_is_repeatable_and_knows_its_adapter(
     foreign_adapter(
         oracle, tmp_path / "a", 2, target_modules=PATTERN.format("q_proj"), r=3, lora_alpha=9
     )
+    (tmp_path / "x/report.html").unlink()  # a finished run has nothing to resume
     refused(
         lambda: train(model, tmp_path / "x", resume=True, **flags),
         "--resume: pairs, model or template are not those",
