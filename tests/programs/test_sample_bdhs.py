@@ -13,9 +13,10 @@ from script_runs import contents, instruct_file, read_lines, sample, train
 
 import sample_bdhs
 from minialign import edge
+from minialign.data.images import ImageProcessor
 from minialign.data.record_files import open_pairs
 from minialign.data.tokenizer import Tokenizer
-from minialign.model.masks import image_attention_mask
+from minialign.model.masks import image_attention_mask, mask_of_seed
 from minialign.sampling.bdhs import split_sentences
 from minialign.sampling.pairs_file import Sampled
 from minialign.toy import world
@@ -67,6 +68,23 @@ def test_the_stored_seed_draws_the_mask_that_was_used(model, tmp_path, monkeypat
     shown = report_pairs(records, toy_assistant(), world.open_picture, None)
     assert [pair.visible for pair in shown] == used and len(pairs) == len(used) == 7
     assert all(0 < sum(mask) < 36 for mask in used)
+
+
+def test_tokens_of_all_tiles_are_counted(model, tmp_path):
+    """AnyRes: the mask is shown over the whole picture, and counted over its tiles, too."""
+    sample(model, tmp_path / "pairs.jsonl", limit=2)
+    processor = ImageProcessor(48, 8, pinpoints=((96, 48), (48, 96), (96, 96)))
+    assistant = replace(toy_assistant(), processor=processor)
+    records = open_pairs(str(tmp_path / "pairs.jsonl"), None)
+    for pair, number in zip(
+        report_pairs(records, assistant, world.open_picture, None), [0, 1], strict=True
+    ):
+        seed = records.parse(number).bdhs["mask_seed"]
+        tokens = len(processor.layout(world.open_picture(pair.record.image))[1])
+        mask = mask_of_seed(tokens, 0.7, seed)
+        whole = f"{int(mask[:36].sum())} of 36 in the whole picture"
+        assert tokens > 36 and len(pair.visible) == 36
+        assert pair.tokens == f"{whole}, {int(mask.sum())} of {tokens} with its tiles"
 
 
 def test_what_a_run_says(model, tmp_path, capsys):
