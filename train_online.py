@@ -437,16 +437,8 @@ def main(config: Config) -> None:
                 if config.loss == "dpo":  # Eq. 3
                     losses = dpo_loss(chosen, rejected, ref_chosen, ref_rejected, beta)
                 elif config.loss == "ipo":  # Sec. 5.7
-                    n = torch.ones_like(logps)  # sums of log-probs, or their means over tokens
-                    if config.ipo == "means":
-                        n = branch_lengths(rollout.tree)
-                    losses = ipo_loss(
-                        chosen / n[:, :1],
-                        rejected / n[:, 1:],
-                        ref_chosen / n[:, :1],
-                        ref_rejected / n[:, 1:],
-                        beta,
-                    )
+                    lengths = branch_lengths(rollout.tree) if config.ipo == "means" else None
+                    losses = ipo_loss(chosen, rejected, ref_chosen, ref_rejected, beta, lengths)
                 else:
                     losses = slic_loss(chosen, rejected, ref_chosen, ref_rejected, beta)
                 loss = (losses * weights).sum(1).mean()  # Eq. 5; one y- of weight 1 is Eq. 3

@@ -101,8 +101,8 @@ def training_records(config) -> Records:
     if data is None:
         claim_run(config)
         data = str(Path(config.out) / "data.json")
-        raws = alignment_records(config.limit or TOY_RECORDS)
-        on_rank0(lambda: write_json(Path(data), raws))
+        count = config.limit or TOY_RECORDS
+        on_rank0(lambda: write_json(Path(data), alignment_records(count)))
     return open_records(data, "--data", config.format, "give records or pairs")
 
 

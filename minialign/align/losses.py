@@ -1,7 +1,6 @@
-"""The paper's preference losses: four tensors of log-probs in, a loss out.
+"""The paper's preference losses: four tensors of summed log-probs in, a loss out.
 
-A log-prob here is that of a whole response, summed over its tokens (align/logps.py; --ipo means:
-their mean). chosen is y+,
+A log-prob here is that of a whole response, summed over its tokens (align/logps.py). chosen is y+,
 (B, 1); rejected holds K responses y- to the same prompt, (B, K), and so does a loss. This file
 imports torch and nothing else.
 """
@@ -39,9 +38,17 @@ def ipo_loss(
     ref_chosen_logps: Tensor,
     ref_rejected_logps: Tensor,
     beta: float,
+    lengths: Tensor | None = None,
 ) -> Tensor:
-    """Sec. 5.7, IPO: (h - 1 / (2 beta))^2."""
-    # Silent in the paper: sums of log-probs, as the IPO paper has it, or means over tokens, as TRL.
+    """Sec. 5.7, IPO: (h - 1 / (2 beta))^2, on sums of log-probs; or, with the responses' `lengths`
+    in tokens, (B, 1 + K), on their means.
+    """
+    # Silent in the paper: sums, as the IPO paper has it, or means, as TRL.
+    if lengths is not None:
+        chosen_logps = chosen_logps / lengths[:, :1]
+        rejected_logps = rejected_logps / lengths[:, 1:]
+        ref_chosen_logps = ref_chosen_logps / lengths[:, :1]
+        ref_rejected_logps = ref_rejected_logps / lengths[:, 1:]
     h = log_ratio_difference(chosen_logps, rejected_logps, ref_chosen_logps, ref_rejected_logps)
     return (h - 1 / (2 * beta)) ** 2
 

@@ -19,7 +19,6 @@ CHAIR: Figures = {
     "recall": (("found",), ("objects",)),
 }
 
-
 # What the keys mean; an arrow says which way is better.
 WORDS = {
     "chair_i": "hallucinated objects ↓",

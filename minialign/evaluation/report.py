@@ -8,13 +8,12 @@ import base64
 import difflib
 import html
 import io
-import itertools
 import json
 import math
 import re
 import time
 from dataclasses import dataclass
-from itertools import islice
+from itertools import islice, pairwise
 from pathlib import Path
 
 from PIL import Image
@@ -93,7 +92,7 @@ class Evaluation:
 
 
 @dataclass(frozen=True)
-class Sampled:
+class StepAnswers:
     """Some answers of the policy to one prompt, in training."""
 
     title: str
@@ -108,7 +107,7 @@ def write_report(
     metrics: list[dict],
     result: dict[str, dict[str, Interval]],
     answers: dict[str, list[Answer]] | None = None,
-    sampled: list[Sampled] | None = None,
+    sampled: list[StepAnswers] | None = None,
 ) -> None:
     """Write the page to `path`, whole or not at all.
 
@@ -197,7 +196,7 @@ def answer_list(answers: dict[str, list[Answer]]) -> str:
     return f"<h2>Before and after</h2>{note}{blocks}" if blocks else ""
 
 
-def sampled_list(sampled: list[Sampled]) -> str:
+def sampled_list(sampled: list[StepAnswers]) -> str:
     """What the policy itself said in training, and what came of it."""
     if not sampled:
         return ""
@@ -304,9 +303,12 @@ def word_diff(chosen: str, rejected: str) -> tuple[list[Span], list[Span]]:
     matcher = difflib.SequenceMatcher(None, words, other_words, autojunk=False)
     spans: tuple[list[Span], list[Span]] = ([], [])
     for kind, start, end, other_start, other_end in matcher.get_opcodes():
-        for found, run in zip(spans, (left[start:end], right[other_start:other_end]), strict=True):
-            if kind != "equal" and run:
-                found.append((run[0].start(), run[-1].end()))
+        if kind == "equal":
+            continue
+        if start < end:
+            spans[0].append((left[start].start(), left[end - 1].end()))
+        if other_start < other_end:
+            spans[1].append((right[other_start].start(), right[other_end - 1].end()))
     return spans
 
 
@@ -318,9 +320,8 @@ def tagged(text: str, spans: dict[str, list[Span]], cuts: list[int] | None = Non
     """
     edges = {0, len(text), *(cuts or [])}
     edges |= {edge for found in spans.values() for span in found for edge in span}
-    edges = sorted(edges)
     out = ""
-    for start, end in itertools.pairwise(edges):
+    for start, end in pairwise(sorted(edges)):
         piece = escape(text[start:end])
         for name, found in spans.items():
             if any(begin <= start and end <= stop for begin, stop in found):

@@ -114,8 +114,6 @@ def image_attention_mask(image_tokens: int, rho_th: float, generator: torch.Gene
 
     (image_tokens,) bool.
     """
-    # Silent in the paper: RoPE positions. A hidden token leaves a gap in them; positions counted
-    # from the mask would shift the text.
     return torch.rand(image_tokens, generator=generator) >= rho_th
 
 
@@ -241,6 +239,8 @@ def _lay_out(
             if seen or not drop_hidden:
                 filled_by = NEWLINE if feature == NEWLINE else feature_offset + feature
                 last = column_of[position] = put(token, position, TRUNK, 0, seen, last, filled_by)
+            # Silent in the paper: a hidden token leaves a gap in the RoPE positions; counting them
+            # from the mask would shift the text.
             position += 1
     start_of.append(position)
 

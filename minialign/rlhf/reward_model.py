@@ -46,8 +46,8 @@ from minialign.training.outputs import report_pairs, save_results, save_weights
 from minialign.training.parallel import sum_across_ranks, sum_gradients_across_ranks, whole
 from minialign.training.progress import TrainingLog, require_run_folder
 
-# Differs from the paper: by the rewards of pairs that it learned from, not of the alignment data.
-# Pairs whose rewards are measured: so many tell the mean to 2 % of the standard deviation.
+# Differs from the paper: scores are whitened by the rewards of pairs that the model has learned
+# from, not of the alignment data. So many pairs tell the mean to 2 % of the standard deviation.
 MEASURED = 1000
 
 # What stands for a flag that is not given: the paper's value (Sec. 5.5), and the toy model's, which

@@ -115,7 +115,7 @@ def main(config: Config) -> None:
             prompts = sum(rollout.prompts for rollout in rollouts)
             prompts = sum_across_ranks({"prompts": prompts})["prompts"]
             metrics: Counter = Counter()
-            said = None  # to one prompt, for the report
+            said = None  # the answers to one prompt, for the report
             for rollout in parallel.even(rollouts, idle):
                 # Log-probs of the responses, summed over their tokens: (B, k).
                 with adapters_off(policy):
@@ -134,10 +134,11 @@ def main(config: Config) -> None:
                     sums["objective/rlhf_reward"] += rewards.sum().item()
                     sums["objective/kl"] += (logps - ref_logps).sum().item()
                     sums["objective/entropy"] -= logps.sum().item()
-                    advantages = leave_one_out(rewards)
-                    said = said or rollout.example(
-                        score=rollout.scores, reward=rewards, advantage=advantages
-                    )
+                    if said is None:
+                        advantage = leave_one_out(rewards)
+                        said = rollout.example(
+                            score=rollout.scores, reward=rewards, advantage=advantage
+                        )
 
             metrics = sum_across_ranks(metrics)
             factor = lr_factor(step, len(setup.schedule), config.warmup, config.schedule)

@@ -17,7 +17,7 @@ from minialign.data.collate import PairCollator, StepLoader
 from minialign.data.images import ImageProcessor
 from minialign.data.record_files import Records, usable_pairs
 from minialign.data.tokenizer import Tokenizer
-from minialign.evaluation.report import Evaluation, Sampled
+from minialign.evaluation.report import Evaluation, StepAnswers
 from minialign.model.hf_folder import fingerprint
 from minialign.model.policy import empty_policy, load_policy_weights
 from minialign.sampling.assistant import Assistant
@@ -123,7 +123,7 @@ def leave_results(
     config: TrainingFlags,
     log: TrainingLog,
     evaluations: dict[str, Evaluation],
-    sampled: list[Sampled],
+    sampled: list[StepAnswers],
     picture: str,
 ) -> None:
     """result.json and report.html, and what is said in the end: how far the run came, how much was

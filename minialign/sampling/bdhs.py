@@ -83,9 +83,9 @@ def cut_sentence(
         sentence = swapped + sentence[match.end() :]
 
     # l. 14: keep what is before a random word.
-    # Silent in the paper: a cut falls on a word boundary, and may keep nothing;
-    # Silent in the paper: a swapped word is never cut away again.
+    # Silent in the paper: a cut falls on a word boundary, and may keep nothing.
     places = [word.start() for word in WORD.finditer(sentence)]
+    # Silent in the paper: a swapped word is never cut away again.
     if swapped:
         places = places[1:] or [len(swapped)]
     kept = sentence[: rng.choice(places)].rstrip()

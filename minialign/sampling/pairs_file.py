@@ -48,10 +48,14 @@ def require_same_sampling(out: Path, settings: dict) -> None:
     """Refuse a pairs file that is there and was not sampled with these settings, and files that
     stand where those beside it go and that no sampling has made.
     """
-    for path in (beside(out, what) for what in ("config", "stats", "sharegpt")):
-        # The settings come first: a run may have been killed between them and the first pair.
-        known = out.exists() or not path.exists() or "eps_s" in path.read_text("utf-8", "replace")
-        require(known, f"{path}: is there, and would be written beside --out; name another --out")
+    for what in ("config", "stats", "sharegpt"):
+        path = beside(out, what)
+        known = out.exists() or not path.exists()
+        # A run may have been killed between its settings and the first pair.
+        settled = what == "config" and not known and "eps_s" in path.read_text("utf-8", "replace")
+        message = "is there, and would be written beside --out; name another --out"
+        require(known or settled, f"{path}: {message}")
+
     if out.exists() and out.stat().st_size > 0:
         path = beside(out, "config")
         require_same_settings(path, settings, MAY_CHANGE, "name another --out")

@@ -15,8 +15,8 @@ from minialign.evaluation.report import (
     Answer,
     Evaluation,
     ReportPair,
-    Sampled,
     Span,
+    StepAnswers,
     write_report,
 )
 from minialign.files import write_json
@@ -68,7 +68,7 @@ def save_results(
     rows: list[dict],
     facts: dict[str, object],
     pairs: list[ReportPair],
-    sampled: list[Sampled],
+    sampled: list[StepAnswers],
 ) -> None:
     """counts.json, result.json and report.html: what the benchmark found before and after, and
     other `facts`."""
@@ -120,7 +120,7 @@ def example(record: Record, answers: list[tuple[str, str]]) -> dict:
 
 def sampled_answers(
     rows: list[dict], pictures: Callable[[str], Image.Image], truth: Truth | None
-) -> list[Sampled]:
+) -> list[StepAnswers]:
     """The policy's answers that the log has kept, as the report shows them."""
     shown = []
     for row in rows:
@@ -131,7 +131,7 @@ def sampled_answers(
         for note, words in kept["answers"]:
             false = truth(kept["image"], words) if truth else []
             answers.append((note, Answer(picture, kept["prompt"], words, false)))
-        shown.append(Sampled(f"step {row['step']}, {kept['image']}", answers))
+        shown.append(StepAnswers(f"step {row['step']}, {kept['image']}", answers))
     return shown
 
 

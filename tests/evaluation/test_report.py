@@ -18,7 +18,7 @@ from PIL import Image
 from minialign.data.records import Record
 from minialign.errors import UserError
 from minialign.evaluation import charts, report
-from minialign.evaluation.report import Answer, ReportPair, Sampled, write_report
+from minialign.evaluation.report import Answer, ReportPair, StepAnswers, write_report
 
 BDHS = {"iterations": 3, "similarity": 0.871, "guided": True}
 
@@ -196,7 +196,7 @@ def test_answers_before_and_after_and_samples_of_steps(tmp_path):
     picture = Image.new("RGB", (8, 8))
     texts = ("A <b>cat</b>.", "A dog.")
     before, after = (Answer(picture, "What is it?", text, [(2, 5)]) for text in texts)
-    sampled = [Sampled("step 3, a.png", [("preferred", after), ("not preferred", before)])]
+    sampled = [StepAnswers("step 3, a.png", [("preferred", after), ("not preferred", before)])]
     path = tmp_path / "report.html"
     answers = {"before": [before], "after": [after]}
     write_report(path, "Run", {}, [], [], {}, answers, sampled)
