@@ -12,6 +12,7 @@ Sum = tuple[str, ...]  # names of counts that are added up; a name that stands t
 Figures = dict[str, tuple[Sum, Sum]]  # name -> what stands above the line, and below it
 Interval = dict[str, float | None]  # value, low and high
 SETTINGS_OF_POPE = ("random", "popular", "adversarial")
+DIRECT_QUESTIONS = ("cell", "colour", "position", "count", "setting")  # of the embedded world
 
 CHAIR: Figures = {
     "chair_i": (("hallucinated",), ("mentioned",)),
@@ -29,6 +30,12 @@ WORDS = {
     "position_errors": "wrong places ↓",
     "setting_errors": "wrong settings ↓",
     "length": "words in a description",
+    "ask": "direct questions, right ↑",
+    "ask_cell": "what is there, right ↑",
+    "ask_colour": "which colour, right ↑",
+    "ask_position": "where, right ↑",
+    "ask_count": "how often, right ↑",
+    "ask_setting": "which setting, right ↑",
     "accuracy": "pairs ranked right ↑",
     "first": "first answer preferred",
     "ties": "ties",
@@ -78,7 +85,9 @@ def pope_figures(setting: str) -> Figures:
 
 
 def toy_figures() -> Figures:
-    """The figures of the embedded world, in which colours and places can be wrong, too."""
+    """The figures of the embedded world, in which colours and places can be wrong, too, and in
+    which direct questions have one right answer.
+    """
     figures = CHAIR | {
         "typical_share": (("typical",), ("hallucinated",)),
         "colour_errors": (("wrong_colour",), ("coloured",)),
@@ -90,6 +99,10 @@ def toy_figures() -> Figures:
         of_setting = pope_figures(setting)
         for name in (f"pope_{setting}", f"pope_{setting}_f1", f"pope_{setting}_yes"):
             figures[name] = of_setting[name]
+    right, asked = ([f"{what}_{kind}" for kind in DIRECT_QUESTIONS] for what in ("right", "asked"))
+    figures["ask"] = (tuple(right), tuple(asked))
+    for kind in DIRECT_QUESTIONS:
+        figures[f"ask_{kind}"] = ((f"right_{kind}",), (f"asked_{kind}",))
     return figures
 
 

@@ -1,5 +1,7 @@
 """The embedded world's benchmark: descriptions and answers, counted against exact ground truth.
 
+Direct questions are those of training conversations, which no pair of the alignment split asks:
+what is in a cell, a colour, a place, a number, the setting; an answer is right word for word.
 POPE's questions ask for three objects that are there and three that are not: random, popular
 (frequent in the training split) or adversarial (typical of the setting; where fewer than three of
 its four objects are missing, others fill up).
@@ -14,16 +16,22 @@ from typing import Literal
 
 from tqdm import tqdm
 
-from minialign.evaluation.metrics import SETTINGS_OF_POPE, Counts, pope_verdict
+from minialign.evaluation.metrics import (
+    SETTINGS_OF_POPE,
+    Counts,
+    pope_verdict,
+)
 from minialign.evaluation.report import Answer, Evaluation
 from minialign.sampling.assistant import Assistant
 from minialign.sampling.bdhs import split_sentences
 from minialign.toy.drawing import COLOURS, OBJECTS, SETTINGS
 from minialign.toy.world import (
+    CELLS,
     DESCRIBE,
     EXISTS,
     POSITIONS,
     Scene,
+    attributes,
     make_scene,
     picture,
     with_article,
@@ -62,6 +70,14 @@ def pope_questions(scene: Scene) -> dict[str, list[str]]:
         "popular": popular[:n],
         "adversarial": adversarial[:n],
     }
+
+
+def direct_questions(scene: Scene) -> dict[str, tuple[str, str]]:
+    """One question of each kind and its true answer, about a random cell, of an object that is
+    there once if there is one.
+    """
+    cells = random.Random(scene.seed + 5).sample(CELLS, len(CELLS))
+    return max((attributes(scene, cell) for cell in cells), key=len)
 
 
 def count_description(scene: Scene, text: str) -> Counts:
@@ -124,6 +140,15 @@ def count_pope(questions: dict[str, list[str]], answers: dict[tuple[str, str], s
     return counts
 
 
+def count_direct(questions: dict[str, tuple[str, str]], answers: dict[str, str]) -> Counts:
+    """Which direct questions about one image are answered right."""
+    counts = Counter()
+    for kind, (_, truth) in questions.items():
+        counts[f"asked_{kind}"] += 1
+        counts[f"right_{kind}"] += answers[kind] == truth
+    return counts
+
+
 @dataclass(frozen=True)
 class ToyBenchmark:
     """The embedded world's test or validation images, described and questioned."""
@@ -153,8 +178,8 @@ class ToyBenchmark:
         return Evaluation([counts for counts, _ in images], answers)
 
     def count_batch(self, assistant: Assistant, scenes: list[Scene]) -> list[tuple[Counts, str]]:
-        """A description of each scene and the answers to POPE's questions, counted, and the
-        description itself.
+        """A description of each scene, the answers to POPE's and to direct questions, counted, and
+        the description itself.
         """
         images = [assistant.processor.prepare(picture(scene)) for scene in scenes]
         features = assistant.encode(images)
@@ -163,12 +188,20 @@ class ToyBenchmark:
 
         objects = [pope_questions(scene) for scene in scenes]  # by what they are asked for
         keys = [[(kind, name) for kind, names in q.items() for name in names] for q in objects]
-        asked = [[EXISTS[1].format(with_article(name)) for _, name in each] for each in keys]
+        direct = [direct_questions(scene) for scene in scenes]
+        asked = []
+        for i in range(len(scenes)):
+            pope = [EXISTS[1].format(with_article(name)) for _, name in keys[i]]
+            asked.append(pope + [question for question, _ in direct[i].values()])
         replies = assistant.answers(features, images, asked, max_new_tokens=16)
 
         found = []
         for i, scene in enumerate(scenes):
-            answers = dict(zip(keys[i], replies[i], strict=True))
-            counts = {**count_description(scene, texts[i][0]), **count_pope(objects[i], answers)}
+            pope, rest = replies[i][: len(keys[i])], replies[i][len(keys[i]) :]
+            counts = {
+                **count_description(scene, texts[i][0]),
+                **count_pope(objects[i], dict(zip(keys[i], pope, strict=True))),
+                **count_direct(direct[i], dict(zip(direct[i], rest, strict=True))),
+            }
             found.append((counts, texts[i][0]))
         return found

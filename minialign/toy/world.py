@@ -175,24 +175,29 @@ def existence(scene: Scene, name: str, rng: random.Random, presumed: float = 0) 
     return question, yes_or_no(name, there)
 
 
+def attributes(scene: Scene, cell: tuple[int, int]) -> dict[str, tuple[str, str]]:
+    """What can be asked of a cell, but for whether an object is there: the cell itself, how often
+    its object is there, the setting, and of an object that is there once its colour and where it
+    is; each question with its true answer.
+    """
+    name, colour = scene.cells[cell]
+    position, places = POSITIONS[cell], scene.objects[name]
+    questions = {
+        "cell": (f"What is in the {position}?", SENTENCE.format(position, name, colour)),
+        "count": (f"How often is there {with_article(name)}?", f"{TIMES[len(places)]}."),
+        "setting": ("What place is this?", f"This is a {scene.setting}."),
+    }
+    if len(places) == 1:
+        questions["colour"] = (f"What colour is the {name}?", f"The {name} is {colour}.")
+        questions["position"] = (f"Where is the {name}?", f"The {name} is in the {position}.")
+    return questions
+
+
 def attribute(scene: Scene, rng: random.Random) -> tuple[str, str]:
     """One question about a colour, a position, a cell, a number or the setting, and its true
     answer.
     """
-    cell = rng.choice(CELLS)
-    name, colour = scene.cells[cell]
-    position, places = POSITIONS[cell], scene.objects[name]
-    questions = [
-        (f"What is in the {position}?", SENTENCE.format(position, name, colour)),
-        (f"How often is there {with_article(name)}?", f"{TIMES[len(places)]}."),
-        ("What place is this?", f"This is a {scene.setting}."),
-    ]
-    if len(places) == 1:
-        questions += [
-            (f"What colour is the {name}?", f"The {name} is {colour}."),
-            (f"Where is the {name}?", f"The {name} is in the {position}."),
-        ]
-    return rng.choice(questions)
+    return rng.choice(list(attributes(scene, rng.choice(CELLS)).values()))
 
 
 def existence_questions(scene: Scene, rng: random.Random) -> list[tuple[str, str]]:
