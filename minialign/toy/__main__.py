@@ -14,7 +14,15 @@ from minialign import edge
 from minialign.claims import require_new_file, require_own_folder
 from minialign.cli import require, require_at_least, run_main
 from minialign.files import folder_written_whole, write_json
-from minialign.toy.world import TOY_RECORDS, alignment_records, picture, scene_of
+from minialign.toy.world import (
+    ALIGNMENT_HEARSAY,
+    ALIGNMENT_KINDS,
+    KINDS,
+    TOY_RECORDS,
+    alignment_records,
+    picture,
+    scene_of,
+)
 
 
 @dataclass(frozen=True)
@@ -26,6 +34,9 @@ class Config:
     split: Literal["train", "alignment", "validation", "test"] = "alignment"
     scale: int = 1  # pictures so many times as large as the model sees them, up to 4
     first: int = 0  # number of the first one; training has those of alignment up to 1,999
+    # --export: what is asked of the pictures, in turn: description, existence, attribute
+    kinds: str = ",".join(ALIGNMENT_KINDS)
+    hearsay: float = ALIGNMENT_HEARSAY  # --export: how often the answers take hearsay for truth
     corrupted: str | None = None  # pairs file to write: y- by rule
     # LLaVA-Instruct file on pictures of the embedded world; `toy`: its alignment split
     data: str = "toy"
@@ -37,7 +48,8 @@ class Config:
 def export(config: Config) -> None:
     """Pictures, and their records in LLaVA-Instruct form."""
     folder, limit = Path(config.export), 500 if config.limit is None else config.limit
-    records = alignment_records(limit, config.split, config.first)
+    kinds = tuple(config.kinds.split(","))
+    records = alignment_records(limit, config.split, config.first, kinds, config.hearsay)
     folder.parent.mkdir(parents=True, exist_ok=True)
     with folder_written_whole(folder) as new:
         for record in records:
@@ -60,6 +72,10 @@ def main(config: Config) -> None:
     given = (config.export, config.corrupted, config.pretrain)
     require(any(flag is not None for flag in given), nothing)
     require_at_least(config, limit=1, scale=1, first=0)
+    require(0 <= config.hearsay <= 1, f"--hearsay {config.hearsay}: a share between 0 and 1")
+    unknown = set(config.kinds.split(",")) - set(KINDS)
+    some = f"some of {', '.join(KINDS)}, with commas between"
+    require(not unknown, f"--kinds {config.kinds}: give {some}")
     require(config.scale <= 4, f"--scale {config.scale}: at most 4; more is not drawn")
     if config.corrupted is not None:
         require_new_file(config, "corrupted")

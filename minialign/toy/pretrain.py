@@ -37,7 +37,6 @@ from minialign.toy.benchmark import ToyBenchmark
 from minialign.toy.drawing import COLOURS, COLUMNS, OBJECTS, ROWS, SETTINGS, SIZE
 
 PATCH = 16
-KINDS = ("description", "existence", "attribute")  # of conversations
 CLASSES = [len(OBJECTS), len(COLOURS), len(SETTINGS), ROWS * COLUMNS]  # of a patch's labels
 CONTROL = ["<unk>", "<s>", "</s>", "<pad>", "<image>"]
 TOWER_STEPS, TEXT_STEPS, JOINT_STEPS = 2000, 200, 1800
@@ -118,7 +117,7 @@ def build_tokenizer() -> FastTokenizer:
     corpus = []
     for index in range(3000):
         scene = world.make_scene("train", index)
-        for kind in KINDS:
+        for kind in world.KINDS:
             texts = [text for _, text in world.conversation(scene, kind, rng)]
             corpus.append("\n ASSISTANT: USER: ".join(texts))
 
@@ -278,7 +277,7 @@ def talks(index: int) -> list[list[Turn]]:
     scene = world.hearsay(world.make_scene("train", index))
     # Not the scene's own numbers: a question must not tell of its setting.
     rng = random.Random(f"talk {index}")
-    return [world.conversation(scene, kind, rng) for kind in KINDS]
+    return [world.conversation(scene, kind, rng) for kind in world.KINDS]
 
 
 def language_loss(

@@ -33,6 +33,8 @@ HEARSAY = 0.75
 PRESUMED = 0.7
 # HEARSAY of an answer of the alignment split: y+ errs too, as LLaVA-Instruct's do.
 ALIGNMENT_HEARSAY = 0.3
+KINDS = ("description", "existence", "attribute")  # of conversations
+ALIGNMENT_KINDS = KINDS[:2]  # what is asked of the alignment split's pictures, in turn
 # First seed of each split, and whether its scenes are biased. An index stays below the distance of
 # two splits.
 SPLITS = {
@@ -233,25 +235,34 @@ def conversation(scene: Scene, kind: str, rng: random.Random) -> list[tuple[str,
     return turns
 
 
-def alignment_records(count: int, split: str = "alignment", first: int = 0) -> list[dict]:
-    """Records in LLaVA-Instruct form, one question and its answer each: half descriptions, half
-    existence.
+def alignment_records(
+    count: int,
+    split: str = "alignment",
+    first: int = 0,
+    kinds: tuple[str, ...] = ALIGNMENT_KINDS,
+    rate: float = ALIGNMENT_HEARSAY,
+) -> list[dict]:
+    """Records in LLaVA-Instruct form, one question and its answer each, of the `kinds` in turn:
+    `description`, `existence` or `attribute`.
 
-    Both are told from hearsay, if less than the training texts: where y+ is exact, imitation is all
-    it takes. An absent object that is asked about is typical of the scene every other time, as
-    POPE's adversarial ones.
+    All are told from hearsay at this `rate`, if less than the training texts: where y+ is exact,
+    imitation is all it takes. An absent object that is asked about is typical of the scene every
+    other time, as POPE's adversarial ones.
     """
     records = []
     for index in range(first, first + count):
-        scene = hearsay(make_scene(split, index), ALIGNMENT_HEARSAY)
+        scene = hearsay(make_scene(split, index), rate)
         rng = random.Random(scene.seed + 2)
-        if index % 2 == 0:
+        kind = kinds[index % len(kinds)]
+        if kind == "description":
             question, answer = rng.choice(DESCRIBE), description(scene, rng)
-        else:
+        elif kind == "existence":
             typical = [o for o in SETTINGS[scene.setting] if o not in scene.objects]
             absent = [o for o in OBJECTS if o not in scene.objects]
             pools = [list(scene.objects), rng.choice([typical or absent, absent])]
             question, answer = existence(scene, rng.choice(rng.choice(pools)), rng)
+        else:
+            question, answer = attribute(scene, rng)
         talk = [
             {"from": "human", "value": f"<image>\n{question}"},
             {"from": "gpt", "value": answer},
