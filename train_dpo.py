@@ -27,7 +27,7 @@ from torch.utils.checkpoint import checkpoint
 
 import sample_bdhs
 from minialign import edge
-from minialign.align.distortion import distorted_tree
+from minialign.align.distortion import chosen_tree, distorted_logps
 from minialign.align.logps import branch_lengths, branch_logps
 from minialign.align.losses import dpo_loss, ipo_loss, preference_metrics, slic_loss
 from minialign.align.reference_cache import ReferenceCache
@@ -167,6 +167,7 @@ def main(config: Config) -> None:
         config.truncate,
         rejected=tuple(kind for kind in kinds if kind != "distorted"),
         noise_steps=config.noise_steps if "distorted" in kinds else 0,
+        seed=config.seed,
         keyed=config.ref_cache is not None,
         device=config.device,
     )
@@ -233,23 +234,25 @@ def main(config: Config) -> None:
                 # What the frozen tower sees, (tiles, patches, D): once, for policy and reference.
                 features = policy.encode_images(batch.pixels)
 
-                # B sequences, each with 1 + K branches behind image and prompt. Sec. 3.3: one more,
-                # of the policy's own predictions for y+ where the picture is drowned in noise.
-                tree = batch.tree
-                if batch.noisy is not None:
+                # B sequences, each with 1 + K branches behind image and prompt. Log-probs of the
+                # responses, summed over tokens, (B, 1 + K): chosen, then each rejected one. The
+                # reference is the policy with adapters and trained projector switched off, without
+                # gradients.
+                tree = batch.tree.to(policy.device)
+                if batch.noisy is not None:  # Sec. 3.3: y~- of a noisy picture is the last one
                     noisy_features = policy.encode_images(batch.noisy)
-                    tree = distorted_tree(policy, batch.sequences, noisy_features)
-                tree = tree.to(policy.device)
-
-                # Log-probs of the responses, summed over tokens, (B, 1 + K): chosen, then each
-                # rejected one. The reference is the policy with adapters and trained projector
-                # switched off, without gradients.
-                if cache is None:
+                    noisy_tree = chosen_tree(batch.sequences, collate.tokenizer.image_id)
+                    drowned = (noisy_tree.to(policy.device), noisy_features)
                     with adapters_off(policy):
-                        ref_logps = branch_logps(policy, tree, features)
+                        ref_logps = distorted_logps(policy, tree, features, *drowned)
+                    logps = distorted_logps(policy, tree, features, *drowned)
                 else:
-                    ref_logps = cache.logps(policy, batch.keys, tree, features)
-                logps = branch_logps(policy, tree, features)
+                    if cache is None:
+                        with adapters_off(policy):
+                            ref_logps = branch_logps(policy, tree, features)
+                    else:
+                        ref_logps = cache.logps(policy, batch.keys, tree, features)
+                    logps = branch_logps(policy, tree, features)
                 chosen, rejected = logps[:, :1], logps[:, 1:]
                 ref_chosen, ref_rejected = ref_logps[:, :1], ref_logps[:, 1:]
 
@@ -262,6 +265,9 @@ def main(config: Config) -> None:
                         losses = dpo_loss(chosen, rejected, ref_chosen, ref_rejected, beta)
                     elif config.loss == "ipo":  # Sec. 5.7
                         lengths = branch_lengths(tree) if config.ipo == "means" else None
+                        if lengths is not None and batch.noisy is not None:
+                            # y~- is as long as y+.
+                            lengths = torch.cat([lengths, lengths[:, :1]], dim=1)
                         losses = ipo_loss(chosen, rejected, ref_chosen, ref_rejected, beta, lengths)
                     else:
                         losses = slic_loss(chosen, rejected, ref_chosen, ref_rejected, beta)

@@ -82,11 +82,14 @@ class PairCollator:
     truncate: bool = False
     rejected: tuple[str, ...] = ("rejected",)  # a record's fields that hold rejected responses
     noise_steps: int = 0  # of the noisy pictures; 0: none are wanted
+    seed: int = 0  # the noise follows from it, the step and the record's id
     keyed: bool = False  # each pair with its key in the reference's cache
     device: str = "cpu"  # a GPU fetches pixels from pinned memory while it computes
 
-    def load(self, record: Record) -> Pair:
-        """A record with its sequence and pixels; a `UserError` where it is of no use."""
+    def load(self, record: Record, step: int = 0) -> Pair:
+        """A record with its sequence and pixels, and the noise of this step; a `UserError` where it
+        is of no use.
+        """
         self.require_different(record)
         picture = self.pictures(record.image)
         features, packing = self.processor.layout(picture)
@@ -95,7 +98,7 @@ class PairCollator:
         image = PreparedImage(self.processor(picture), features, packing)
         noisy = None
         if self.noise_steps:
-            seed = stable_seed(record.id) % 2**31
+            seed = stable_seed(self.seed, step, record.id) % 2**31
             noisy = self.processor(noise_of_seed(picture, self.noise_steps, seed))
         return Pair(record, sequence, picture, image, noisy)
 
@@ -212,20 +215,20 @@ class StepLoader:
     # what was wrong with records that turned out, on the way, to be of no use
     left_out: list[str] = field(default_factory=list)
 
-    def __call__(self, numbers: list[int]) -> list[PairBatch]:
-        """The batches of some records, by their numbers in the file."""
+    def __call__(self, numbers: list[int], step: int = 0) -> list[PairBatch]:
+        """The batches of some records of a step, by their numbers in the file."""
+
+        def load(number: int) -> Pair:
+            return self.collate.load(self.records.parse(number), step)
+
         places = ((self.records.file.place(number), number) for number in numbers)
-        pairs, refused = sift(places, self.load, self.skip_bad)
+        pairs, refused = sift(places, load, self.skip_bad)
         self.left_out.extend(f"{place}: {error}" for place, error in refused)
         # Silent in the paper: batches are not drawn by length.
         if self.accumulate > 1:
             pairs.sort(key=lambda pair: pair.sequence.length)
         size = math.ceil(len(pairs) / self.accumulate) or 1
         return [self.collate.batch(pairs[i : i + size]) for i in range(0, len(pairs), size)]
-
-    def load(self, number: int) -> Pair:
-        """The pair of a record's number."""
-        return self.collate.load(self.records.parse(number))
 
     def idle(self, branches: int | None = None) -> PairBatch:
         """A batch that counts for nothing, of as many responses as the pairs have."""

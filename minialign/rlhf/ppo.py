@@ -17,7 +17,7 @@ What matters:
   sampling          temperature 1 and top-p 1: log-probs and their gradient are those of the plain
                     distribution
   reward            per token -beta log(pi / ref), and on the last the score, which a reward model
-                    has whitened by the pairs that it learned from
+                    gives whitened, by the alignment data's own responses
 
 Left out: a value network of its own (the paper trains adapters alone: a head costs one vector);
 rewards whitened per batch; a value of the state behind a truncated response (it ends there, like
@@ -45,6 +45,7 @@ from minialign.model.scalar_head import scalars
 from minialign.rlhf.losses import gae, policy_loss, ppo_metrics, value_loss
 from minialign.rlhf.rewards import Whitening, last_tokens, token_rewards
 from minialign.rlhf.rollouts import Rollout, idle_rollout, sample_rollout
+from minialign.rlhf.scorers import RewardModel, WhitenedReward
 from minialign.rlhf.setup import check_rlhf, leave_results, prepare
 from minialign.training import parallel
 from minialign.training.flags import TrainingFlags, check_training, with_shape_of_adapter
@@ -183,6 +184,8 @@ def main(config: Config) -> None:
     # token by token.
     setup = prepare(config, folder, records, pictures, head="value", reward=config.reward)
     assistant, policy = setup.assistant, setup.assistant.model
+    if isinstance(reward, RewardModel):
+        reward = WhitenedReward.on(reward, setup.loader, config.batch_size)
     benchmark = edge.benchmark_of(config.images, config.eval_split, config.eval_images)
     evaluations = {"before": benchmark.run(assistant, "before")} if benchmark else {}
 

@@ -4,10 +4,7 @@ preference pairs (Sec. 5.5).
     python -m minialign.rlhf.reward_model                         # rule-corrupted pairs of the toy
     python -m minialign.rlhf.reward_model --model DIR --pairs FILE --images DIR --out runs/reward
 
-A pair is one sequence, as in train_dpo.py: chosen and rejected are two branches of one trunk. In
-the end the mean and standard deviation of the rewards on pairs that it learned from are measured;
-scores are whitened by them (the paper: by those of the alignment data), so that beta of Eq. 2
-counts in standard deviations.
+A pair is one sequence, as in train_dpo.py: chosen and rejected are two branches of one trunk.
 
 Unless --steps or --epochs is given, it is 4,000 steps (toy: 500). No benchmark is run, before or
 after. Left in --out: what train_dpo.py leaves; `merged` is the reward model, for --reward of rloo
@@ -15,21 +12,18 @@ and ppo and for --annotator.
 """
 
 from collections import Counter
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import ClassVar
 
 import torch
-from tqdm import tqdm
 
 from minialign import edge
 from minialign.align.losses import reward_metrics
-from minialign.cli import require, run_main
-from minialign.data.collate import StepLoader
-from minialign.model.llava import Llava
+from minialign.cli import run_main
 from minialign.model.lora import adapter_state
 from minialign.model.scalar_head import HEAD, branch_rewards
-from minialign.rlhf.rewards import Whitening, reward_loss
+from minialign.rlhf.rewards import reward_loss
 from minialign.rlhf.scorers import save_head
 from minialign.rlhf.setup import prepare
 from minialign.training import parallel
@@ -45,10 +39,6 @@ from minialign.training.optimizer import (
 from minialign.training.outputs import report_pairs, save_results, save_weights
 from minialign.training.parallel import sum_across_ranks, sum_gradients_across_ranks, whole
 from minialign.training.progress import TrainingLog, require_run_folder
-
-# Differs from the paper: scores are whitened by the rewards of pairs that the model has learned
-# from, not of the alignment data. So many pairs tell the mean to 2 % of the standard deviation.
-MEASURED = 1000
 
 # What stands for a flag that is not given: the paper's value (Sec. 5.5), and the toy model's, which
 # was chosen on validation images.
@@ -72,27 +62,6 @@ class Config(TrainingFlags):
     program: ClassVar[str] = "reward_model"
     pairs: str | None = None  # preference pairs; without them rule-corrupted ones of the toy
     out: str = "runs/reward"  # folder to write
-
-
-@torch.no_grad()
-def measure_rewards(policy: Llava, loader: StepLoader, batch_size: int) -> Whitening:
-    """Mean and standard deviation of a newly trained model's rewards, of both responses of up to
-    `MEASURED` pairs.
-    """
-    numbers = loader.records.numbers[:MEASURED]
-    loader = replace(loader, accumulate=1)
-    parts = [numbers[i : i + batch_size] for i in range(0, len(numbers), batch_size)]
-    mine = parallel.even(parallel.shard_batch(parts), [])  # all go through shards together
-    found: list[float] = []
-    for part in tqdm(mine, desc="rewards", leave=False, disable=parallel.rank() > 0):
-        for batch in loader(part) or [loader.idle()]:
-            features = policy.encode_images(batch.pixels)
-            rewards = branch_rewards(policy, batch.tree.to(policy.device), features)
-            found += rewards[: len(batch)].flatten().tolist()
-    whitening = Whitening.of(torch.tensor(sum(parallel.gather(found), [])))
-    same = "the reward model gives all responses the same reward; train it longer"
-    require(whitening.std > 1e-6, same)
-    return whitening
 
 
 def main(config: Config) -> None:
@@ -146,22 +115,19 @@ def main(config: Config) -> None:
             log.add({"step": step + 1, **metrics, "lr": lr, "pairs": pairs_in_step})
 
     parallel.tell_left_out(loader.left_out, "pairs")
-    whitening = measure_rewards(policy, loader, config.batch_size)
     head = whole({HEAD: adapter_state(policy)[HEAD]}).get(HEAD)  # of rank 0
-    save_weights(policy, folder, config, out, add=lambda merged: save_head(head, whitening, merged))
+    save_weights(policy, folder, config, out, add=lambda merged: save_head(head, merged))
 
     last = [row["rewards/accuracies"] for row in log.rows[-50:] if row["pairs"]]
     right = sum(last) / max(1, len(last))
-    mean, std = whitening.mean, whitening.std
-    facts = {"reward_mean": mean, "reward_std": std, "accuracy_of_last_steps": right}
+    facts = {"accuracy_of_last_steps": right}
     shown = report_pairs(setup.records, assistant, pictures, edge.truth_of(config.images))
     count = len(setup.records.numbers)
     title = f"minialign: reward model on {count} pairs"
     parallel.on_rank0(lambda: save_results(out, title, config, {}, log.rows, facts, shown, []))
     print(
         f"{len(log.rows)} steps on {count} pairs, of which the last {len(last)} steps ranked "
-        f"{right:.1%} right; rewards {mean:.2f} on average, standard deviation {std:.2f}; "
-        f"{out}/merged (the reward model), {out}/report.html"
+        f"{right:.1%} right; {out}/merged (the reward model), {out}/report.html"
     )
 
 

@@ -8,8 +8,8 @@ prompt's others (Sec. 5.5).
 A step: --k responses to every prompt, sampled as branches of one trunk and scored; then one update
 by the policy that drew them, so that the ratio to it is 1 and there is nothing to clip. Sampling
 has temperature 1 and top-p 1, as the gradient is that of the plain distribution; a reward model's
-scores are whitened by the pairs that it learned from. Where the KL to the reference passes
---kl-stop, the run ends and says so.
+scores are whitened by those of the alignment data's own responses. Where the KL to the reference
+passes --kl-stop, the run ends and says so.
 
 Left out: several updates per rollout with a clipped ratio (per response), advantages divided by
 their standard deviation (by the group's it would be GRPO, which weighs prompts by how little their
@@ -29,6 +29,7 @@ from minialign.model.lora import adapters_off
 from minialign.rlhf.losses import leave_one_out, rloo_loss
 from minialign.rlhf.rewards import sequence_rewards
 from minialign.rlhf.rollouts import idle_rollout, sample_rollout
+from minialign.rlhf.scorers import RewardModel, WhitenedReward
 from minialign.rlhf.setup import check_rlhf, leave_results, prepare
 from minialign.training import parallel
 from minialign.training.flags import TrainingFlags, check_training, with_shape_of_adapter
@@ -92,6 +93,8 @@ def main(config: Config) -> None:
     pictures = edge.picture_source(config.images)
     setup = prepare(config, folder, records, pictures, reward=config.reward)
     assistant, policy = setup.assistant, setup.assistant.model
+    if isinstance(reward, RewardModel):
+        reward = WhitenedReward.on(reward, setup.loader, config.batch_size)
     benchmark = edge.benchmark_of(config.images, config.eval_split, config.eval_images)
     evaluations = {"before": benchmark.run(assistant, "before")} if benchmark else {}
 

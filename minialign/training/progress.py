@@ -195,23 +195,23 @@ class TrainingLog:
             print(f"{self.path}: {start} steps are done; going on from there")
 
     def steps(
-        self, schedule: Sequence[list[int]], loader: Callable[[list[int]], list]
+        self, schedule: Sequence[list[int]], loader: Callable[[list[int], int], list]
     ) -> Iterator[tuple[int, list]]:
         """(step, what `loader` makes of this process's records) of every step that is left.
 
         `schedule` holds the record numbers of all steps; they are loaded ahead by threads.
         """
         self.total = len(schedule)
-        left = schedule[len(self.rows) :]
+        left = range(len(self.rows), self.total)
 
-        def load(numbers: list[int]) -> list:
-            return loader(shard_batch(numbers))
+        def load(step: int) -> list:
+            return loader(shard_batch(schedule[step]), step)
 
         with closing(load_ahead(left, load, self.config.workers)) as loaded:
             self.bar = tqdm(
                 loaded, initial=len(self.rows), total=self.total, desc="train", disable=rank() > 0
             )
-            for step, batches in enumerate(self.bar, start=len(self.rows)):
+            for step, batches in zip(left, self.bar, strict=True):
                 if self.stopped:
                     return
                 yield step, batches

@@ -6,7 +6,6 @@ import copy
 import json
 import math
 import random
-from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -29,13 +28,15 @@ from PIL import Image
 from policies import adapted
 from script_runs import read_lines, stop_at, train
 
-from minialign.align.distortion import distorted_tree
+from minialign.align.distortion import chosen_tree, distorted_logps
+from minialign.align.logps import branch_logps
 from minialign.data.collate import PairBatch, PairCollator
 from minialign.data.records import Record, instruct_record
 from minialign.errors import UserError
 from minialign.model.clip import Clip
 from minialign.model.llama import Llama
-from minialign.model.masks import COLUMNS, Branch, Sequence, build_tree
+from minialign.model.lora import adapters_off
+from minialign.model.masks import Branch, Sequence, build_tree
 from minialign.seeds import stable_seed
 from minialign.toy import world
 
@@ -78,51 +79,61 @@ def random_features(rows: list[Sequence], patches: int, seed: int) -> torch.Tens
     return 2 * torch.randn(pictures, patches, 16, generator=torch.Generator().manual_seed(seed))
 
 
-def with_distorted(model, rows: list[Sequence], noisy, image_id: int) -> list[Sequence]:
-    """The rows with y~- behind their branches, by the plain way."""
-    pictures, longer = iter(noisy), []
+@torch.no_grad()
+def plain_scored(model, trunk: list[int], chosen: list[int], own: list[int], clean) -> float:
+    """What y~- is scored by: each token's log-prob given the clean picture and the true tokens
+    before it."""
+    logits = plain_logits(model, trunk + chosen, clean)[-len(chosen) - 1 : -1]
+    return logits.log_softmax(-1)[range(len(own)), own].sum().item()
+
+
+def plain_column(model, rows: list[Sequence], clean, noisy, image_id: int) -> torch.Tensor:
+    """(B,): y~-'s log-prob of every row, by the plain way."""
+    pictures, column = iter(zip(clean, noisy, strict=True)), []
     for row in rows:
-        picture = next(pictures) if row.image_tokens else None
-        own = plain_distorted(model, row.trunk, row.branches[0].ids, picture, image_id)
-        longer.append(replace(row, branches=[*row.branches, Branch(own)]))
-    return longer
+        seen, drowned = next(pictures) if row.image_tokens else (None, None)
+        chosen = row.branches[0].ids
+        own = plain_distorted(model, row.trunk, chosen, drowned, image_id)
+        column.append(plain_scored(model, row.trunk, chosen, own, seen))
+    return torch.tensor(column)
 
 
-def branches_of(rows: list[Sequence]) -> list[list[Branch]]:
-    return [row.branches for row in rows]
-
-
-def assert_same_tree(found, expected) -> None:
-    """Column by column; padding is 0."""
-    for name in (*COLUMNS, "tip"):
-        assert torch.equal(getattr(found, name), getattr(expected, name)), name
-    assert found.features_expected == expected.features_expected
+def found_columns(model, rows: list[Sequence], clean, noisy, image_id: int) -> torch.Tensor:
+    """(B, S + 1), as train_dpo.py asks for them."""
+    tree, chosen = build_tree(rows, image_id, 0), chosen_tree(rows, image_id)
+    return distorted_logps(model, tree, clean, chosen, noisy)
 
 
 @pytest.mark.parametrize("seed", SEEDS)
 def test_distortion_equals_the_plain_computation(seed):
-    """One more branch per row, and nothing else: the whole tree is that of the plainly made
-    sequences."""
+    """One more column, and the others are what they are without it."""
     model = random_model(seed)
     patches = model.config.vision.patches
     rows = random_rows(seed, patches)
-    noisy = random_features(rows, patches, seed)
-    longer = with_distorted(model, rows, noisy, IMAGE)
-    assert_same_tree(distorted_tree(model, rows, noisy), build_tree(longer, IMAGE, 0))
-    others = with_distorted(model, rows, random_features(rows, patches, seed + 100), IMAGE)
-    assert branches_of(others) != branches_of(longer)  # the picture matters
+    clean, noisy, other = (random_features(rows, patches, seed + n) for n in (0, 100, 200))
+    with torch.no_grad():
+        found = found_columns(model, rows, clean, noisy, IMAGE)
+        stored = branch_logps(model, build_tree(rows, IMAGE, 0), clean)
+    assert torch.equal(found[:, :-1], stored)
+    assert worst(found[:, -1], plain_column(model, rows, clean, noisy, IMAGE)) < 1e-3
+    assert worst(found[:, -1], plain_column(model, rows, clean, other, IMAGE)) > 0.1  # it matters
+    assert worst(found[:, -1], plain_column(model, rows, noisy, noisy, IMAGE)) > 0.1  # so does it
 
 
 @pytest.mark.parametrize("seed", SEEDS)
-def test_it_is_the_current_policys(seed):
-    """The adapters take part, switched on."""
+def test_policy_and_reference_predict_each_their_own(seed):
+    """The adapters take part, switched on; switched off the base predicts and scores."""
     base = random_model(seed)
     model, patches = adapted(base, 4, 8.0, seed, 0.3), base.config.vision.patches
     rows = random_rows(seed, patches)
-    noisy = random_features(rows, patches, seed)
-    longer = with_distorted(model, rows, noisy, IMAGE)
-    assert_same_tree(distorted_tree(model, rows, noisy), build_tree(longer, IMAGE, 0))
-    assert branches_of(longer) != branches_of(with_distorted(base, rows, noisy, IMAGE))
+    clean, noisy = random_features(rows, patches, seed), random_features(rows, patches, seed + 100)
+    expected = plain_column(model, rows, clean, noisy, IMAGE)
+    expected_of_base = plain_column(base, rows, clean, noisy, IMAGE)
+    with torch.no_grad():
+        assert worst(found_columns(model, rows, clean, noisy, IMAGE)[:, -1], expected) < 1e-3
+        with adapters_off(model):
+            found = found_columns(model, rows, clean, noisy, IMAGE)[:, -1]
+    assert worst(found, expected_of_base) < 1e-3 < worst(expected, expected_of_base)
 
 
 @pytest.mark.parametrize("seed", SEEDS)
@@ -133,19 +144,19 @@ def test_the_image_token_is_never_predicted(seed):
     with torch.no_grad():
         model.lm_head.weight[IMAGE] *= 30
     rows = random_rows(seed, patches)
-    noisy = random_features(rows, patches, seed)
-    unbound = with_distorted(model, rows, noisy, image_id=0)  # 0 is forbidden instead
-    assert any(IMAGE in row.branches[-1].ids for row in unbound)
-    longer = with_distorted(model, rows, noisy, IMAGE)
-    assert_same_tree(distorted_tree(model, rows, noisy), build_tree(longer, IMAGE, 0))
+    clean, noisy = random_features(rows, patches, seed), random_features(rows, patches, seed + 100)
+    with torch.no_grad():
+        found = found_columns(model, rows, clean, noisy, IMAGE)[:, -1]
+    assert worst(found, plain_column(model, rows, clean, noisy, IMAGE)) < 1e-2
+    unbound = plain_column(model, rows, clean, noisy, image_id=0)  # 0 is forbidden instead
+    assert worst(found, unbound) > 0.1
 
 
-def test_no_graph_is_kept(monkeypatch):
-    """The prediction runs without gradients, also of a model in training, and leaves none on any
-    parameter."""
+def test_the_prediction_keeps_no_graph(monkeypatch):
+    """It runs without gradients, also of a model in training; the score has them."""
     model = adapted(random_model(0), 4, 8.0)
     rows = random_rows(0, model.config.vision.patches)
-    noisy = random_features(rows, model.config.vision.patches, 0).requires_grad_()
+    clean, noisy = (random_features(rows, model.config.vision.patches, n) for n in (0, 1))
     hidden, real = [], Llama.forward
 
     def noted(*args, **options):
@@ -153,24 +164,23 @@ def test_no_graph_is_kept(monkeypatch):
         return hidden[-1]
 
     monkeypatch.setattr(Llama, "forward", noted)
-    tree = distorted_tree(model.train(), rows, noisy)
-    assert torch.is_grad_enabled() and len(hidden) == 1  # one pass
-    assert not hidden[0].requires_grad and hidden[0].grad_fn is None
-    assert not any(getattr(tree, name).requires_grad for name in COLUMNS)
-    assert noisy.grad is None and all(parameter.grad is None for parameter in model.parameters())
-    assert any(parameter.requires_grad for parameter in model.parameters())
+    found = found_columns(model.train(), rows, clean, noisy.requires_grad_(), IMAGE)
+    assert [state.requires_grad for state in hidden] == [False, True]
+    found[:, -1].sum().backward()
+    assert noisy.grad is None
+    assert any(parameter.grad is not None for parameter in model.parameters())
 
 
 # ---------------------------------------------------------------- Eq. 9
 
 
-def plain_noise(record: Record, steps: int) -> Image.Image:
-    """Eq. 8-9 by a loop, on [0, 1], clamped; eps is drawn from the record's own seed."""
+def plain_noise(record: Record, steps: int, step: int = 0) -> Image.Image:
+    """Eq. 8-9 by a loop, on [0, 1], clamped; eps is drawn anew at every step."""
     abar = 1.0
     for k in range(1, steps + 1):
         abar *= 1 - (1 / (1 + math.exp(6 - 12 * k / 1000)) * (0.5e-2 - 1e-5) + 1e-5)
     pixels = np.asarray(world.picture(world.scene_of(record.image))) / 255
-    stream = torch.Generator().manual_seed(stable_seed(record.id) % 2**31 + 1)
+    stream = torch.Generator().manual_seed(stable_seed(0, step, record.id) % 2**31 + 1)
     eps = torch.randn(pixels.shape, generator=stream, dtype=torch.float64).numpy()
     noisy = np.clip(math.sqrt(abar) * pixels + math.sqrt(1 - abar) * eps, 0, 1)
     return Image.fromarray(np.round(noisy * 255).astype(np.uint8))
@@ -207,6 +217,23 @@ def test_the_noise_is_that_of_eq_9(steps):
     assert worst(batch.noisy, batch.pixels) > 0.02
 
 
+def test_noise_is_fresh_at_every_visit():
+    """And follows from the run's seed, the step and the record."""
+    [record] = world_records(1, 4)
+    collates = [
+        PairCollator(
+            toy_tokenizer(), toy_processor(), world.open_picture, 200, noise_steps=500, seed=seed
+        )
+        for seed in (0, 1)
+    ]
+    first, second = (collates[0].load(record, step).noisy for step in (3, 4))
+    assert not torch.equal(first, second)
+    assert torch.equal(collates[0].load(record, 3).noisy, first)
+    assert not torch.equal(collates[1].load(record, 3).noisy, first)
+    expected = toy_processor()(plain_noise(record, 500, step=3))
+    assert worst(first, expected) < 0.02
+
+
 @pytest.mark.parametrize("first", [0, 7])
 def test_pairs_of_the_embedded_world(first):
     """The toy model on noisy pictures: the plain computation, and that it is misled."""
@@ -215,14 +242,14 @@ def test_pairs_of_the_embedded_world(first):
     noisy = []
     for record in records:
         noisy.append(model.encode_images(toy_processor()(plain_noise(record, 500))))
-    longer = with_distorted(model, batch.sequences, torch.cat(noisy), image_id)
-    found = distorted_tree(model, batch.sequences, model.encode_images(batch.noisy))
-    assert_same_tree(found, build_tree(longer, image_id, 0))
-    features = model.encode_images(batch.pixels)
-    clean = with_distorted(model, batch.sequences, features, image_id)
-    assert [row.branches[-1] for row in clean] != [row.branches[-1] for row in longer]
-    for row in longer:
-        assert len(row.branches) == 3 and len(row.branches[2].ids) == len(row.branches[0].ids)
+    clean = model.encode_images(batch.pixels)
+    rows = batch.sequences
+    expected = plain_column(model, rows, clean, torch.cat(noisy), image_id)
+    with torch.no_grad():
+        found = found_columns(model, rows, clean, model.encode_images(batch.noisy), image_id)
+    assert found.shape == (3, 3) and worst(found[:, -1], expected) < 1e-2
+    misled = plain_column(model, rows, clean, clean, image_id)
+    assert worst(misled, expected) > 0.1
 
 
 # ---------------------------------------------------------------- train_dpo.py
@@ -230,8 +257,8 @@ def test_pairs_of_the_embedded_world(first):
 
 @pytest.mark.parametrize(("gamma", "steps"), [(0.0, 500), (0.25, 500), (0.5, 60)])
 def test_the_first_step_by_hand(model, pairs, tmp_path, gamma, steps):
-    """Both rejected responses are scored on the clean picture and weighted; fresh adapters leave h
-    at 0."""
+    """Both rejected responses are scored on the clean picture, y~- behind the true tokens, and
+    weighted; fresh adapters leave h at 0."""
     path, base, tokenizer = tmp_path / "pairs.jsonl", random_toy(1), toy_tokenizer()
     path.write_text("".join(Path(pairs).read_text().splitlines(keepends=True)[:5]))
     options = {"rejected": "distorted", "gamma": gamma, "noise_steps": steps, "batch_size": 5}
@@ -243,9 +270,10 @@ def test_the_first_step_by_hand(model, pairs, tmp_path, gamma, steps):
         clean = base.encode_images(toy_processor()(world.open_picture(record.image)))[0]
         noisy = base.encode_images(toy_processor()(plain_noise(record, steps)))[0]
         own = plain_distorted(base, prompt, chosen, noisy, tokenizer.image_id)
+        scored = plain_scored(base, prompt, chosen, own, clean)
         with torch.no_grad():
-            logps = [plain_logp(base, prompt, ids, clean).item() for ids in (stored, own)]
-        expected += (gamma * logps[0] + (1 - gamma) * logps[1]) / 5
+            logp = plain_logp(base, prompt, stored, clean).item()
+        expected += (gamma * logp + (1 - gamma) * scored) / 5
     assert row["logps/rejected"] == pytest.approx(expected, rel=1e-4)
     assert row["loss"] == pytest.approx(math.log(2), rel=1e-5) and row["grad_norm"] > 0
 
@@ -269,7 +297,8 @@ def test_gamma_1_is_the_stored_response_alone(model, pairs, tmp_path):
 
 
 def test_gamma_1_spares_the_noise(model, pairs, tmp_path, monkeypatch):
-    """The tower sees each picture once, and else twice; y~- is one more pass of the decoder."""
+    """The tower sees each picture once, and else twice; y~- is one more pass of the decoder for
+    each of policy and reference."""
     pictures, passes, real_tower, real_decoder = [], [], Clip.forward, Llama.forward
 
     def tower(self, pixels, *args, **options):
@@ -282,7 +311,7 @@ def test_gamma_1_spares_the_noise(model, pairs, tmp_path, monkeypatch):
 
     monkeypatch.setattr(Clip, "forward", tower)
     monkeypatch.setattr(Llama, "forward", decoder)
-    for gamma, seen, count in ((1.0, [4], 2), (0.5, [4, 4], 3), (0.0, [4, 4], 3)):
+    for gamma, seen, count in ((1.0, [4], 2), (0.5, [4, 4], 4), (0.0, [4, 4], 4)):
         pictures.clear()
         passes.clear()
         train(model, tmp_path / str(gamma), pairs=pairs, limit=4, rejected="distorted", gamma=gamma)
@@ -291,7 +320,7 @@ def test_gamma_1_spares_the_noise(model, pairs, tmp_path, monkeypatch):
 
 @pytest.mark.parametrize(("where", "count"), [("preference_metrics", 2), ("append_lines", 3)])
 def test_a_stopped_run_resumes_bit_for_bit(model, pairs, tmp_path, monkeypatch, where, count):
-    """y~- is made anew from the policy of that step: it follows from the checkpoint."""
+    """y~- is made anew from the policy and the noise of that step."""
     options = {"pairs": pairs, "rejected": "distorted", "lr": 3e-3, "save_every": 2}
     train(model, tmp_path / "whole", **options)
     with monkeypatch.context() as patch:

@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 from helpers import refused, toy_processor, toy_tokenizer, worst
+from online_runs import rlhf
 from safetensors import safe_open
 from safetensors.torch import load_file
 from script_runs import contents, read_lines, stop_at, train_reward
@@ -16,12 +17,14 @@ from script_runs import contents, read_lines, stop_at, train_reward
 from minialign import annotate
 from minialign.align.annotators import Comparison, RewardAnnotator
 from minialign.cli import parse_config
+from minialign.data.collate import PairCollator, StepLoader
+from minialign.data.record_files import open_pairs
 from minialign.data.records import Record
 from minialign.model import policy, scalar_head
 from minialign.model.hf_folder import load_model
 from minialign.model.masks import Branch, Sequence, build_tree
 from minialign.rlhf import reward_model
-from minialign.rlhf.scorers import HEAD_FILE, load_reward_model
+from minialign.rlhf.scorers import HEAD_FILE, WhitenedReward, load_reward_model
 from minialign.toy import world
 
 FLAGS = {"epochs": 6, "lr": 3e-3}
@@ -79,7 +82,7 @@ def test_it_learns_to_rank(trained):
     assert {"rewards/chosen", "rewards/rejected", "rewards/margins"} < rows[0].keys()
     result = json.loads((trained / "result.json").read_text())
     # No evaluation: nobody asks it for answers.
-    assert result.keys() == {"reward_mean", "reward_std", "accuracy_of_last_steps"}
+    assert result.keys() == {"accuracy_of_last_steps"}
 
 
 def scores_by_hand(trained: Path, pairs: str) -> torch.Tensor:
@@ -102,17 +105,24 @@ def scores_by_hand(trained: Path, pairs: str) -> torch.Tensor:
     return torch.tensor(found).view(-1, 2)
 
 
-def test_the_folder_holds_head_mean_and_deviation(trained, pairs):
+def test_the_folder_holds_the_head(trained, pairs):
+    """Its scores are those by hand; whitened on these pairs, as RLOO and PPO do it, they have mean
+    0 and standard deviation 1.
+    """
     rewards = scores_by_hand(trained, pairs)
     loaded = load_reward_model(trained / "merged", "cpu", torch.float32)
-    assert loaded.whitening.mean == pytest.approx(rewards.mean().item(), abs=1e-4)
-    assert loaded.whitening.std == pytest.approx(rewards.std(correction=0).item(), abs=1e-4)
     records, turned = [], []
     for x in read_lines(Path(pairs)):
         turns = [("user", x["prompt"])]
         records.append(Record(x["id"], x["images"][0], turns, x["chosen"], x["rejected"]))
     pictures = [world.open_picture(record.image) for record in records]
-    scores = loaded(records, pictures, [(record.chosen, record.rejected) for record in records])
+    responses = [(record.chosen, record.rejected) for record in records]
+    assert worst(loaded(records, pictures, responses), rewards) < 1e-4
+
+    collate = PairCollator(toy_tokenizer(), toy_processor(), world.open_picture, 200)
+    loader = StepLoader(open_pairs(pairs, None), collate, 2, skip_bad=False)
+    whitened = WhitenedReward.on(loaded, loader, batch_size=3)
+    scores = whitened(records, pictures, responses)
     assert worst(scores, (rewards - rewards.mean()) / rewards.std(correction=0)) < 1e-3
 
     annotator = RewardAnnotator(loaded)
@@ -190,14 +200,17 @@ def test_a_head_that_was_cut_off_is_refused(model, tmp_path):
 
 def test_a_model_that_ranks_nothing_is_refused(model, pairs, tmp_path, monkeypatch):
     """From a head of zeros, at a rate of next to nothing: all rewards are the same, and nobody
-    could whiten them.
+    can whiten them; before anything is sampled.
     """
     real = scalar_head.new_head
     monkeypatch.setattr(policy, "new_head", lambda model, kind: real(model, "value"))
-    message = "gives all responses the same reward; train it longer"
     flags = {"pairs": pairs, "lr": 1e-30, "projector_lr": 0.0}
-    refused(lambda: train_reward(model, tmp_path, **flags), message)
-    assert not (tmp_path / "merged").exists()
+    train_reward(model, tmp_path / "reward", **flags)
+    flags = {"data": pairs, "reward": str(tmp_path / "reward/merged")}
+    message = "gives all responses the same reward; train it longer"
+    for method in ("rloo", "ppo"):
+        refused(lambda m=method: rlhf(m, model, tmp_path / m, **flags), message)
+        assert not (tmp_path / method / "metrics.jsonl").exists()
 
 
 def test_accuracy_across_data_sets(trained, pairs, tmp_path, capsys):

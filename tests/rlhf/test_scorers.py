@@ -1,7 +1,5 @@
 """Who scores: the embedded world's truth by hand, and functions of the user's, good and bad."""
 
-import json
-import math
 import subprocess
 import sys
 from pathlib import Path
@@ -14,7 +12,6 @@ from safetensors.torch import save_file
 
 from minialign.data.records import Record
 from minialign.edge import scorer_of
-from minialign.rlhf.rewards import Whitening
 from minialign.rlhf.rloo import Config
 from minialign.rlhf.scorers import read_head, save_head
 from minialign.toy import oracle
@@ -176,23 +173,16 @@ def trained_reward(tmp_path) -> Path:
 
 
 DAMAGES = [
-    ({"weight": torch.full((1, 4), torch.nan)}, {"mean": 0, "std": 1}, "weight holds NaN"),
-    ({"weight": torch.zeros(2, 4)}, {"mean": 0, "std": 1}, "weight has shape [2, 4]"),
-    ({"other": torch.zeros(1, 4)}, {"mean": 0, "std": 1}, "missing tensors: weight"),
-    ({"weight": torch.zeros(1, 4)}, {"mean": 0}, "std is missing"),
-    ({"weight": torch.zeros(1, 4)}, {"mean": math.nan, "std": 1}, "mean is nan"),
-    ({"weight": torch.zeros(1, 4)}, {"mean": 0, "std": 0}, "std is 0"),
-    ({"weight": torch.zeros(1, 4)}, [1], "says no mean"),
+    ({"weight": torch.full((1, 4), torch.nan)}, "weight holds NaN"),
+    ({"weight": torch.zeros(2, 4)}, "weight has shape [2, 4]"),
+    ({"other": torch.zeros(1, 4)}, "missing tensors: weight"),
 ]
 
 
-@pytest.mark.parametrize(("tensors", "facts", "message"), DAMAGES, ids=lambda value: str(value)[:9])
-def test_a_damaged_head_is_refused(tmp_path, tensors, facts, message):
+@pytest.mark.parametrize(("tensors", "message"), DAMAGES, ids=lambda value: str(value)[:9])
+def test_a_damaged_head_is_refused(tmp_path, tensors, message):
     path = tmp_path / "reward_head.safetensors"
-    save_head(torch.ones(1, 4), Whitening(0.5, 2.0), tmp_path)
-    weight, whitening = read_head(path, 4)
-    assert torch.equal(weight, torch.ones(1, 4)) and whitening == Whitening(0.5, 2.0)
-    save_file(tensors, path, {"whitening": json.dumps(facts)})
+    save_head(torch.ones(1, 4), tmp_path)
+    assert torch.equal(read_head(path, 4), torch.ones(1, 4))
+    save_file(tensors, path)
     refused(lambda: read_head(path, 4), path, message)
-    save_file({"weight": torch.zeros(1, 4)}, path, {"whitening": "{"})
-    refused(lambda: read_head(path, 4), path, "says no mean")

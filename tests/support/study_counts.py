@@ -2,11 +2,12 @@
 
 import random
 
-from minialign.evaluation.metrics import SETTINGS_OF_POPE
+from minialign.evaluation.metrics import DIRECT_QUESTIONS, SETTINGS_OF_POPE
 
 COUNTED = (
     "images", "length", "objects", "mentioned", "hallucinated", "typical", "true", "coloured",
     "wrong_colour", "placed", "wrong_place", "settings", "wrong_setting", "hallucinating", "found",
+    *(f"{what}_{kind}" for what in ("asked", "right") for kind in DIRECT_QUESTIONS),
 )  # fmt: skip
 POPE = {f"{setting}_{part}": 0 for setting in SETTINGS_OF_POPE for part in ("tp", "fp", "fn", "tn")}
 

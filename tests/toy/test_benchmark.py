@@ -8,12 +8,19 @@ from types import SimpleNamespace
 import pytest
 from helpers import plain_greedy, random_toy, toy_assistant, toy_model
 
-from minialign.evaluation.metrics import in_words, print_table, with_intervals
+from minialign.evaluation.metrics import (
+    DIRECT_QUESTIONS,
+    in_words,
+    print_table,
+    with_intervals,
+)
 from minialign.toy import benchmark, world
 from minialign.toy.benchmark import (
     ToyBenchmark,
     count_description,
+    count_direct,
     count_pope,
+    direct_questions,
     pope_questions,
     popular_objects,
 )
@@ -115,6 +122,38 @@ def test_an_object_may_be_there_twice(text, wrong_colour, wrong_place):
     assert (counts["wrong_colour"], counts["wrong_place"]) == (wrong_colour, wrong_place)
     assert counts["objects"] == counts["found"] == 1 and counts["hallucinated"] == 0
     assert counts["mentioned"] == counts["true"] == text.count("cup")
+
+
+@pytest.mark.parametrize("seed", range(6))
+def test_direct_questions_have_one_true_answer(seed):
+    """One of each kind, about one cell; the answer is read off the scene by hand."""
+    scene = world.make_scene("validation", seed)
+    asked = direct_questions(scene)
+    assert set(asked) == set(DIRECT_QUESTIONS)
+    position, name, colour = re.fullmatch(r"The (\w+) (\w+) is (\w+)\.", asked["cell"][1]).groups()
+    [cell] = [cell for cell, place in world.POSITIONS.items() if place == position]
+    assert scene.cells[cell] == (name, colour) and asked["cell"][0] == f"What is in the {position}?"
+    assert asked["colour"] == (f"What colour is the {name}?", f"The {name} is {colour}.")
+    assert asked["position"] == (f"Where is the {name}?", f"The {name} is in the {position}.")
+    assert asked["count"][1] == "Once." and name in asked["count"][0]
+    assert asked["setting"] == ("What place is this?", f"This is a {scene.setting}.")
+    assert direct_questions(scene) == asked
+
+
+def test_direct_answers_count_word_for_word():
+    """A wrong colour is wrong, and so is another form; figures are shares of what was asked."""
+    asked = direct_questions(world.make_scene("validation", 3))
+    answers = {kind: truth for kind, (_, truth) in asked.items()}
+    answers |= {"colour": "The cup is mauve.", "count": "once"}
+    counts = count_direct(asked, answers)
+    assert [counts[f"right_{kind}"] for kind in DIRECT_QUESTIONS] == [1, 0, 1, 0, 1]
+    assert all(counts[f"asked_{kind}"] == 1 for kind in DIRECT_QUESTIONS)
+    figures = with_intervals([[{**NOTHING, **counts}]])
+    assert figures["ask"]["value"] == 0.6 and figures["ask_colour"]["value"] == 0
+    # Of a scene in which everything is there twice colour and place are not asked.
+    cells = {cell: ("cup", "red") for cell in world.CELLS}
+    twice = direct_questions(world.Scene("kitchen", cells, 0))
+    assert set(twice) == {"cell", "count", "setting"} and twice["count"][1] == "Six times."
 
 
 def test_metrics_by_hand():

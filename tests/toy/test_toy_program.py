@@ -3,6 +3,7 @@
 import json
 
 import pytest
+from helpers import refused
 from input_files import gives_remedy
 from PIL import Image
 from script_runs import read_lines, train
@@ -12,8 +13,16 @@ from minialign.data.images import PictureFolder
 from minialign.data.records import instruct_record, pair_record
 from minialign.edge import records_of
 from minialign.toy import __main__ as program
+from minialign.toy.benchmark import count_description
 from minialign.toy.corrupt import corrupted_pair
-from minialign.toy.world import alignment_records, make_scene, open_picture, scene_of
+from minialign.toy.world import (
+    CELLS,
+    alignment_records,
+    attributes,
+    make_scene,
+    open_picture,
+    scene_of,
+)
 
 
 def run(*argv: object) -> None:
@@ -46,6 +55,41 @@ def test_export_of_another_split_from_a_number_on(tmp_path, split):
     records = exported(tmp_path)
     assert records == alignment_records(3, split, 7)
     assert [record["image"] for record in records] == [f"{split}-00000{n}.png" for n in (7, 8, 9)]
+
+
+def test_export_of_other_questions_and_of_exact_answers(tmp_path):
+    """Kinds in turn; without hearsay every answer is true."""
+    run("--export", tmp_path, "--kinds", "attribute,description", "--hearsay", 0, "--limit", 40)
+    records = exported(tmp_path)
+    assert records == alignment_records(40, kinds=("attribute", "description"), rate=0.0)
+    for index, raw in enumerate(records):
+        scene, answer = scene_of(raw["image"]), raw["conversations"][1]["value"]
+        if index % 2:
+            told = count_description(scene, answer)
+            assert told["mentioned"] == 6
+            assert told["hallucinated"] == told["wrong_colour"] == told["wrong_setting"] == 0
+        else:
+            every = [attributes(scene, cell).values() for cell in CELLS]
+            assert answer in {truth for questions in every for _, truth in questions}
+    whole, untrue = alignment_records(200, kinds=("description",)), 0
+    for raw in whole:
+        untrue += count_description(scene_of(raw["image"]), raw["conversations"][1]["value"])[
+            "hallucinated"
+        ]
+    assert untrue > 20  # hearsay, unless it is asked for none
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (("--kinds", "poems"), "--kinds poems: give some of description, existence, attribute"),
+        (("--kinds", ""), "--kinds : give some of description, existence, attribute"),
+        (("--hearsay", 1.5), "--hearsay 1.5: a share between 0 and 1"),
+    ],
+)
+def test_bad_questions_are_refused(tmp_path, flags, message):
+    refused(lambda: run("--export", tmp_path / "out", *flags), message)
+    assert not (tmp_path / "out").exists()
 
 
 def test_export_of_larger_pictures(tmp_path):

@@ -233,7 +233,7 @@ def test_rlhf_by_several_processes(model, tmp_path, program, processes, shard, o
 
 
 def test_a_reward_model_in_shards(model, pairs, tmp_path):
-    """Loss curve, head, mean and deviation."""
+    """Loss curve and head."""
     flags = f"--model {model} --pairs {pairs} {SIZES} --steps 4 --batch-size 2"
     run_alone("minialign.rlhf.reward_model", f"{flags} --out {tmp_path}/one")
     run(3, "minialign.rlhf.reward_model", f"{flags} --out {tmp_path}/three --shard full")
@@ -242,8 +242,6 @@ def test_a_reward_model_in_shards(model, pairs, tmp_path):
     one, three = (load_reward_model(folder, "cpu", torch.float32) for folder in folders)
     heads = [reward.assistant.model.scalar_head.weight for reward in (one, three)]
     assert torch.allclose(*heads, atol=1e-5)
-    assert three.whitening.mean == pytest.approx(one.whitening.mean, abs=1e-4)
-    assert three.whitening.std == pytest.approx(one.whitening.std, abs=1e-4)
 
 
 def test_sampling_by_three(model, tmp_path):
