@@ -1,11 +1,15 @@
 """The embedded world's exact truth, as an annotator and as a reward."""
 
+import random
+from dataclasses import dataclass
+
 import torch
 from PIL import Image
 from torch import Tensor
 
 from minialign.align.annotators import Comparison, Verdict
 from minialign.data.records import Record
+from minialign.seeds import stable_seed
 from minialign.toy.benchmark import DENIED, count_description
 from minialign.toy.world import Scene, scene_of
 
@@ -19,17 +23,26 @@ def truth(scene: Scene, text: str) -> tuple[float, float, float]:
     return -counts["hallucinated"], -wrong_attributes, counts["found"]
 
 
+@dataclass(frozen=True)
 class OracleAnnotator:
-    """Fewer hallucinated objects, then fewer wrong attributes, then more recall."""
+    """Fewer hallucinated objects, then fewer wrong attributes, then more recall; but one verdict in
+    so many is turned round, if it `errs`, as those of models are wrong.
+    """
+
+    errs: float = 0.0
 
     def choose(self, comparisons: list[Comparison]) -> list[Verdict]:
-        """A verdict on each; responses that are equally true are a tie."""
+        """A verdict on each; responses that are equally true are a tie. Which ones are turned round
+        follows from record and responses.
+        """
         verdicts = []
         for comparison in comparisons:
             scene = scene_of(comparison.record.image)
             first, second = (truth(scene, text) for text in comparison.responses)
+            rng = random.Random(stable_seed("errs", comparison.record.id, *comparison.responses))
+            wrong = rng.random() < self.errs
             tie = Verdict(None, "tie")
-            verdicts.append(tie if first == second else Verdict(int(second > first)))
+            verdicts.append(tie if first == second else Verdict(int((second > first) != wrong)))
         return verdicts
 
 

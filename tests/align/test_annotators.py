@@ -39,6 +39,26 @@ def better(a: str, b: str, index: int) -> Verdict:
     return verdict
 
 
+def test_an_oracle_errs_as_often_as_it_is_told():
+    """The same verdicts every time; a tie stays one, whoever errs."""
+    comparisons, right = [], []
+    for index in range(300):
+        true, *_, false = ladder(index)
+        right.append(index % 2)
+        comparisons.append(
+            comparison(*((false, true) if index % 2 else (true, false)), index=index)
+        )
+    verdicts = OracleAnnotator(0.2).choose(comparisons)
+    wrong = sum(verdict.better != better for verdict, better in zip(verdicts, right, strict=True))
+    assert 40 <= wrong <= 80  # 60 +- 3 standard deviations
+    assert OracleAnnotator(0.2).choose(comparisons) == verdicts
+    assert [each.better for each in OracleAnnotator().choose(comparisons)] == right
+    always = OracleAnnotator(1.0).choose(comparisons)
+    assert [each.better for each in always] == [1 - better for better in right]
+    [tie] = OracleAnnotator(1.0).choose([comparison("A text.", "A text.")])
+    assert tie.better is None and tie.reason == "tie"
+
+
 def ladder(index: int) -> list[str]:
     """Descriptions of a scene, every one truer than the next."""
     scene, rng = world.make_scene("validation", index), random.Random(index)
