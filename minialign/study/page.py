@@ -67,7 +67,7 @@ def ranges_table(rows: list[dict]) -> str:
             continue
         cells = f"<th>{escape(row['row'])}</th><td>{row['seeds']}</td>"
         for name in RANGED:
-            cells += f"<td>{escape(range_text(row['by_seed'][name]))}</td>"
+            cells += f"<td><small>{range_text(row['by_seed'][name])}</small></td>"
         lines += f"<tr>{cells}</tr>\n"
     if not lines:
         return ""
