@@ -123,16 +123,17 @@ def bootstrap(
     """Figures of the runs' pooled counts, (1 + resamples,) each: as they are, then over resampled
     images and runs.
 
-    `runs` are evaluations of the same images, one per training seed. The resampling depends on the
-    numbers of runs and images alone, so that two rows of a study are resampled alike and their
-    difference is paired.
+    `runs` are evaluations of the same images, one per training seed. Which images are drawn depends
+    on their number alone, so that two rows of a study are resampled alike and their difference is
+    paired by image, however many runs each of them has.
     """
     names = sorted({name for above, below in figures.values() for name in (*above, *below)})
     table = [[[image.get(name, 0) for name in names] for image in run] for run in runs]
     counts = np.array(table, dtype=float)  # (runs, images, counts)
     n_runs, n_images, _ = counts.shape
 
-    # How often each image, and each run, is drawn; the first row is the sample itself.
+    # How often each image, and each run, is drawn; the first row is the sample itself. Images come
+    # first: behind runs they would depend on how many runs there are.
     rng = np.random.default_rng(0)
     images = rng.multinomial(n_images, np.full(n_images, 1 / n_images), resamples)
     of_runs = rng.multinomial(n_runs, np.full(n_runs, 1 / n_runs), resamples)
@@ -144,16 +145,17 @@ def bootstrap(
     return {name: ratio(sums, above, below) for name, (above, below) in figures.items()}
 
 
+def rounded(value: float) -> float | None:
+    """A figure as files have it; None where nothing was there to measure."""
+    return None if np.isnan(value) else round(float(value), 5)
+
+
 def interval(values: np.ndarray) -> Interval:
     """A bootstrapped figure with its 95 % interval; None where nothing was there to measure."""
     if np.isnan(values[0]):
         return {"value": None, "low": None, "high": None}
     low, high = np.nanpercentile(values[1:], [2.5, 97.5])
-    return {
-        "value": round(float(values[0]), 5),
-        "low": round(float(low), 5),
-        "high": round(float(high), 5),
-    }
+    return {"value": rounded(values[0]), "low": rounded(low), "high": rounded(high)}
 
 
 def with_intervals(runs: list[list[Counts]], figures: Figures = TOY_FIGURES) -> dict[str, Interval]:

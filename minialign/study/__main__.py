@@ -8,20 +8,25 @@ A row is a list of commands, run in order; what of them --out already holds is n
 rows that begin with the same command share its pairs; where several studies run side by side in one
 --out, such rows belong to the same one, and a last one, of all rows, makes the table. All rows draw
 on the same records and make the same number of steps, in batches of the same size (ppo with four
-updates in each), unless a run of rloo or ppo passes its --kl-stop. Intervals are bootstrapped over
-images and seeds; differences between rows are paired by image. Leaves study.html and study.json:
-{"rows": [...], "findings": [...], "rewards": [...]}: the findings as `findings.judge` has them, the
-rewards Table 7 where a row has a reward model.
+updates in each), unless a run of rloo or ppo passes its --kl-stop. A row whose seeds differ more
+than its images do gets two seeds more.
+
+Intervals are bootstrapped over images and seeds; differences between rows are paired by image.
+Leaves study.html and study.json: {"made": how, "rows": [...], "findings": [...], "rewards": [...]};
+a row has its figures, and each of them seed by seed; the findings are as `findings.judge` has them;
+the rewards are Table 7, where a row has a reward model.
 """
 
 import json
 import math
 import subprocess
 import sys
+import time
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
+import torch
 from tqdm import tqdm
 
 from minialign.claims import claim_folder, require_own_folder
@@ -34,6 +39,7 @@ from minialign.model.hf_folder import fingerprint
 from minialign.study.findings import judge, shown_difference
 from minialign.study.page import SHOWN, write_study
 from minialign.study.rows import EXPORT, HELD, HELD_OUT, LAST, PAID, REWARD_MODELS, ROWS
+from minialign.study.seeds import SEEDS_MORE, by_seed, seeds_dominate
 from minialign.toy.world import TOY_RECORDS
 from minialign.training.progress import PROGRESS
 
@@ -46,7 +52,7 @@ class Config:
 
     out: str = "runs/study"  # folder to write, or to continue
     rows: str = ",".join(ROWS)  # comma-separated rows to run
-    seeds: int = 3  # training seeds of every row: 0, 1, ...
+    seeds: int = 3  # training seeds of every row: 0, 1, ...; two more where they differ much
     # choices are made on validation; test is looked at last
     split: Literal["test", "validation"] = "test"
     images: int = 500  # images of the split
@@ -110,14 +116,14 @@ def table_7(config: Config) -> list[dict]:
     return rows
 
 
-def learned(row: str, config: Config) -> dict[str, int]:
+def learned(row: str, seeds: int, config: Config) -> dict[str, int]:
     """The steps, and the pairs or responses that were learned from, all seeds together; some may
     have been dropped.
     """
     if row == "base":
         return {"steps": 0, "pairs": 0}
     steps = []
-    for seed in range(config.seeds):
+    for seed in range(seeds):
         out = Path(config.out) / f"{row}-{seed}"
         steps += read_lines(out / "metrics.jsonl", f"remove {out} and run again")
     pairs = sum(step.get("pairs", step.get("responses")) for step in steps)
@@ -152,14 +158,14 @@ def main(config: Config) -> None:
     claim_folder(Path(config.out), "study", alone=False)
     require_same_study(config)
 
-    # Every row from every seed: {row: the counts per image of each seed}.
-    runs: dict[str, list[list[Counts]]] = {"base": []}
+    # Every row from every seed: {row: the counts per image of each seed}. The base, with which all
+    # of them begin, has none.
+    runs: dict[str, list[list[Counts]]] = {"base": [run_row(rows[0], 0, config)["before"]]}
     for row in tqdm(rows, desc="rows"):
-        runs[row] = []
-        for seed in range(config.seeds):
-            counts = run_row(row, seed, config)
-            runs[row].append(counts["after"])
-            runs["base"] = [counts["before"]] * config.seeds
+        runs[row] = [run_row(row, seed, config)["after"] for seed in range(config.seeds)]
+        if seeds_dominate(runs[row]):
+            more = range(config.seeds, config.seeds + SEEDS_MORE)
+            runs[row] += [run_row(row, seed, config)["after"] for seed in more]
     rewards = []
     if any(PAID in command for row in rows for command in ROWS[row]):
         rewards = table_7(config)
@@ -169,19 +175,29 @@ def main(config: Config) -> None:
     table, rows_json = {}, []
     for row, figures in metrics.items():
         table[row] = {name: interval(values) for name, values in figures.items()}
-        facts = {"row": row, "seeds": config.seeds, "images": config.images}
-        rows_json.append(facts | learned(row, config) | {"metrics": table[row]})
+        seeds = len(runs[row])
+        facts = {"row": row, "seeds": seeds, "images": config.images}
+        facts |= learned(row, seeds, config)
+        rows_json.append(facts | {"metrics": table[row], "by_seed": by_seed(runs[row])})
     print_table({name: {row: each[name] for row, each in table.items()} for name in SHOWN})
     findings = judge(metrics)
     for finding in findings:
         name = f"{finding['claim']}, {in_words(finding['metric'])}"
         print(f"{finding['status']:15} {name}: {shown_difference(finding['difference'])}")
 
+    made = {
+        "date": time.strftime("%Y-%m-%d", time.gmtime()),
+        "torch": torch.__version__,
+        "threads": torch.get_num_threads(),
+        "split": config.split,
+        "images": config.images,
+        "limit": config.limit,
+        "seeds": config.seeds,
+    }
     out = Path(config.out)
-    write_json(out / "study.json", {"rows": rows_json, "findings": findings, "rewards": rewards})
-    settings = {"seeds": config.seeds, "split": config.split, "images": config.images}
-    settings["limit"] = config.limit
-    write_study(out / "study.html", settings, rows_json, findings, rewards)
+    study = {"made": made, "rows": rows_json, "findings": findings, "rewards": rewards}
+    write_json(out / "study.json", study)
+    write_study(out / "study.html", made, rows_json, findings, rewards)
     print(json.dumps({"wrote": [str(out / "study.json"), str(out / "study.html")]}))
 
 

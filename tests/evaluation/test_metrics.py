@@ -89,6 +89,19 @@ def test_rows_are_paired_by_image():
     assert {f["metric"]: f["status"] for f in found}["recall"] == "reproduced"
 
 
+def test_rows_of_unequal_seeds_are_paired_by_image():
+    """One more object found in every image, by all of five seeds instead of three: the images are
+    the same ones in every resample, so that the difference is 1/4 in each; and one evaluation says
+    what copies of it say.
+    """
+    rng = random.Random(9)
+    base = [POPE | {"images": 1, "objects": 4, "found": rng.randrange(4)} for _ in range(15)]
+    more = [image | {"found": image["found"] + 1} for image in base]
+    difference = bootstrap([more] * 5)["recall"] - bootstrap([base] * 3)["recall"]
+    assert np.abs(difference - 0.25).max() < 1e-12
+    assert np.array_equal(bootstrap([base])["recall"], bootstrap([base] * 3)["recall"])
+
+
 def test_a_row_may_lack_a_count_that_another_has():
     """No false yes anywhere: the name does not occur, and resampling must not depend on it."""
     counts = some_runs(8, 2, 9)

@@ -2,28 +2,48 @@
 
 import importlib
 import json
+import time
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
+import torch
 from study_counts import some_runs
 
 from minialign.cli import parse_config
 from minialign.edge import with_defaults
 from minialign.errors import UserError
-from minialign.evaluation.metrics import SETTINGS_OF_POPE, bootstrap, interval
+from minialign.evaluation.metrics import SETTINGS_OF_POPE, Counts, bootstrap, interval
 from minialign.files import write_json, write_whole
 from minialign.study import __main__ as study
 from minialign.study.__main__ import ROWS, Config
 from minialign.study.findings import judge
+from minialign.study.seeds import by_seed
 from minialign.training.flags import check_training
 
 CLAIMS = ("BDHS against the base", "BDHS against supervised fine-tuning on y+")
 METRICS = '{"step": 1, "pairs": 16}\n{"step": 2, "pairs": 3}\n'
 
 
+def evaluated(seed: int, images: int, unsteady: bool) -> list[Counts]:
+    """Counts of images: seeds differ in the length of the first description alone; where a row is
+    unsteady they find everything or nothing, in turns.
+    """
+    [counts] = some_runs(50, 1, images)
+    counts[0]["length"] = seed
+    if unsteady:
+        counts = [image | {"found": image["objects"] * (seed % 2)} for image in counts]
+    return counts
+
+
 @pytest.fixture
-def programs(monkeypatch):
+def unsteady() -> set[str]:
+    """The rows whose seeds dominate: a test adds them."""
+    return set()
+
+
+@pytest.fixture
+def programs(monkeypatch, unsteady):
     """In the place of the programs: what they were called with, and the files that they leave."""
     calls = []
 
@@ -37,7 +57,8 @@ def programs(monkeypatch):
             return write_json(Path(out), figures)
         if "--eval-images" in options:
             images, seed = int(options["--eval-images"]), int(options["--seed"])
-            [before], [after] = some_runs(100, 1, images), some_runs(seed, 1, images)
+            [before] = some_runs(100, 1, images)
+            after = evaluated(seed, images, Path(out).name.rpartition("-")[0] in unsteady)
             write_json(Path(out) / "counts.json", {"before": before, "after": after})
             write_whole(Path(out) / "metrics.jsonl", METRICS)
         write_whole(Path(out + study.LAST[f"{program} {flags[0]}"]), "done")
@@ -55,16 +76,24 @@ def test_study_leaves_rows_and_findings(tmp_path, monkeypatch, programs, capsys)
     out = tmp_path / "study"
     run_study(monkeypatch, "--out", str(out), "--rows", "bdhs,sft", "--seeds", "2", "--images", "6")
     found = json.loads((out / "study.json").read_text())
-    assert found.keys() == {"rows", "findings", "rewards"} and found["rewards"] == []
+    assert list(found) == ["made", "rows", "findings", "rewards"] and found["rewards"] == []
+    made = {"split": "test", "images": 6, "limit": 2000, "seeds": 2, "threads": 1}
+    made |= {"torch": torch.__version__, "date": time.strftime("%Y-%m-%d", time.gmtime())}
+    assert found["made"] == made
     assert [r["row"] for r in found["rows"]] == ["base", "bdhs", "sft"]
     for each in found["rows"]:
-        assert each["seeds"] == 2 and each["images"] == 6
+        # The base is before all seeds.
+        assert each["seeds"] == (1 if each["row"] == "base" else 2) and each["images"] == 6
         assert (each["steps"], each["pairs"]) == ((0, 0) if each["row"] == "base" else (4, 38))
         for name in ("chair_i", "chair_s", "recall", *(f"pope_{s}" for s in SETTINGS_OF_POPE)):
             assert each["metrics"][name].keys() == {"value", "low", "high"}
-    pooled = bootstrap([some_runs(0, 1, 6)[0], some_runs(1, 1, 6)[0]])
-    assert found["rows"][1]["metrics"]["recall"] == interval(pooled["recall"])
-    base = bootstrap([some_runs(100, 1, 6)[0]] * 2)
+    pooled = bootstrap([evaluated(seed, 6, False) for seed in (0, 1)])
+    for name, values in pooled.items():
+        assert found["rows"][1]["metrics"][name] == interval(values)
+    assert found["rows"][1]["by_seed"] == by_seed([evaluated(s, 6, False) for s in (0, 1)])
+    lengths = found["rows"][1]["by_seed"]["length"]
+    assert lengths[1] - lengths[0] == pytest.approx(1 / 6, abs=1e-5)
+    base = bootstrap(some_runs(100, 1, 6))
     assert found["rows"][0]["metrics"]["recall"] == interval(base["recall"])
     assert found["findings"] == judge({"base": base, "bdhs": pooled, "sft": pooled})
     assert {f["status"] for f in found["findings"] if f["rows"] == "bdhs - sft"} == {"ours"}
@@ -74,6 +103,39 @@ def test_study_leaves_rows_and_findings(tmp_path, monkeypatch, programs, capsys)
         for name in ("base", "bdhs", "sft", "POPE adversarial, accuracy", *CLAIMS)
         for text in (shown, page)
     )
+
+
+def test_rows_whose_seeds_dominate_get_more_of_them(tmp_path, monkeypatch, programs, unsteady):
+    """And no others do; what was run is not run again, and a study that was killed goes on."""
+    unsteady.add("sft")
+    flags = ["--out", str(tmp_path), "--rows", "bdhs,sft", "--images", "6", "--seeds", "3"]
+    run_study(monkeypatch, *flags)
+    trained = [Path(flags[flags.index("--out") + 1]).name for _, flags in programs]
+    trained = [name for name in trained if not name.endswith(".jsonl")]
+    assert trained == [
+        *(f"bdhs-{seed}" for seed in range(3)),
+        *(f"sft-{seed}" for seed in range(5)),
+    ]
+    found = {row["row"]: row for row in json.loads((tmp_path / "study.json").read_text())["rows"]}
+    assert (found["bdhs"]["seeds"], found["sft"]["seeds"]) == (3, 5)
+    assert (found["sft"]["steps"], found["sft"]["pairs"]) == (5 * 2, 5 * 19)
+    assert found["sft"]["by_seed"]["recall"] == [0, 1, 0, 1, 0]
+    pooled = bootstrap([evaluated(seed, 6, True) for seed in range(5)])
+    assert found["sft"]["metrics"]["recall"] == interval(pooled["recall"])
+
+    ran = len(programs)
+    (tmp_path / "sft-4" / "report.html").unlink()
+    run_study(monkeypatch, *flags)
+    assert len(programs) == ran + 1 and str(tmp_path / "sft-4") in programs[-1][1]
+    again = json.loads((tmp_path / "study.json").read_text())["rows"]
+    assert again == list(found.values())
+
+
+def test_one_seed_does_not_say_how_seeds_differ(tmp_path, monkeypatch, programs, unsteady):
+    unsteady.add("sft")
+    flags = ["--out", str(tmp_path), "--rows", "sft", "--images", "6", "--seeds", "1"]
+    run_study(monkeypatch, *flags)
+    assert len(programs) == 2
 
 
 def test_flags_of_a_row(tmp_path, programs):

@@ -1,0 +1,35 @@
+"""How much training seeds matter: every figure seed by seed, and which rows need more of them."""
+
+from collections import Counter
+
+import numpy as np
+
+from minialign.evaluation.metrics import Counts, bootstrap, rounded
+from minialign.study.findings import METRICS
+
+# Seeds that a row gets beyond --seeds where its seeds dominate. There the interval is too short,
+# as resampling a few runs understates how they differ (python -m tests.bench.coverage).
+SEEDS_MORE = 2
+ROUNDING = 1e-9  # of the deviation of equal figures
+
+
+def by_seed(runs: list[list[Counts]]) -> dict[str, list[float | None]]:
+    """Every figure of each run alone; None where nothing was there to measure."""
+    figures = [bootstrap([run], resamples=0) for run in runs]
+    return {name: [rounded(each[name][0]) for each in figures] for name in figures[0]}
+
+
+def seeds_dominate(runs: list[list[Counts]]) -> bool:
+    """Whether one of the figures that findings compare differs more from seed to seed than it would
+    on other images, all seeds together: in standard deviations, the latter the bootstrap's.
+    """
+    if len(runs) < 2:
+        return False
+    of_images = [sum(map(Counter, image), Counter()) for image in zip(*runs, strict=True)]
+    images = bootstrap([of_images])
+    seeds = [bootstrap([run], resamples=0) for run in runs]
+    for metric in METRICS:
+        over_seeds = np.std([each[metric][0] for each in seeds], ddof=1)
+        if over_seeds > np.nanstd(images[metric][1:]) + ROUNDING:
+            return True
+    return False

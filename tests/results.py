@@ -1,0 +1,240 @@
+"""docs/results.json, and what docs/results.md and the README show of it.
+
+    python -m tests.results STUDY.json
+
+STUDY.json is what `python -m minialign.study` has written; docs/results.json is its copy, and holds
+the coverage of its intervals besides, which is simulated where it is not there yet (some two
+minutes). In both pages all between `<!-- NAME -->` and `<!-- end -->` is written anew.
+"""
+
+import argparse
+import re
+import textwrap
+from pathlib import Path
+
+from minialign.cli import guarded, require
+from minialign.evaluation.metrics import Interval, cell_text
+from minialign.files import read_json, write_json, write_whole
+from minialign.study.findings import METRICS, OURS, shown_difference
+from minialign.study.page import ASKED, RANGED, SHOWN, range_text
+from tests.bench.coverage import coverage
+from tests.bench.scaling import markdown
+
+ROOT = Path(__file__).resolve().parents[1]
+RESULTS = ROOT / "docs/results.json"
+PAGES = (ROOT / "docs/results.md", ROOT / "README.md")
+MARKED = re.compile(r"(<!-- (\w+) -->\n).*?(<!-- end -->)", re.DOTALL)
+
+HEADS = {
+    "chair_i": "CHAIR_i",
+    "chair_s": "CHAIR_s",
+    "recall": "recall",
+    "pope_adversarial": "POPE adversarial",
+    "colour_errors": "colour errors",
+    "position_errors": "place errors",
+    "length": "words",
+    "ask": "all",
+    "ask_cell": "what is in a place",
+    "ask_colour": "colour",
+    "ask_position": "place",
+    "ask_count": "number",
+    "ask_setting": "setting",
+}
+VERDICTS = {"reproduced": "**yes**", "not reproduced": "no", "undecided": "open"}
+
+
+def table(first: list[str], names: tuple[str, ...], rows: list[list[str]]) -> str:
+    """A table whose first columns have these heads, the others those of figures."""
+    return markdown(" | ".join([*first, *(HEADS[name] for name in names)]), rows)
+
+
+def paragraph(text: str) -> str:
+    """Prose in the pages' width."""
+    return textwrap.fill(text, 120, break_on_hyphens=False) + "\n"
+
+
+def plain(figure: Interval) -> str:
+    """A figure without its interval."""
+    if figure["value"] is None:
+        return "not measured"
+    form = ".1f" if figure["value"] >= 10 else ".3f"  # lengths, and shares
+    return f"{figure['value']:{form}}"
+
+
+def made_text(study: dict) -> str:
+    """How it was run."""
+    made = study["made"]
+    text = f"{made['date']}, torch {made['torch']}, OMP_NUM_THREADS {made['threads']}; "
+    text += f"{made['limit']:,} records for every row, {made['images']} {made['split']} images, "
+    text += f"seeds 0-{made['seeds'] - 1}"
+    more = [f"`{row['row']}`" for row in study["rows"] if row["seeds"] > made["seeds"]]
+    if more:
+        text += ", and more of rows whose seeds differ more than their images do: "
+        text += ", ".join(more)
+    return paragraph(f"{text}. Intervals are 95 %, by bootstrap over images and seeds.")
+
+
+def rows_table(study: dict) -> str:
+    """The main figures with their intervals, others without; what a seed learned from."""
+    rows = []
+    for row in study["rows"]:
+        cells = [row["row"]]
+        for name in SHOWN:
+            show = cell_text if name in RANGED else plain
+            cells.append(show(row["metrics"][name]))
+        trained = row["row"] != "base"
+        cells += [str(row["seeds"]), f"{row['pairs'] / row['seeds']:,.0f}"] if trained else ["", ""]
+        rows.append(cells)
+    head = " | ".join(["row", *(HEADS[name] for name in SHOWN), "seeds", "pairs of a seed"])
+    return markdown(head, rows)
+
+
+def asked_table(study: dict) -> str:
+    """Direct questions, where they were asked."""
+    rows = [row for row in study["rows"] if "ask" in row["metrics"]]
+    if not rows:
+        return ""
+    cells = [[row["row"], *(cell_text(row["metrics"][name]) for name in ASKED)] for row in rows]
+    lead = "Direct questions: the share that is answered right, of all and of each kind.\n\n"
+    return lead + table(["row"], ASKED, cells)
+
+
+def ranges_table(study: dict) -> str:
+    """The least and the most of a row's seeds."""
+    rows = [row for row in study["rows"] if "by_seed" in row and row["seeds"] > 1]
+    if not rows:
+        return ""
+    cells = []
+    for row in rows:
+        ranges = [range_text(row["by_seed"][name]) for name in RANGED]
+        cells.append([row["row"], str(row["seeds"]), *ranges])
+    lead = "The range over seeds: the least and the most, each seed by itself.\n\n"
+    return lead + table(["row", "seeds"], RANGED, cells)
+
+
+def findings_table(study: dict) -> str:
+    """A line per claim: the paper's differences, ours, and what they say to each other."""
+    # A row that learned from nothing is what it was: it says nothing of the paper's.
+    nothing = {row["row"] for row in study["rows"] if row["row"] != "base" and not row["pairs"]}
+    claims: dict[str, dict[str, dict]] = {}
+    for finding in study["findings"]:
+        claims.setdefault(finding["claim"], {})[finding["metric"]] = finding
+
+    lines = []
+    for claim, found in claims.items():
+        rows, source = found["recall"]["rows"], found["recall"]["table"]
+        paper = source
+        if source != OURS:
+            paper = f"{found['pope_adversarial']['paper']:+.2f}, {found['recall']['paper']:+.2f}"
+            paper += f" ({source})"
+        star = " (*)" if nothing & set(rows.split(" - ")) else ""
+        cells = [claim, rows, paper]
+        for metric in METRICS:
+            difference = shown_difference(found[metric]["difference"])
+            status = found[metric]["status"]
+            verdict = "" if status == "ours" else f"{VERDICTS[status]}{star}, "
+            cells.append(verdict + difference)
+        lines.append(cells)
+    return table(["claim", "rows", "the paper: POPE, recall"], METRICS, lines)
+
+
+def verdicts_text(study: dict) -> str:
+    """How many differences were looked at, and how far their intervals can be trusted."""
+    statuses = [finding["status"] for finding in study["findings"]]
+    counts = {word: statuses.count(status) for status, word in VERDICTS.items()}
+    counted = ", ".join(f"{count} {word}" for word, count in counts.items())
+    text = f"{len(statuses)} differences, of which {sum(counts.values())} have a verdict ({counted}"
+    text += "), each at 95 % by itself. Nothing corrects for their number: where every interval "
+    text += "holds at 95 %, "
+    text += f"{0.05 * len(statuses):.1f} of them miss the true value on average, by chance alone. "
+
+    # {seeds: how often the interval holds, by how much seeds differ}
+    held: dict[int, list[str]] = {}
+    for case in study["coverage"]:
+        held.setdefault(case["seeds"], []).append(f"{100 * case['coverage']:.1f}")
+    ratios = ", ".join(dict.fromkeys(f"{case['ratio']:g}" for case in study["coverage"]))
+    shares = "; ".join(f"{', '.join(each)} % with {seeds} seeds" for seeds, each in held.items())
+    text += f"How often an interval holds where seeds deviate {ratios} times as much as images do, "
+    return paragraph(f"{text}on drawn counts (`python -m tests.bench.coverage`): {shares}.")
+
+
+def rewards_table(study: dict) -> str:
+    """Table 7: mean, least and most of the seeds."""
+    if not study["rewards"]:
+        return ""
+    kinds = list(dict.fromkeys(each["asked_about"] for each in study["rewards"]))
+    rows: dict[str, list[str]] = {}
+    for each in study["rewards"]:
+        values = each["accuracy"]
+        cell = f"{sum(values) / len(values):.2f} ({min(values):.2f}-{max(values):.2f})"
+        rows.setdefault(each["learned_from"], []).append(cell)
+    head = " | ".join(["learned from", *(f"asked about {kind}" for kind in kinds)])
+    return markdown(head, [[name, *cells] for name, cells in rows.items()])
+
+
+def readme_table(study: dict) -> str:
+    """The base, and BDHS behind it."""
+    rows = {row["row"]: row for row in study["rows"]}
+    before, after = rows["base"]["metrics"], rows["bdhs"]["metrics"]
+    lines = []
+    for name, words in (
+        ("chair_i", "hallucinated share of mentioned objects (CHAIR_i) ↓"),
+        ("chair_s", "descriptions with a hallucination (CHAIR_s) ↓"),
+        ("recall", "objects that are mentioned (recall) ↑"),
+        ("pope_adversarial", "accuracy on adversarial POPE ↑"),
+    ):
+        lines.append([words, cell_text(before[name]), cell_text(after[name])])
+    seeds = rows["bdhs"]["seeds"]
+    text = f"Over {seeds} seeds (95 % intervals over images and seeds; chosen on other images):\n\n"
+    return text + markdown(" | before | after BDHS + DPO", lines)
+
+
+def blocks(study: dict) -> dict[str, str]:
+    """What stands between the marks of the pages, by their names."""
+    return {
+        "made": made_text(study),
+        "rows": rows_table(study),
+        "asked": asked_table(study),
+        "ranges": ranges_table(study),
+        "findings": findings_table(study),
+        "verdicts": verdicts_text(study),
+        "rewards": rewards_table(study),
+        "readme": readme_table(study),
+    }
+
+
+def filled(page: str, texts: dict[str, str]) -> str:
+    """The page with each of its blocks anew."""
+
+    def block(match: re.Match) -> str:
+        text = texts[match[2]]
+        return match[1] + (f"\n{text}\n" if text else "") + match[3]
+
+    return MARKED.sub(block, page)
+
+
+def main(args: argparse.Namespace) -> None:
+    """Write the copy and both pages."""
+    remedy = "name the study.json that python -m minialign.study has written"
+    study = read_json(Path(args.study), remedy)
+    for name in ("made", "rows", "findings", "rewards"):
+        require(name in study, f"{args.study}: has no `{name}`; {remedy}")
+    names = {row["row"] for row in study["rows"]}
+    lacking = "has no row bdhs, of which the README's table is; run the study with it"
+    require({"base", "bdhs"} <= names, f"{args.study}: {lacking}")
+
+    if "coverage" not in study:
+        study["coverage"] = coverage()
+    texts = blocks(study)
+    pages = {path: filled(path.read_text("utf-8"), texts) for path in PAGES}
+    write_json(RESULTS, study)
+    for path, page in pages.items():
+        write_whole(path, page)
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("study", metavar="STUDY.json")
+    guarded(main, parser.parse_args())

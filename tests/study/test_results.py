@@ -1,0 +1,262 @@
+"""What the pages show of the study is what docs/results.json holds; how it is shown."""
+
+import copy
+import json
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from minialign.study.findings import CLAIMS, METRICS, judge
+from minialign.study.page import ASKED, RANGED, SHOWN
+from tests import results
+from tests.results import MARKED, PAGES, RESULTS, blocks, filled
+
+STUDY = json.loads(RESULTS.read_text("utf-8"))
+COVERAGE = [
+    {"ratio": 0, "seeds": 3, "coverage": 0.95},
+    {"ratio": 10, "seeds": 3, "coverage": 0.7654},
+]
+
+
+def cells(table: str) -> list[list[str]]:
+    """The cells of the tables in a block, line by line, heads first."""
+    lines = [line.strip("|").split("|") for line in table.splitlines() if line.startswith("|")]
+    return [[cell.strip() for cell in line] for line in lines if "---" not in line[0]]
+
+
+def row_json(row: str, seeds: int = 3, pairs: int = 30, **by_seed: list) -> dict:
+    """A row of study.json whose figures are all 0.5 [0.25, 0.75]."""
+    figure = {"value": 0.5, "low": 0.25, "high": 0.75}
+    metrics = dict.fromkeys(SHOWN, figure) | {"length": {"value": 34, "low": 33, "high": 35}}
+    values = dict.fromkeys(RANGED, [0.1] * seeds) | by_seed
+    facts = {"row": row, "seeds": seeds, "images": 5, "steps": 4, "pairs": pairs}
+    return facts | {"metrics": metrics, "by_seed": values}
+
+
+def finding(row: str, other: str, metric: str, paper: float | None, status: str) -> dict:
+    return {
+        "claim": f"{row} beats {other}",
+        "rows": f"{row} - {other}",
+        "table": "Table 6",
+        "metric": metric,
+        "paper": paper,
+        "difference": {"value": 0.1, "low": -0.25, "high": 0.2},
+        "status": status,
+    }
+
+
+def findings(row: str, other: str) -> list[dict]:
+    return [
+        finding(row, other, "pope_adversarial", 2.35, "reproduced"),
+        finding(row, other, "recall", -1.0, "not reproduced"),
+        finding(row, other, "chair_i", None, "ours"),
+    ]
+
+
+@pytest.fixture
+def study() -> dict:
+    """A small study: the base, bdhs and another row, which learned from nothing."""
+    made = {"date": "2000-01-02", "torch": "9.9", "threads": 1, "split": "test", "images": 5}
+    rows = [row_json("base", 1, 0), row_json("bdhs", recall=[0.3, 0.9, 0.4])]
+    return {
+        "made": made | {"limit": 2000, "seeds": 3},
+        "rows": [*rows, row_json("another", 5, 0)],
+        "findings": [*findings("bdhs", "base"), *findings("bdhs", "another")],
+        "rewards": [{"learned_from": "a", "asked_about": "b", "accuracy": [0.5, 0.9, 0.7]}],
+        "coverage": COVERAGE,
+    }
+
+
+# ---------------------------------------------------------------- the pages as they are
+
+
+@pytest.mark.parametrize("path", PAGES, ids=lambda path: path.name)
+def test_the_page_shows_the_figures_of_results_json(path):
+    page = path.read_text("utf-8")
+    remedy = "run python -m tests.results docs/results.json"
+    assert filled(page, blocks(STUDY)) == page, (
+        f"{path.name} is not what results.json says; {remedy}"
+    )
+
+
+def test_every_block_stands_on_a_page_once():
+    names = [match[2] for path in PAGES for match in MARKED.finditer(path.read_text("utf-8"))]
+    assert sorted(names) == sorted(blocks(STUDY))
+    marks = sum(path.read_text("utf-8").count("<!--") for path in PAGES)
+    assert marks == 2 * len(names)
+
+
+def by_hand(page: str) -> str:
+    """The study's section of docs/results.md without its blocks, and without the numbers that
+    are names.
+    """
+    section = re.search(r"^## The study\n.*?(?=^## )", page, re.DOTALL | re.MULTILINE)[0]
+    return re.sub(r"(Sec\. |LLaVA-)[\d.]+", "", MARKED.sub("", section))
+
+
+def test_no_figure_of_the_study_is_written_by_hand():
+    page = PAGES[0].read_text("utf-8")
+    text = by_hand(page)
+    assert "### What this says" in text and "On a GPU" not in text
+    assert re.findall(r".*\d\.\d.*", text) == []
+    assert re.findall(r"\d\.\d", by_hand(page.replace("- **SLiC", "- 0.5 **SLiC"))) == ["0.5"]
+
+
+def test_the_rows_of_results_json_are_described():
+    """In the table that is written by hand."""
+    page = PAGES[0].read_text("utf-8")
+    table = page[page.index("### What the rows are") :].split("\n### ")[0]
+    described = re.findall(r"`([\w-]+)`", "".join(line[0] for line in cells(table)))
+    assert sorted(described) == sorted(row["row"] for row in STUDY["rows"])
+
+
+# ---------------------------------------------------------------- how a study is shown
+
+
+def test_how_it_was_run(study):
+    text = " ".join(blocks(study)["made"].split())
+    assert text.startswith("2000-01-02, torch 9.9, OMP_NUM_THREADS 1; 2,000 records")
+    assert "5 test images, seeds 0-2, and more of rows whose seeds" in text
+    assert "than their images do: `another`." in text and "bdhs" not in text
+    study["rows"].pop()
+    assert "seeds 0-2. Intervals are" in " ".join(blocks(study)["made"].split())
+
+
+def test_rows_are_shown_in_their_order_with_their_figures(study):
+    heads, base, bdhs, another = cells(blocks(study)["rows"])
+    assert heads[1:8] == [results.HEADS[name] for name in SHOWN] and len(heads) == 10
+    figures = ["0.500 [0.250, 0.750]"] * 4 + ["0.500"] * 2 + ["34.0"]
+    assert base == ["base", *figures, "", ""]
+    assert bdhs == ["bdhs", *figures, "3", "10"]
+    assert another == ["another", *figures, "5", "0"]
+    study["rows"][2]["metrics"]["colour_errors"] = dict.fromkeys(("value", "low", "high"))
+    assert cells(blocks(study)["rows"])[3][5] == "not measured"
+
+
+def test_range_over_seeds_in_a_table_of_its_own(study):
+    heads, bdhs, another = cells(blocks(study)["ranges"])
+    assert heads == ["row", "seeds", "CHAIR_i", "CHAIR_s", "recall", "POPE adversarial"]
+    same = "0.100-0.100"
+    assert bdhs == ["bdhs", "3", same, same, "0.300-0.900", same]
+    assert another == ["another", "5", same, same, same, same]
+    for row in study["rows"]:
+        del row["by_seed"]
+    assert blocks(study)["ranges"] == ""
+
+
+def test_direct_questions_in_a_table_of_their_own(study):
+    assert blocks(study)["asked"] == ""
+    for i, name in enumerate(ASKED):
+        value = 0.1 * i
+        study["rows"][1]["metrics"][name] = {"value": value, "low": value, "high": 1}
+    heads, bdhs = cells(blocks(study)["asked"])
+    kinds = ["all", "what is in a place", "colour", "place", "number", "setting"]
+    assert heads == ["row", *kinds]
+    assert bdhs == ["bdhs", *(f"{0.1 * i:.3f} [{0.1 * i:.3f}, 1.000]" for i in range(6))]
+
+
+def test_findings_stand_beside_the_papers(study):
+    difference = "+0.100 [-0.250, +0.200]"
+    heads, first, second = cells(blocks(study)["findings"])
+    assert heads[3:] == ["POPE adversarial", "recall", "CHAIR_i"]
+    paper = "+2.35, -1.00 (Table 6)"
+    assert first[:3] == ["bdhs beats base", "bdhs - base", paper]
+    assert first[3:] == [f"**yes**, {difference}", f"no, {difference}", difference]
+    # A row that learned from nothing: by default.
+    assert second[3:] == [f"**yes** (*), {difference}", f"no (*), {difference}", difference]
+
+    study["findings"][1]["status"] = "undecided"
+    for each in study["findings"][:3]:
+        each["table"] = results.OURS
+    _, first, _ = cells(blocks(study)["findings"])
+    assert first[2] == "a control of our own" and first[4] == f"open, {difference}"
+
+
+def test_verdicts_are_counted_and_their_intervals_coverage_said(study):
+    text = " ".join(blocks(study)["verdicts"].split())
+    assert text.startswith("6 differences, of which 4 have a verdict (2 **yes**, 2 no, 0 open)")
+    assert "0.3 of them miss the true value" in text  # 0.05 of 6
+    assert "deviate 0, 10 times as much as images do" in text
+    assert text.endswith(": 95.0, 76.5 % with 3 seeds.")
+
+
+def test_table_7(study):
+    heads, line = cells(blocks(study)["rewards"])
+    assert heads == ["learned from", "asked about b"] and line == ["a", "0.70 (0.50-0.90)"]
+    study["rewards"] = []
+    assert blocks(study)["rewards"] == ""
+
+
+def test_the_readme_has_before_and_after(study):
+    study["rows"][1]["metrics"] = dict(study["rows"][1]["metrics"])
+    study["rows"][1]["metrics"]["recall"] = {"value": 0.9, "low": 0.8, "high": 1}
+    text = blocks(study)["readme"]
+    assert text.startswith("Over 3 seeds")
+    *_, recall, pope = cells(text)
+    assert recall[1:] == ["0.500 [0.250, 0.750]", "0.900 [0.800, 1.000]"] and pope[1] == pope[2]
+
+
+def test_findings_of_a_study_can_be_shown():
+    """Those that `judge` makes, of all claims."""
+    rows = {row for claim in CLAIMS for row in (claim.row, claim.other)}
+    study = copy.deepcopy(STUDY)
+    study["findings"] = judge(dict.fromkeys(rows, dict.fromkeys(METRICS, np.zeros(9))))
+    assert len(cells(blocks(study)["findings"])) == 1 + len(CLAIMS)
+
+
+# ---------------------------------------------------------------- the program
+
+
+def test_a_page_is_filled_between_its_marks():
+    page = "a\n<!-- one -->\nold\n<!-- end -->\nb\n<!-- two -->\n\nold\n\n<!-- end -->\nc\n"
+    new = filled(page, {"one": "1\n", "two": ""})
+    expected = "a\n<!-- one -->\n\n1\n\n<!-- end -->\nb\n<!-- two -->\n<!-- end -->\nc\n"
+    assert new == expected and filled(new, {"one": "1\n", "two": ""}) == new
+
+
+def test_the_program_writes_copy_and_pages(tmp_path, monkeypatch, study):
+    """The copy has the coverage besides, which is not simulated a second time."""
+    paths = [tmp_path / path.name for path in PAGES]
+    for path, original in zip(paths, PAGES, strict=True):
+        path.write_text(original.read_text("utf-8"), "utf-8")
+    monkeypatch.setattr(results, "PAGES", paths)
+    monkeypatch.setattr(results, "RESULTS", tmp_path / "results.json")
+    monkeypatch.setattr(results, "coverage", lambda: COVERAGE)
+    del study["coverage"]
+    (tmp_path / "study.json").write_text(json.dumps(study), "utf-8")
+    results.main(results.argparse.Namespace(study=str(tmp_path / "study.json")))
+    found = json.loads((tmp_path / "results.json").read_text("utf-8"))
+    assert found == study | {"coverage": COVERAGE}
+    for path, original in zip(paths, PAGES, strict=True):
+        assert path.read_text("utf-8") == filled(original.read_text("utf-8"), blocks(found))
+        assert path.read_text("utf-8") != original.read_text("utf-8")
+
+    monkeypatch.setattr(results, "coverage", None)  # not called
+    results.main(results.argparse.Namespace(study=str(tmp_path / "results.json")))
+    assert json.loads((tmp_path / "results.json").read_text("utf-8")) == found
+
+
+@pytest.mark.parametrize(
+    ("remove", "message"),
+    [("made", "has no `made`; name the study.json"), ("bdhs", "has no row bdhs, of which")],
+)
+def test_what_is_no_study_ends_in_one_line(tmp_path, study, remove, message):
+    study.pop(remove, None)
+    study["rows"] = [row for row in study["rows"] if row["row"] != remove]
+    path = tmp_path / "study.json"
+    path.write_text(json.dumps(study), "utf-8")
+    before = [page.read_text("utf-8") for page in PAGES]
+    done = subprocess.run(
+        [sys.executable, "-m", "tests.results", str(path)],
+        cwd=Path(__file__).resolve().parents[2],
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 2 and done.stderr.startswith(f"error: {path}: {message}")
+    assert done.stderr.count("\n") == 1
+    assert [page.read_text("utf-8") for page in PAGES] == before
