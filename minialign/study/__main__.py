@@ -7,9 +7,9 @@ verdict per finding.
 A row is a list of commands, run in order; what of them --out already holds is not run again. So
 rows that begin with the same command share its pairs; where several studies run side by side in one
 --out, such rows belong to the same one, and a last one, of all rows, makes the table. All rows draw
-on the same records and make the same number of steps, in batches of the same size (ppo with four
-updates in each), unless a run of rloo or ppo passes its --kl-stop. A row whose seeds differ more
-than its images do gets two seeds more.
+on the same records, once, in batches of the same size (ppo with four updates in each); of more or
+fewer records where the row's name says so. A row whose seeds differ more than its images do gets
+two seeds more.
 
 Intervals are bootstrapped over images and seeds; differences between rows are paired by image.
 Leaves study.html and study.json: {"made": how, "rows": [...], "findings": [...], "rewards": [...]};
@@ -38,7 +38,15 @@ from minialign.files import read_json, read_lines, require_same_settings, write_
 from minialign.model.hf_folder import fingerprint
 from minialign.study.findings import judge, shown_difference
 from minialign.study.page import SHOWN, write_study
-from minialign.study.rows import EXPORT, HELD, HELD_OUT, LAST, PAID, REWARD_MODELS, ROWS
+from minialign.study.rows import (
+    EXPORT_HELD,
+    HELD,
+    HELD_OUT,
+    LAST,
+    REWARD_MODELS,
+    ROWS,
+    SIZES,
+)
 from minialign.study.seeds import SEEDS_MORE, by_seed, seeds_dominate
 from minialign.toy.world import TOY_RECORDS
 from minialign.training.progress import PROGRESS
@@ -72,10 +80,13 @@ def run_commands(commands: list[str], row: str, seed: int, config: Config) -> Pa
     """Run those of the commands that are not done; returns what the last one writes, which its
     first flag names.
     """
+    places = {"study": config.out, "row": row, "seed": seed}
+    places |= {"split": config.split, "images": config.images}
     # Once over the records; rows that lost pairs see some of theirs again.
-    steps = math.ceil(config.limit / 16)
-    places = {"study": config.out, "row": row, "seed": seed, "steps": steps}
-    places |= {"split": config.split, "images": config.images, "limit": config.limit}
+    places |= {"limit": config.limit, "steps": math.ceil(config.limit / 16)}
+    for size, share in SIZES.items():
+        limit = math.ceil(config.limit * share)
+        places |= {size: limit, f"{size}_steps": math.ceil(limit / 16)}
     for command in commands:
         program, *flags = (word.format(**places) for word in command.split())
         out = flags[1]
@@ -97,7 +108,7 @@ def table_7(config: Config) -> list[dict]:
     """Accuracy of reward models on held-out pairs: what they learned from, what they are asked
     about, by seed.
     """
-    run_commands([EXPORT, *HELD_OUT.values()], "held-out", 0, config)
+    run_commands([EXPORT_HELD, *HELD_OUT.values()], "held-out", 0, config)
     held = ",".join(f"{HELD}/{kind}.jsonl" for kind in HELD_OUT)
     rows = []
     for learned_from, commands in REWARD_MODELS.items():
@@ -167,7 +178,7 @@ def main(config: Config) -> None:
             more = range(config.seeds, config.seeds + SEEDS_MORE)
             runs[row] += [run_row(row, seed, config)["after"] for seed in more]
     rewards = []
-    if any(PAID in command for row in rows for command in ROWS[row]):
+    if any("--reward" in command for row in rows for command in ROWS[row]):
         rewards = table_7(config)
 
     # Figures with their intervals, and what they say of the paper's findings.

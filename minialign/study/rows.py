@@ -1,27 +1,39 @@
 """The rows of the comparison: the commands that each takes, in order.
 
-Their words hold places to fill: {study} is the study's --out, {row} and {seed} what is run, the
-others its own flags. The first flag of a command names what it writes.
+Their words hold places to fill: {study} is the study's --out, {row} and {seed} what is run, {limit}
+how many records, {steps} once over them; {half} and {half_steps} of a half as many, and so on. The
+first flag of a command names what it writes.
 """
 
 from minialign.toy.world import TOY_RECORDS
 
+SIZES = {"quarter": 0.25, "half": 0.5, "double": 2}  # of --limit
+
 # Pairs that several rows train on, and a row's own.
 BDHS = "{study}/bdhs-{seed}.jsonl"
 CORRUPTED = "{study}/corrupted-{seed}.jsonl"
-RANKED = "{study}/ranked-{seed}.jsonl"
 OWN = "{study}/{row}-{seed}/pairs.jsonl"
 
-DRAW = "--seed {seed} --limit {limit}"
+SEED = "--seed {seed}"
+DRAW = f"{SEED} --limit {{limit}}"
 SAMPLE = "sample_bdhs.py --out"
 SAMPLE_BDHS = f"{SAMPLE} {BDHS} {DRAW}"
+SAMPLE_OWN = f"{SAMPLE} {OWN} {SEED}"
 CORRUPT = f"minialign.toy --corrupted {CORRUPTED} {DRAW}"
-RANK = f"minialign.annotate --out {RANKED} --rank toy {DRAW}"
 
-TRAIN = (
-    "--out {study}/{row}-{seed} --seed {seed} --steps {steps} "
-    "--eval-split {split} --eval-images {images}"
-)
+# Other records of the embedded world: of exact y+; a third of them direct questions; descriptions
+# alone. Their pictures are drawn by name.
+EXACT = "{study}/exact"
+QUESTIONS = "{study}/questions"
+DESCRIPTIONS = "{study}/descriptions"
+EXPORT = "minialign.toy --export"
+EXPORT_EXACT = f"{EXPORT} {EXACT} --limit {{limit}} --hearsay 0"
+EXPORT_QUESTIONS = f"{EXPORT} {QUESTIONS} --limit {{limit}} --kinds description,existence,attribute"
+EXPORT_DESCRIPTIONS = f"{EXPORT} {DESCRIPTIONS} --limit {{double}} --kinds description"
+
+RUN = "--out {study}/{row}-{seed}"
+EVALUATE = "--eval-split {split} --eval-images {images}"
+TRAIN = f"{RUN} {SEED} {EVALUATE} --steps {{steps}}"
 OFFLINE = f"train_dpo.py {TRAIN} --pairs"
 ONLINE = f"train_online.py {TRAIN} --limit {{limit}} --method"
 RLOO = f"minialign.rlhf.rloo {TRAIN} --limit {{limit}} --lr 5e-4 --beta 0.05"
@@ -29,40 +41,108 @@ PPO = f"minialign.rlhf.ppo {TRAIN} --limit {{limit}} --lr 1e-4 --beta 0.05"
 
 # Table 7: a reward model of each kind of pairs, asked about held-out pairs of all kinds, on records
 # that none has seen.
-REWARD = "minialign.rlhf.reward_model --out {study}/reward-KIND-{seed} --seed {seed} --pairs"
-REWARD_MODELS = {
-    "corrupted": [CORRUPT, f"{REWARD} {CORRUPTED}".replace("KIND", "corrupted")],
-    "ranked": [RANK, f"{REWARD} {RANKED}".replace("KIND", "ranked")],
+REWARD = "minialign.rlhf.reward_model --out {study}/reward-KIND-{seed} --seed {seed} --pairs PAIRS"
+PAIRS = "{study}/KIND-{seed}.jsonl"
+KINDS = {
+    "corrupted": [CORRUPT],
+    "descriptions": [
+        EXPORT_DESCRIPTIONS,
+        f"minialign.toy --corrupted {PAIRS} {SEED} --data {DESCRIPTIONS}/data.json "
+        "--limit {double}",
+    ],
+    "ranked": [f"minialign.annotate --out {PAIRS} --rank toy {DRAW}"],
 }
-PAID = "--reward {study}/reward-corrupted-{seed}/merged"  # by a reward model of constructed pairs
+REWARD_MODELS = {
+    kind: [command.replace("PAIRS", PAIRS).replace("KIND", kind) for command in [*commands, REWARD]]
+    for kind, commands in KINDS.items()
+}
+PAID = "--reward {study}/reward-KIND-{seed}/merged"  # by a reward model
 HELD = "{study}/held-out"
-EXPORT = f"minialign.toy --export {HELD} --first {TOY_RECORDS} --limit 300"
+EXPORT_HELD = f"{EXPORT} {HELD} --first {4 * TOY_RECORDS} --limit 300"
 HELD_OUT = {
     "corrupted": f"minialign.toy --corrupted {HELD}/corrupted.jsonl --data {HELD}/data.json",
     "bdhs": f"{SAMPLE} {HELD}/bdhs.jsonl --data {HELD}/data.json",
     "ranked": f"minialign.annotate --out {HELD}/ranked.jsonl --rank {HELD}/data.json",
 }
 
+
+def bdhs_of_size(size: str) -> list[str]:
+    """Row `bdhs` on more or fewer records, once over them."""
+    train = f"train_dpo.py {RUN} {SEED} {EVALUATE} --steps {{{size}_steps}} --pairs {OWN}"
+    return [f"{SAMPLE_OWN} --limit {{{size}}}", train]
+
+
+def paid(program: str, kind: str) -> list[str]:
+    """A row of RLHF that a reward model of a kind of pairs pays."""
+    return [*REWARD_MODELS[kind], f"{program} {PAID}".replace("KIND", kind)]
+
+
 # The rates were chosen on validation, for each row (docs/sweep.md); 2e-4, the toy's default, goes
 # unsaid.
 ROWS = {
+    # Algorithm 1, and how much is hidden, cut or blurred.
     "bdhs": [SAMPLE_BDHS, f"{OFFLINE} {BDHS}"],
     "sft": [SAMPLE_BDHS, f"{OFFLINE} {BDHS} --loss sft --lr 1e-3"],
     "unguided": [f"{SAMPLE} {OWN} {DRAW} --no-guided", f"{OFFLINE} {OWN}"],
-    "noise": [f"{SAMPLE} {OWN} {DRAW} --noise-steps 500 --rho-th 0", f"{OFFLINE} {OWN}"],
+    "rho-1": [f"{SAMPLE} {OWN} {DRAW} --rho-th 1", f"{OFFLINE} {OWN}"],
+    "noise": [f"{SAMPLE} {OWN} {DRAW} --noise-steps 500", f"{OFFLINE} {OWN}"],
+    "noise-300": [f"{SAMPLE} {OWN} {DRAW} --noise-steps 300", f"{OFFLINE} {OWN}"],
+    "noise-100": [f"{SAMPLE} {OWN} {DRAW} --noise-steps 100", f"{OFFLINE} {OWN}"],
+    # Other records, and more or fewer of them (Fig. 7).
+    "bdhs-exact": [
+        EXPORT_EXACT,
+        f"{SAMPLE_OWN} --data {EXACT}/data.json",
+        f"{OFFLINE} {OWN}",
+    ],
+    "bdhs-questions": [
+        EXPORT_QUESTIONS,
+        f"{SAMPLE_OWN} --data {QUESTIONS}/data.json",
+        f"{OFFLINE} {OWN}",
+    ],
+    "bdhs-quarter": bdhs_of_size("quarter"),
+    "bdhs-half": bdhs_of_size("half"),
+    "bdhs-double": bdhs_of_size("double"),
+    # Pairs from outside, and both kinds of rejected responses (Eq. 5).
     "corrupted": [CORRUPT, f"{OFFLINE} {CORRUPTED}"],
     "distorted": [CORRUPT, f"{OFFLINE} {CORRUPTED} --rejected distorted"],
-    "online-bdhs": [f"{ONLINE} online-bdhs --lr 5e-4"],
-    "online-dpo": [f"{ONLINE} online-dpo --lr 5e-4 --annotator oracle"],
-    "self-judge": [f"{ONLINE} online-dpo --lr 5e-4 --annotator self"],
-    "mixed-dpo": [CORRUPT, f"{ONLINE} mixed-dpo --lr 5e-4 --annotator oracle --data {CORRUPTED}"],
-    # At App. A's beta of 0.8-1.0 IPO hardly moves.
-    "ipo": [SAMPLE_BDHS, f"{OFFLINE} {BDHS} --loss ipo --beta 0.02"],
+    "bdhs-corrupted": [
+        CORRUPT,
+        f"{SAMPLE_OWN} --data {CORRUPTED}",
+        f"{OFFLINE} {OWN} --rejected both",
+    ],
+    # The other losses.
+    "ipo": [SAMPLE_BDHS, f"{OFFLINE} {BDHS} --loss ipo --ipo means --beta 0.9 --lr 5e-4"],
     "slic": [SAMPLE_BDHS, f"{OFFLINE} {BDHS} --loss slic --beta 0.1"],
+    # Algorithm 1 by the current policy.
+    "online-bdhs": [f"{ONLINE} online-bdhs --lr 5e-4"],
+    "online-bdhs-exact": [
+        EXPORT_EXACT,
+        f"{ONLINE} online-bdhs --lr 5e-4 --data {EXACT}/data.json",
+    ],
+    "online-bdhs-corrupted": [
+        CORRUPT,
+        f"{ONLINE} online-bdhs --lr 5e-4 --gamma 0.5 --data {CORRUPTED}",
+    ],
+    # Two responses, and who ranks them.
+    "online-dpo": [f"{ONLINE} online-dpo --lr 5e-4 --annotator oracle"],
+    "oracle-10": [f"{ONLINE} online-dpo --lr 5e-4 --annotator oracle:0.1"],
+    "oracle-20": [f"{ONLINE} online-dpo --lr 5e-4 --annotator oracle:0.2"],
+    "self-judge": [f"{ONLINE} online-dpo --lr 5e-4 --annotator self"],
+    "claims-judge": [f"{ONLINE} online-dpo --lr 5e-4 --annotator self --verdict claims"],
+    "mixed-dpo": [CORRUPT, f"{ONLINE} mixed-dpo --lr 5e-4 --annotator oracle --data {CORRUPTED}"],
+    "bdhs-online-dpo": [
+        SAMPLE_BDHS,
+        f"{OFFLINE} {BDHS}".replace("{row}", "bdhs"),
+        f"{ONLINE} online-dpo --lr 5e-4 --annotator oracle "
+        "--adapter {study}/bdhs-{seed}/adapter --reference adapter",
+    ],
+    # RLHF, paid by the truth and by reward models.
     "rloo": [RLOO],
     "ppo": [PPO],
-    "rloo-reward": [*REWARD_MODELS["corrupted"], f"{RLOO} {PAID}"],
-    "ppo-reward": [*REWARD_MODELS["corrupted"], f"{PPO} {PAID}"],
+    "rloo-corrupted": paid(RLOO, "corrupted"),
+    "ppo-corrupted": paid(PPO, "corrupted"),
+    "rloo-descriptions": paid(RLOO, "descriptions"),
+    "rloo-ranked": paid(RLOO, "ranked"),
 }
 
 # Program and first flag -> the last file that it writes, as it follows what the flag names: where

@@ -2,6 +2,7 @@
 
 import importlib
 import json
+import math
 import time
 from dataclasses import replace
 from pathlib import Path
@@ -153,8 +154,6 @@ def test_flags_of_a_row(tmp_path, programs):
         "50",
         "--noise-steps",
         "500",
-        "--rho-th",
-        "0",
     ]
     options = dict(zip(train_flags[::2], train_flags[1::2], strict=True))
     assert options == {
@@ -191,78 +190,66 @@ def module_of(program: str):
     return importlib.import_module("minialign.toy.__main__" if name == "minialign.toy" else name)
 
 
+SIZED = {"bdhs-quarter": 13, "bdhs-half": 25, "bdhs-double": 100}  # of 50 records
+
+
 @pytest.mark.parametrize("row", ROWS)
 def test_flags_of_every_row_are_known_to_the_programs(tmp_path, row, programs):
-    """They pass the programs' own checks, all rows make as many steps of as many pairs, and what is
-    made before is for what comes later.
+    """They pass the programs' own checks, rows go once over as many records, and what is made
+    before is for what comes later.
     """
     study.run_row(row, 1, Config(out=str(tmp_path), images=5, limit=50))
     trained = None
     for number, (program, flags) in enumerate(programs):
         module = module_of(program)
         parsed = parse_config(module.Config, "", flags)
-        assert parsed.seed == 1 and flags[1].startswith(str(tmp_path))
-        if program not in ("train_dpo.py", "minialign.rlhf.reward_model"):
-            assert parsed.limit == 50
+        assert flags[1].startswith(str(tmp_path))
+        assert parsed.seed == (0 if "--export" in flags else 1)
         if "--steps" in flags or program == "minialign.rlhf.reward_model":
-            if "--reward" in flags:
-                Path(parsed.reward).mkdir()  # as it will stand there by then
+            for made in ("--reward", "--annotator", "--adapter"):
+                if made in flags and str(tmp_path) in flags[flags.index(made) + 1]:
+                    Path(flags[flags.index(made) + 1]).mkdir(parents=True)  # as it is by then
             trained = with_defaults(parsed, module.DEFAULTS)
             trained = replace(trained, lora_alpha=128.0)  # as the rank gives it
             check = getattr(module, "check", check_training)
             check(trained)
         if flags is not programs[-1][1]:
-            later = [word for _, words in programs[number + 1 :] for word in words]
-            assert flags[1] in later or f"{flags[1]}/merged" in later
-
-    online = 1e-4 if row.startswith("ppo") else 5e-4
-    offline = ("bdhs", "unguided", "noise", "corrupted", "distorted", "ipo", "slic")
-    rates = {"sft": 1e-3} | dict.fromkeys(offline, 2e-4)
-    assert (trained.steps, trained.eval_images, trained.batch_size) == (4, 5, 16)
-    assert trained.lr == rates.get(row, online)
+            later = " ".join(word for _, words in programs[number + 1 :] for word in words)
+            assert flags[1] in later
+    records = SIZED.get(row, 50)
+    assert (trained.steps, trained.eval_images) == (math.ceil(records / 16), 5)
+    assert trained.batch_size == 16
 
 
-def test_rows_share_the_pairs_of_a_seed(tmp_path, monkeypatch, programs):
+def test_records_of_a_row(tmp_path, programs):
+    """As many as --limit, or of those what the row's name says."""
+    for row in ("bdhs", *SIZED):
+        programs.clear()
+        study.run_row(row, 0, Config(out=str(tmp_path), images=5, limit=50))
+        flags = programs[0][1]
+        assert flags[flags.index("--limit") + 1] == str(SIZED.get(row, 50))
+
+
+def test_rows_share_what_is_made_once(tmp_path, monkeypatch, programs):
+    """Nothing is made twice, not even the adapter with which another row begins; a row's own pairs
+    lie in its folder.
+    """
     run_study(monkeypatch, "--out", str(tmp_path), "--seeds", "2", "--images", "5")
-    made = [flags[1] for _, flags in programs if "--eval-images" not in flags]
-    made = [
-        out
-        for out in made
-        if not out.rstrip("01").endswith(("reward-corrupted-", "reward-ranked-"))
-    ]
-    names = (
-        "bdhs-{}.jsonl",
-        "corrupted-{}.jsonl",
-        "noise-{}/pairs.jsonl",
-        "unguided-{}/pairs.jsonl",
-        "ranked-{}.jsonl",
-        "reward-corrupted-{}-accuracy.json",
-        "reward-ranked-{}-accuracy.json",
-    )
-    held_out = [
-        str(tmp_path / "held-out" / name)
-        for name in ("", "corrupted.jsonl", "bdhs.jsonl", "ranked.jsonl")
-    ]
-    expected = [str(tmp_path / name.format(seed)) for name in names for seed in (0, 1)]
-    assert sorted(made) == sorted([*expected, held_out[0].rstrip("/"), *held_out[1:]])
-    used = {
-        (flags[1], path)
-        for _, flags in programs
-        for path in flags
-        if flags[0] == "--out" and path in made
-    }
-    rows = {(Path(out).name, Path(path).name) for out, path in used if out != path}
-    shared = {
-        "bdhs": ("bdhs", "sft", "ipo", "slic"),
-        "ranked": ("reward-ranked",),
-        "corrupted": ("corrupted", "distorted", "mixed-dpo", "reward-corrupted"),
-    }
-    expected = {
-        (f"{r}-{s}", f"{name}-{s}.jsonl") for name, of in shared.items() for r in of for s in (0, 1)
-    }
-    expected |= {(f"{r}-{s}", "pairs.jsonl") for r in ("unguided", "noise") for s in (0, 1)}
-    assert rows == expected
-    assert len(programs) == len(made) + 2 * len(ROWS) + 2 * 2  # and two kinds of reward models
+    made = [flags[1] for _, flags in programs]
+    assert len(made) == len(set(made))
+    assert {str(tmp_path / f"{row}-{seed}") for row in ROWS for seed in (0, 1)} < set(made)
+
+    readers: dict[str, set[str]] = {}
+    for _, flags in programs:
+        for word in flags[2:]:
+            if word in made:
+                name = Path(flags[1]).name.rpartition("-")[0]
+                readers.setdefault(Path(word).name, set()).add(name)
+    assert readers["bdhs-1.jsonl"] == {"bdhs", "sft", "ipo", "slic"}
+    trained = {"corrupted", "distorted", "mixed-dpo", "online-bdhs-corrupted", "reward-corrupted"}
+    assert trained < readers["corrupted-1.jsonl"]
+    own = {"unguided", "noise", "bdhs-half", "bdhs-corrupted"}
+    assert own < readers["pairs.jsonl"]
 
 
 def test_table_7(tmp_path, monkeypatch, programs, capsys):
@@ -270,25 +257,43 @@ def test_table_7(tmp_path, monkeypatch, programs, capsys):
     seen.
     """
     run_study(
-        monkeypatch, "--out", str(tmp_path), "--seeds", "2", "--images", "5", "--rows", "ppo-reward"
+        monkeypatch,
+        "--out",
+        str(tmp_path),
+        "--seeds",
+        "2",
+        "--images",
+        "5",
+        "--rows",
+        "ppo-corrupted",
     )
     found = json.loads((tmp_path / "study.json").read_text())["rewards"]
     kinds = [(each["learned_from"], each["asked_about"]) for each in found]
     assert kinds == [
-        (a, b) for a in ("corrupted", "ranked") for b in ("corrupted", "bdhs", "ranked")
+        (a, b)
+        for a in ("corrupted", "descriptions", "ranked")
+        for b in ("corrupted", "bdhs", "ranked")
     ]
-    assert [each["accuracy"] for each in found] == 2 * [[0.5, 0.5], [0.6, 0.6], [0.7, 0.7]]
-    [export] = [flags for _, flags in programs if flags[0] == "--export"]
-    assert export[2:] == ["--first", "2000", "--limit", "300"]
+    assert [each["accuracy"] for each in found] == 3 * [[0.5, 0.5], [0.6, 0.6], [0.7, 0.7]]
+    [export] = [flags for _, flags in programs if flags[:2] == ["--export", f"{tmp_path}/held-out"]]
+    assert export[2:] == ["--first", "8000", "--limit", "300"]
     asked = [flags for program, flags in programs if "--pairs" in flags and "--annotator" in flags]
     assert [flags[flags.index("--annotator") + 1] for flags in asked] == [
         str(tmp_path / f"reward-{kind}-{seed}" / "merged")
-        for kind in ("corrupted", "ranked")
+        for kind in ("corrupted", "descriptions", "ranked")
         for seed in (0, 1)
     ]
     ran = len(programs)
     run_study(
-        monkeypatch, "--out", str(tmp_path), "--seeds", "2", "--images", "5", "--rows", "ppo-reward"
+        monkeypatch,
+        "--out",
+        str(tmp_path),
+        "--seeds",
+        "2",
+        "--images",
+        "5",
+        "--rows",
+        "ppo-corrupted",
     )
     assert len(programs) == ran  # nothing again
     assert "Reward models (Table 7)" in (tmp_path / "study.html").read_text()
