@@ -68,12 +68,12 @@ OPENING = (
 )
 BETTER = r"(?:better|best|preferable|preferred|superior|more (?:accurate|faithful|truthful))"
 THING = r"(?: (?:one|response|answer|choice|option))?"
-# Behind it: nothing, whom it is compared with, a reason, or more words that name no response; no
-# `but`, no condition.
+# Behind it no `but` and no condition: nothing, what it is compared with, a reason, or more words
+# that neither name a response nor deny.
+PLAIN = r"(?!.*\b(?:but|though|although|if|unless|except|worse|worst)\b)"
 ENDING = (
-    r"(?!.*\b(?:but|though|although|if|unless|except|worse|worst)\b)"
-    r"(?: (?:than|over|to) (?:response [12]|the other)\b" + THING + r")?"
-    r"(?=$|,? (?:because|since|as its?|while|whereas)\b|[,;:](?!.*\bresponse))"
+    rf"{PLAIN}(?: (?:than|over|to) (?:response [12]|the other)\b{THING})?"
+    r"(?=$|,? (?:because|since|as its?|while|whereas)\b|[,;:](?!.*\b(?:response|not?)\b))"
 )
 VERDICT = re.compile(
     rf"{OPENING}(?:response ([12]) is (?:(?:clearly|much|slightly) )?(?:the )?{BETTER}{THING}"
@@ -81,7 +81,7 @@ VERDICT = re.compile(
     re.IGNORECASE,
 )
 # The first sentence may be a name alone, as it was asked for.
-ALONE = re.compile(r"response ([12])()(?=$| (?:because|since|as its?)\b)", re.IGNORECASE)
+ALONE = re.compile(rf"response ([12])(){PLAIN}(?=$| (?:because|since|as its?)\b)", re.IGNORECASE)
 
 
 def lead_of(answer: str) -> int | None:

@@ -19,7 +19,7 @@ def script(monkeypatch, say: Callable[[str, int], str]) -> list[list[str]]:
     asked: list[list[str]] = []
 
     def answers(assistant, features, images, questions, limit):
-        assert len(images) == len(questions) and limit == 16
+        assert len(images) == len(questions) and limit == 64
         asked.extend(questions)
         return [[say(question, number) for number, question in enumerate(row)] for row in questions]
 
