@@ -70,6 +70,8 @@ ANSWERS = {
     "Response 1 is better, but Response 2 is more accurate": None,
     "Response 1 is better, and so is Response 2": None,
     "Response 1 is better: not": None,
+    "Response 1 is better, unless one looks": None,
+    "Neither Response 1 nor\nResponse 2 is better": None,
     "Response 1 is better if one does not look": None,
     "Response 1 is better written": None,
     "Response 1 hallucinates a dog, so Response 2 is better": None,
