@@ -16,7 +16,7 @@ from minialign.sampling.assistant import Assistant
 from minialign.training import parallel
 
 NAMES = ("Response 1", "Response 2")
-MAX_NEW_TOKENS = 64  # a verdict may come behind a few words
+MAX_NEW_TOKENS = 64  # a verdict may come behind a few words (Fig. 8)
 
 
 @torch.no_grad()
