@@ -32,7 +32,7 @@ from torch.utils.checkpoint import checkpoint
 
 import sample_bdhs
 from minialign import edge
-from minialign.align.annotators import Comparison, ModelAnnotator, Verdict
+from minialign.align.annotators import Comparison, Verdict
 from minialign.align.logps import branch_lengths, branch_logps
 from minialign.align.losses import dpo_loss, ipo_loss, preference_metrics, slic_loss
 from minialign.cli import require, run_main
@@ -99,7 +99,7 @@ LOGGED = {
     "annotator/dropped": ("dropped", "judged"),
     "annotator/agreement": ("decided", "asked twice"),  # of both orders
     "annotator/ties": ("tie", "judged"),
-    "annotator/unparsable": ("unparsable", "judged"),
+    "annotator/unparsable": ("no verdict", "judged"),
     "annotator/first": ("first", "judged"),
     # Of the policy's own pairs, per response: estimates of the KL to the reference, and entropy.
     "objective/kl": ("kl", "own"),
@@ -118,7 +118,11 @@ class Config(TrainingFlags):
     method: Literal["online-dpo", "mixed-dpo", "online-bdhs"] = "online-bdhs"  # as listed above
     # `oracle` (embedded world), `self` (the base, adapters off), or a LLaVA or reward model folder
     annotator: str = "oracle"
-    orders: Literal["random", "both"] = "random"  # in which a model sees the two responses
+    # how a LLaVA judges: by which response's name is likelier, in its own words, or by how many
+    # claims of each response it denies (logprobs and claims take one forward pass)
+    verdict: Literal["logprobs", "generated", "claims"] = "logprobs"
+    # in which it is shown the two responses (claims have none)
+    orders: Literal["random", "both"] = "random"
     p: float = 0.5  # Eq. 4: probability of the stored pair
     gamma: float | None = None  # Eq. 5: weight of the stored y-; else the sampled one alone
     loss: Literal["dpo", "ipo", "slic"] = "dpo"  # Eq. 3, Sec. 5.7
@@ -162,6 +166,21 @@ def check(config: Config) -> None:
 
 
 @dataclass(frozen=True)
+class Answered:
+    """A batch of pairs, with the policy's own responses in place of some.
+
+    features   of each picture, (tiles, patches, D)
+    asked      of which pairs the responses are its own
+    sequences  of every pair; None where neither response is to be preferred
+    """
+
+    pairs: list[Pair]
+    features: list[Tensor]
+    asked: list[int]
+    sequences: list[Sequence | None]
+
+
+@dataclass(frozen=True)
 class Rollout:
     """Pairs that are learned from in one forward pass: chosen, then each rejected response."""
 
@@ -171,66 +190,73 @@ class Rollout:
     pairs: int  # 0: an idle one, which counts for nothing
 
 
-def ranked_samples(
+def two_samples(
     assistant: Assistant,
-    annotator,
     pairs: list[Pair],
     features: list[Tensor],
     config: Config,
     step: int,
     counts: Counter,
-    said: list[dict],
-) -> list[Sequence | None]:
-    """Online DPO: two responses of the policy to each prompt, the better one as chosen; None where
-    the annotator prefers neither. `counts` takes down all, `said` what the report may show."""
+) -> list[Sequence]:
+    """Online DPO: two responses of the policy to each prompt, as branches of one trunk."""
     if not pairs:
         return []
-    tokenizer, seen = assistant.tokenizer, torch.cat(features)
-
-    # Both responses to a prompt are branches of one trunk, with nothing in them yet.
+    tokenizer = assistant.tokenizer
     forked = [replace(pair.sequence, branches=[Branch([]), Branch([])]) for pair in pairs]
     seeds = [[stable_seed(config.seed, step, pair.record.id, n) for n in (0, 1)] for pair in pairs]
     sampling = Sampling(config.max_new_tokens, config.temperature, config.top_p)
-    samples = generate(
-        assistant.model, forked, seen, sampling, {tokenizer.eos_id}, seeds, tokenizer.pad_id
-    )
+    stops, seen = {tokenizer.eos_id}, torch.cat(features)
+    rows = generate(assistant.model, forked, seen, sampling, stops, seeds, tokenizer.pad_id)
 
-    # Which one is better?
-    comparisons = []
-    for pair, row in zip(pairs, samples, strict=True):
-        texts = tuple(tokenizer.decode(sample.ids) for sample in row)
-        comparisons.append(Comparison(pair.record, texts, pair.picture))
-    if config.annotator == "self":  # whose tower has seen the pictures already
-        verdicts = annotator.choose(comparisons, ([pair.image for pair in pairs], seen))
-    else:
-        verdicts = annotator.choose(comparisons)
-
-    sequences: list[Sequence | None] = []
-    both_orders = isinstance(annotator, ModelAnnotator) and annotator.both_orders
-    for pair, row, comparison, verdict in zip(pairs, samples, comparisons, verdicts, strict=True):
-        # Silent in the paper: what is a tie, or is not understood, gives no pair.
-        same = comparison.responses[0] == comparison.responses[1]
-        if same:
-            verdict = Verdict(None, "tie")
+    sequences = []
+    for sequence, row in zip(forked, rows, strict=True):
         counts["responses"] += 2
         counts["tokens"] += sum(len(sample.ids) for sample in row)
         counts["truncated"] += sum(not sample.stopped for sample in row)
+        sequences.append(replace(sequence, branches=[Branch(sample.ids) for sample in row]))
+    return sequences
+
+
+def comparisons_of(answered: Answered, tokenizer: Tokenizer, config: Config) -> list[Comparison]:
+    """The policy's two responses to each prompt that it was asked, for the annotator."""
+    comparisons = []
+    for i in answered.asked:
+        pair, features = answered.pairs[i], answered.features[i]
+        texts = tuple(tokenizer.decode(branch.ids) for branch in answered.sequences[i].branches)
+        # The policy's own base judges by features that are there already.
+        seen = (pair.image, features) if config.annotator == "self" else None
+        comparisons.append(Comparison(pair.record, texts, pair.picture, seen))
+    return comparisons
+
+
+def ranked_samples(
+    answered: Answered,
+    comparisons: list[Comparison],
+    verdicts: list[Verdict],
+    config: Config,
+    counts: Counter,
+    said: list[dict],
+) -> None:
+    """Online DPO: of the policy's two responses the one that the annotator prefers comes first, as
+    chosen; where it prefers neither there is no sequence left. `counts` takes down all, `said` what
+    the report may show."""
+    for i, comparison, verdict in zip(answered.asked, comparisons, verdicts, strict=True):
         counts["judged"] += 1
         counts["first"] += bool(verdict.first)
         counts["dropped"] += verdict.better is None
         counts[verdict.reason or "decided"] += 1
-        counts["asked twice"] += both_orders and not same and verdict.reason != "unparsable"
-        notes = [verdict.reason or "not decided"] * 2
-        if verdict.better is None:
-            sequences.append(None)
-        else:
+        counts["asked twice"] += config.orders == "both" and verdict.first is not None
+
+        # Silent in the paper: what is a tie, or is not understood, gives no pair.
+        notes, ranked = [verdict.reason] * 2, None
+        if verdict.better is not None:
             notes = ["preferred" if n == verdict.better else "not preferred" for n in (0, 1)]
-            chosen, rejected = row[verdict.better], row[1 - verdict.better]
-            branches = [Branch(chosen.ids), Branch(rejected.ids)]
-            sequences.append(replace(pair.sequence, branches=branches))
+            branches = answered.sequences[i].branches
+            chosen, rejected = branches[verdict.better], branches[1 - verdict.better]
+            ranked = replace(answered.sequences[i], branches=[chosen, rejected])
+        answered.sequences[i] = ranked
         answers = list(zip(notes, comparison.responses, strict=True))
-        said.append(example(pair.record, answers))
-    return sequences
+        said.append(example(comparison.record, answers))
 
 
 def own_rejected(
@@ -270,7 +296,7 @@ def own_rejected(
 
 def was_decided(example: dict) -> bool:
     """Whether the annotator has preferred one of two answers."""
-    return example["answers"][0][0] not in ("tie", "unparsable")
+    return example["answers"][0][0] not in ("tie", "no verdict")
 
 
 def main(config: Config) -> None:
@@ -349,10 +375,9 @@ def main(config: Config) -> None:
         if config.encoder is None and config.model != "toy":
             print(WITHOUT_ENCODER)
     elif config.annotator == "self":
-        both_orders = config.orders == "both"
-        annotator = ModelAnnotator(assistant, both_orders, config.seed, adapters_off=True)
-    else:
-        annotator = edge.annotator_of(config.annotator, config)
+        annotator = edge.judge_of(assistant, config, adapters_off=True)
+    else:  # in shards like the policy
+        annotator = edge.annotator_of(config.annotator, config, config.shard == "full")
 
     begin(config, records, fingerprint(folder, config.adapter))
     benchmark = edge.benchmark_of(config.images, config.eval_split, config.eval_images)
@@ -380,9 +405,10 @@ def main(config: Config) -> None:
 
     with TrainingLog(policy, optimizer, config) as log:
         for step, batches in log.steps(schedule, loader):
-            begun, counts, rollouts, said = time.perf_counter(), Counter(), [], []
+            begun, counts, said = time.perf_counter(), Counter(), []
 
             # 1. The policy answers. Of weights in shards every process holds all meanwhile.
+            answered = []
             with unsharded(policy):
                 for batch in batches:
                     # Once, for all that follows: (tiles, patches, D) of each picture.
@@ -401,26 +427,36 @@ def main(config: Config) -> None:
                         sampled = own_rejected(
                             assistant, similarity, pairs, seen, config, step, counts, said
                         )
-                    else:  # Sec. 2.3: two samples and a judge
-                        sampled = ranked_samples(
-                            assistant, annotator, pairs, seen, config, step, counts, said
-                        )
+                    else:  # Sec. 2.3: two samples, to be ranked
+                        sampled = two_samples(assistant, pairs, seen, config, step, counts)
 
-                    # Stored pairs as they are, and what was sampled; None where neither response is
-                    # to be preferred.
+                    # Stored pairs as they are, and what was sampled.
                     sequences = list(batch.sequences)
                     for i, sequence in zip(asked, sampled, strict=True):
                         sequences[i] = sequence
-                    kept = [i for i, sequence in enumerate(sequences) if sequence is not None]
-                    if kept:
-                        tree = collate.tree([sequences[i] for i in kept]).to(policy.device)
-                        kept_features = torch.cat([features[i] for i in kept])
-                        ranked = set() if config.method == "online-bdhs" else set(asked)
-                        own = [row for row, i in enumerate(kept) if i in ranked]
-                        rollouts.append(Rollout(tree, kept_features, own, len(kept)))
+                    answered.append(Answered(batch.pairs, features, asked, sequences))
 
-            # 2. It learns from that: train_dpo.py's step.
-            answered = time.perf_counter()
+            # 2. The annotator ranks. All processes go through its shards together, as often as the
+            # one that has most to ask.
+            if annotator is not None:
+                asked = [comparisons_of(each, assistant.tokenizer, config) for each in answered]
+                verdicts = [annotator.choose(each) for each in parallel.even(asked, [])]
+                for each, comparisons, found in zip(answered, asked, verdicts, strict=False):
+                    ranked_samples(each, comparisons, found, config, counts, said)
+
+            # What is left of a batch passes through the policy together.
+            rollouts = []
+            for each in answered:
+                kept = [i for i, sequence in enumerate(each.sequences) if sequence is not None]
+                if kept:
+                    tree = collate.tree([each.sequences[i] for i in kept]).to(policy.device)
+                    features = torch.cat([each.features[i] for i in kept])
+                    ranked = each.asked if annotator is not None else []
+                    own = [row for row, i in enumerate(kept) if i in ranked]
+                    rollouts.append(Rollout(tree, features, own, len(kept)))
+
+            # 3. It learns from that: train_dpo.py's step.
+            learning_since = time.perf_counter()
             pairs_in_step = sum(rollout.pairs for rollout in rollouts)
             pairs_in_step = sum_across_ranks({"pairs": pairs_in_step})["pairs"]
             metrics: Counter = Counter()  # means over the step's pairs; `update` adds
@@ -478,8 +514,8 @@ def main(config: Config) -> None:
                     **sampled_metrics,
                     "lr": factor * config.lr,
                     "pairs": pairs_in_step,
-                    "time/sampling": answered - begun,
-                    "time/training": time.perf_counter() - answered,
+                    "time/sampling": learning_since - begun,
+                    "time/training": time.perf_counter() - learning_since,
                 },
                 next(filter(was_decided, said), said[0] if said else None),
             )

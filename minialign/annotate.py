@@ -53,7 +53,7 @@ FIGURES: Figures = {
     "accuracy": (("right",), ("decided",)),
     "first": (("first",), ("placed",)),
     "ties": (("tie",), ("pairs",)),
-    "unparsable": (("unparsable",), ("pairs",)),
+    "unparsable": (("no verdict",), ("pairs",)),
 }
 
 
@@ -70,7 +70,10 @@ class Config:
     images: str = "toy"  # folder of the pictures, or `toy`
     # form of conversation: vicuna_v1, llava_v1, mistral, chatml, short, a file; else the model's
     template: str | None = None
-    # show the responses in a random order, or ask in both
+    # how a LLaVA judges: by which response's name is likelier, in its own words, or by how many
+    # claims of each response it denies (logprobs and claims take one forward pass)
+    verdict: Literal["logprobs", "generated", "claims"] = "logprobs"
+    # show it the responses in a random order, or ask in both (claims have none)
     orders: Literal["random", "both"] = "random"
     batch_size: int = 8  # pairs that are judged together
     seed: int = 0  # whatever is drawn follows from it
@@ -219,8 +222,8 @@ def rank(config: Config) -> None:
 
     if left_out:
         tqdm.write(f"{len(left_out)} records left out on the way, the first: {left_out[0]}")
-    ties, unclear, empty = counts["tie"], counts["unparsable"], counts["empty"]
-    unused = f"{ties} ties, {unclear} without a clear verdict, {empty} with an empty answer"
+    ties, unclear, empty = counts["tie"], counts["no verdict"], counts["empty"]
+    unused = f"{ties} ties, {unclear} without a verdict, {empty} with an empty answer"
     if not lines:
         message = f"--rank {config.rank}: not one pair of {counts['judged']} prompts ({unused})"
         raise UserError(f"{message}; give another --annotator, or more records")

@@ -12,6 +12,7 @@ from pathlib import Path
 import torch
 from PIL import Image
 
+from minialign.align import claims
 from minialign.align.annotators import ModelAnnotator, RewardAnnotator
 from minialign.cli import require
 from minialign.data.images import PictureFolder
@@ -20,6 +21,7 @@ from minialign.data.records import Record, instruct_record
 from minialign.files import write_json, write_whole
 from minialign.rlhf.scorers import HEAD_FILE, UserReward, load_function, load_reward_model
 from minialign.sampling.assistant import Assistant
+from minialign.toy import claims as toy_claims
 from minialign.toy.benchmark import ToyBenchmark, false_words
 from minialign.toy.corrupt import corrupted_pair
 from minialign.toy.oracle import OracleAnnotator, oracle_reward
@@ -134,9 +136,20 @@ def benchmark_of(images: str, split: str, count: int) -> ToyBenchmark | None:
     return ToyBenchmark(split, count) if images == "toy" and count > 0 else None
 
 
-def annotator_of(name: str, config) -> OracleAnnotator | ModelAnnotator | RewardAnnotator:
-    """`oracle`, or a folder's model; `config` has the flags images, template, orders, seed, device
-    and dtype.
+def judge_of(assistant: Assistant, config, adapters_off: bool = False) -> ModelAnnotator:
+    """A model as the annotator; `config` has the flags images, verdict, orders and seed."""
+    asked = toy_claims.claims_of if config.images == "toy" else claims.claims_of
+    both_orders = config.orders == "both"
+    return ModelAnnotator(
+        assistant, config.verdict, both_orders, config.seed, adapters_off, claims_of=asked
+    )
+
+
+def annotator_of(
+    name: str, config, shard: bool = False
+) -> OracleAnnotator | ModelAnnotator | RewardAnnotator:
+    """`oracle`, or a folder's model, with `shard` dealt out to all processes; `config` has the
+    flags of `judge_of`, template, device and dtype.
     """
     if name == "oracle":
         knows = "knows the embedded world alone; name a LLaVA folder"
@@ -144,10 +157,10 @@ def annotator_of(name: str, config) -> OracleAnnotator | ModelAnnotator | Reward
         return OracleAnnotator()
     folder, dtype = model_folder(name, "--annotator"), getattr(torch, config.dtype)
     if (folder / HEAD_FILE).exists():
-        return RewardAnnotator(load_reward_model(folder, config.device, dtype))
-    assistant = Assistant.from_folder(folder, config.device, dtype, config.template)
+        return RewardAnnotator(load_reward_model(folder, config.device, dtype, shard))
+    assistant = Assistant.from_folder(folder, config.device, dtype, config.template, shard=shard)
     assistant.announce(folder)
-    return ModelAnnotator(assistant, config.orders == "both", config.seed)
+    return judge_of(assistant, config)
 
 
 def scorer_of(name: str, config) -> Callable:

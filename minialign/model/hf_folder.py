@@ -192,9 +192,15 @@ def read_shapes(files: list[Path]) -> dict[str, torch.Size]:
     return shapes
 
 
-def load_model(folder: Path, device: str = "cpu", dtype: torch.dtype = torch.float32) -> Llava:
-    """Read a LLaVA folder onto `device` in `dtype`, frozen and in eval mode."""
+def load_model(
+    folder: Path, device: str = "cpu", dtype: torch.dtype = torch.float32, shard: bool = False
+) -> Llava:
+    """Read a LLaVA folder onto `device` in `dtype`, frozen and in eval mode; with `shard` each
+    process keeps its rows of every tensor alone.
+    """
     model = empty_model(folder, dtype)
+    if shard:
+        parallel.shard_frozen(model, device)
     load_weights(model, folder, device)
     return model
 

@@ -113,15 +113,17 @@ def save_head(weight: Tensor, folder: Path) -> None:
     save_file({"weight": weight.contiguous()}, folder / HEAD_FILE)
 
 
-def load_reward_model(folder: Path, device: str, dtype: torch.dtype) -> RewardModel:
+def load_reward_model(
+    folder: Path, device: str, dtype: torch.dtype, shard: bool = False
+) -> RewardModel:
     """A folder that `minialign.rlhf.reward_model` has left as `merged`, with the template that it
-    was trained in.
+    was trained in. In shards its head is whole in every process.
     """
     path = folder / HEAD_FILE
     if not path.is_file():
         remedy = "give the `merged` that minialign.rlhf.reward_model leaves"
         raise UserError(f"{folder}: no reward model, as {HEAD_FILE} is missing; {remedy}")
-    assistant = Assistant.from_folder(folder, device, dtype)
+    assistant = Assistant.from_folder(folder, device, dtype, shard=shard)
     assistant.announce(folder)
     weight = read_head(path, assistant.model.config.text.hidden_size)
     set_head(assistant.model, weight.to(assistant.model.device))

@@ -40,11 +40,12 @@ class Assistant:
         dtype: torch.dtype = torch.float32,
         template: str | None = None,
         adapter: str | None = None,
+        shard: bool = False,
     ) -> "Assistant":
-        """Read a LLaVA folder, perhaps with a PEFT adapter on top."""
+        """Read a LLaVA folder, perhaps with a PEFT adapter on top, or in shards."""
         tokenizer = Tokenizer.from_folder(folder, template)
         processor = ImageProcessor.from_folder(folder)
-        model = load_model(folder, device, dtype)
+        model = load_model(folder, device, dtype, shard)
         if adapter is not None:
             load_adapter(model, Path(adapter))
         return cls(model, tokenizer, processor)
@@ -94,6 +95,13 @@ class Assistant:
         branches = [Branch(ids) for ids in responses]
         return Sequence(prompt, branches, image.features, image_visible, image.packing)
 
+    def together(self, image: PreparedImage, prompts: list[list[int]]) -> Sequence:
+        """The ids of several prompts about one picture, which begin alike: the trunk ends with the
+        picture, and the rest of each is a branch."""
+        shared = prompts[0].index(self.tokenizer.image_id) + 1
+        branches = [Branch(prompt[shared:]) for prompt in prompts]
+        return Sequence(prompts[0][:shared], branches, image.features, packing=image.packing)
+
     def encode(self, images: list[PreparedImage]) -> Tensor:
         """What the tower sees of some pictures: (tiles, patches, D)."""
         return self.model.encode_images(torch.cat([image.pixels for image in images]))
@@ -118,10 +126,7 @@ class Assistant:
         sequences = []
         for image, asked in zip(images, questions, strict=True):
             prompts = [self.tokenizer.prompt([("user", question)]) for question in asked]
-            shared = prompts[0].index(self.tokenizer.image_id) + 1  # up to the picture
-            branches = [Branch(prompt[shared:]) for prompt in prompts]
-            trunk = prompts[0][:shared]
-            sequences.append(Sequence(trunk, branches, image.features, packing=image.packing))
+            sequences.append(self.together(image, prompts))
 
         greedy, stops = Sampling(max_new_tokens, temperature=0.0), {self.tokenizer.eos_id}
         pad = self.tokenizer.pad_id

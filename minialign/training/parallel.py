@@ -112,8 +112,8 @@ def sum_gradients_across_ranks(trained: list[Tensor]) -> None:
 
 # ---------------------------------------------------------------- weights in shards
 #
-# The scripts call `fully_shard` themselves, on a model of the meta device; afterwards each process
-# reads the weights and keeps its own rows of them (checkpoint.py).
+# The scripts call `fully_shard` on the policy themselves, a model of the meta device; afterwards
+# each process reads the weights and keeps its own rows of them (hf_folder.py).
 
 
 def mesh(device: str):
@@ -121,6 +121,16 @@ def mesh(device: str):
     from torch.distributed.device_mesh import init_device_mesh  # here: it takes a second
 
     return init_device_mesh(torch.device(device).type, (size(),))
+
+
+def shard_frozen(model: nn.Module, device: str) -> None:
+    """Deal out a model that is not trained, such as an annotator's, as the scripts do theirs."""
+    from torch.distributed.fsdp import fully_shard  # here, as it takes a second
+
+    processes = mesh(device)
+    for unit in (*model.language_model.layers, model.vision_tower, model):
+        fully_shard(unit, mesh=processes)
+    after_sharding(model)
 
 
 def after_sharding(model: nn.Module) -> None:

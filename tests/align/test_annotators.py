@@ -1,14 +1,17 @@
-"""Annotators by hand: the embedded world's truth, and a model as the judge, scripted and real."""
+"""Annotators by hand: the embedded world's truth, and a model as the judge, scripted and real.
+
+What a model's log-probs, words and denials say is in test_verdicts.py."""
 
 import random
+from dataclasses import replace
 
 import pytest
 import torch
-from helpers import plain_greedy, random_toy, toy_features, toy_processor, toy_tokenizer
+from helpers import random_toy, toy_features, toy_processor, toy_tokenizer
 from judges import absent_objects, script, shown
-from policies import adapted
 
-from minialign.align.annotators import Comparison, ModelAnnotator, Verdict, question
+from minialign.align import verdicts
+from minialign.align.annotators import Comparison, ModelAnnotator, Verdict
 from minialign.data.records import Record
 from minialign.model.llava import Llava
 from minialign.sampling import assistant
@@ -128,64 +131,32 @@ def test_equally_true_responses_tie(index):
 # ---------------------------------------------------------------- a scripted judge
 
 
-def annotator(model: Llava | None = None, **changes) -> ModelAnnotator:
-    """A model, else a random one, with the toy model's tokenizer."""
-    return ModelAnnotator(
-        Assistant(model or random_toy(), toy_tokenizer(), toy_processor()), **changes
-    )
+def annotator(verdict: str = "generated", **changes) -> ModelAnnotator:
+    """A random model with the toy model's tokenizer."""
+    judge = Assistant(random_toy(), toy_tokenizer(), toy_processor())
+    return ModelAnnotator(judge, verdict, **changes)
 
 
 def choose(judge: ModelAnnotator, comparisons: list[Comparison], features=None) -> list[Verdict]:
     """Its verdicts, features of the pictures given, else some that nobody looks at."""
-    images = [toy_processor().prepare(each.picture) for each in comparisons]
-    return judge.choose(comparisons, (images, torch.zeros(0) if features is None else features))
+    seen = []
+    for i, each in enumerate(comparisons):
+        tower = torch.zeros(0) if features is None else features[i : i + 1]
+        seen.append(replace(each, seen=(toy_processor().prepare(each.picture), tower)))
+    return judge.choose(seen)
 
 
-PLACES = {
-    "Response 1": 0,
-    "Response 2": 1,
-    "Response 1 is better, since it says less.": 0,
-    "Response 2.": 1,
-    "**Response 2** is better": 1,
-    " Response 1": 0,
-    '\n"Response 2": it rests on the image.': 1,
-    "Response 1 is better than Response 2.": 0,
-    "Response 2\n\nIt is.": 1,
-    "response 1": None,
-    "RESPONSE 1": None,
-    "Response 12": None,
-    "Response 3": None,
-    "Response": None,
-    "Response One": None,
-    "Response1": None,
-    "1": None,
-    "": None,
-    "The better is Response 1": None,
-    "Response 1 and Response 2 are equal": None,
-    "Response 1 or Response 2": None,
-    "Response 1 and 2": None,
-    "Response 1/2": None,
-    "Response 1/Response 2": None,
-    "Response 2 / Response 1": None,
-    "Response 1 & Response 2 are alike": None,
-    "Response 1&2": None,
-    "**Response 1** and **Response 2** tie": None,
-    "Response 1 orders the objects well": 0,
-    "Response 2, android or not": 1,
-}
-
-
-@pytest.mark.parametrize("answer", PLACES, ids=repr)
-def test_every_form_of_answer(monkeypatch, answer):
-    """A verdict begins with one of the two; it means the response that stood in that place."""
+@pytest.mark.parametrize(
+    ("answer", "place"), [("Response 1", 0), ("Response 2.", 1), ("Both.", None)], ids=repr
+)
+def test_a_verdict_means_the_response_in_that_place(monkeypatch, answer, place):
     asked = script(monkeypatch, lambda text, number: answer)
     comparisons = [comparison("alpha", "omega", index=i) for i in range(12)]
-    verdicts = choose(annotator(), comparisons)
+    found = choose(annotator(), comparisons)
     assert {shown(row[0]) for row in asked} == {("alpha", "omega"), ("omega", "alpha")}
-    for (text,), verdict in zip(asked, verdicts, strict=True):
-        place = PLACES[answer]
+    for (text,), verdict in zip(asked, found, strict=True):
         if place is None:
-            assert verdict == Verdict(None, "unparsable")
+            assert verdict == Verdict(None, "no verdict")
         else:
             better_one = ("alpha", "omega").index(shown(text)[place])
             assert verdict == Verdict(better_one, first=place == 0)
@@ -213,16 +184,16 @@ def test_the_random_order_is_seeded_and_even(monkeypatch):
 @pytest.mark.parametrize("both", [False, True])
 def test_the_verdict_is_about_the_right_response(monkeypatch, both):
     """A judge that knows the good one is right in every order."""
-    asked = script(monkeypatch, lambda q, number: f"Response {1 + ('good' in shown(q)[1])} it is")
+    asked = script(monkeypatch, lambda q, number: f"Response {1 + ('good' in shown(q)[1])}")
     rng = random.Random(3)
     goods = [rng.randrange(2) for _ in range(60)]
     comparisons = []
     for i, good in enumerate(goods):
         two = ("bad", "good") if good else ("good", "bad")
         comparisons.append(comparison(*two, index=i))
-    verdicts = choose(annotator(both_orders=both), comparisons)
-    assert [verdict.better for verdict in verdicts] == goods
-    firsts = [verdict.first for verdict in verdicts]
+    found = choose(annotator(both_orders=both), comparisons)
+    assert [verdict.better for verdict in found] == goods
+    firsts = [verdict.first for verdict in found]
     assert firsts == [shown(row[0])[0] == "good" for row in asked] and 15 < sum(firsts) < 45
     if both:
         assert all(shown(a) == shown(b)[::-1] for a, b in asked)
@@ -235,9 +206,9 @@ def test_the_verdict_is_about_the_right_response(monkeypatch, both):
         (("Response 2", "Response 1"), Verdict(1, first=False)),
         (("Response 1", "Response 1"), Verdict(None, "tie", True)),
         (("Response 2", "Response 2"), Verdict(None, "tie", False)),
-        (("Response 1", "Both."), Verdict(None, "unparsable")),
-        (("", "Response 2"), Verdict(None, "unparsable")),
-        (("", ""), Verdict(None, "unparsable")),
+        (("Response 1", "Both."), Verdict(None, "no verdict")),
+        (("", "Response 2"), Verdict(None, "no verdict")),
+        (("", ""), Verdict(None, "no verdict")),
     ],
 )
 def test_both_orders_must_agree(monkeypatch, answers, expected):
@@ -278,7 +249,8 @@ def test_typed_control_tokens_stay_data(monkeypatch):
         return real(model, sequences, *args, **options)
 
     monkeypatch.setattr(assistant, "generate", noted)
-    judge = annotator(both_orders=True, max_new_tokens=1)
+    monkeypatch.setattr(verdicts, "MAX_NEW_TOKENS", 1)
+    judge = annotator(both_orders=True)
     choose(judge, [comparison(TYPED, "A cup.")], toy_features((0,)))
     (sequence,) = seen
     assert len(sequence.branches) == 2
@@ -289,63 +261,43 @@ def test_typed_control_tokens_stay_data(monkeypatch):
         assert all(f"Response {n}: " in text for n in (1, 2)) and TYPED in text and "A cup." in text
 
 
-def said_by(monkeypatch, judge: ModelAnnotator, comparisons, features) -> list[list[str]]:
-    """What the judge's model answers; without features it looks at the pictures itself."""
-    said, real = [], Assistant.answers
-
-    def noted(*args):
-        said.extend(real(*args))
-        return said
-
-    with monkeypatch.context() as patch:
-        patch.setattr(Assistant, "answers", noted)
-        if features is None:
-            judge.choose(comparisons)
-        else:
-            choose(judge, comparisons, features)
-    return said
-
-
-def test_the_policys_own_base_judges(monkeypatch):
-    """With `adapters_off` the answers are those of the base, by the plain way; the adapters are on
-    again after it."""
-    base, tokenizer, limit = random_toy(), toy_tokenizer(), 5
-    model = adapted(base, 4, 8.0, scale=1.0)
-    off = annotator(model, adapters_off=True, max_new_tokens=limit)
-    on = annotator(model, max_new_tokens=limit)
-    comparisons = [comparison("A red cup.", f"A blue car {i}.", index=i) for i in range(3)]
-    features = toy_features((0, 1, 2))
-    expected = []
-    for each, picture in zip(comparisons, features, strict=True):
-        prompt = tokenizer.prompt([("user", question(each, off.orders(each)[0]))])
-        ids, _ = plain_greedy(base, prompt, picture, {tokenizer.eos_id}, limit)
-        expected.append([tokenizer.decode(ids)])
-    with_adapters = said_by(monkeypatch, on, comparisons, features)
-    assert said_by(monkeypatch, off, comparisons, features) == expected
-    assert all(a != b for a, b in zip(with_adapters, expected, strict=True))
-    assert said_by(monkeypatch, on, comparisons, features) == with_adapters
-
-
-def test_given_features_spare_the_tower(monkeypatch):
-    """The tower looks at the pictures where no features are given, and only there; the answers are
-    the same."""
-    judge, real, calls = annotator(max_new_tokens=4), Llava.encode_images, []
+@pytest.mark.parametrize("verdict", ["logprobs", "generated", "claims"])
+def test_given_features_spare_the_tower(monkeypatch, verdict):
+    """The tower looks at the pictures where no features are given, and only there; what the model
+    is asked about is the same."""
+    monkeypatch.setattr(verdicts, "MAX_NEW_TOKENS", 2)
+    judge, real, calls, seen = annotator(verdict), Llava.encode_images, [], []
     comparisons = [comparison("A red cup.", f"A blue car {i}.", index=i) for i in range(2)]
     pixels = torch.cat([toy_processor()(each.picture) for each in comparisons])
     features = judge.assistant.model.encode_images(pixels)
     monkeypatch.setattr(Llava, "encode_images", lambda *args: calls.append(args) or real(*args))
-    given = said_by(monkeypatch, judge, comparisons, features)
-    assert not calls
-    assert said_by(monkeypatch, judge, comparisons, None) == given and len(calls) == 1
-    assert said_by(monkeypatch, judge, comparisons, features.flip(0)) != given  # they matter
+    forward = Llava.forward
+
+    def noted(model, tree, tower_features=None, *rest):
+        seen.append(tower_features)
+        return forward(model, tree, tower_features, *rest)
+
+    monkeypatch.setattr(Llava, "forward", noted)
+    choose(judge, comparisons, features)
+    assert not calls and torch.equal(seen[0], features)
+    judge.choose(comparisons)
+    assert len(calls) == 1 and torch.equal(seen[len(seen) // 2], features)
 
 
+@pytest.mark.parametrize("verdict", ["logprobs", "generated", "claims"])
 @pytest.mark.parametrize("both", [False, True])
-def test_what_is_too_long_to_be_judged_is_dropped(both):
+def test_what_is_too_long_to_be_judged_is_dropped(monkeypatch, verdict, both):
     """It does not end the run, and the others' verdicts stay what they were."""
-    judge = annotator(both_orders=both)
+    monkeypatch.setattr(verdicts, "MAX_NEW_TOKENS", 2)
+    judge = annotator(verdict, both_orders=both)
     short = [comparison("A red cup.", f"A blue car {i}.", index=i) for i in range(2)]
-    long = comparison("A red cup. " * 400, "A car.", index=2)
-    verdicts = judge.choose([short[0], long, short[1]])
-    assert verdicts[1] == Verdict(None, "unparsable")
-    assert [verdicts[0], verdicts[2]] == judge.choose(short)
+    long = comparison("A red cup " * 400, "A car.", index=2)
+    found = judge.choose([short[0], long, short[1]])
+    assert found[1] == Verdict(None, "no verdict")
+    assert [found[0], found[2]] == judge.choose(short)
+
+
+@pytest.mark.parametrize("verdict", ["logprobs", "generated", "claims"])
+def test_the_same_text_twice_is_a_tie(monkeypatch, verdict):
+    script(monkeypatch, lambda text, number: "Response 1")
+    assert annotator(verdict).choose([comparison("A cup.", "A cup.")]) == [Verdict(None, "tie")]

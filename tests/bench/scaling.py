@@ -48,6 +48,16 @@ def policy(name: str) -> Llava:
 
 
 @cache
+def judge(name: str) -> Llava:
+    """The same without adapters, as an annotator is: frozen, the projector in float32."""
+    with torch.device("meta"):
+        config = LlavaConfig(MODELS[name], ClipConfig(), image_token_id=32000, pinpoints=PINPOINTS)
+        model = Llava(config).to(torch.bfloat16)
+        model.multi_modal_projector.float()
+    return model.requires_grad_(False)
+
+
+@cache
 def batch(pairs: int = 1, response: int = 100, prompt: int = 60) -> tuple[TokenTree, int]:
     """Pairs on pictures of 640 x 480 (2,340 image tokens), and how many tiles the tower sees."""
     vision = ClipConfig()
@@ -245,6 +255,43 @@ def whole_table() -> str:
     return markdown("model | GB per GPU, of 8 | of 32 | of 256", rows)
 
 
+def judge_phases(name: str, annotator: str, gpus: int, sharded: bool) -> dict[str, int]:
+    """Bytes per GPU of online DPO by a policy in shards, while it answers (without keys and
+    values), is judged, and learns.
+
+    An annotator in shards keeps gathered what no layer holds, from its first verdict on; while it
+    judges two layers, and one layer's activations of a pair as long as it is learned from.
+    """
+    model, other, config = policy(name), judge(annotator), MODELS[annotator]
+    trained = memory.trained_bytes(model, gpus)
+    shards = memory.frozen_bytes(model, gpus) + 3 * trained
+    layers = other.language_model.layers
+    kept, two = memory.frozen_bytes(other), 0
+    if sharded:
+        two = 2 * memory.whole_bytes(layers[0])
+        outside = memory.gathered_bytes(other) - two
+        kept = memory.frozen_bytes(other, gpus) + outside
+    tokens = batch()[0].ids.numel()
+    return {
+        "annotator": kept,
+        "answers": kept + shards + memory.whole_bytes(model),
+        "judged": kept + shards + two + tokens * memory.layer_bytes(config, 0, 2, parts=2),
+        "learns": kept + sum(Plan(name, gpus, "full").parts.values()),
+    }
+
+
+def judge_table() -> str:
+    """The paper's own setting: a 7B and its 34B annotator on one node."""
+    rows = []
+    for sharded in (False, True):
+        phases = judge_phases("7B", "34B", NODE, sharded)
+        where = "in shards" if sharded else "whole in every process"
+        fits = "yes" if max(phases.values()) <= LARGE else "no"
+        rows.append([where, *(f"{size / GB:.1f}" for size in phases.values()), fits])
+    head = "34B annotator | its GB per GPU | GB in all while a 7B answers | while it is judged"
+    return markdown(f"{head} | while it learns | fits", rows)
+
+
 def network_table() -> str:
     """How fast a node's network must be for computing to hide what shards gather over it."""
     rows = []
@@ -278,6 +325,7 @@ def tables() -> dict[str, str]:
     return {
         "Memory per GPU and time": main_table(),
         "Whole models out of shards": whole_table(),
+        "An annotator beside the policy": judge_table(),
         "Gathering against computing": network_table(),
         "Per token": length_table(),
     }

@@ -49,6 +49,30 @@ def test_bytes_by_hand():
     assert shared["gathered"] == outside + 4 * PROJECTOR + 2 * LAYER
 
 
+def test_an_annotator_by_hand():
+    """The 34B's frozen weights, whole or dealt out to eight; in shards embeddings, head, projector
+    and what else no layer holds stay gathered, and two layers while it judges."""
+    layer = 2 * (7168 * (2 * 56 + 2 * 8) * 128 + 3 * 7168 * 20480 + 2 * 7168)
+    projector = 4 * (1024 * 7168 + 7168 + 7168**2 + 7168)
+    outside = 2 * (2 * 64064 * 7168 + 7168 + 7168) + projector
+    block = 4 * (1024**2 + 1024) + 2 * 1024 * 4096 + 5 * 1024 + 4 * 1024
+    tower = 2 * (1024 * (3 * 14 * 14 + 577 + 1 + 4) + 24 * block)
+    over = 8 * 73 - 577  # rows of the tower's position table, which do not go round
+    whole = scaling.judge_phases("7B", "34B", 8, sharded=False)
+    shared = scaling.judge_phases("7B", "34B", 8, sharded=True)
+    assert whole["annotator"] == outside + tower + 60 * layer
+    share = (whole["annotator"] + over * 1024 * 2) / 8
+    assert shared["annotator"] == share + outside
+
+    # To answer in words it is gathered beside its shards.
+    assert share + whole["annotator"] > scaling.LARGE
+    # What the policy takes is the same, but for two layers of the annotator's.
+    saved = whole["annotator"] - shared["annotator"]
+    for phase, apart in (("answers", 0), ("judged", 2 * layer), ("learns", 0)):
+        assert whole[phase] - shared[phase] == saved - apart
+    assert whole["learns"] - whole["annotator"] == sum(Plan("7B", 8, "full").parts.values())
+
+
 def test_seconds_by_hand():
     """Two passes of eight GPUs. The frozen matrices: 6 FLOPs a number and token; gathering: three
     times each layer."""

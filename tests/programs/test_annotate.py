@@ -25,6 +25,7 @@ from minialign.toy import world
 from minialign.toy.oracle import truth
 
 TALK = {"prompt": "Is it there?"}
+IN_WORDS = ("--annotator", "toy", "--verdict", "generated")
 
 
 def run(monkeypatch, capsys, *argv: object) -> dict:
@@ -96,9 +97,7 @@ def test_a_judge_that_prefers_the_first(monkeypatch, capsys, tmp_path):
     asked = script(monkeypatch, lambda question, number: "Response 1")
     raws = [pair(i, chosen=f"good {i}", rejected=f"bad {i}") for i in range(160)]
     path = file_of(tmp_path / "pairs.jsonl", *raws)
-    found = values(
-        run(monkeypatch, capsys, "--pairs", path, "--annotator", "toy", "--batch-size", 32)
-    )
+    found = values(run(monkeypatch, capsys, "--pairs", path, *IN_WORDS, "--batch-size", 32))
     right = sum(shown(row[0])[0].startswith("good") for row in asked)
     assert found == {
         "accuracy": pytest.approx(right / 160, abs=1e-5),
@@ -107,9 +106,7 @@ def test_a_judge_that_prefers_the_first(monkeypatch, capsys, tmp_path):
         "unparsable": 0,
     }
     assert 0.38 < found["accuracy"] < 0.62
-    both = values(
-        run(monkeypatch, capsys, "--pairs", path, "--annotator", "toy", "--orders", "both")
-    )
+    both = values(run(monkeypatch, capsys, "--pairs", path, *IN_WORDS, "--orders", "both"))
     assert both == {"accuracy": None, "first": 1, "ties": 1, "unparsable": 0}
 
 
@@ -132,7 +129,7 @@ def test_a_judges_figures_by_hand(monkeypatch, capsys, tmp_path, seed):
     asked = script(monkeypatch, say)
     raws = [pair(i, chosen=f"good {i}", rejected=f"bad {i}") for i in range(count)]
     path = file_of(tmp_path / "pairs.jsonl", *raws)
-    flags = ("--annotator", "toy", "--batch-size", rng.randrange(1, 9), "--seed", seed)
+    flags = (*IN_WORDS, "--batch-size", rng.randrange(1, 9), "--seed", seed)
     found = values(run(monkeypatch, capsys, "--pairs", path, *flags))
     decided = count - wanted.count("none")
     first = sum(
@@ -147,16 +144,20 @@ def test_a_judges_figures_by_hand(monkeypatch, capsys, tmp_path, seed):
     assert found == pytest.approx(by_hand, abs=1e-5)
 
 
-def test_a_real_model_judges(monkeypatch, capsys, tmp_path):
-    """The toy model was never asked such a thing: whatever it says is counted."""
-    path = file_of(tmp_path / "pairs.jsonl", *(yes_no(i, True) for i in range(3)))
-    result = run(monkeypatch, capsys, "--pairs", path, "--annotator", "toy")
-    assert result["pairs"] == 3 and values(result).keys() == {
-        "accuracy",
-        "first",
-        "ties",
-        "unparsable",
-    }
+@pytest.mark.parametrize("verdict", ["logprobs", "generated", "claims"])
+def test_a_real_model_judges(monkeypatch, capsys, tmp_path, verdict):
+    """The toy model was never taught to compare: by log-probs it decides all the same, in words it
+    says nothing of the kind. What it was taught is whether an object is there."""
+    path = file_of(tmp_path / "pairs.jsonl", *(yes_no(i, True) for i in range(12)))
+    flags = ("--annotator", "toy", "--verdict", verdict)
+    found = values(run(monkeypatch, capsys, "--pairs", path, *flags))
+    if verdict == "generated":
+        assert found == {"accuracy": None, "first": None, "ties": 0, "unparsable": 1}
+    elif verdict == "logprobs":
+        assert found["ties"] == found["unparsable"] == 0 and found["first"] is not None
+    else:
+        # What is denied claims nothing: a true Yes ties with a false No, as no object is false.
+        assert found == {"accuracy": None, "first": None, "ties": 1, "unparsable": 0}
 
 
 def test_the_table(monkeypatch, capsys, tmp_path):
@@ -173,7 +174,6 @@ def test_the_table(monkeypatch, capsys, tmp_path):
 
 def test_pairs_of_no_use_are_left_out_and_counted(monkeypatch, capsys, tmp_path):
     """Ratings that tie, as in VLFeedback, and equal texts do not end the run; they are no pairs."""
-    script(monkeypatch, lambda question, number: "Response 1")
     pictures, data = photographs(tmp_path / "pictures"), write(tmp_path, "vlfeedback")
     result = run(monkeypatch, capsys, "--pairs", data, "--images", pictures, "--annotator", "toy")
     assert (result["pairs"], result["left_out"]) == (2, 1)

@@ -79,14 +79,14 @@ def test_never_the_stored_pair_is_online_dpo(model, pairs, tmp_path, monkeypatch
 def test_the_draw_of_eq_4(model, pairs, tmp_path, monkeypatch):
     """Stored pairs are taken with probability p, anew in every step."""
     asked = []
-    real = train_online.ranked_samples
+    real = train_online.two_samples
     monkeypatch.setattr(edge, "annotator_of", lambda *_: Scripted(len))
 
-    def noting(assistant, annotator, pairs, *rest):
+    def noting(assistant, pairs, *rest):
         asked.append([pair.record.id for pair in pairs])
-        return real(assistant, annotator, pairs, *rest)
+        return real(assistant, pairs, *rest)
 
-    monkeypatch.setattr(train_online, "ranked_samples", noting)
+    monkeypatch.setattr(train_online, "two_samples", noting)
     online(model, tmp_path, data=pairs, method="mixed-dpo", p=0.25, epochs=12, max_new_tokens=1)
     sampled, total = sum(map(len, asked)), 14 * 12
     assert len(asked) == 4 * 12 and abs(sampled / total - 0.75) < 0.12  # 3.5 standard deviations

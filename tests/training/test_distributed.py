@@ -13,7 +13,9 @@ from pathlib import Path
 import pytest
 import torch
 from forks import Forked
+from helpers import toy_model
 from input_files import pairs_in
+from judges import judged
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from script_runs import read_lines
@@ -21,7 +23,8 @@ from torchruns import children, command, finish, killed, launch, run, start, wai
 
 from minialign.cli import parse_config
 from minialign.edge import CHECKPOINT
-from minialign.rlhf.scorers import load_reward_model
+from minialign.rlhf.rewards import Whitening
+from minialign.rlhf.scorers import load_reward_model, save_head
 from minialign.training import parallel
 from minialign.training.optimizer import batches_of_run
 
@@ -214,6 +217,44 @@ def test_online_training_in_shards(model, tmp_path, method):
     # Some are dropped: uneven shares.
     assert len({row["pairs"] for row in rows}) > 1 or rows[0]["pairs"] < 5
     assert_same_training(tmp_path / "one", tmp_path / "two")
+
+
+@pytest.mark.parametrize(
+    ("annotator", "verdict"),
+    [("toy", "logprobs"), ("self", "claims")],
+)
+def test_online_dpo_with_a_judge_in_shards(tmp_path, annotator, verdict):
+    """The second process has two batches to judge, the first one three: in its idle turn it goes
+    with the other."""
+    flags = f"--model toy {SIZES} --method online-dpo --accumulate 3 --limit 9 --steps 2 --lr 1e-3"
+    flags += f" --eval-images 0 --max-new-tokens 40 --annotator {annotator} --verdict {verdict}"
+    run_alone("train_online.py", f"{flags} --out {tmp_path}/one")
+    run(2, "train_online.py", f"{flags} --out {tmp_path}/two --shard full")
+    assert any(row["pairs"] for row in rows_of(tmp_path / "one"))
+    assert_same_training(tmp_path / "one", tmp_path / "two")
+
+
+@pytest.fixture(scope="session")
+def rewarding(tmp_path_factory) -> str:
+    """The toy with a head of random weights, as a reward model's folder."""
+    folder = tmp_path_factory.mktemp("rewarding") / "merged"
+    shutil.copytree(CHECKPOINT, folder)
+    weight = torch.randn(1, toy_model().config.text.hidden_size)
+    save_head(weight, Whitening(0.0, 1.0), folder)
+    return str(folder)
+
+
+@pytest.mark.parametrize("judge", ["logprobs", "claims", "generated", "reward"])
+def test_an_annotator_in_shards(rewarding, judge):
+    """Three comparisons for two processes, one of which has an idle turn: the verdicts of one
+    process, and each holds half of the model."""
+    folder, verdict = ("toy", judge) if judge != "reward" else (rewarding, "logprobs")
+    [alone], [whole] = judged(folder, verdict, shard=False)
+    done = run(2, "tests/support/judges.py", f"{folder} {verdict}")
+    [first, second], shares = json.loads(done.stdout.splitlines()[-1])
+    assert [first[0], second[0], first[1]] == [json.loads(json.dumps(each)) for each in alone]
+    assert second[1] == [] and any(each[0][0] is not None for each in alone)
+    assert whole == 1 and shares == pytest.approx([0.5, 0.5], abs=0.02)
 
 
 @pytest.mark.parametrize(
