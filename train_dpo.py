@@ -29,7 +29,7 @@ import sample_bdhs
 from minialign import edge
 from minialign.align.distortion import chosen_tree, distorted_logps
 from minialign.align.logps import branch_lengths, branch_logps
-from minialign.align.losses import dpo_loss, ipo_loss, preference_metrics, slic_loss
+from minialign.align.losses import BETAS, dpo_loss, ipo_loss, preference_metrics, slic_loss
 from minialign.align.reference_cache import ReferenceCache
 from minialign.claims import require_own_folder
 from minialign.cli import require, run_main
@@ -70,8 +70,6 @@ from minialign.training.progress import TrainingLog, begin, require_run_folder
 # What stands for a flag that is not given: the paper's value (App. A), and the toy model's, which
 # was chosen on validation images.
 DEFAULTS = {
-    # Differs from the paper: IPO and SLiC want a beta of their own (0.8 to 1, 0.02 to 0.2).
-    "beta": (0.1, 0.1),
     "lr": (5e-7, 2e-4),
     "projector_lr": (2e-6, 3e-5),
     "lora_rank": (128, 64),
@@ -91,9 +89,9 @@ class Config(TrainingFlags):
     pairs: str | None = None  # pairs file; without it BDHS pairs are sampled into --out first
     out: str | None = None  # folder to write; runs/LOSS if it is not given
     loss: Literal["dpo", "ipo", "slic", "sft"] = "dpo"  # sft: supervised on y+ alone
-    # --loss ipo: of a response the sum of its log-probs, or (as in TRL) the mean over its tokens
-    ipo: Literal["sums", "means"] = "sums"
-    beta: float | None = None  # strength of the pull to the reference
+    # --loss ipo: of a response the mean of its tokens' log-probs, as in TRL, or their sum
+    ipo: Literal["means", "sums"] = "means"
+    beta: float | None = None  # strength of the pull to the reference; 0.1, for ipo 0.9
     # stored: the pairs' own y-; both: and the external one, of the data that they were sampled from
     # (Eq. 5); distorted: and what the policy makes of a noisy picture (Sec. 3.3)
     rejected: Literal["stored", "both", "distorted"] = "stored"
@@ -138,6 +136,8 @@ def rejected_weights(config: Config) -> dict[str, float]:
 def main(config: Config) -> None:
     """Pairs, evaluation, training, evaluation, export, report."""
     config = edge.with_defaults(config, DEFAULTS)
+    if config.beta is None:
+        config = replace(config, beta=BETAS.get(config.loss, BETAS["dpo"]))
     config = with_shape_of_adapter(config)
     if config.out is None:
         config = replace(config, out=f"runs/{config.loss}")

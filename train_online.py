@@ -34,7 +34,7 @@ import sample_bdhs
 from minialign import edge
 from minialign.align.annotators import Comparison, Verdict
 from minialign.align.logps import branch_lengths, branch_logps
-from minialign.align.losses import dpo_loss, ipo_loss, preference_metrics, slic_loss
+from minialign.align.losses import BETAS, dpo_loss, ipo_loss, preference_metrics, slic_loss
 from minialign.cli import require, run_main
 from minialign.data.collate import Pair, PairCollator, StepLoader
 from minialign.data.images import ImageProcessor
@@ -79,7 +79,6 @@ from minialign.training.progress import TrainingLog, begin, require_run_folder
 # What stands for a flag that is not given: the paper's value (App. A), and the toy model's, which
 # was chosen on validation images.
 DEFAULTS = {
-    "beta": (0.1, 0.1),
     "lr": (5e-7, 2e-4),
     "projector_lr": (2e-6, 3e-5),
     "lora_rank": (128, 64),
@@ -116,7 +115,8 @@ class Config(TrainingFlags):
     data: str | None = None
     out: str | None = None  # folder to write; runs/METHOD if it is not given
     method: Literal["online-dpo", "mixed-dpo", "online-bdhs"] = "online-bdhs"  # as listed above
-    # `oracle` (embedded world), `self` (the base, adapters off), or a LLaVA or reward model folder
+    # `oracle` (embedded world; `oracle:0.1` errs in 10 %), `self` (the base, adapters off), or a
+    # LLaVA or reward model folder
     annotator: str = "oracle"
     # how a LLaVA judges: by which response's name is likelier, in its own words, or by how many
     # claims of each response it denies (logprobs and claims take one forward pass)
@@ -126,9 +126,9 @@ class Config(TrainingFlags):
     p: float = 0.5  # Eq. 4: probability of the stored pair
     gamma: float | None = None  # Eq. 5: weight of the stored y-; else the sampled one alone
     loss: Literal["dpo", "ipo", "slic"] = "dpo"  # Eq. 3, Sec. 5.7
-    # --loss ipo: of a response the sum of its log-probs, or (as in TRL) the mean over its tokens
-    ipo: Literal["sums", "means"] = "sums"
-    beta: float | None = None  # strength of the pull to the reference
+    # --loss ipo: of a response the mean of its tokens' log-probs, as in TRL, or their sum
+    ipo: Literal["means", "sums"] = "means"
+    beta: float | None = None  # strength of the pull to the reference; 0.1, for ipo 0.9
     temperature: float = 1.0  # of sampling; 0 is greedy
     top_p: float = 1.0  # nucleus sampling
     # limit of a sampled response, or of a completion; one that hits it is truncated
@@ -156,7 +156,8 @@ def check(config: Config) -> None:
         f"--gamma with --method {config.method}: {weighs}",
     )
     sample_bdhs.check_sampling(config)
-    known = config.annotator in ("oracle", "self", "toy") or Path(config.annotator).is_dir()
+    named = config.annotator.partition(":")[0] in ("oracle", "self", "toy")
+    known = named or Path(config.annotator).is_dir()
     choices = "no such folder; give a LLaVA's or a reward model's, `self`, or `oracle`"
     require(known, f"--annotator {config.annotator}: {choices}")
     require(
@@ -304,6 +305,8 @@ def main(config: Config) -> None:
     if config.noise_steps and config.rho_th is None:
         config = replace(config, rho_th=0.0)  # noise instead of the mask
     config = edge.with_defaults(config, DEFAULTS)
+    if config.beta is None:
+        config = replace(config, beta=BETAS[config.loss])
     config = with_shape_of_adapter(config)
     if config.out is None:
         config = replace(config, out=f"runs/{config.method}")

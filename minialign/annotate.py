@@ -61,7 +61,8 @@ FIGURES: Figures = {
 class Config:
     """Flags of `python -m minialign.annotate`."""
 
-    # `oracle` for the embedded world, or the folder of a LLaVA or of a reward model
+    # `oracle` for the embedded world (`oracle:0.1` errs in 10 %), or the folder of a LLaVA or of a
+    # reward model
     annotator: str = "oracle"
     pairs: str | None = None  # held-out preference pairs, one file or several with commas between
     rank: str | None = None  # records, or `toy`: make pairs of the model's answers to them

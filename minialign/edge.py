@@ -6,6 +6,7 @@ model, a source of pictures, records, a benchmark, an annotator, a reward.
 
 import dataclasses
 import json
+import re
 from collections.abc import Callable
 from pathlib import Path
 
@@ -148,13 +149,17 @@ def judge_of(assistant: Assistant, config, adapters_off: bool = False) -> ModelA
 def annotator_of(
     name: str, config, shard: bool = False
 ) -> OracleAnnotator | ModelAnnotator | RewardAnnotator:
-    """`oracle`, or a folder's model, with `shard` dealt out to all processes; `config` has the
-    flags of `judge_of`, template, device and dtype.
+    """`oracle`, `oracle:SHARE` that errs so often, or a folder's model, with `shard` dealt out to
+    all processes; `config` has the flags of `judge_of`, template, device and dtype.
     """
-    if name == "oracle":
+    oracle, _, errs = name.partition(":")
+    if oracle == "oracle":
         knows = "knows the embedded world alone; name a LLaVA folder"
         require(config.images == "toy", f"--annotator oracle: {knows}")
-        return OracleAnnotator()
+        share = re.fullmatch(r"0?\.\d+|[01]", errs or "0")
+        remedy = "behind the colon stands how often it errs, between 0 and 1"
+        require(share, f"--annotator {name}: {remedy}")
+        return OracleAnnotator(float(share[0]))
     folder, dtype = model_folder(name, "--annotator"), getattr(torch, config.dtype)
     if (folder / HEAD_FILE).exists():
         return RewardAnnotator(load_reward_model(folder, config.device, dtype, shard))

@@ -9,6 +9,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+# Strength of the pull to the reference, within App. A's ranges: DPO 0.05 to 0.5, IPO 0.8 to 1, SLiC
+# 0.02 to 0.2.
+BETAS = {"dpo": 0.1, "ipo": 0.9, "slic": 0.1}
+
 
 def log_ratio_difference(
     chosen_logps: Tensor,
@@ -40,10 +44,10 @@ def ipo_loss(
     beta: float,
     lengths: Tensor | None = None,
 ) -> Tensor:
-    """Sec. 5.7, IPO: (h - 1 / (2 beta))^2, on sums of log-probs; or, with the responses' `lengths`
-    in tokens, (B, 1 + K), on their means.
+    """Sec. 5.7, IPO: (h - 1 / (2 beta))^2, with the responses' `lengths` in tokens, (B, 1 + K), on
+    means of log-probs; without them on sums.
     """
-    # Silent in the paper: sums, as the IPO paper has it, or means, as TRL.
+    # Silent in the paper: means, as TRL has it, or sums, as the IPO paper.
     if lengths is not None:
         chosen_logps = chosen_logps / lengths[:, :1]
         rejected_logps = rejected_logps / lengths[:, 1:]

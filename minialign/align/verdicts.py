@@ -31,6 +31,7 @@ def leads_by_logprobs(
     One forward pass: a question with its picture is the trunk, the two names are branches. features
     (tiles, patches, D): of all the pictures, each of which may have several questions.
     """
+    # Differs from the paper: whose annotator speaks. So it always decides, in one forward pass.
     tokenizer = assistant.tokenizer
     names = [tokenizer.answer(name) for name in NAMES]
     sequences, seen = [], []

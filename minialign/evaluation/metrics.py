@@ -39,7 +39,7 @@ WORDS = {
     "accuracy": "pairs ranked right ↑",
     "first": "first answer preferred",
     "ties": "ties",
-    "unparsable": "verdicts not understood ↓",
+    "unparsable": "pairs without a verdict ↓",
 }
 WORDS_OF_POPE = {
     "": "accuracy ↑",

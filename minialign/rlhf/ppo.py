@@ -45,8 +45,9 @@ from minialign.model.scalar_head import scalars
 from minialign.rlhf.losses import gae, policy_loss, ppo_metrics, value_loss
 from minialign.rlhf.rewards import Whitening, last_tokens, token_rewards
 from minialign.rlhf.rollouts import Rollout, idle_rollout, sample_rollout
-from minialign.rlhf.scorers import RewardModel, WhitenedReward
+from minialign.rlhf.scorers import RewardModel
 from minialign.rlhf.setup import check_rlhf, leave_results, prepare
+from minialign.rlhf.whitening import WhitenedReward
 from minialign.training import parallel
 from minialign.training.flags import TrainingFlags, check_training, with_shape_of_adapter
 from minialign.training.optimizer import (

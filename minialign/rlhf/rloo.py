@@ -29,8 +29,9 @@ from minialign.model.lora import adapters_off
 from minialign.rlhf.losses import leave_one_out, rloo_loss
 from minialign.rlhf.rewards import sequence_rewards
 from minialign.rlhf.rollouts import idle_rollout, sample_rollout
-from minialign.rlhf.scorers import RewardModel, WhitenedReward
+from minialign.rlhf.scorers import RewardModel
 from minialign.rlhf.setup import check_rlhf, leave_results, prepare
+from minialign.rlhf.whitening import WhitenedReward
 from minialign.training import parallel
 from minialign.training.flags import TrainingFlags, check_training, with_shape_of_adapter
 from minialign.training.optimizer import (

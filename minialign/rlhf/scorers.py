@@ -10,32 +10,23 @@ its rewards are on the alignment data, RLOO and PPO measure before they begin.
 import importlib.util
 import sys
 from collections.abc import Callable
-from dataclasses import dataclass, replace
-from itertools import chain
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 from PIL import Image
 from safetensors.torch import save_file
 from torch import Tensor
-from tqdm import tqdm
 
 from minialign.cli import require
-from minialign.data.collate import StepLoader
 from minialign.data.records import Record
 from minialign.errors import UserError
 from minialign.model.hf_folder import check_tensors, read_tensors
 from minialign.model.masks import build_tree
 from minialign.model.scalar_head import branch_rewards, set_head
-from minialign.rlhf.rewards import Whitening
 from minialign.sampling.assistant import Assistant
-from minialign.training import parallel
-from minialign.training.parallel import rank
 
 HEAD_FILE = "reward_head.safetensors"
-# Differs from the paper: whitened by so many records of the alignment data, not by all. They tell
-# the mean to 2 % of the standard deviation.
-MEASURED = 1000
 
 
 @dataclass(frozen=True)
@@ -66,46 +57,6 @@ class RewardModel:
         features = self.assistant.encode(images)
         tree = build_tree(sequences, tokenizer.image_id, tokenizer.pad_id).to(model.device)
         return branch_rewards(model, tree, features).cpu()
-
-
-@dataclass(frozen=True)
-class WhitenedReward:
-    """A reward model's scores with mean 0 and standard deviation 1 on the alignment data, so that
-    beta of Eq. 2 counts in standard deviations (Sec. 5.5).
-    """
-
-    reward: RewardModel
-    whitening: Whitening
-
-    @classmethod
-    def on(cls, reward: RewardModel, loader: StepLoader, batch_size: int) -> "WhitenedReward":
-        """Measured on the stored responses, chosen and rejected ones, of the records that the
-        policy takes its prompts from; a share of them by every process.
-        """
-        loader = replace(loader, accumulate=1, left_out=[])
-        numbers = loader.records.numbers[:MEASURED]
-        parts = [numbers[i : i + batch_size] for i in range(0, len(numbers), batch_size)]
-        mine = tqdm(parallel.shard_batch(parts), "rewards", leave=False, disable=rank() > 0)
-        found: list[float] = []
-        for batch in chain.from_iterable(map(loader, mine)):
-            for name in ("chosen", "rejected"):
-                pairs = [pair for pair in batch.pairs if getattr(pair.record, name)]
-                if pairs:
-                    records = [pair.record for pair in pairs]
-                    texts = [(getattr(record, name),) for record in records]
-                    scores = reward(records, [pair.picture for pair in pairs], texts)
-                    found += scores.flatten().tolist()
-
-        whitening = Whitening.of(torch.tensor(sum(parallel.gather(found), [])))
-        same = "the reward model gives all responses the same reward; train it longer"
-        require(whitening.std > 1e-6, same)
-        return cls(reward, whitening)
-
-    def __call__(
-        self, records: list[Record], pictures: list[Image.Image], texts: list[tuple[str, ...]]
-    ) -> Tensor:
-        """Scores (B, k)."""
-        return self.whitening(self.reward(records, pictures, texts))
 
 
 def save_head(weight: Tensor, folder: Path) -> None:

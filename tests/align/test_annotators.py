@@ -3,13 +3,15 @@
 What a model's log-probs, words and denials say is in test_verdicts.py."""
 
 import random
+from argparse import Namespace
 from dataclasses import replace
 
 import pytest
 import torch
-from helpers import random_toy, toy_features, toy_processor, toy_tokenizer
+from helpers import random_toy, refused, toy_features, toy_processor, toy_tokenizer
 from judges import absent_objects, script, shown
 
+from minialign import edge
 from minialign.align import verdicts
 from minialign.align.annotators import Comparison, ModelAnnotator, Verdict
 from minialign.data.records import Record
@@ -60,6 +62,19 @@ def test_an_oracle_errs_as_often_as_it_is_told():
     assert [each.better for each in always] == [1 - better for better in right]
     [tie] = OracleAnnotator(1.0).choose([comparison("A text.", "A text.")])
     assert tie.better is None and tie.reason == "tie"
+
+
+@pytest.mark.parametrize(
+    ("name", "errs"), [("oracle", 0), ("oracle:0.1", 0.1), ("oracle:.25", 0.25), ("oracle:1", 1)]
+)
+def test_an_oracle_by_its_name(name, errs):
+    assert edge.annotator_of(name, Namespace(images="toy")) == OracleAnnotator(errs)
+
+
+@pytest.mark.parametrize("name", ["oracle:2", "oracle:-1", "oracle:x", "oracle:1e-1"])
+def test_an_oracle_that_errs_oddly_is_refused(name):
+    message = f"--annotator {name}: behind the colon stands how often it errs, between 0 and 1"
+    refused(lambda: edge.annotator_of(name, Namespace(images="toy")), message)
 
 
 def ladder(index: int) -> list[str]:

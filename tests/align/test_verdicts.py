@@ -253,11 +253,13 @@ def test_sentences_are_claims():
 
 
 def test_the_toys_claims():
-    """Every object that is named as there, in the words of its own questions."""
-    made = toy_claims.claims_of("", "This is a park. The north umbrella is red. There is no cup.")
-    assert made == [
-        Claim("Is there an umbrella?", "Yes, there is an umbrella.", "No, there is no umbrella.")
+    """Every object that is named as there or denied, once, in the words of its own questions."""
+    text = "This is a park. The north umbrella is red. The south umbrella is blue. There is no cup."
+    assert toy_claims.claims_of("", text) == [
+        Claim("Is there an umbrella?", "Yes, there is an umbrella.", "No, there is no umbrella."),
+        Claim("Is there a cup?", "No, there is no cup.", "Yes, there is a cup."),
     ]
+    assert toy_claims.claims_of("", "This is a park.") == []
 
 
 DENIALS = [  # claims of both responses, which of them are denied, the better response

@@ -24,7 +24,8 @@ from minialign.model import policy, scalar_head
 from minialign.model.hf_folder import load_model
 from minialign.model.masks import Branch, Sequence, build_tree
 from minialign.rlhf import reward_model
-from minialign.rlhf.scorers import HEAD_FILE, WhitenedReward, load_reward_model
+from minialign.rlhf.scorers import HEAD_FILE, load_reward_model
+from minialign.rlhf.whitening import WhitenedReward
 from minialign.toy import world
 
 FLAGS = {"epochs": 6, "lr": 3e-3}

@@ -211,6 +211,8 @@ def test_flags_of_every_row_are_known_to_the_programs(tmp_path, row, programs):
                     Path(flags[flags.index(made) + 1]).mkdir(parents=True)  # as it is by then
             trained = with_defaults(parsed, module.DEFAULTS)
             trained = replace(trained, lora_alpha=128.0)  # as the rank gives it
+            if getattr(trained, "beta", 0.1) is None:
+                trained = replace(trained, beta=0.1)  # as the loss gives it
             check = getattr(module, "check", check_training)
             check(trained)
         if flags is not programs[-1][1]:
