@@ -64,8 +64,11 @@ CLAIMS = [
     Claim("the same, in 20 %", "corrupted", "oracle-20", OURS),
     Claim("mixed against online DPO", "mixed-dpo", "online-dpo", "Table 2", +1.54, +6.09),
     Claim("mixed against offline DPO", "mixed-dpo", "corrupted", "Table 2", -0.06, +1.06),
-    Claim("stronger annotator against itself", "online-dpo", "self-judge", "Table 11", -0.05, 1.05),
-    Claim("itself, claim by claim, against itself", "claims-judge", "self-judge", OURS),
+    Claim(
+        "truth as annotator against itself", "online-dpo", "claims-judge", "Table 11", -0.05, 1.05
+    ),
+    Claim("itself, claim by claim, against the base", "claims-judge", "base", OURS),
+    Claim("itself, both at once, against the base", "self-judge", "base", OURS),
     Claim("online DPO behind offline against offline", "bdhs-online-dpo", "bdhs", OURS),
     Claim("RLOO against online DPO on the same truth", "rloo", "online-dpo", OURS),
     Claim("PPO against online DPO on the same truth", "ppo", "online-dpo", OURS),
