@@ -90,7 +90,7 @@ DEFAULTS = {
     "workers": (4, 0),
 }
 
-# What is logged of a step's sampling: name -> (what is counted, of what).
+# What is logged of a step's sampling: name -> (numerator, denominator), both of them counts.
 LOGGED = {
     "sampled/length": ("tokens", "responses"),
     "sampled/truncated": ("truncated", "responses"),
@@ -118,10 +118,10 @@ class Config(TrainingFlags):
     # `oracle` (embedded world; `oracle:0.1` errs in 10 %), `self` (the base, adapters off), or a
     # LLaVA or reward model folder
     annotator: str = "oracle"
-    # how a LLaVA judges: by which response's name is likelier, in its own words, or by how many
+    # how a LLaVA judges: by which response's name is likelier, by what it says, or by how many
     # claims of each response it denies (logprobs and claims take one forward pass)
     verdict: Literal["logprobs", "generated", "claims"] = "logprobs"
-    # in which it is shown the two responses (claims have none)
+    # the order in which a LLaVA is shown the two responses (claims have none)
     orders: Literal["random", "both"] = "random"
     p: float = 0.5  # Eq. 4: probability of the stored pair
     gamma: float | None = None  # Eq. 5: weight of the stored y-; else the sampled one alone
@@ -170,9 +170,10 @@ def check(config: Config) -> None:
 class Answered:
     """A batch of pairs, with the policy's own responses in place of some.
 
+    pairs      records with their pictures, as they were loaded
     features   of each picture, (tiles, patches, D)
-    asked      of which pairs the responses are its own
-    sequences  of every pair; None where neither response is to be preferred
+    asked      the rows whose responses are the policy's own
+    sequences  of every row; `ranked_samples` puts None where neither response is to be preferred
     """
 
     pairs: list[Pair]
@@ -410,7 +411,7 @@ def main(config: Config) -> None:
         for step, batches in log.steps(schedule, loader):
             begun, counts, said = time.perf_counter(), Counter(), []
 
-            # 1. The policy answers. Of weights in shards every process holds all meanwhile.
+            # 1. The policy answers. Meanwhile every process holds the whole of it.
             answered = []
             with unsharded(policy):
                 for batch in batches:
@@ -442,9 +443,9 @@ def main(config: Config) -> None:
             # 2. The annotator ranks. All processes go through its shards together, as often as the
             # one that has most to ask.
             if annotator is not None:
-                asked = [comparisons_of(each, assistant.tokenizer, config) for each in answered]
-                verdicts = [annotator.choose(each) for each in parallel.even(asked, [])]
-                for each, comparisons, found in zip(answered, asked, verdicts, strict=False):
+                compared = [comparisons_of(each, assistant.tokenizer, config) for each in answered]
+                verdicts = [annotator.choose(each) for each in parallel.even(compared, [])]
+                for each, comparisons, found in zip(answered, compared, verdicts, strict=False):
                     ranked_samples(each, comparisons, found, config, counts, said)
 
             # What is left of a batch passes through the policy together.

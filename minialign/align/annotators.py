@@ -1,10 +1,10 @@
 """The annotator of online DPO: which of two responses is better?
 
-A model is shown picture, question and both responses, and asked in our own words for what Table 14
-asks. verdicts.py has what becomes of that, by log-probs or in the model's own words; claims.py asks
-about one claim of a response at a time instead. The paper found no bias of position; the order is
-random all the same, or both orders are asked, and a pair on which they differ is a tie. A reward
-model is not asked: the response with the higher reward is the better one.
+A model is shown picture, question and both responses, and asked, in our words, what Table 14 asks.
+verdicts.py has what becomes of that, by log-probs or by what the model says; claims.py asks about
+one claim of a response at a time instead. The paper found no bias of position; the order is random
+all the same, or both orders are asked, and a pair on which they differ is a tie. A reward model is
+not asked: the response with the higher reward is the better one.
 
 Whatever has `choose`, from comparisons to verdicts, is an annotator. Of a model in shards all
 processes ask together and equally often: one that has nothing to compare calls `choose([])`.
@@ -60,9 +60,12 @@ class Verdict:
     """Which of two responses is better."""
 
     better: int | None  # 0 or 1; None: neither
-    # Why neither. No verdict: the answer was not understood, or the question left no position.
+    # Why neither. No verdict: the answer was not understood, or the question leaves no room for
+    # one.
     reason: Literal["", "tie", "no verdict"] = ""
-    first: bool | None = None  # whether the one that was shown first was chosen
+    # whether the response that was shown first won, in the first order that was asked; None where
+    # no order was shown
+    first: bool | None = None
 
 
 @dataclass(frozen=True)
@@ -125,7 +128,9 @@ class ModelAnnotator:
     def by_claims(
         self, comparisons: list[Comparison], images: list[PreparedImage], features: Tensor
     ) -> list[Verdict]:
-        """The response of which fewer claims are denied; one that both make is asked about once."""
+        """The response of which fewer claims are denied, so that one that claims nothing is never
+        worse. A claim that both make is asked about once.
+        """
         claims, asked = [], []
         for each in comparisons:
             two = [self.claims_of(each.record.asked, text) for text in each.responses]
@@ -166,7 +171,7 @@ def question(comparison: Comparison, order: tuple[int, int]) -> str:
 
 
 def verdict_of(leads: list[float | None], orders: list[tuple[int, int]]) -> Verdict:
-    """What the leads of the response that is shown first say, an order each; two must agree."""
+    """The verdict of one lead per order; two orders must agree."""
     if None in leads:
         return Verdict(None, "no verdict")
     if 0 in leads:

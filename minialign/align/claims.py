@@ -1,4 +1,4 @@
-"""Divide and conquer (RLAIF-V's way; Sec. 5.6.1): every claim of a response as a yes/no question.
+"""Claim by claim, as RLAIF-V judges: every claim of a response as a yes/no question.
 
 A judge that cannot weigh two long responses against each other may well tell whether one thing is
 in a picture. All claims about a picture are branches of one trunk, the picture: one forward pass.
@@ -24,7 +24,9 @@ Answer Yes or No."""
 
 @dataclass(frozen=True)
 class Claim:
-    """A yes/no question, and the two answers to it that are compared."""
+    """A yes/no question; the answer that says that the claim holds, and one of like length that
+    denies it.
+    """
 
     question: str
     affirm: str
@@ -53,7 +55,7 @@ def denied_claims(
     the decoder's positions.
 
     features (tiles, patches, D): of all the pictures. A claim stands on two branches, followed by
-    either answer: the tokens of its question cancel in the difference of their log-probs.
+    either answer: its question has the same log-probs on both, which cancel in the difference.
     """
     tokenizer, sequences, fit = assistant.tokenizer, [], []
     for image, about in zip(images, claims, strict=True):

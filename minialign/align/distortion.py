@@ -3,8 +3,8 @@ noise.
 
 Every token of y~- is the model's own prediction given the noisy image and the true tokens of y+
 before it, and is scored in the same place: by its probability given the clean image and the true
-tokens before it, as POVID's published code does. Policy and reference predict each their own. It is
-an example of what not to say beside the stored y- (Eq. 5).
+tokens before it, as POVID's published code does. Policy and reference predict each their own. So
+y~- is a second rejected response beside the stored y- (Eq. 5).
 """
 
 from dataclasses import replace
@@ -20,7 +20,7 @@ from minialign.model.masks import Sequence, TokenTree, build_tree
 def chosen_tree(sequences: list[Sequence], image_id: int) -> TokenTree:
     """The sequences with y+, their first branch, alone: what is looked at in the noisy image."""
     chosen = [replace(sequence, branches=sequence.branches[:1]) for sequence in sequences]
-    return build_tree(chosen, image_id, pad_id=0)  # nobody looks at what padding is
+    return build_tree(chosen, image_id, pad_id=0)  # which nobody looks at
 
 
 @torch.no_grad()

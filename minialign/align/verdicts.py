@@ -31,7 +31,7 @@ def leads_by_logprobs(
     One forward pass: a question with its picture is the trunk, the two names are branches. features
     (tiles, patches, D): of all the pictures, each of which may have several questions.
     """
-    # Differs from the paper: whose annotator speaks. So it always decides, in one forward pass.
+    # Differs from the paper: its annotator answers in words.
     tokenizer = assistant.tokenizer
     names = [tokenizer.answer(name) for name in NAMES]
     sequences, seen = [], []
@@ -65,7 +65,8 @@ def leads_in_words(
 # listed nothing may stand: a `not`, a `worse`, another response or a condition fits no form.
 OPENING = (
     r"(?:(?:based on|according to|judging by|looking at|given) (?:(?!response|\bnot?\b)[^,])*, "
-    r"|(?:so|thus|hence|therefore|overall|clearly),? )?(?:i (?:think|believe) (?:that )?)?"
+    r"|(?:so|thus|hence|therefore|overall|clearly|however|but),? )?"
+    r"(?:i (?:think|believe) (?:that )?)?"
 )
 BETTER = r"(?:better|best|preferable|preferred|superior|more (?:accurate|faithful|truthful))"
 THING = r"(?: (?:one|response|answer|choice|option))?"
@@ -77,12 +78,13 @@ ENDING = (
     r"(?=$|,? (?:because|since|as its?|while|whereas)\b|[,;:](?!.*\b(?:response|not?)\b))"
 )
 VERDICT = re.compile(
-    rf"{OPENING}(?:response ([12]) is (?:(?:clearly|much|slightly) )?(?:the )?{BETTER}{THING}"
-    rf"|(?:i (?:prefer|choose)|the {BETTER}{THING} is) response ([12])\b){ENDING}",
+    rf"{OPENING}(?:response ([12]) is (?:(?:clearly|much|slightly) )?(?:the |a )?{BETTER}{THING}"
+    rf"|(?:i (?:would )?(?:prefer|choose)|the {BETTER}{THING} is) response ([12])\b){ENDING}",
     re.IGNORECASE,
 )
-# The first sentence may be a name alone, as it was asked for.
-ALONE = re.compile(rf"response ([12])(){PLAIN}(?=$| (?:because|since|as its?)\b)", re.IGNORECASE)
+# The first sentence may be a name alone, as it was asked for. (The empty group stands for VERDICT's
+# second.)
+ALONE = re.compile(rf"response ([12])(){PLAIN}(?=$|,? (?:because|since|as its?)\b)", re.IGNORECASE)
 
 
 def lead_of(answer: str) -> int | None:

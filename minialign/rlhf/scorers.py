@@ -3,8 +3,8 @@
 All are called with records, pictures and k texts for each, and give scores (B, k): r(x, y) of
 Eq. 2.
 
-A reward model's folder is one like any other; `reward_head.safetensors` in it holds its head. What
-its rewards are on the alignment data, RLOO and PPO measure before they begin.
+A reward model's folder is one like any other; `reward_head.safetensors` in it holds its head. RLOO
+and PPO whiten its scores (whitening.py).
 """
 
 import importlib.util

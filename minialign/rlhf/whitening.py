@@ -16,7 +16,7 @@ from minialign.rlhf.scorers import RewardModel
 from minialign.training import parallel
 
 # Differs from the paper: whitened by so many records of the alignment data, not by all. They tell
-# the mean to 2 % of the standard deviation.
+# the mean to 2 or 3 % of the standard deviation.
 MEASURED = 1000
 
 
@@ -32,10 +32,11 @@ class WhitenedReward:
     @classmethod
     def on(cls, reward: RewardModel, loader: StepLoader, batch_size: int) -> "WhitenedReward":
         """Measured on the stored responses, chosen and rejected ones, of the records that the
-        policy takes its prompts from; a share of them by every process.
+        policy takes its prompts from, every n-th if they are many; every process scores a share.
         """
         loader = replace(loader, accumulate=1, left_out=[])
-        numbers = loader.records.numbers[:MEASURED]
+        numbers = loader.records.numbers
+        numbers = numbers[:: -(-len(numbers) // MEASURED)]
         parts = [numbers[i : i + batch_size] for i in range(0, len(numbers), batch_size)]
         mine = tqdm(
             parallel.shard_batch(parts), "rewards", leave=False, disable=parallel.rank() > 0

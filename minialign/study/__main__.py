@@ -1,5 +1,5 @@
-"""The comparison on the embedded world: every row trained from several seeds, one table, one
-verdict per finding.
+"""The comparison on the embedded world: every row trained from several seeds, one table, and what
+it says of the paper's findings.
 
     python -m minialign.study --out runs/study            # all rows, three seeds, on the test split
     python -m minialign.study --rows bdhs,sft --seeds 1 --split validation
@@ -7,9 +7,9 @@ verdict per finding.
 A row is a list of commands, run in order; what of them --out already holds is not run again. So
 rows that begin with the same command share its pairs; where several studies run side by side in one
 --out, such rows belong to the same one, and a last one, of all rows, makes the table. All rows draw
-on the same records, once, in batches of the same size (ppo with four updates in each); of more or
-fewer records where the row's name says so. A row whose seeds differ more than its images do gets
-two seeds more.
+on the same pictures, once, in batches of the same size (ppo with four updates in each); on more or
+fewer, or with other questions or answers, where the row's name says so. A row whose figures vary
+more from seed to seed than from one sample of images to another gets two seeds more.
 
 Intervals are bootstrapped over images and seeds; differences between rows are paired by image.
 Leaves study.html and study.json: {"made": how, "rows": [...], "findings": [...], "rewards": [...]};
@@ -169,9 +169,12 @@ def main(config: Config) -> None:
     claim_folder(Path(config.out), "study", alone=False)
     require_same_study(config)
 
-    # Every row from every seed: {row: the counts per image of each seed}. The base, with which all
+    # Every row from every seed: {row: the counts per image of each seed}. The base, with which most
     # of them begin, has none.
-    runs: dict[str, list[list[Counts]]] = {"base": [run_row(rows[0], 0, config)["before"]]}
+    begins = next((row for row in rows if "--adapter" not in ROWS[row][-1]), None)
+    other = "begins with another row's adapter; name a row as well that begins with the base"
+    require(begins, f"--rows {config.rows}: {other}")
+    runs: dict[str, list[list[Counts]]] = {"base": [run_row(begins, 0, config)["before"]]}
     for row in tqdm(rows, desc="rows"):
         runs[row] = [run_row(row, seed, config)["after"] for seed in range(config.seeds)]
         if seeds_dominate(runs[row]):

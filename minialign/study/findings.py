@@ -2,7 +2,7 @@
 say to its sign.
 
 A finding has one sign per metric, and they differ: guided BDHS is ahead of unguided on POPE and
-behind it in recall, in the paper as here. So each cell is held against its own: reproduced if the
+behind it in recall. So each cell is held against its own: reproduced if the
 whole 95 % interval of our difference lies on the side of the paper's, not reproduced if all of it
 lies on the other, else undecided. Sizes are not compared, as the models are not. What the paper has
 no figure for is a control of our own, and has no verdict.
@@ -43,8 +43,8 @@ CLAIMS = [
     Claim("guided against unguided", "bdhs", "unguided", "Table 15", +0.05, -1.46),
     Claim("some of the image against none (rho_th 1)", "bdhs", "rho-1", "Table 15", +0.05, +0.21),
     Claim("attention mask against pixel noise", "bdhs", "noise", "Table 6", +0.15, +0.42),
-    Claim("much noise against less", "noise", "noise-300", OURS),
-    Claim("much noise against little", "noise", "noise-100", OURS),
+    Claim("500 steps of noise against 300", "noise", "noise-300", OURS),
+    Claim("500 steps of noise against 100", "noise", "noise-100", OURS),
     Claim("true y+ against y+ that errs", "bdhs-exact", "bdhs", OURS),
     Claim("direct questions among the pairs against none", "bdhs-questions", "bdhs", OURS),
     Claim("all pairs against a quarter", "bdhs", "bdhs-quarter", OURS),
@@ -52,30 +52,28 @@ CLAIMS = [
     Claim("twice as many pairs against all", "bdhs-double", "bdhs", OURS),
     Claim("DPO on corrupted pairs against the base", "corrupted", "base", "Table 6", +1.78, +3.67),
     Claim("BDHS against corrupted pairs", "bdhs", "corrupted", "Table 6", +0.57, +3.78),
-    Claim("both against BDHS alone", "bdhs-corrupted", "bdhs", OURS),
+    Claim("both rejected responses against BDHS alone", "bdhs-corrupted", "bdhs", OURS),
     Claim("plain DPO against its distortion", "corrupted", "distorted", "Table 6", -0.15, +2.41),
     Claim("IPO against DPO", "ipo", "bdhs", "Table 12", -0.47, -3.67),
     Claim("SLiC against DPO", "slic", "bdhs", "Table 12", +0.19, +0.84),
     Claim("online against offline BDHS", "online-bdhs", "bdhs", "Table 6", +0.08, -1.49),
-    Claim("the same with true y+", "online-bdhs-exact", "bdhs-exact", OURS),
-    Claim("the same beside corrupted pairs", "online-bdhs-corrupted", "bdhs-corrupted", OURS),
+    Claim("online against offline BDHS, true y+", "online-bdhs-exact", "bdhs-exact", OURS),
+    Claim("online BDHS against offline, Eq. 5", "online-bdhs-corrupted", "bdhs-corrupted", OURS),
     Claim("offline against online DPO", "corrupted", "online-dpo", "Table 2", +1.60, +5.03),
-    Claim("the same, an annotator that errs in 10 %", "corrupted", "oracle-10", OURS),
-    Claim("the same, in 20 %", "corrupted", "oracle-20", OURS),
+    Claim("offline against online DPO, 10 % of verdicts wrong", "corrupted", "oracle-10", OURS),
+    Claim("offline against online DPO, 20 % of verdicts wrong", "corrupted", "oracle-20", OURS),
     Claim("mixed against online DPO", "mixed-dpo", "online-dpo", "Table 2", +1.54, +6.09),
     Claim("mixed against offline DPO", "mixed-dpo", "corrupted", "Table 2", -0.06, +1.06),
-    Claim(
-        "truth as annotator against itself", "online-dpo", "claims-judge", "Table 11", -0.05, 1.05
-    ),
-    Claim("itself, claim by claim, against the base", "claims-judge", "base", OURS),
-    Claim("itself, both at once, against the base", "self-judge", "base", OURS),
+    Claim("truth as judge against itself", "online-dpo", "claims-judge", "Table 11", -0.05, +1.05),
+    Claim("its own judge, claim by claim, against the base", "claims-judge", "base", OURS),
+    Claim("its own judge, both responses at once, against the base", "self-judge", "base", OURS),
     Claim("online DPO behind offline against offline", "bdhs-online-dpo", "bdhs", OURS),
     Claim("RLOO against online DPO on the same truth", "rloo", "online-dpo", OURS),
     Claim("PPO against online DPO on the same truth", "ppo", "online-dpo", OURS),
     Claim("RLOO on rewards of corrupted pairs against DPO", "rloo-corrupted", "corrupted", OURS),
     Claim("PPO on rewards of corrupted pairs against DPO", "ppo-corrupted", "corrupted", OURS),
     Claim("RLOO on rewards of descriptions against DPO", "rloo-descriptions", "corrupted", OURS),
-    Claim("RLOO on rewards of ranked pairs against the base", "rloo-ranked", "base", OURS),
+    Claim("RLOO on rewards of ranked pairs", "rloo-ranked", "base", "Table 8", +0.77, -3.56),
 ]
 
 

@@ -1,13 +1,17 @@
 """The rows of the comparison: the commands that each takes, in order.
 
-Their words hold places to fill: {study} is the study's --out, {row} and {seed} what is run, {limit}
-how many records, {steps} once over them; {half} and {half_steps} of a half as many, and so on. The
-first flag of a command names what it writes.
+Commands are templates: {study} is the study's --out, {row} and {seed} what is run, {limit} how many
+records, {steps} once over them; {half} and {half_steps} are those of half as many, and so on. The
+first flag of a command names what it writes. Row `bdhs`, seed 0, of 2,000 records:
+
+    sample_bdhs.py --out STUDY/bdhs-0.jsonl --seed 0 --limit 2000
+    train_dpo.py --out STUDY/bdhs-0 --seed 0 --eval-split test --eval-images 500 --steps 125 \\
+        --pairs STUDY/bdhs-0.jsonl
 """
 
 from minialign.toy.world import TOY_RECORDS
 
-SIZES = {"quarter": 0.25, "half": 0.5, "double": 2}  # of --limit
+SIZES = {"quarter": 0.25, "half": 0.5, "double": 2}  # other numbers of records, times --limit
 
 # Pairs that several rows train on, and a row's own.
 BDHS = "{study}/bdhs-{seed}.jsonl"

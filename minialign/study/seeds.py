@@ -10,7 +10,7 @@ from minialign.study.findings import METRICS
 # Seeds that a row gets beyond --seeds where its seeds dominate. There the interval is too short,
 # as resampling a few runs understates how they differ (python -m tests.bench.coverage).
 SEEDS_MORE = 2
-ROUNDING = 1e-9  # of the deviation of equal figures
+ROUNDING = 1e-9  # two equal figures deviate by less
 
 
 def by_seed(runs: list[list[Counts]]) -> dict[str, list[float | None]]:
@@ -20,8 +20,8 @@ def by_seed(runs: list[list[Counts]]) -> dict[str, list[float | None]]:
 
 
 def seeds_dominate(runs: list[list[Counts]]) -> bool:
-    """Whether one of the figures that findings compare differs more from seed to seed than it would
-    on other images, all seeds together: in standard deviations, the latter the bootstrap's.
+    """Whether the standard deviation over seeds, of one of the figures that findings compare, is
+    larger than that over images (the bootstrap's, all seeds pooled).
     """
     if len(runs) < 2:
         return False

@@ -73,16 +73,17 @@ def pope_questions(scene: Scene) -> dict[str, list[str]]:
 
 
 def direct_questions(scene: Scene) -> dict[str, tuple[str, str]]:
-    """One question of each kind and its true answer, about a random cell, of an object that is
-    there once if there is one.
+    """One question of each kind and its true answer, about the first of the cells, in a random
+    order, whose object is there once: of it most can be asked.
     """
     cells = random.Random(scene.seed + 5).sample(CELLS, len(CELLS))
     return max((attributes(scene, cell) for cell in cells), key=len)
 
 
 def count_description(scene: Scene, text: str) -> Counts:
-    """What one description says, against what is there."""
+    """What one description says, against what is there; what is denied is not said to be there."""
     counts = Counter({"images": 1, "length": len(text.split()), "objects": len(scene.objects)})
+    text = DENIED.sub("", text)
     for sentence in re.split(r"(?<=\.)\s", text):
         place = POSITION.search(sentence)
         for name, colour in MENTION.findall(sentence):

@@ -6,8 +6,8 @@ from minialign.toy.world import EXISTS, with_article, yes_or_no
 
 
 def claims_of(question: str, response: str) -> list[Claim]:
-    """A claim for every object that is named, that it is there, or where it is denied that it is
-    not.
+    """One claim for each object: one that is named is there, one that is denied is not. Colours and
+    places are not asked about.
     """
     claims = []
     denied = " ".join(DENIED.findall(response))

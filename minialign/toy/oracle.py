@@ -10,23 +10,24 @@ from torch import Tensor
 from minialign.align.annotators import Comparison, Verdict
 from minialign.data.records import Record
 from minialign.seeds import stable_seed
-from minialign.toy.benchmark import DENIED, count_description
+from minialign.toy.benchmark import count_description
 from minialign.toy.world import Scene, scene_of
 
 
 def truth(scene: Scene, text: str) -> tuple[float, float, float]:
     """How true a text is of a scene, the higher the better: hallucinated objects and wrong
-    attributes, which count against it, then the objects that it names.
+    attributes, which count against it, then the scene's objects that it names.
     """
-    counts = count_description(scene, DENIED.sub("", text))
+    counts = count_description(scene, text)
     wrong_attributes = counts["wrong_colour"] + counts["wrong_place"]
     return -counts["hallucinated"], -wrong_attributes, counts["found"]
 
 
 @dataclass(frozen=True)
 class OracleAnnotator:
-    """Fewer hallucinated objects, then fewer wrong attributes, then more recall; but one verdict in
-    so many is turned round, if it `errs`, as those of models are wrong.
+    """Fewer hallucinated objects, then fewer wrong attributes, then more recall.
+
+    errs: the share of verdicts that are turned round, as those of models are wrong; ties stay.
     """
 
     errs: float = 0.0

@@ -232,6 +232,25 @@ def test_records_of_a_row(tmp_path, programs):
         assert flags[flags.index("--limit") + 1] == str(SIZED.get(row, 50))
 
 
+def test_the_base_is_not_one_that_was_trained(tmp_path, monkeypatch, programs):
+    """A row that begins with another's adapter says nothing of it, even if it comes first."""
+    flags = ["--out", str(tmp_path), "--seeds", "1", "--images", "5", "--rows"]
+    message = "begins with another row's adapter; name a row as well that begins with the base"
+    with pytest.raises(UserError, match=message):
+        run_study(monkeypatch, *flags, "bdhs-online-dpo")
+    real = study.run_row
+
+    def run_row(row: str, seed: int, config: Config) -> dict:
+        found = real(row, seed, config)
+        return found | {"before": None} if row == "bdhs-online-dpo" else found
+
+    monkeypatch.setattr(study, "run_row", run_row)
+    run_study(monkeypatch, *flags, "bdhs-online-dpo,slic")
+    base, *_ = json.loads((tmp_path / "study.json").read_text())["rows"]
+    expected = interval(bootstrap([some_runs(100, 1, 5)[0]])["recall"])
+    assert base["row"] == "base" and base["metrics"]["recall"] == expected
+
+
 def test_rows_share_what_is_made_once(tmp_path, monkeypatch, programs):
     """Nothing is made twice, not even the adapter with which another row begins; a row's own pairs
     lie in its folder.

@@ -95,6 +95,11 @@ TEXTS = [
         # Whole words only: no tree in a street, no pan in a panda, no car in a scar; orange alone
         # is no object.
         ("This is a street. A panda with a scar is orange.", {"mentioned": 0, "hallucinating": 0}),
+        # What is denied is not said to be there.
+        (
+            f"There is no cup. The {SE} dog is black. There is no red kettle.",
+            {"mentioned": 1, "true": 1, "hallucinated": 0, "found": 1, "length": 14},
+        ),
         # A place belongs to its own sentence.
         (f"The {SW} is empty. The cup is red.", {"wrong_place": 0, "true": 1}),
     ],
