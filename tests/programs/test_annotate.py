@@ -156,8 +156,7 @@ def test_a_real_model_judges(monkeypatch, capsys, tmp_path, verdict):
     elif verdict == "logprobs":
         assert found["ties"] == found["unparsable"] == 0 and found["first"] is not None
     else:
-        # What is denied claims nothing: a true Yes ties with a false No, as no object is false.
-        assert found == {"accuracy": None, "first": None, "ties": 1, "unparsable": 0}
+        assert found == {"accuracy": 1, "first": None, "ties": 0, "unparsable": 0}
 
 
 def test_the_table(monkeypatch, capsys, tmp_path):

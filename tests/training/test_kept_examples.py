@@ -17,7 +17,7 @@ def test_examples_are_few_and_spread(tmp_path, monkeypatch, steps):
     object.__setattr__(config, "out", str(tmp_path / "run"))
     optimizer = AdamW([nn.Parameter(nn.Linear(1, 1).weight)])
     with TrainingLog(nn.Linear(1, 1), optimizer, config) as log:
-        for step, _ in log.steps([[0]] * steps, lambda numbers: numbers):
+        for step, _ in log.steps([[0]] * steps, lambda numbers, _: numbers):
             log.add({"step": step + 1}, {"image": "a.png"})
     kept = [row["step"] for row in log.rows if "example" in row]
     assert kept[0] == 1 and len(kept) <= EXAMPLES and len(kept) > min(steps, EXAMPLES) / 2
