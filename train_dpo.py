@@ -112,6 +112,8 @@ def check(config: Config) -> None:
     require(config.adapter is None or config.pairs is not None, f"--adapter: {none}")
     missing = "--pairs is missing; make one with sample_bdhs.py"
     require(config.pairs is not None or config.images == "toy", missing)
+    external = "there is no external response where pairs are sampled first; give --pairs"
+    require(config.rejected != "both" or config.pairs is not None, f"--rejected both: {external}")
     if config.ref_cache is not None:
         anew = "these responses are made anew at every step, and none is met twice"
         message = f"--ref-cache with --rejected distorted: {anew}; leave one of the two out"

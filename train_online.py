@@ -156,10 +156,12 @@ def check(config: Config) -> None:
         f"--gamma with --method {config.method}: {weighs}",
     )
     sample_bdhs.check_sampling(config)
-    named = config.annotator.partition(":")[0] in ("oracle", "self", "toy")
-    known = named or Path(config.annotator).is_dir()
+    oracle = config.annotator.partition(":")[0] == "oracle"
+    known = oracle or config.annotator in ("self", "toy") or Path(config.annotator).is_dir()
     choices = "no such folder; give a LLaVA's or a reward model's, `self`, or `oracle`"
     require(known, f"--annotator {config.annotator}: {choices}")
+    if oracle and config.method != "online-bdhs":
+        edge.annotator_of(config.annotator, config)  # which may be refused
     require(
         config.data is not None or config.images == "toy",
         "--data is missing; name a file of records or pairs",
@@ -383,7 +385,7 @@ def main(config: Config) -> None:
     else:  # in shards like the policy
         annotator = edge.annotator_of(config.annotator, config, config.shard == "full")
 
-    begin(config, records, fingerprint(folder, config.adapter))
+    begin(config, records, fingerprint(folder, config.adapter, config.annotator))
     benchmark = edge.benchmark_of(config.images, config.eval_split, config.eval_images)
     evaluations = {}
     if benchmark:

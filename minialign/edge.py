@@ -156,10 +156,10 @@ def annotator_of(
     if oracle == "oracle":
         knows = "knows the embedded world alone; name a LLaVA folder"
         require(config.images == "toy", f"--annotator oracle: {knows}")
-        share = re.fullmatch(r"0?\.\d+|[01]", errs or "0")
+        number = re.fullmatch(r"\d*\.?\d+", errs or "0")
         remedy = "behind the colon stands how often it errs, between 0 and 1"
-        require(share, f"--annotator {name}: {remedy}")
-        return OracleAnnotator(float(share[0]))
+        require(number and float(number[0]) <= 1, f"--annotator {name}: {remedy}")
+        return OracleAnnotator(float(number[0]))
     folder, dtype = model_folder(name, "--annotator"), getattr(torch, config.dtype)
     if (folder / HEAD_FILE).exists():
         return RewardAnnotator(load_reward_model(folder, config.device, dtype, shard))

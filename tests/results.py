@@ -13,6 +13,7 @@ import textwrap
 from pathlib import Path
 
 from minialign.cli import guarded, require
+from minialign.errors import UserError
 from minialign.evaluation.metrics import Interval, cell_text
 from minialign.files import read_json, write_json, write_whole
 from minialign.study.findings import METRICS, OURS, shown_difference
@@ -219,13 +220,17 @@ def main(args: argparse.Namespace) -> None:
     study = read_json(Path(args.study), remedy)
     for name in ("made", "rows", "findings", "rewards"):
         require(name in study, f"{args.study}: has no `{name}`; {remedy}")
-    names = {row["row"] for row in study["rows"]}
-    lacking = "has no row bdhs, of which the README's table is; run the study with it"
-    require({"base", "bdhs"} <= names, f"{args.study}: {lacking}")
-
-    if "coverage" not in study:
-        study["coverage"] = coverage()
-    texts = blocks(study)
+    try:
+        names = {row["row"] for row in study["rows"]}
+        lacking = "has no row bdhs, of which the README's table is; run the study with it"
+        require({"base", "bdhs"} <= names, f"{args.study}: {lacking}")
+        chosen = "is of the images that rates were chosen on; run it on --split test"
+        require(study["made"]["split"] == "test", f"{args.study}: {chosen}")
+        if "coverage" not in study:
+            study["coverage"] = coverage()
+        texts = blocks(study)
+    except (TypeError, KeyError, ValueError, ZeroDivisionError) as error:
+        raise UserError(f"{args.study}: is not a whole study ({error!r}); {remedy}") from error
     pages = {path: filled(path.read_text("utf-8"), texts) for path in PAGES}
     write_json(RESULTS, study)
     for path, page in pages.items():

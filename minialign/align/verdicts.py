@@ -72,7 +72,10 @@ BETTER = r"(?:better|best|preferable|preferred|superior|more (?:accurate|faithfu
 THING = r"(?: (?:one|response|answer|choice|option))?"
 # Behind it no `but` and no condition: nothing, what it is compared with, a reason, or more words
 # that neither name a response nor deny.
-PLAIN = r"(?!.*\b(?:but|though|although|if|unless|except|worse|worst)\b)"
+PLAIN = (
+    r"(?!.*\b(?:but|though|although|however|yet|if|unless|except|worse|worst|false|doubt)\b"
+    r"|[:,] wrong\b)"
+)
 ENDING = (
     rf"{PLAIN}(?: (?:than|over|to) (?:response [12]|the other)\b{THING})?"
     r"(?=$|,? (?:because|since|as its?|while|whereas)\b|[,;:](?!.*\b(?:response|not?)\b))"
@@ -84,20 +87,25 @@ VERDICT = re.compile(
 )
 # The first sentence may be a name alone, as it was asked for. (The empty group stands for VERDICT's
 # second.)
-ALONE = re.compile(rf"response ([12])(){PLAIN}(?=$|,? (?:because|since|as its?)\b)", re.IGNORECASE)
+ALONE = re.compile(
+    rf"response ([12])(){PLAIN}(?=$|,? (?:because|since|as its?)\b(?!.*\bother\b))", re.IGNORECASE
+)
+# What takes a verdict back, or weighs another.
+DOUBT = re.compile(r"(?:no|wait|actually|however|but|yet|that is|then again)\b", re.IGNORECASE)
 
 
 def lead_of(answer: str) -> int | None:
     """1 for the first response, -1 for the second; None where the answer does not say it plainly.
 
-    The first sentence that names a response must be a verdict, and none behind it another one.
+    The first sentence that names a response must be a verdict, and none behind it another one, or
+    begin with a doubt.
     """
     text = re.sub(r"[ \t]+", " ", re.sub(r"[*_\"“”`#]", "", answer)).strip()
     sentences = [sentence.strip() for sentence in re.split(r"[.!](?=\s|$)|\n", text)]
     found = [VERDICT.match(sentence) for sentence in sentences if "response" in sentence.lower()]
     if alone := ALONE.match(sentences[0]):
         found[0] = alone
-    if not found or not found[0]:
+    if not found or not found[0] or any(DOUBT.match(sentence) for sentence in sentences[1:]):
         return None
     leads = {{"1": 1, "2": -1}[match[1] or match[2]] for match in found if match}
     return leads.pop() if len(leads) == 1 else None

@@ -70,17 +70,17 @@ def rename(key: str, table: list[tuple[str, str]]) -> str:
     return key
 
 
-def fingerprint(folder: Path, adapter: str | None = None, reward: str = "") -> str:
-    """A short name of a folder's weights, an adapter's and, if `reward` is a folder, a reward
-    model's.
+def fingerprint(folder: Path, adapter: str | None = None, judge: str = "") -> str:
+    """A short name of a folder's weights, an adapter's and, if `judge` is a folder, those of a
+    reward model or an annotator.
 
     It is made of sizes, first and last MiB of the files, as 14 GB take long to read.
     """
     files = weight_files(folder)
     if adapter is not None:
         files.append(Path(adapter) / "adapter_model.safetensors")
-    if reward and Path(reward).is_dir():
-        files += sorted(Path(reward).glob("*.safetensors"))
+    if judge and Path(judge).is_dir():
+        files += sorted(Path(judge).glob("*.safetensors"))
 
     digest = hashlib.sha256()
     for path in files:

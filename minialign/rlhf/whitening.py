@@ -1,5 +1,6 @@
 """A reward model's scores, whitened by those of the alignment data (Sec. 5.5)."""
 
+import random
 from dataclasses import dataclass, replace
 from itertools import chain
 
@@ -32,11 +33,12 @@ class WhitenedReward:
     @classmethod
     def on(cls, reward: RewardModel, loader: StepLoader, batch_size: int) -> "WhitenedReward":
         """Measured on the stored responses, chosen and rejected ones, of the records that the
-        policy takes its prompts from, every n-th if they are many; every process scores a share.
+        policy takes its prompts from, some at random if they are many; every process scores a
+        share.
         """
         loader = replace(loader, accumulate=1, left_out=[])
-        numbers = loader.records.numbers
-        numbers = numbers[:: -(-len(numbers) // MEASURED)]
+        numbers = list(loader.records.numbers)
+        numbers = random.Random(0).sample(numbers, min(MEASURED, len(numbers)))
         parts = [numbers[i : i + batch_size] for i in range(0, len(numbers), batch_size)]
         mine = tqdm(
             parallel.shard_batch(parts), "rewards", leave=False, disable=parallel.rank() > 0
@@ -52,8 +54,8 @@ class WhitenedReward:
                     found += scores.flatten().tolist()
 
         whitening = Whitening.of(torch.tensor(sum(parallel.gather(found), [])))
-        same = "the reward model gives all responses the same reward; train it longer"
-        require(whitening.std > 1e-6, same)
+        same = "the reward model gives all responses of the data the same reward"
+        require(whitening.std > 1e-6, f"{same}; train it longer, or give more records")
         return cls(reward, whitening)
 
     def __call__(

@@ -90,9 +90,12 @@ def run_commands(commands: list[str], row: str, seed: int, config: Config) -> Pa
     for command in commands:
         program, *flags = (word.format(**places) for word in command.split())
         out = flags[1]
-        if not Path(out + LAST[f"{program} {flags[0]}"]).exists():
+        last = Path(out + LAST[f"{program} {flags[0]}"])
+        if not last.exists():
             begun = Path(out, PROGRESS).exists()
             run(program, flags + ["--resume"] * begun)
+            # A training that is told to end does so with 0.
+            require(last.exists(), f"{out}: ended before it was done; run again to continue")
     return Path(out)
 
 
@@ -165,6 +168,8 @@ def main(config: Config) -> None:
     twice = f"--rows {config.rows}: a row stands twice; name each once"
     require(len(set(rows)) == len(rows), twice)
     require_at_least(config, seeds=1, images=1, limit=1)
+    comma = "a comma in a folder's name parts the files of Table 7; name another"
+    require("," not in config.out, f"--out {config.out}: {comma}")
     require_own_folder(config, "study")
     claim_folder(Path(config.out), "study", alone=False)
     require_same_study(config)

@@ -13,10 +13,10 @@ from minialign.toy.world import TOY_RECORDS
 
 SIZES = {"quarter": 0.25, "half": 0.5, "double": 2}  # other numbers of records, times --limit
 
-# Pairs that several rows train on, and a row's own.
+# Pairs that several rows train on, and a row's own: beside what training writes, not in it.
 BDHS = "{study}/bdhs-{seed}.jsonl"
 CORRUPTED = "{study}/corrupted-{seed}.jsonl"
-OWN = "{study}/{row}-{seed}/pairs.jsonl"
+OWN = "{study}/{row}-{seed}.jsonl"
 
 SEED = "--seed {seed}"
 DRAW = f"{SEED} --limit {{limit}}"

@@ -49,8 +49,9 @@ def corrupted(scene: Scene, answer: str, rng: random.Random) -> str:
             if words:
                 possible.append((statement.span(kind), words))
     if len(possible) < 2:
-        message = f"answer {answer[:40]!r} is none of the embedded world's"
-        raise UserError(f"{message}; give records of `python -m minialign.toy --export DIR`")
+        message = f"answer {answer[:40]!r} is no yes, no no and none of the embedded world's"
+        message += " descriptions; give records of `python -m minialign.toy --export DIR`"
+        raise UserError(f"{message}, without --kinds attribute")
     changes = rng.sample(possible, rng.choice((1, 2)))
     for (start, end), words in sorted(changes, reverse=True):  # from the end: spans stay right
         answer = answer[:start] + rng.choice(words) + answer[end:]

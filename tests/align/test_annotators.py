@@ -65,7 +65,7 @@ def test_an_oracle_errs_as_often_as_it_is_told():
 
 
 @pytest.mark.parametrize(
-    ("name", "errs"), [("oracle", 0), ("oracle:0.1", 0.1), ("oracle:.25", 0.25), ("oracle:1", 1)]
+    ("name", "errs"), [("oracle", 0), ("oracle:0.1", 0.1), ("oracle:.25", 0.25), ("oracle:1.0", 1)]
 )
 def test_an_oracle_by_its_name(name, errs):
     assert edge.annotator_of(name, Namespace(images="toy")) == OracleAnnotator(errs)

@@ -14,6 +14,7 @@ from script_runs import contents, instruct_file, stop_at, train
 import train_online
 from minialign import edge
 from minialign.align.logps import token_logps
+from minialign.errors import UserError
 from minialign.model.llava import Llava
 from minialign.model.lora import adapter_state, add_adapters
 from minialign.model.masks import Branch, Sequence, build_tree
@@ -257,6 +258,22 @@ def test_a_stopped_run_resumes_bit_for_bit(model, pairs, tmp_path, monkeypatch, 
     ):
         assert whole[name] == out[name]
     assert set(TIMES) < json.loads(out["metrics.jsonl"].splitlines()[0]).keys()
+
+
+def test_another_annotator_is_noticed(model, pairs, tmp_path, monkeypatch):
+    """Its folder's name is the old one, its weights are not: the run does not go on by them."""
+    judge = tmp_path / "judge"
+    judge.mkdir()
+    (judge / "model.safetensors").write_bytes(b"one")
+    monkeypatch.setattr(edge, "annotator_of", lambda *_: Scripted(len))
+    flags = {"data": pairs, "method": "online-dpo", "annotator": str(judge)}
+    with monkeypatch.context() as patch:
+        stop_at(patch, "clip_gradients", 2, train_online)
+        with pytest.raises(KeyboardInterrupt):
+            online(model, tmp_path / "out", save_every=1, **flags)
+    (judge / "model.safetensors").write_bytes(b"two")
+    with pytest.raises(UserError, match="weights"):
+        online(model, tmp_path / "out", resume=True, save_every=1, **flags)
 
 
 # ---------------------------------------------------------------- flags

@@ -4,6 +4,7 @@ and as an annotator (Table 7).
 
 import json
 import random
+from argparse import Namespace
 from pathlib import Path
 
 import pytest
@@ -199,6 +200,25 @@ def test_a_head_that_was_cut_off_is_refused(model, tmp_path):
     refused(lambda: load_reward_model(tmp_path, "cpu", torch.float32), HEAD_FILE, message)
 
 
+@pytest.mark.filterwarnings("ignore:std")
+def test_whitening_takes_records_from_everywhere(monkeypatch):
+    """Of many records some at random: not the first, nor every second of a file whose kinds take
+    turns.
+    """
+    asked: list[int] = []
+
+    def loader(self, numbers, step=0):
+        asked.extend(numbers)
+        return []
+
+    monkeypatch.setattr(StepLoader, "__call__", loader)
+    loader = StepLoader(Namespace(numbers=range(2000)), None, 1, skip_bad=False)
+    refused(lambda: WhitenedReward.on(None, loader, 16), "give more records")  # none was scored
+    assert len(asked) == len(set(asked)) == 1000
+    assert 400 < sum(number % 2 for number in asked) < 600
+    assert 400 < sum(number < 1000 for number in asked) < 600
+
+
 def test_a_model_that_ranks_nothing_is_refused(model, pairs, tmp_path, monkeypatch):
     """From a head of zeros, at a rate of next to nothing: all rewards are the same, and nobody
     can whiten them; before anything is sampled.
@@ -208,7 +228,7 @@ def test_a_model_that_ranks_nothing_is_refused(model, pairs, tmp_path, monkeypat
     flags = {"pairs": pairs, "lr": 1e-30, "projector_lr": 0.0}
     train_reward(model, tmp_path / "reward", **flags)
     flags = {"data": pairs, "reward": str(tmp_path / "reward/merged")}
-    message = "gives all responses the same reward; train it longer"
+    message = "gives all responses of the data the same reward; train it longer, or give more"
     for method in ("rloo", "ppo"):
         refused(lambda m=method: rlhf(m, model, tmp_path / m, **flags), message)
         assert not (tmp_path / method / "metrics.jsonl").exists()

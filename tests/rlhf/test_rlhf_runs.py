@@ -129,9 +129,9 @@ def test_a_step_whose_records_are_all_left_out_learns_nothing(
     """It is logged as one, and the run goes on."""
     real, calls = StepLoader.__call__, []
 
-    def load(self, numbers):
+    def load(self, numbers, step):
         calls.append(numbers)
-        return [] if len(calls) == 1 else real(self, numbers)
+        return [] if len(calls) == 1 else real(self, numbers, step)
 
     monkeypatch.setattr(StepLoader, "__call__", load)
     rows = rlhf(method, model, tmp_path, **FEW)

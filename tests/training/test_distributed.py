@@ -23,7 +23,6 @@ from torchruns import children, command, finish, killed, launch, run, start, wai
 
 from minialign.cli import parse_config
 from minialign.edge import CHECKPOINT
-from minialign.rlhf.rewards import Whitening
 from minialign.rlhf.scorers import load_reward_model, save_head
 from minialign.training import parallel
 from minialign.training.optimizer import batches_of_run
@@ -240,7 +239,7 @@ def rewarding(tmp_path_factory) -> str:
     folder = tmp_path_factory.mktemp("rewarding") / "merged"
     shutil.copytree(CHECKPOINT, folder)
     weight = torch.randn(1, toy_model().config.text.hidden_size)
-    save_head(weight, Whitening(0.0, 1.0), folder)
+    save_head(weight, folder)
     return str(folder)
 
 
