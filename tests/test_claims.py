@@ -346,7 +346,11 @@ def stopped_run(model: str, pairs: str, out: Path, monkeypatch) -> None:
     "name,change,message",
     [
         ("checkpoint/data.json", None, "data.json: no such file; leave --resume out"),
-        ("checkpoint/data.json", {"pairs": 3}, "pairs, model or template are not those"),
+        (
+            "checkpoint/data.json",
+            {"pairs": 3},
+            "pairs, model, template, annotator or reward are not those",
+        ),
         ("metrics.jsonl", {"step": 1}, "not the log of the 2 steps"),
         ("metrics.jsonl", None, "not the log of the 2 steps"),
     ],

@@ -142,8 +142,9 @@ def begin(config, records: Records, weights: str) -> None:
         path.parent.mkdir(exist_ok=True)
         if config.resume and (out / PROGRESS).exists():
             if read_json(path, "leave --resume out") != data:
-                message = f"pairs, model or template are not those that {path} was made for"
-                raise UserError(f"--resume: {message}; leave --resume out")
+                what = "pairs, model, template, annotator or reward are not those"
+                message = f"--resume: {what} that {path} was made for"
+                raise UserError(f"{message}; leave --resume out")
         write_json(out / "config.json", asdict(config) | {"resume": False})
         write_json(path, data)
 

@@ -298,5 +298,5 @@ def test_a_run_from_a_partial_adapter_is_repeatable_and_knows_its_adapter(
     (tmp_path / "x/report.html").unlink()  # a finished run has nothing to resume
     refused(
         lambda: train(model, tmp_path / "x", resume=True, **flags),
-        "--resume: pairs, model or template are not those",
+        "--resume: pairs, model, template, annotator or reward are not those",
     )

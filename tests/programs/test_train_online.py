@@ -272,7 +272,7 @@ def test_another_annotator_is_noticed(model, pairs, tmp_path, monkeypatch):
         with pytest.raises(KeyboardInterrupt):
             online(model, tmp_path / "out", save_every=1, **flags)
     (judge / "model.safetensors").write_bytes(b"two")
-    with pytest.raises(UserError, match="weights"):
+    with pytest.raises(UserError, match="annotator or reward are not those"):
         online(model, tmp_path / "out", resume=True, save_every=1, **flags)
 
 
