@@ -349,7 +349,7 @@ def stopped_run(model: str, pairs: str, out: Path, monkeypatch) -> None:
         (
             "checkpoint/data.json",
             {"pairs": 3},
-            "pairs, model, template, annotator or reward are not those",
+            "annotator or reward are not those",
         ),
         ("metrics.jsonl", {"step": 1}, "not the log of the 2 steps"),
         ("metrics.jsonl", None, "not the log of the 2 steps"),
