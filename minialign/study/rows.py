@@ -115,17 +115,17 @@ ROWS = {
         f"{OFFLINE} {OWN} --rejected both",
     ],
     # The other losses.
-    "ipo": [SAMPLE_BDHS, f"{OFFLINE} {BDHS} --loss ipo --ipo means --beta 0.9 --lr 5e-4"],
-    "slic": [SAMPLE_BDHS, f"{OFFLINE} {BDHS} --loss slic --beta 0.1"],
+    "ipo": [SAMPLE_BDHS, f"{OFFLINE} {BDHS} --loss ipo --lr 5e-4"],
+    "slic": [SAMPLE_BDHS, f"{OFFLINE} {BDHS} --loss slic"],
     # Algorithm 1 by the current policy.
-    "online-bdhs": [f"{ONLINE} online-bdhs --lr 5e-4"],
+    "online-bdhs": [f"{ONLINE} online-bdhs"],
     "online-bdhs-exact": [
         EXPORT_EXACT,
-        f"{ONLINE} online-bdhs --lr 5e-4 --data {EXACT}/data.json",
+        f"{ONLINE} online-bdhs --data {EXACT}/data.json",
     ],
     "online-bdhs-corrupted": [
         CORRUPT,
-        f"{ONLINE} online-bdhs --lr 5e-4 --gamma 0.5 --data {CORRUPTED}",
+        f"{ONLINE} online-bdhs --gamma 0.5 --data {CORRUPTED}",
     ],
     # Two responses, and who ranks them.
     "online-dpo": [f"{ONLINE} online-dpo --lr 5e-4 --annotator oracle"],
