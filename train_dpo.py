@@ -244,10 +244,12 @@ def main(config: Config) -> None:
                 if batch.noisy is not None:  # Sec. 3.3: y~- of a noisy picture is the last one
                     noisy_features = policy.encode_images(batch.noisy)
                     noisy_tree = chosen_tree(batch.sequences, collate.tokenizer.image_id)
-                    drowned = (noisy_tree.to(policy.device), noisy_features)
+                    noisy_tree = noisy_tree.to(policy.device)
                     with adapters_off(policy):
-                        ref_logps = distorted_logps(policy, tree, features, *drowned)
-                    logps = distorted_logps(policy, tree, features, *drowned)
+                        ref_logps = distorted_logps(
+                            policy, tree, features, noisy_tree, noisy_features
+                        )
+                    logps = distorted_logps(policy, tree, features, noisy_tree, noisy_features)
                 else:
                     if cache is None:
                         with adapters_off(policy):

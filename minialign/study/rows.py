@@ -45,7 +45,7 @@ PPO = f"minialign.rlhf.ppo {TRAIN} --limit {{limit}} --lr 1e-4 --beta 0.05"
 
 # Table 7: a reward model of each kind of pairs, asked about held-out pairs of all kinds, on records
 # that none has seen.
-REWARD = "minialign.rlhf.reward_model --out {study}/reward-KIND-{seed} --seed {seed} --pairs PAIRS"
+REWARD = f"minialign.rlhf.reward_model --out {{study}}/reward-KIND-{{seed}} {SEED} --pairs PAIRS"
 PAIRS = "{study}/KIND-{seed}.jsonl"
 KINDS = {
     "corrupted": [CORRUPT],

@@ -290,17 +290,8 @@ def test_table_7(tmp_path, monkeypatch, programs, capsys):
     """Every kind of reward model is asked about every kind of held-out pairs, which no training has
     seen.
     """
-    run_study(
-        monkeypatch,
-        "--out",
-        str(tmp_path),
-        "--seeds",
-        "2",
-        "--images",
-        "5",
-        "--rows",
-        "ppo-corrupted",
-    )
+    argv = ["--out", str(tmp_path), "--seeds", "2", "--images", "5", "--rows", "ppo-corrupted"]
+    run_study(monkeypatch, *argv)
     found = json.loads((tmp_path / "study.json").read_text())["rewards"]
     kinds = [(each["learned_from"], each["asked_about"]) for each in found]
     assert kinds == [
@@ -318,17 +309,7 @@ def test_table_7(tmp_path, monkeypatch, programs, capsys):
         for seed in (0, 1)
     ]
     ran = len(programs)
-    run_study(
-        monkeypatch,
-        "--out",
-        str(tmp_path),
-        "--seeds",
-        "2",
-        "--images",
-        "5",
-        "--rows",
-        "ppo-corrupted",
-    )
+    run_study(monkeypatch, *argv)
     assert len(programs) == ran  # nothing again
     assert "Reward models (Table 7)" in (tmp_path / "study.html").read_text()
 
