@@ -14,10 +14,9 @@ from pathlib import Path
 
 from minialign.cli import guarded, require
 from minialign.errors import UserError
-from minialign.evaluation.metrics import Interval, cell_text
+from minialign.evaluation.metrics import cell_text
 from minialign.files import read_json, write_json, write_whole
-from minialign.study.findings import METRICS, OURS, shown_difference
-from minialign.study.page import ASKED, RANGED, SHOWN, range_text
+from minialign.study.page import VERDICTS, tables
 from tests.bench.coverage import coverage
 from tests.bench.scaling import markdown
 
@@ -26,40 +25,10 @@ RESULTS = ROOT / "docs/results.json"
 PAGES = (ROOT / "docs/results.md", ROOT / "README.md")
 MARKED = re.compile(r"(<!-- (\w+) -->\n).*?(<!-- end -->)", re.DOTALL)
 
-HEADS = {
-    "chair_i": "CHAIR_i",
-    "chair_s": "CHAIR_s",
-    "recall": "recall",
-    "pope_adversarial": "POPE adversarial",
-    "colour_errors": "colour errors",
-    "position_errors": "place errors",
-    "length": "words",
-    "ask": "all",
-    "ask_cell": "what is in a place",
-    "ask_colour": "colour",
-    "ask_position": "place",
-    "ask_count": "number",
-    "ask_setting": "setting",
-}
-VERDICTS = {"reproduced": "**yes**", "not reproduced": "no", "undecided": "open"}
-
-
-def table(first: list[str], names: tuple[str, ...], rows: list[list[str]]) -> str:
-    """A table whose first columns have these heads, the others those of figures."""
-    return markdown(" | ".join([*first, *(HEADS[name] for name in names)]), rows)
-
 
 def paragraph(text: str) -> str:
     """Prose in the pages' width."""
     return textwrap.fill(text, 120, break_on_hyphens=False) + "\n"
-
-
-def plain(figure: Interval) -> str:
-    """A figure without its interval."""
-    if figure["value"] is None:
-        return "not measured"
-    form = ".1f" if figure["value"] >= 10 else ".3f"  # lengths, and shares
-    return f"{figure['value']:{form}}"
 
 
 def made_text(study: dict) -> str:
@@ -73,70 +42,6 @@ def made_text(study: dict) -> str:
         text += ", and more of rows whose seeds differ more than their images do: "
         text += ", ".join(more)
     return paragraph(f"{text}. Intervals are 95 %, by bootstrap over images and seeds.")
-
-
-def rows_table(study: dict) -> str:
-    """The main figures with their intervals, others without; what a seed learned from."""
-    rows = []
-    for row in study["rows"]:
-        cells = [row["row"]]
-        for name in SHOWN:
-            show = cell_text if name in RANGED else plain
-            cells.append(show(row["metrics"][name]))
-        trained = row["row"] != "base"
-        cells += [str(row["seeds"]), f"{row['pairs'] / row['seeds']:,.0f}"] if trained else ["", ""]
-        rows.append(cells)
-    head = " | ".join(["row", *(HEADS[name] for name in SHOWN), "seeds", "pairs of a seed"])
-    return markdown(head, rows)
-
-
-def asked_table(study: dict) -> str:
-    """Direct questions, where they were asked."""
-    rows = [row for row in study["rows"] if "ask" in row["metrics"]]
-    if not rows:
-        return ""
-    cells = [[row["row"], *(cell_text(row["metrics"][name]) for name in ASKED)] for row in rows]
-    lead = "Direct questions: the share that is answered right, of all and of each kind.\n\n"
-    return lead + table(["row"], ASKED, cells)
-
-
-def ranges_table(study: dict) -> str:
-    """The least and the most of a row's seeds."""
-    rows = [row for row in study["rows"] if "by_seed" in row and row["seeds"] > 1]
-    if not rows:
-        return ""
-    cells = []
-    for row in rows:
-        ranges = [range_text(row["by_seed"][name]) for name in RANGED]
-        cells.append([row["row"], str(row["seeds"]), *ranges])
-    lead = "The range over seeds: the least and the most, each seed by itself.\n\n"
-    return lead + table(["row", "seeds"], RANGED, cells)
-
-
-def findings_table(study: dict) -> str:
-    """A line per claim: the paper's differences, ours, and what they say to each other."""
-    # A row that learned from nothing is what it was: it says nothing of the paper's.
-    nothing = {row["row"] for row in study["rows"] if row["row"] != "base" and not row["pairs"]}
-    claims: dict[str, dict[str, dict]] = {}
-    for finding in study["findings"]:
-        claims.setdefault(finding["claim"], {})[finding["metric"]] = finding
-
-    lines = []
-    for claim, found in claims.items():
-        rows, source = found["recall"]["rows"], found["recall"]["table"]
-        paper = source
-        if source != OURS:
-            paper = f"{found['pope_adversarial']['paper']:+.2f}, {found['recall']['paper']:+.2f}"
-            paper += f" ({source})"
-        star = " (*)" if nothing & set(rows.split(" - ")) else ""
-        cells = [claim, rows, paper]
-        for metric in METRICS:
-            difference = shown_difference(found[metric]["difference"])
-            status = found[metric]["status"]
-            verdict = "" if status == "ours" else f"{VERDICTS[status]}{star}, "
-            cells.append(verdict + difference)
-        lines.append(cells)
-    return table(["claim", "rows", "the paper: POPE, recall"], METRICS, lines)
 
 
 def verdicts_text(study: dict) -> str:
@@ -159,20 +64,6 @@ def verdicts_text(study: dict) -> str:
     return paragraph(f"{text}on drawn counts (`python -m tests.bench.coverage`): {shares}.")
 
 
-def rewards_table(study: dict) -> str:
-    """Table 7: mean, least and most of the seeds."""
-    if not study["rewards"]:
-        return ""
-    kinds = list(dict.fromkeys(each["asked_about"] for each in study["rewards"]))
-    rows: dict[str, list[str]] = {}
-    for each in study["rewards"]:
-        values = each["accuracy"]
-        cell = f"{sum(values) / len(values):.2f} ({min(values):.2f}-{max(values):.2f})"
-        rows.setdefault(each["learned_from"], []).append(cell)
-    head = " | ".join(["learned from", *(f"asked about {kind}" for kind in kinds)])
-    return markdown(head, [[name, *cells] for name, cells in rows.items()])
-
-
 def readme_table(study: dict) -> str:
     """The base, and BDHS behind it."""
     rows = {row["row"]: row for row in study["rows"]}
@@ -192,16 +83,11 @@ def readme_table(study: dict) -> str:
 
 def blocks(study: dict) -> dict[str, str]:
     """What stands between the marks of the pages, by their names."""
-    return {
-        "made": made_text(study),
-        "rows": rows_table(study),
-        "asked": asked_table(study),
-        "ranges": ranges_table(study),
-        "findings": findings_table(study),
-        "verdicts": verdicts_text(study),
-        "rewards": rewards_table(study),
-        "readme": readme_table(study),
-    }
+    texts = {"made": made_text(study), "verdicts": verdicts_text(study)}
+    texts["readme"] = readme_table(study)
+    for name, table in tables(study).items():
+        texts[name] = markdown(" | ".join(table.heads), table.lines) if table.lines else ""
+    return texts
 
 
 def filled(page: str, texts: dict[str, str]) -> str:

@@ -48,7 +48,7 @@ small { display: block; font-weight: normal; }
 .wide { overflow-x: auto; } table { border-collapse: collapse; width: 100%; }
 th, td { padding: .4rem 0 .4rem .8rem; vertical-align: top; text-align: right;
   border-top: 1px solid var(--rule); }
-th:first-child, .texts td { text-align: left; } td small { white-space: nowrap; }
+th:first-child { text-align: left; } td small { white-space: nowrap; }
 .pair { display: flex; flex-wrap: wrap; gap: .6rem 1.6rem; padding: 1.4rem 0;
   align-items: flex-start; border-top: 1px solid var(--rule); }
 .pair div { flex: 1 1 18rem; overflow-wrap: anywhere; } img { max-width: 100%; }
@@ -152,16 +152,12 @@ def escape(text: str) -> str:
 # ---------------------------------------------------------------- results
 
 
-def results_table(
-    result: dict[str, dict[str, Interval]],
-    corner: str = "metric",
-    brackets: str = "95 % interval",
-) -> str:
+def results_table(result: dict[str, dict[str, Interval]]) -> str:
     """One row per metric, one column per entry of `result`, the interval under each value."""
     names = dict.fromkeys(name for column in result.values() for name in column)
     if not names:
         return '<p class="note">No results were recorded.</p>'
-    head = "".join(f"<th>{escape(name)}</th>" for name in (corner, *result))
+    head = "".join(f"<th>{escape(name)}</th>" for name in ("metric", *result))
     rows = ""
     for name in names:
         key = "" if in_words(name) == name else f"<small>{escape(name)}</small>"
@@ -170,7 +166,7 @@ def results_table(
     return f"""<div class="wide"><table>
 <tr>{head}</tr>
 {rows}</table></div>
-<p class="note">In brackets: {brackets}. A dash: not measured.</p>"""
+<p class="note">In brackets: 95 % interval. A dash: not measured.</p>"""
 
 
 def figure_cell(figure: Interval | None) -> str:

@@ -216,7 +216,7 @@ def main(config: Config) -> None:
     out = Path(config.out)
     study = {"made": made, "rows": rows_json, "findings": findings, "rewards": rewards}
     write_json(out / "study.json", study)
-    write_study(out / "study.html", made, rows_json, findings, rewards)
+    write_study(out / "study.html", study)
     print(json.dumps({"wrote": [str(out / "study.json"), str(out / "study.html")]}))
 
 

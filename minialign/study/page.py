@@ -1,123 +1,175 @@
-"""The study's page: the figures, their range over seeds, the findings, and Table 7 where reward
-models were trained.
+"""What a study has found, as tables, and the page that shows them.
 
 Beside CHAIR_i stands recall, as whoever says less hallucinates less.
 """
 
+import re
+from dataclasses import dataclass
 from pathlib import Path
 
-from minialign.evaluation.metrics import Interval, in_words
-from minialign.evaluation.report import escape, results_table, write_page
-from minialign.study.findings import OURS, shown_difference
+from minialign.evaluation.metrics import Interval, cell_text
+from minialign.evaluation.report import escape, write_page
+from minialign.study.findings import METRICS, OURS, shown_difference
 
 TITLE = "minialign: the comparison on the embedded world"
-# Of all that study.json holds: the table's, those whose range over seeds is shown, and direct
+# Of all that study.json holds: what every row shows, the first of it with intervals; and the direct
 # questions.
-SHOWN = (
-    "chair_i", "chair_s", "recall", "pope_adversarial", "colour_errors", "position_errors",
-    "length",
-)  # fmt: skip
 RANGED = ("chair_i", "chair_s", "recall", "pope_adversarial")
+SHOWN = (*RANGED, "colour_errors", "position_errors", "length")
 ASKED = ("ask", "ask_cell", "ask_colour", "ask_position", "ask_count", "ask_setting")
+HEADS = {
+    "chair_i": "CHAIR_i",
+    "chair_s": "CHAIR_s",
+    "recall": "recall",
+    "pope_adversarial": "POPE adversarial",
+    "colour_errors": "colour errors",
+    "position_errors": "place errors",
+    "length": "words",
+    "ask": "all",
+    "ask_cell": "what is in a place",
+    "ask_colour": "colour",
+    "ask_position": "place",
+    "ask_count": "number",
+    "ask_setting": "setting",
+}
+VERDICTS = {"reproduced": "yes", "not reproduced": "no", "undecided": "open"}
 
 
-def write_study(
-    path: Path, made: dict, rows: list[dict], findings: list[dict], rewards: list[dict]
-) -> None:
-    """Write the page; `made`, `rows`, `findings` and `rewards` are those of study.json."""
-    settings = {name: value for name, value in made.items() if name != "date"}
-    trained = [row for row in rows if row["row"] != "base"]
-    learned = ", ".join(f"{row['row']} {row['pairs']:,} in {row['steps']:,}" for row in trained)
-    body = f"""<h2>Results</h2>
-<p class="note">CHAIR and errors: lower is better. Recall and POPE: higher. Length: words.</p>
-{results_table(columns(rows, SHOWN), corner="row")}
-<p class="note">Pairs or responses that were learned from, and steps, all seeds together:
-{escape(learned)}.</p>
-{asked_table(rows)}{ranges_table(rows)}<h2>Findings</h2>{findings_table(findings)}
-{rewards_table(rewards)}"""
-    write_page(path, TITLE, settings, body)
+@dataclass(frozen=True)
+class Table:
+    """A table of texts: what it is of, what a reader needs to know, heads, and lines of cells."""
+
+    title: str
+    note: str
+    heads: list[str]
+    lines: list[list[str]]
 
 
-def columns(rows: list[dict], names: tuple[str, ...]) -> dict[str, dict[str, Interval]]:
-    """{figure: {row: value and interval}}, of the figures that rows have."""
-    table: dict[str, dict[str, Interval]] = {}
-    for name in names:
-        column = {row["row"]: row["metrics"][name] for row in rows if name in row["metrics"]}
-        if column:
-            table[name] = column
-    return table
+def tables(study: dict) -> dict[str, Table]:
+    """Those of a study.json, by name; of what was not measured there are no lines."""
+    return {
+        "rows": rows_table(study["rows"]),
+        "asked": asked_table(study["rows"]),
+        "ranges": ranges_table(study["rows"]),
+        "findings": findings_table(study["findings"], study["rows"]),
+        "rewards": rewards_table(study["rewards"]),
+    }
 
 
-def asked_table(rows: list[dict]) -> str:
-    """The share of direct questions that are answered right, where they were asked."""
-    table = columns(rows, ASKED)
-    if not table:
-        return ""
-    return f"""<h2>Direct questions</h2>
-<p class="note">The share that is answered right, of all and of each kind.</p>
-{results_table(table, corner="row")}"""
+def heads(first: list[str], names: tuple[str, ...]) -> list[str]:
+    """Those of the first columns, and those of figures."""
+    return [*first, *(HEADS[name] for name in names)]
 
 
-def ranges_table(rows: list[dict]) -> str:
-    """The least and the most that a row's seeds came to, one by one."""
-    heads = "".join(f"<th>{escape(name)}</th>" for name in ("row", "seeds", *RANGED))
-    lines = ""
+def plain(figure: Interval) -> str:
+    """A figure without its interval."""
+    if figure["value"] is None:
+        return "not measured"
+    form = ".1f" if figure["value"] >= 10 else ".3f"  # lengths, and shares
+    return f"{figure['value']:{form}}"
+
+
+def rows_table(rows: list[dict]) -> Table:
+    """The main figures with their intervals, others without; what a seed learned from."""
+    lines = []
     for row in rows:
-        if row["seeds"] < 2:
-            continue
-        cells = f"<th>{escape(row['row'])}</th><td>{row['seeds']}</td>"
-        for name in RANGED:
-            cells += f"<td><small>{range_text(row['by_seed'][name])}</small></td>"
-        lines += f"<tr>{cells}</tr>\n"
-    if not lines:
-        return ""
-    return f"""<h2>Range over seeds</h2>
-<p class="note">The least and the most of the seeds, each by itself. A row whose seeds differ more
-than its images do has more of them.</p>
-<div class="wide"><table>
-<tr>{heads}</tr>
-{lines}</table></div>
-"""
+        cells = [row["row"]]
+        for name in SHOWN:
+            show = cell_text if name in RANGED else plain
+            cells.append(show(row["metrics"][name]))
+        trained = row["row"] != "base"
+        cells += [str(row["seeds"]), f"{row['pairs'] / row['seeds']:,.0f}"] if trained else ["", ""]
+        lines.append(cells)
+    note = "CHAIR and errors: lower is better. Recall and POPE: higher. In brackets: 95 % interval."
+    return Table("Results", note, [*heads(["row"], SHOWN), "seeds", "pairs of a seed"], lines)
+
+
+def asked_table(rows: list[dict]) -> Table:
+    """Direct questions, where they were asked."""
+    asked = [row for row in rows if "ask" in row["metrics"]]
+    lines = [[row["row"], *(cell_text(row["metrics"][name]) for name in ASKED)] for row in asked]
+    note = "The share that is answered right, of all and of each kind."
+    return Table("Direct questions", note, heads(["row"], ASKED), lines)
+
+
+def ranges_table(rows: list[dict]) -> Table:
+    """The least and the most that a row's seeds came to, one by one."""
+    lines = []
+    for row in rows:
+        if row["seeds"] > 1 and "by_seed" in row:
+            ranges = [range_text(row["by_seed"][name]) for name in RANGED]
+            lines.append([row["row"], str(row["seeds"]), *ranges])
+    note = (
+        "The least and the most of the seeds, each by itself. A row whose seeds differ more than "
+    )
+    note += "its images do has more of them."
+    return Table("The range over seeds", note, heads(["row", "seeds"], RANGED), lines)
 
 
 def range_text(values: list[float | None]) -> str:
     """The least and the most of the values that were measured."""
     known = [value for value in values if value is not None]
-    return f"{min(known):.3f}-{max(known):.3f}" if known else "–"
+    return f"{min(known):.3f}-{max(known):.3f}" if known else "not measured"
 
 
-def findings_table(findings: list[dict]) -> str:
-    """One line per claim and metric: the paper's difference, ours, and whether the signs agree."""
-    lines = "<tr><th>claim</th><td>metric</td><td>paper, points</td><td>here</td><td></td></tr>\n"
+def findings_table(findings: list[dict], rows: list[dict]) -> Table:
+    """A line per claim: the paper's differences, ours, and whether the signs agree."""
+    # A row that learned from nothing is what it was: it says nothing of the paper's.
+    nothing = {row["row"] for row in rows if row["row"] != "base" and not row["pairs"]}
+    claims: dict[str, dict[str, dict]] = {}
     for finding in findings:
-        paper = finding["table"]
-        if finding["paper"] is not None:
-            paper = f"{finding['paper']:+.2f}, {paper}"
-        elif finding["table"] != OURS:
-            paper = "not reported"
-        cells = f"<th>{escape(finding['claim'])}<small>{escape(finding['rows'])}</small></th>"
-        words = (in_words(finding["metric"]), paper, shown_difference(finding["difference"]))
-        for text in (*words, finding["status"]):
-            cells += f"<td>{escape(text)}</td>"
-        lines += f"<tr>{cells}</tr>\n"
-    return f'<div class="wide"><table class="texts">\n{lines}</table></div>\n'
+        claims.setdefault(finding["claim"], {})[finding["metric"]] = finding
+
+    lines = []
+    for claim, found in claims.items():
+        compared, paper = found["recall"]["rows"], found["recall"]["table"]
+        if paper != OURS:
+            points = f"{found['pope_adversarial']['paper']:+.2f}, {found['recall']['paper']:+.2f}"
+            paper = f"{points} ({paper})"
+        star = " (*)" if nothing & set(compared.split(" - ")) else ""
+        cells = [claim, compared, paper]
+        for metric in METRICS:
+            status = found[metric]["status"]
+            verdict = "" if status == "ours" else f"{VERDICTS[status]}{star}, "
+            cells.append(verdict + shown_difference(found[metric]["difference"]))
+        lines.append(cells)
+    note = "yes: our whole interval lies on the side of zero on which the paper's difference does; "
+    note += "no: on the other; open: on both. (*): a row learned from no pair."
+    return Table(
+        "Findings", note, heads(["claim", "rows", "the paper: POPE, recall"], METRICS), lines
+    )
 
 
-def rewards_table(rewards: list[dict]) -> str:
-    """Table 7: one line per reward model, one column per kind of held-out pairs; the mean and range
-    of the seeds.
-    """
-    if not rewards:
-        return ""
-    table: dict[str, dict[str, Interval]] = {}
+def rewards_table(rewards: list[dict]) -> Table:
+    """Table 7: a line per reward model, a column per kind of held-out pairs."""
+    lines: dict[str, list[str]] = {}
     for each in rewards:
         values = each["accuracy"]
-        column = table.setdefault(f"asked about {each['asked_about']}", {})
-        column[f"learned from {each['learned_from']}"] = {
-            "value": sum(values) / len(values),
-            "low": min(values),
-            "high": max(values),
-        }
-    return f"""<h2>Reward models (Table 7)</h2>
-<p class="note">The share of held-out pairs of which the chosen response gets the higher reward.</p>
-{results_table(table, "accuracy", "the least and the most of the seeds")}"""
+        cell = f"{sum(values) / len(values):.2f} ({min(values):.2f}-{max(values):.2f})"
+        lines.setdefault(each["learned_from"], []).append(cell)
+    kinds = dict.fromkeys(f"asked about {each['asked_about']}" for each in rewards)
+    note = "The share of held-out pairs of which the chosen response gets the higher reward; the "
+    note += "mean of the seeds, the least and the most."
+    cells = [[name, *found] for name, found in lines.items()]
+    return Table("Reward models (Table 7)", note, ["learned from", *kinds], cells)
+
+
+def write_study(path: Path, study: dict) -> None:
+    """Write the page of a study.json."""
+    settings = {name: value for name, value in study["made"].items() if name != "date"}
+    body = "".join(html_table(table) for table in tables(study).values() if table.lines)
+    write_page(path, TITLE, settings, body)
+
+
+def html_table(table: Table) -> str:
+    """A table with its title and note; intervals stand small, under their figures."""
+    lines = "".join(f"<th>{escape(head)}</th>" for head in table.heads)
+    lines = f"<tr>{lines}</tr>\n"
+    for first, *others in table.lines:
+        cells = [re.sub(r" (\[.*\])$", r"<small>\1</small>", escape(cell)) for cell in others]
+        lines += f"<tr><th>{escape(first)}</th><td>{'</td><td>'.join(cells)}</td></tr>\n"
+    return f"""<h2>{escape(table.title)}</h2>
+<p class="note">{escape(table.note)}</p>
+<div class="wide"><table>
+{lines}</table></div>
+"""

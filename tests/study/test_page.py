@@ -1,131 +1,143 @@
-"""The study's page: the figures, their range, the findings and Table 7 in order, everything
-escaped.
-"""
+"""The study's tables: every figure in its place; and its page, in order, everything escaped."""
 
-import re
-
+import numpy as np
+import pytest
 from html_page import EVIL, Page
+from study_json import FIGURE, row_json, study_json
 
-from minialign.study.page import ASKED, RANGED, SHOWN, write_study
+from minialign.study.findings import CLAIMS, METRICS, OURS, judge
+from minialign.study.page import ASKED, HEADS, SHOWN, tables, write_study
 
 NOTHING = dict.fromkeys(("value", "low", "high"))
+TABLES = ["Results", "Direct questions", "The range over seeds", "Findings", "Reward models (Table"]
 
 
-def cell(value: float, spread: float = 0.01) -> dict[str, float]:
-    return {"value": value, "low": value - spread, "high": value + spread}
+@pytest.fixture
+def study() -> dict:
+    return study_json()
 
 
-def figures(chair: float, recall: float) -> dict[str, dict]:
-    return dict.fromkeys(SHOWN, cell(0.5)) | {"chair_i": cell(chair), "recall": cell(recall)}
+# ---------------------------------------------------------------- tables
 
 
-def row_json(row: str, metrics: dict[str, dict], seeds: int = 1) -> dict:
-    """A row of study.json; its seeds are at 0.1, 0.2, ..."""
-    values = [0.1 * (seed + 1) for seed in range(seeds)]
-    by_seed = dict.fromkeys(RANGED, values) | {"recall": [0.9, *values[1:]]}
-    facts = {"row": row, "seeds": seeds, "steps": 4, "pairs": 1000}
-    return facts | {"metrics": metrics, "by_seed": by_seed}
+def test_rows_are_shown_in_their_order_with_their_figures(study):
+    table = tables(study)["rows"]
+    assert table.heads == ["row", *(HEADS[name] for name in SHOWN), "seeds", "pairs of a seed"]
+    base, bdhs, another = table.lines
+    figures = ["0.500 [0.250, 0.750]"] * 4 + ["0.500"] * 2 + ["34.0"]
+    assert base == ["base", *figures, "", ""]
+    assert bdhs == ["bdhs", *figures, "3", "10"]
+    assert another == ["another", *figures, "5", "0"]
+    study["rows"][2]["metrics"] |= {"colour_errors": NOTHING, "recall": NOTHING}
+    another = tables(study)["rows"].lines[2]
+    assert another[3] == another[5] == "not measured" and another[6] == "0.500"
 
 
-TABLE = {"base": figures(0.19, 0.71), "bdhs": figures(0.02, 0.97), "sft": figures(0.05, 0.93)}
-ROWS_JSON = [row_json(row, metrics) for row, metrics in TABLE.items()]
-FINDINGS = [
-    {
-        "claim": "BDHS against the base",
-        "rows": "bdhs - base",
-        "table": "Table 6",
-        "metric": "recall",
-        "paper": 7.45,
-        "difference": {"value": 0.2, "low": 0.1, "high": 0.3},
-        "status": "reproduced",
-    }
-]
+def test_range_over_seeds(study):
+    """Of rows that have more than one: the least and the most, in any order, of those that were
+    measured.
+    """
+    study["rows"][2]["by_seed"] |= {"chair_i": [None] * 5, "chair_s": [None, 0.4, None, 0.2, 0.3]}
+    table = tables(study)["ranges"]
+    assert table.heads == ["row", "seeds", "CHAIR_i", "CHAIR_s", "recall", "POPE adversarial"]
+    bdhs, another = table.lines
+    same = "0.100-0.100"
+    assert bdhs == ["bdhs", "3", same, same, "0.300-0.900", same]
+    assert another == ["another", "5", "not measured", "0.200-0.400", same, same]
+    study["rows"] = study["rows"][:1]
+    assert tables(study)["ranges"].lines == []
 
 
-def write(tmp_path, config: dict, rows: list, findings: list, rewards: list) -> tuple[str, Page]:
-    write_study(tmp_path / "study.html", config, rows, findings, rewards)
+def test_direct_questions_where_they_were_asked(study):
+    assert tables(study)["asked"].lines == []
+    for i, name in enumerate(ASKED):
+        value = 0.1 * i
+        study["rows"][1]["metrics"][name] = {"value": value, "low": value, "high": 1}
+    table = tables(study)["asked"]
+    assert table.heads == [
+        "row", "all", "what is in a place", "colour", "place", "number", "setting",
+    ]  # fmt: skip
+    figures = [f"{0.1 * i:.3f} [{0.1 * i:.3f}, 1.000]" for i in range(6)]
+    assert table.lines == [["bdhs", *figures]]
+
+
+def test_findings_stand_beside_the_papers(study):
+    difference = "+0.100 [-0.250, +0.200]"
+    table = tables(study)["findings"]
+    assert table.heads[3:] == ["POPE adversarial", "recall", "CHAIR_i"]
+    first, second = table.lines
+    assert first[:3] == ["bdhs beats base", "bdhs - base", "+2.35, -1.00 (Table 6)"]
+    assert first[3:] == [f"yes, {difference}", f"no, {difference}", difference]
+    # A row that learned from nothing: by default.
+    assert second[3:] == [f"yes (*), {difference}", f"no (*), {difference}", difference]
+
+    study["findings"][1]["status"] = "undecided"
+    for each in study["findings"][:3]:
+        each["table"] = OURS
+    first, _ = tables(study)["findings"].lines
+    assert first[2] == "a control of our own" and first[4] == f"open, {difference}"
+
+
+def test_findings_of_a_study_can_be_shown(study):
+    """Those that `judge` makes, of all claims."""
+    rows = {row for claim in CLAIMS for row in (claim.row, claim.other)}
+    study["findings"] = judge(dict.fromkeys(rows, dict.fromkeys(METRICS, np.zeros(9))))
+    assert len(tables(study)["findings"].lines) == len(CLAIMS)
+
+
+def test_table_7_has_mean_and_range_of_the_seeds(study):
+    study["rewards"] += [
+        {"learned_from": "a", "asked_about": "c", "accuracy": [0.25]},
+        {"learned_from": "d", "asked_about": "b", "accuracy": [0.6, 0.6]},
+        {"learned_from": "d", "asked_about": "c", "accuracy": [0.1, 0.2]},
+    ]
+    table = tables(study)["rewards"]
+    assert table.heads == ["learned from", "asked about b", "asked about c"]
+    assert table.lines[0] == ["a", "0.70 (0.50-0.90)", "0.25 (0.25-0.25)"]
+    assert table.lines[1] == ["d", "0.60 (0.60-0.60)", "0.15 (0.10-0.20)"]
+    study["rewards"] = []
+    assert tables(study)["rewards"].lines == []
+
+
+# ---------------------------------------------------------------- the page
+
+
+def written(tmp_path, study: dict) -> tuple[str, Page]:
+    write_study(tmp_path / "study.html", study)
     source = (tmp_path / "study.html").read_text(encoding="utf-8")
     return source, Page(source)
 
 
-def test_the_page_is_whole_and_in_order(tmp_path):
-    source, page = write(tmp_path, {"seeds": 3}, ROWS_JSON, FINDINGS, [])
+def test_the_page_is_whole_and_in_order(tmp_path, study):
+    study["rows"][1]["metrics"] |= dict.fromkeys(ASKED, FIGURE)
+    source, page = written(tmp_path, study)
     text = " ".join(page.text.split())
-    assert "all seeds together: bdhs 1,000 in 4, sft 1,000 in 4." in text
-    places = [text.index(part, 100) for part in ("Results", "base", "bdhs", "sft", "Findings")]
-    assert places == sorted(places) and "UTC · seeds 3" in text
-    assert "Table 7" not in text
-    rows = re.findall("<tr><th>(.*?)</th>(<td>[\\d.].*?)</tr>", source)
-    assert [row for row, _ in rows] == ["base", "bdhs", "sft"]
-    for (_, cells), metrics in zip(rows, TABLE.values(), strict=True):
-        values = [float(value) for value in re.findall(r"<td>([\d.]+)<small>", cells)]
-        assert values == [metrics[name]["value"] for name in SHOWN]
-    assert "BDHS against the basebdhs - base" in page.text
-    cells = "objects mentioned ↑+7.45, Table 6+0.200 [+0.100, +0.300]reproduced"
-    assert cells in page.text
-    assert not re.search(r"(src|href|url)\s*[=(]", source)  # self-contained
+    assert "UTC · torch 9.9 · threads 1 · split test" in text
+    places = [source.index(f"<h2>{title}") for title in TABLES]
+    assert places == sorted(places)
+    assert "<tr><th>bdhs</th><td>0.500<small>[0.250, 0.750]</small></td>" in source
+    assert "<td>+2.35, -1.00 (Table 6)</td><td>yes, +0.100<small>[-0.250, +0.200]<" in source
+    for table in tables(study).values():
+        lines = [[line[0], *(cell.replace(" [", "[") for cell in line[1:])] for line in table.lines]
+        for line in (table.heads, *lines):
+            assert "".join(line) in page.text
+    assert not any(name in {"src", "href"} for _, attrs in page.tags for name in attrs)
 
 
-def test_everything_stays_text(tmp_path):
-    findings = [FINDINGS[0] | dict.fromkeys(("claim", "rows", "table", "status"), EVIL)]
-    metrics = figures(0.1, 0.8) | dict.fromkeys(ASKED, cell(0.5))
-    rows = [row_json(EVIL, metrics, seeds=2)]
-    rewards = [{"learned_from": EVIL, "asked_about": EVIL, "accuracy": [0.5]}]
-    _, page = write(tmp_path, {"rows": EVIL}, rows, findings, rewards)
+def test_a_table_without_lines_is_left_out(tmp_path, study):
+    study |= {"rows": [row_json("base", 1, 0)], "findings": [], "rewards": []}
+    source, _ = written(tmp_path, study)
+    assert [title for title in TABLES if f"<h2>{title}" in source] == ["Results"]
+
+
+def test_everything_stays_text(tmp_path, study):
+    metrics = study["rows"][1]["metrics"] | dict.fromkeys(ASKED, FIGURE)
+    study["made"] = {"rows": EVIL}
+    study["rows"] = [study["rows"][1] | {"row": EVIL, "metrics": metrics}]
+    for each in study["findings"]:
+        each |= dict.fromkeys(("claim", "rows", "table"), EVIL)
+    study["rewards"] = [{"learned_from": EVIL, "asked_about": EVIL, "accuracy": [0.5]}]
+    _, page = written(tmp_path, study)
     assert not page.all("script") and not any("onerror" in attrs for _, attrs in page.tags)
-    # Settings; the row, with what it learned from, and in two more tables; a finding; both heads of
-    # Table 7.
-    assert page.text.count(EVIL) == 1 + 2 + 2 + 4 + 2
-
-
-def test_what_was_not_measured_is_a_dash(tmp_path):
-    metrics = figures(0.1, 0.5) | {"chair_i": NOTHING}
-    source, _ = write(tmp_path, {}, [row_json("base", metrics)], [], [])
-    assert "<td>–</td><td>0.500<small>" in source
-
-
-def test_range_over_seeds(tmp_path):
-    """Of the rows that have more than one; the least and the most, in any order, of those that were
-    measured.
-    """
-    rows = [row_json("base", TABLE["base"]), row_json("sft", TABLE["sft"], seeds=3)]
-    rows[1]["by_seed"]["chair_s"] = [None, 0.4, None]
-    rows[1]["by_seed"]["chair_i"] = [None] * 3
-    source, _ = write(tmp_path, {}, rows, [], [])
-    table = source[source.index("Range over seeds") : source.index("Findings")]
-    heads, *lines = re.findall("<tr>(.*?)</tr>", table)
-    assert re.findall("<th>(.*?)</th>", heads) == ["row", "seeds", *RANGED]
-    [line] = lines
-    expected = ["sft", "3", "–", "0.400-0.400", "0.200-0.900", "0.100-0.300"]
-    assert re.findall("<t[hd]>(?:<small>)?(.*?)<", line) == expected
-    source, _ = write(tmp_path, {}, ROWS_JSON, [], [])
-    assert "Range over seeds" not in source
-
-
-def test_direct_questions_have_a_table_where_they_were_asked(tmp_path):
-    asked = {name: cell(0.1 * i) for i, name in enumerate(ASKED, start=1)}
-    rows = [row_json("base", TABLE["base"]), row_json("sft", TABLE["sft"] | asked)]
-    source, _ = write(tmp_path, {}, rows, [], [])
-    table = source[source.index("Direct questions") : source.index("Findings")]
-    heads, *lines = re.findall("<tr>(.*?)</tr>", table)
-    assert re.findall("<th>(.*?)</th>", heads) == ["row", *ASKED]
-    [line] = [line for line in lines if line.startswith("<th>sft")]
-    values = re.findall(r"<td>([\d.]+)<small>", line)
-    assert values == [f"{figure['value']:.3f}" for figure in asked.values()]
-    source, _ = write(tmp_path, {}, ROWS_JSON, [], [])
-    assert "Direct questions" not in source
-
-
-def test_table_7_has_mean_and_range_of_the_seeds(tmp_path):
-    rewards = [
-        {"learned_from": "corrupted", "asked_about": "bdhs", "accuracy": [0.5, 0.9, 0.7]},
-        {"learned_from": "ranked", "asked_about": "bdhs", "accuracy": [0.6, 0.6, 0.6]},
-    ]
-    source, page = write(tmp_path, {}, ROWS_JSON, [], rewards)
-    table = source[source.index("Table 7") :]
-    found = re.findall("<tr><th>(.*?)</th><td>(.*?)<small>(.*?)</small></td></tr>", table)
-    assert found == [
-        ("learned from corrupted", "0.700", "[0.500, 0.900]"),
-        ("learned from ranked", "0.600", "[0.600, 0.600]"),
-    ]
-    assert "asked about bdhs" in page.text
+    # Settings; the row in three tables; a finding; a line and a head of Table 7.
+    assert page.text.count(EVIL) == 1 + 3 + 3 + 2

@@ -1,17 +1,15 @@
 """What the pages show of the study is what docs/results.json holds; how it is shown."""
 
-import copy
 import json
 import re
 import subprocess
 import sys
 from pathlib import Path
 
-import numpy as np
 import pytest
+from study_json import study_json
 
-from minialign.study.findings import CLAIMS, METRICS, judge
-from minialign.study.page import ASKED, RANGED, SHOWN
+from minialign.study.page import tables
 from tests import results
 from tests.results import MARKED, PAGES, RESULTS, blocks, filled
 
@@ -28,47 +26,9 @@ def cells(table: str) -> list[list[str]]:
     return [[cell.strip() for cell in line] for line in lines if "---" not in line[0]]
 
 
-def row_json(row: str, seeds: int = 3, pairs: int = 30, **by_seed: list) -> dict:
-    """A row of study.json whose figures are all 0.5 [0.25, 0.75]."""
-    figure = {"value": 0.5, "low": 0.25, "high": 0.75}
-    metrics = dict.fromkeys(SHOWN, figure) | {"length": {"value": 34, "low": 33, "high": 35}}
-    values = dict.fromkeys(RANGED, [0.1] * seeds) | by_seed
-    facts = {"row": row, "seeds": seeds, "images": 5, "steps": 4, "pairs": pairs}
-    return facts | {"metrics": metrics, "by_seed": values}
-
-
-def finding(row: str, other: str, metric: str, paper: float | None, status: str) -> dict:
-    return {
-        "claim": f"{row} beats {other}",
-        "rows": f"{row} - {other}",
-        "table": "Table 6",
-        "metric": metric,
-        "paper": paper,
-        "difference": {"value": 0.1, "low": -0.25, "high": 0.2},
-        "status": status,
-    }
-
-
-def findings(row: str, other: str) -> list[dict]:
-    return [
-        finding(row, other, "pope_adversarial", 2.35, "reproduced"),
-        finding(row, other, "recall", -1.0, "not reproduced"),
-        finding(row, other, "chair_i", None, "ours"),
-    ]
-
-
 @pytest.fixture
 def study() -> dict:
-    """A small study: the base, bdhs and another row, which learned from nothing."""
-    made = {"date": "2000-01-02", "torch": "9.9", "threads": 1, "split": "test", "images": 5}
-    rows = [row_json("base", 1, 0), row_json("bdhs", recall=[0.3, 0.9, 0.4])]
-    return {
-        "made": made | {"limit": 2000, "seeds": 3},
-        "rows": [*rows, row_json("another", 5, 0)],
-        "findings": [*findings("bdhs", "base"), *findings("bdhs", "another")],
-        "rewards": [{"learned_from": "a", "asked_about": "b", "accuracy": [0.5, 0.9, 0.7]}],
-        "coverage": COVERAGE,
-    }
+    return study_json() | {"coverage": COVERAGE}
 
 
 # ---------------------------------------------------------------- the pages as they are
@@ -126,69 +86,19 @@ def test_how_it_was_run(study):
     assert "seeds 0-2. Intervals are" in " ".join(blocks(study)["made"].split())
 
 
-def test_rows_are_shown_in_their_order_with_their_figures(study):
-    heads, base, bdhs, another = cells(blocks(study)["rows"])
-    assert heads[1:8] == [results.HEADS[name] for name in SHOWN] and len(heads) == 10
-    figures = ["0.500 [0.250, 0.750]"] * 4 + ["0.500"] * 2 + ["34.0"]
-    assert base == ["base", *figures, "", ""]
-    assert bdhs == ["bdhs", *figures, "3", "10"]
-    assert another == ["another", *figures, "5", "0"]
-    study["rows"][2]["metrics"]["colour_errors"] = dict.fromkeys(("value", "low", "high"))
-    assert cells(blocks(study)["rows"])[3][5] == "not measured"
-
-
-def test_range_over_seeds_in_a_table_of_its_own(study):
-    heads, bdhs, another = cells(blocks(study)["ranges"])
-    assert heads == ["row", "seeds", "CHAIR_i", "CHAIR_s", "recall", "POPE adversarial"]
-    same = "0.100-0.100"
-    assert bdhs == ["bdhs", "3", same, same, "0.300-0.900", same]
-    assert another == ["another", "5", same, same, same, same]
-    for row in study["rows"]:
-        del row["by_seed"]
-    assert blocks(study)["ranges"] == ""
-
-
-def test_direct_questions_in_a_table_of_their_own(study):
-    assert blocks(study)["asked"] == ""
-    for i, name in enumerate(ASKED):
-        value = 0.1 * i
-        study["rows"][1]["metrics"][name] = {"value": value, "low": value, "high": 1}
-    heads, bdhs = cells(blocks(study)["asked"])
-    kinds = ["all", "what is in a place", "colour", "place", "number", "setting"]
-    assert heads == ["row", *kinds]
-    assert bdhs == ["bdhs", *(f"{0.1 * i:.3f} [{0.1 * i:.3f}, 1.000]" for i in range(6))]
-
-
-def test_findings_stand_beside_the_papers(study):
-    difference = "+0.100 [-0.250, +0.200]"
-    heads, first, second = cells(blocks(study)["findings"])
-    assert heads[3:] == ["POPE adversarial", "recall", "CHAIR_i"]
-    paper = "+2.35, -1.00 (Table 6)"
-    assert first[:3] == ["bdhs beats base", "bdhs - base", paper]
-    assert first[3:] == [f"**yes**, {difference}", f"no, {difference}", difference]
-    # A row that learned from nothing: by default.
-    assert second[3:] == [f"**yes** (*), {difference}", f"no (*), {difference}", difference]
-
-    study["findings"][1]["status"] = "undecided"
-    for each in study["findings"][:3]:
-        each["table"] = results.OURS
-    _, first, _ = cells(blocks(study)["findings"])
-    assert first[2] == "a control of our own" and first[4] == f"open, {difference}"
+def test_tables_are_those_of_the_page(study):
+    found = blocks(study)
+    for name, table in tables(study).items():
+        assert cells(found[name]) == ([table.heads, *table.lines] if table.lines else [])
+    assert found["asked"] == "" and len(cells(found["rows"])) == 4
 
 
 def test_verdicts_are_counted_and_their_intervals_coverage_said(study):
     text = " ".join(blocks(study)["verdicts"].split())
-    assert text.startswith("6 differences, of which 4 have a verdict (2 **yes**, 2 no, 0 open)")
+    assert text.startswith("6 differences, of which 4 have a verdict (2 yes, 2 no, 0 open)")
     assert "0.3 of them miss the true value" in text  # 0.05 of 6
     assert "deviate 0, 10 times as much as images do" in text
     assert text.endswith(": 95.0, 76.5 % with 3 seeds.")
-
-
-def test_table_7(study):
-    heads, line = cells(blocks(study)["rewards"])
-    assert heads == ["learned from", "asked about b"] and line == ["a", "0.70 (0.50-0.90)"]
-    study["rewards"] = []
-    assert blocks(study)["rewards"] == ""
 
 
 def test_the_readme_has_before_and_after(study):
@@ -198,14 +108,6 @@ def test_the_readme_has_before_and_after(study):
     assert text.startswith("Over 3 seeds")
     *_, recall, pope = cells(text)
     assert recall[1:] == ["0.500 [0.250, 0.750]", "0.900 [0.800, 1.000]"] and pope[1] == pope[2]
-
-
-def test_findings_of_a_study_can_be_shown():
-    """Those that `judge` makes, of all claims."""
-    rows = {row for claim in CLAIMS for row in (claim.row, claim.other)}
-    study = copy.deepcopy(STUDY)
-    study["findings"] = judge(dict.fromkeys(rows, dict.fromkeys(METRICS, np.zeros(9))))
-    assert len(cells(blocks(study)["findings"])) == 1 + len(CLAIMS)
 
 
 # ---------------------------------------------------------------- the program

@@ -103,7 +103,7 @@ def test_study_leaves_rows_and_findings(tmp_path, monkeypatch, programs, capsys)
     shown, page = capsys.readouterr().out, (out / "study.html").read_text()
     assert all(
         name in text
-        for name in ("base", "bdhs", "sft", "POPE adversarial, accuracy", *CLAIMS)
+        for name in ("base", "bdhs", "sft", "POPE adversarial", *CLAIMS)
         for text in (shown, page)
     )
 
