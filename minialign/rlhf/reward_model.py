@@ -43,7 +43,7 @@ from minialign.training.progress import TrainingLog, require_run_folder
 # What stands for a flag that is not given: the paper's value (Sec. 5.5), and the toy model's, which
 # was chosen on validation images.
 DEFAULTS = {
-    "lr": (2e-5, 1e-3),
+    "lr": (2e-5, 3e-4),
     # Differs from the paper: it trains adapters alone; the toy's projector learns, too.
     "projector_lr": (0.0, 3e-5),
     "lora_rank": (128, 64),

@@ -43,24 +43,23 @@ ONLINE = f"train_online.py {TRAIN} --limit {{limit}} --method"
 RLOO = f"minialign.rlhf.rloo {TRAIN} --limit {{limit}} --lr 5e-4 --beta 0.05"
 PPO = f"minialign.rlhf.ppo {TRAIN} --limit {{limit}} --lr 1e-4 --beta 0.05"
 
+
 # Table 7: a reward model of each kind of pairs, asked about held-out pairs of all kinds, on records
 # that none has seen.
-REWARD = f"minialign.rlhf.reward_model --out {{study}}/reward-KIND-{{seed}} {SEED} --pairs PAIRS"
-PAIRS = "{study}/KIND-{seed}.jsonl"
-KINDS = {
-    "corrupted": [CORRUPT],
-    "descriptions": [
-        EXPORT_DESCRIPTIONS,
-        f"minialign.toy --corrupted {PAIRS} {SEED} --data {DESCRIPTIONS}/data.json "
-        "--limit {double}",
-    ],
-    "ranked": [f"minialign.annotate --out {PAIRS} --rank toy {DRAW}"],
-}
+def reward_model(kind: str) -> str:
+    """The training on a kind of pairs."""
+    out, pairs = f"{{study}}/reward-{kind}-{{seed}}", f"{{study}}/{kind}-{{seed}}.jsonl"
+    return f"minialign.rlhf.reward_model --out {out} {SEED} --pairs {pairs}"
+
+
+CORRUPT_DESCRIPTIONS = "minialign.toy --corrupted {study}/descriptions-{seed}.jsonl --seed {seed} "
+CORRUPT_DESCRIPTIONS += f"--data {DESCRIPTIONS}/data.json --limit {{double}}"
+RANK = f"minialign.annotate --out {{study}}/ranked-{{seed}}.jsonl --rank toy {DRAW}"
 REWARD_MODELS = {
-    kind: [command.replace("PAIRS", PAIRS).replace("KIND", kind) for command in [*commands, REWARD]]
-    for kind, commands in KINDS.items()
+    "corrupted": [CORRUPT, reward_model("corrupted")],
+    "descriptions": [EXPORT_DESCRIPTIONS, CORRUPT_DESCRIPTIONS, reward_model("descriptions")],
+    "ranked": [RANK, reward_model("ranked")],
 }
-PAID = "--reward {study}/reward-KIND-{seed}/merged"  # by a reward model
 HELD = "{study}/held-out"
 EXPORT_HELD = f"{EXPORT} {HELD} --first {4 * TOY_RECORDS} --limit 300"
 HELD_OUT = {
@@ -78,7 +77,7 @@ def bdhs_of_size(size: str) -> list[str]:
 
 def paid(program: str, kind: str) -> list[str]:
     """A row of RLHF that a reward model of a kind of pairs pays."""
-    return [*REWARD_MODELS[kind], f"{program} {PAID}".replace("KIND", kind)]
+    return [*REWARD_MODELS[kind], f"{program} --reward {{study}}/reward-{kind}-{{seed}}/merged"]
 
 
 # The rates were chosen on validation, for each row (docs/sweep.md); 2e-4, the toy's default, goes
