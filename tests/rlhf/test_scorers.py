@@ -1,7 +1,5 @@
 """Who scores: the embedded world's truth by hand, and functions of the user's, good and bad."""
 
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -17,7 +15,6 @@ from minialign.rlhf.scorers import read_head, save_head
 from minialign.toy import oracle
 from minialign.toy.world import Scene
 
-ROOT = Path(__file__).resolve().parents[2]
 SCENE = Scene("park", {(0, 0): ("cup", "red"), (0, 1): ("dog", "white"), (0, 2): ("dog", "red")}, 5)
 TURNS = [("user", "One."), ("assistant", "Two."), ("user", "What is there?")]
 RECORD = Record("a", "test-000001.png", TURNS, "A cup.")
@@ -121,24 +118,16 @@ def test_the_truth_knows_its_own_world_alone(tmp_path):
 
 
 def test_a_bad_reward_can_be_mended_in_the_same_out(model, tmp_path):
-    """It fails at its first call: one line, exit code 2, and no checkpoint that would refuse the
-    next try.
-    """
+    """It fails at its first call: one line, and no checkpoint that would refuse the next try."""
     path, out = tmp_path / "pay.py", tmp_path / "out"
-    words = [sys.executable, "-m", "minialign.rlhf.rloo", "--model", model, "--out", out]
-    words += ["--reward", f"{path}:pay", "--limit", 4, "--batch-size", 4, "--max-new-tokens", 4]
-    words = list(map(str, [*words, "--eval-images", 0, "--workers", 0]))
+    flags = {"reward": f"{path}:pay", "limit": 4, "batch_size": 4, "max_new_tokens": 4}
 
     path.write_text("def pay(image, prompt):\n    return 1.0\n")
-    done = subprocess.run(words, cwd=ROOT, capture_output=True, text=True, check=False)
-    [message] = [line for line in done.stderr.splitlines() if line.startswith("error")]
-    assert done.returncode == 2 and f"--reward {path}:pay: raised TypeError(" in message
-    assert "Traceback" not in done.stderr
+    refused(lambda: rlhf("rloo", model, out, **flags), f"{path}:pay: raised TypeError(")
     assert not (out / "checkpoint/progress.safetensors").exists()
 
     path.write_text("def pay(image, prompt, response):\n    return 1.0\n")
-    done = subprocess.run(words, cwd=ROOT, capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stderr
+    assert len(rlhf("rloo", model, out, **flags)) == 1
 
 
 def test_a_step_of_which_some_updates_were_made_is_not_saved(model, tmp_path):

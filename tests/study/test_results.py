@@ -2,11 +2,9 @@
 
 import json
 import re
-import subprocess
-import sys
-from pathlib import Path
 
 import pytest
+from helpers import refused
 from study_json import study_json
 
 from minialign.study.page import tables
@@ -152,13 +150,6 @@ def test_what_is_no_study_ends_in_one_line(tmp_path, study, remove, message):
     path = tmp_path / "study.json"
     path.write_text(json.dumps(study), "utf-8")
     before = [page.read_text("utf-8") for page in PAGES]
-    done = subprocess.run(
-        [sys.executable, "-m", "tests.results", str(path)],
-        cwd=Path(__file__).resolve().parents[2],
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    assert done.returncode == 2 and done.stderr.startswith(f"error: {path}: {message}")
-    assert done.stderr.count("\n") == 1
+    args = results.argparse.Namespace(study=str(path))
+    assert refused(lambda: results.main(args)).startswith(f"{path}: {message}")
     assert [page.read_text("utf-8") for page in PAGES] == before
