@@ -35,7 +35,7 @@ def made_text(study: dict) -> str:
     """How it was run."""
     made = study["made"]
     text = f"{made['date']}, torch {made['torch']}, OMP_NUM_THREADS {made['threads']}; "
-    text += f"{made['limit']:,} records for every row, {made['images']} {made['split']} images, "
+    text += f"{made['limit']:,} records for most rows, {made['images']} {made['split']} images, "
     text += f"seeds 0-{made['seeds'] - 1}"
     more = [f"`{row['row']}`" for row in study["rows"] if row["seeds"] > made["seeds"]]
     if more:
@@ -82,11 +82,11 @@ def readme_table(study: dict) -> str:
 
 
 def blocks(study: dict) -> dict[str, str]:
-    """What stands between the marks of the pages, by their names."""
+    """What stands between the marks of the pages, by their names; nothing where one is missing."""
     texts = {"made": made_text(study), "verdicts": verdicts_text(study)}
     texts["readme"] = readme_table(study)
     for name, table in tables(study).items():
-        texts[name] = markdown(" | ".join(table.heads), table.lines) if table.lines else ""
+        texts[name] = markdown(" | ".join(table.heads), table.lines)
     return texts
 
 
@@ -94,7 +94,7 @@ def filled(page: str, texts: dict[str, str]) -> str:
     """The page with each of its blocks anew."""
 
     def block(match: re.Match) -> str:
-        text = texts[match[2]]
+        text = texts.get(match[2], "")
         return match[1] + (f"\n{text}\n" if text else "") + match[3]
 
     return MARKED.sub(block, page)

@@ -8,13 +8,13 @@ A row is a list of commands, run in order; what of them --out already holds is n
 rows that begin with the same command share its pairs; where several studies run side by side in one
 --out, such rows belong to the same one, and a last one, of all rows, makes the table. All rows draw
 on the same pictures, once, in batches of the same size (ppo with four updates in each); on more or
-fewer, or with other questions or answers, where the row's name says so. A row whose figures vary
-more from seed to seed than from one sample of images to another gets two seeds more.
+fewer, twice, or with other questions or answers, where the row's name says so. A row whose figures
+vary more from seed to seed than from one sample of images to another gets two seeds more.
 
 Intervals are bootstrapped over images and seeds; differences between rows are paired by image.
 Leaves study.html and study.json: {"made": how, "rows": [...], "findings": [...], "rewards": [...]};
 a row has its figures, and each of them seed by seed; the findings are as `findings.judge` has them;
-the rewards are Table 7, where a row has a reward model.
+the rewards are Table 7, of the reward models that pay a row.
 """
 
 import json
@@ -33,11 +33,11 @@ from minialign.claims import claim_folder, require_own_folder
 from minialign.cli import require, require_at_least, run_main
 from minialign.edge import CHECKPOINT
 from minialign.errors import UserError
-from minialign.evaluation.metrics import Counts, bootstrap, in_words, interval, print_table
+from minialign.evaluation.metrics import Counts, bootstrap, interval
 from minialign.files import read_json, read_lines, require_same_settings, write_json
 from minialign.model.hf_folder import fingerprint
-from minialign.study.findings import judge, shown_difference
-from minialign.study.page import SHOWN, write_study
+from minialign.study.findings import judge
+from minialign.study.page import tables, text_table, write_study
 from minialign.study.rows import (
     EXPORT_HELD,
     HELD,
@@ -64,7 +64,7 @@ class Config:
     # choices are made on validation; test is looked at last
     split: Literal["test", "validation"] = "test"
     images: int = 500  # images of the split
-    limit: int = TOY_RECORDS  # records that every row is trained on
+    limit: int = TOY_RECORDS  # records that a row is trained on, unless its name says otherwise
 
 
 def run(program: str, flags: list[str]) -> None:
@@ -107,15 +107,15 @@ def run_row(row: str, seed: int, config: Config) -> dict[str, list[Counts]]:
     return read_json(out / "counts.json", f"remove {out} and run again")
 
 
-def table_7(config: Config) -> list[dict]:
-    """Accuracy of reward models on held-out pairs: what they learned from, what they are asked
-    about, by seed.
+def table_7(kinds: list[str], config: Config) -> list[dict]:
+    """Accuracy of reward models of these kinds of pairs on held-out pairs: what they learned from,
+    what they are asked about, by seed.
     """
     run_commands([EXPORT_HELD, *HELD_OUT.values()], "held-out", 0, config)
     held = ",".join(f"{HELD}/{kind}.jsonl" for kind in HELD_OUT)
     rows = []
-    for learned_from, commands in REWARD_MODELS.items():
-        found = []
+    for learned_from in kinds:
+        commands, found = REWARD_MODELS[learned_from], []
         for seed in range(config.seeds):
             model = f"{{study}}/reward-{learned_from}-{seed}"
             ask = f"minialign.annotate --out {model}-accuracy.json --pairs {held}"
@@ -145,8 +145,8 @@ def learned(row: str, seeds: int, config: Config) -> dict[str, int]:
 
 
 def require_same_study(config: Config) -> None:
-    """Refuse an --out made with another split, other images, limit or weights, or these rows by
-    other commands.
+    """Refuse an --out made with another split, other images, limit or weights, or with other
+    commands for one of these rows.
     """
     path, remedy = Path(config.out) / "settings.json", "name another --out"
     settings = {"split": config.split, "images": config.images, "limit": config.limit}
@@ -185,24 +185,19 @@ def main(config: Config) -> None:
         if seeds_dominate(runs[row]):
             more = range(config.seeds, config.seeds + SEEDS_MORE)
             runs[row] += [run_row(row, seed, config)["after"] for seed in more]
-    rewards = []
-    if any("--reward" in command for row in rows for command in ROWS[row]):
-        rewards = table_7(config)
+    trainings = " ".join(ROWS[row][-1] for row in rows)
+    kinds = [kind for kind in REWARD_MODELS if f"reward-{kind}-" in trainings]
+    rewards = table_7(kinds, config) if kinds else []
 
     # Figures with their intervals, and what they say of the paper's findings.
     metrics = {row: bootstrap(each) for row, each in runs.items()}
-    table, rows_json = {}, []
+    rows_json = []
     for row, figures in metrics.items():
-        table[row] = {name: interval(values) for name, values in figures.items()}
         seeds = len(runs[row])
         facts = {"row": row, "seeds": seeds, "images": config.images}
         facts |= learned(row, seeds, config)
-        rows_json.append(facts | {"metrics": table[row], "by_seed": by_seed(runs[row])})
-    print_table({name: {row: each[name] for row, each in table.items()} for name in SHOWN})
-    findings = judge(metrics)
-    for finding in findings:
-        name = f"{finding['claim']}, {in_words(finding['metric'])}"
-        print(f"{finding['status']:15} {name}: {shown_difference(finding['difference'])}")
+        facts["metrics"] = {name: interval(values) for name, values in figures.items()}
+        rows_json.append(facts | {"by_seed": by_seed(runs[row])})
 
     made = {
         "date": time.strftime("%Y-%m-%d", time.gmtime()),
@@ -214,7 +209,9 @@ def main(config: Config) -> None:
         "seeds": config.seeds,
     }
     out = Path(config.out)
-    study = {"made": made, "rows": rows_json, "findings": findings, "rewards": rewards}
+    study = {"made": made, "rows": rows_json, "findings": judge(metrics), "rewards": rewards}
+    for table in tables(study).values():
+        print(text_table(table))
     write_json(out / "study.json", study)
     write_study(out / "study.html", study)
     print(json.dumps({"wrote": [str(out / "study.json"), str(out / "study.html")]}))

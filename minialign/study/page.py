@@ -1,6 +1,6 @@
 """What a study has found, as tables, and the page that shows them.
 
-Beside CHAIR_i stands recall, as whoever says less hallucinates less.
+CHAIR_i never stands alone: a model that says less hallucinates less, but its recall falls, too.
 """
 
 import re
@@ -12,8 +12,8 @@ from minialign.evaluation.report import escape, write_page
 from minialign.study.findings import METRICS, OURS, shown_difference
 
 TITLE = "minialign: the comparison on the embedded world"
-# Of all that study.json holds: what every row shows, the first of it with intervals; and the direct
-# questions.
+# Of the figures of study.json: those with intervals and a range over seeds; those of the main
+# table; direct questions.
 RANGED = ("chair_i", "chair_s", "recall", "pope_adversarial")
 SHOWN = (*RANGED, "colour_errors", "position_errors", "length")
 ASKED = ("ask", "ask_cell", "ask_colour", "ask_position", "ask_count", "ask_setting")
@@ -46,18 +46,19 @@ class Table:
 
 
 def tables(study: dict) -> dict[str, Table]:
-    """Those of a study.json, by name; of what was not measured there are no lines."""
-    return {
+    """Those of a study.json that have lines, by name."""
+    found = {
         "rows": rows_table(study["rows"]),
         "asked": asked_table(study["rows"]),
         "ranges": ranges_table(study["rows"]),
         "findings": findings_table(study["findings"], study["rows"]),
         "rewards": rewards_table(study["rewards"]),
     }
+    return {name: table for name, table in found.items() if table.lines}
 
 
 def heads(first: list[str], names: tuple[str, ...]) -> list[str]:
-    """Those of the first columns, and those of figures."""
+    """Heads of a table: `first`, then those of figures."""
     return [*first, *(HEADS[name] for name in names)]
 
 
@@ -81,7 +82,7 @@ def rows_table(rows: list[dict]) -> Table:
         cells += [str(row["seeds"]), f"{row['pairs'] / row['seeds']:,.0f}"] if trained else ["", ""]
         lines.append(cells)
     note = "CHAIR and errors: lower is better. Recall and POPE: higher. In brackets: 95 % interval."
-    return Table("Results", note, [*heads(["row"], SHOWN), "seeds", "pairs of a seed"], lines)
+    return Table("Results", note, [*heads(["row"], SHOWN), "seeds", "pairs or responses"], lines)
 
 
 def asked_table(rows: list[dict]) -> Table:
@@ -114,7 +115,7 @@ def range_text(values: list[float | None]) -> str:
 
 def findings_table(findings: list[dict], rows: list[dict]) -> Table:
     """A line per claim: the paper's differences, ours, and whether the signs agree."""
-    # A row that learned from nothing is what it was: it says nothing of the paper's.
+    # A row that learned from no pair is the base still: its differences are none of the method's.
     nothing = {row["row"] for row in rows if row["row"] != "base" and not row["pairs"]}
     claims: dict[str, dict[str, dict]] = {}
     for finding in findings:
@@ -157,8 +158,19 @@ def rewards_table(rewards: list[dict]) -> Table:
 def write_study(path: Path, study: dict) -> None:
     """Write the page of a study.json."""
     settings = {name: value for name, value in study["made"].items() if name != "date"}
-    body = "".join(html_table(table) for table in tables(study).values() if table.lines)
+    body = "".join(html_table(table) for table in tables(study).values())
     write_page(path, TITLE, settings, body)
+
+
+def text_table(table: Table) -> str:
+    """A table for a terminal, its columns aligned."""
+    lines = [table.heads, *table.lines]
+    widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
+    text = f"{table.title}\n"
+    for line in lines:
+        cells = [cell.ljust(width) for cell, width in zip(line, widths, strict=True)]
+        text += "  ".join(cells).rstrip() + "\n"
+    return text
 
 
 def html_table(table: Table) -> str:

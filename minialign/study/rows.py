@@ -1,8 +1,9 @@
 """The rows of the comparison: the commands that each takes, in order.
 
-Commands are templates: {study} is the study's --out, {row} and {seed} what is run, {limit} how many
-records, {steps} once over them; {half} and {half_steps} are those of half as many, and so on. The
-first flag of a command names what it writes. Row `bdhs`, seed 0, of 2,000 records:
+Commands are templates: {study} is the study's --out, {row} and {seed} what is run, {limit} the
+number of records, {steps} that of the steps once over them; {half} records and {half_steps} are
+half as many, {quarter} and {double} likewise. The first flag of a command names what it writes.
+Row `bdhs`, seed 0, of 2,000 records:
 
     sample_bdhs.py --out STUDY/bdhs-0.jsonl --seed 0 --limit 2000
     train_dpo.py --out STUDY/bdhs-0 --seed 0 --eval-split test --eval-images 500 --steps 125 \\
@@ -13,7 +14,8 @@ from minialign.toy.world import TOY_RECORDS
 
 SIZES = {"quarter": 0.25, "half": 0.5, "double": 2}  # other numbers of records, times --limit
 
-# Pairs that several rows train on, and a row's own: beside what training writes, not in it.
+# Pairs that several rows train on, and those of one row alone. None lies in a folder that training
+# writes into.
 BDHS = "{study}/bdhs-{seed}.jsonl"
 CORRUPTED = "{study}/corrupted-{seed}.jsonl"
 OWN = "{study}/{row}-{seed}.jsonl"
@@ -26,7 +28,7 @@ SAMPLE_OWN = f"{SAMPLE} {OWN} {SEED}"
 CORRUPT = f"minialign.toy --corrupted {CORRUPTED} {DRAW}"
 
 # Other records of the embedded world: of exact y+; a third of them direct questions; descriptions
-# alone. Their pictures are drawn by name.
+# alone.
 EXACT = "{study}/exact"
 QUESTIONS = "{study}/questions"
 DESCRIPTIONS = "{study}/descriptions"
@@ -44,8 +46,8 @@ RLOO = f"minialign.rlhf.rloo {TRAIN} --limit {{limit}}"
 PPO = f"minialign.rlhf.ppo {TRAIN} --limit {{limit}}"
 
 
-# Table 7: a reward model of each kind of pairs, asked about held-out pairs of all kinds, on records
-# that none has seen.
+# Table 7: reward models of three kinds of pairs, and the held-out pairs that they are asked about,
+# of records behind those that training draws on.
 def reward_model(kind: str) -> str:
     """The training on a kind of pairs."""
     out, pairs = f"{{study}}/reward-{kind}-{{seed}}", f"{{study}}/{kind}-{{seed}}.jsonl"
@@ -58,7 +60,7 @@ RANK = f"minialign.annotate --out {{study}}/ranked-{{seed}}.jsonl --rank toy {DR
 REWARD_MODELS = {
     "corrupted": [CORRUPT, reward_model("corrupted")],
     "descriptions": [EXPORT_DESCRIPTIONS, CORRUPT_DESCRIPTIONS, reward_model("descriptions")],
-    "ranked": [RANK, reward_model("ranked")],
+    "ranked": [RANK, reward_model("ranked") + " --lr 1e-3"],
 }
 HELD = "{study}/held-out"
 EXPORT_HELD = f"{EXPORT} {HELD} --first {4 * TOY_RECORDS} --limit 300"
@@ -145,7 +147,7 @@ ROWS = {
     "rloo-corrupted": paid(RLOO, "corrupted"),
     "ppo-corrupted": paid(PPO, "corrupted"),
     "rloo-descriptions": paid(RLOO, "descriptions"),
-    "rloo-no-kl": paid(f"{RLOO} --beta 0", "descriptions"),
+    "rloo-descriptions-no-kl": paid(f"{RLOO} --beta 0", "descriptions"),
     "rloo-ranked": paid(RLOO, "ranked"),
 }
 

@@ -7,8 +7,9 @@ import numpy as np
 from minialign.evaluation.metrics import Counts, bootstrap, rounded
 from minialign.study.findings import METRICS
 
-# Seeds that a row gets beyond --seeds where its seeds dominate. There the interval is too short,
-# as resampling a few runs understates how they differ (python -m tests.bench.coverage).
+# Seeds that a row gets beyond --seeds where its seeds dominate. There the interval is too short, as
+# resampling a few runs understates how they differ: with two more it is less so, and not right
+# (python -m tests.bench.coverage).
 SEEDS_MORE = 2
 ROUNDING = 1e-9  # two equal figures deviate by less
 

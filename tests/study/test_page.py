@@ -6,7 +6,7 @@ from html_page import EVIL, Page
 from study_json import FIGURE, row_json, study_json
 
 from minialign.study.findings import CLAIMS, METRICS, OURS, judge
-from minialign.study.page import ASKED, HEADS, SHOWN, tables, write_study
+from minialign.study.page import ASKED, HEADS, SHOWN, tables, text_table, write_study
 
 NOTHING = dict.fromkeys(("value", "low", "high"))
 TABLES = ["Results", "Direct questions", "The range over seeds", "Findings", "Reward models (Table"]
@@ -22,7 +22,7 @@ def study() -> dict:
 
 def test_rows_are_shown_in_their_order_with_their_figures(study):
     table = tables(study)["rows"]
-    assert table.heads == ["row", *(HEADS[name] for name in SHOWN), "seeds", "pairs of a seed"]
+    assert table.heads == ["row", *(HEADS[name] for name in SHOWN), "seeds", "pairs or responses"]
     base, bdhs, another = table.lines
     figures = ["0.500 [0.250, 0.750]"] * 4 + ["0.500"] * 2 + ["34.0"]
     assert base == ["base", *figures, "", ""]
@@ -45,11 +45,11 @@ def test_range_over_seeds(study):
     assert bdhs == ["bdhs", "3", same, same, "0.300-0.900", same]
     assert another == ["another", "5", "not measured", "0.200-0.400", same, same]
     study["rows"] = study["rows"][:1]
-    assert tables(study)["ranges"].lines == []
+    assert "ranges" not in tables(study)
 
 
 def test_direct_questions_where_they_were_asked(study):
-    assert tables(study)["asked"].lines == []
+    assert "asked" not in tables(study)
     for i, name in enumerate(ASKED):
         value = 0.1 * i
         study["rows"][1]["metrics"][name] = {"value": value, "low": value, "high": 1}
@@ -96,7 +96,13 @@ def test_table_7_has_mean_and_range_of_the_seeds(study):
     assert table.lines[0] == ["a", "0.70 (0.50-0.90)", "0.25 (0.25-0.25)"]
     assert table.lines[1] == ["d", "0.60 (0.60-0.60)", "0.15 (0.10-0.20)"]
     study["rewards"] = []
-    assert tables(study)["rewards"].lines == []
+    assert "rewards" not in tables(study)
+
+
+def test_columns_are_aligned_in_a_terminal(study):
+    title, heads, *lines = text_table(tables(study)["ranges"]).splitlines()
+    assert title == "The range over seeds" and heads.startswith("row      seeds  CHAIR_i      CH")
+    assert lines[0].startswith("bdhs     3      0.100-0.100  0.100") and len(lines) == 2
 
 
 # ---------------------------------------------------------------- the page

@@ -43,7 +43,7 @@ def test_the_page_shows_the_figures_of_results_json(path):
 
 def test_every_block_stands_on_a_page_once():
     names = [match[2] for path in PAGES for match in MARKED.finditer(path.read_text("utf-8"))]
-    assert sorted(names) == sorted(blocks(STUDY))
+    assert set(names) >= blocks(STUDY).keys() and len(names) == len(set(names))
     marks = sum(path.read_text("utf-8").count("<!--") for path in PAGES)
     assert marks == 2 * len(names)
 
@@ -77,7 +77,7 @@ def test_the_rows_of_results_json_are_described():
 
 def test_how_it_was_run(study):
     text = " ".join(blocks(study)["made"].split())
-    assert text.startswith("2000-01-02, torch 9.9, OMP_NUM_THREADS 1; 2,000 records")
+    assert text.startswith("2000-01-02, torch 9.9, OMP_NUM_THREADS 1; 2,000 records for most rows")
     assert "5 test images, seeds 0-2, and more of rows whose seeds" in text
     assert "than their images do: `another`." in text and "bdhs" not in text
     study["rows"].pop()
@@ -87,8 +87,8 @@ def test_how_it_was_run(study):
 def test_tables_are_those_of_the_page(study):
     found = blocks(study)
     for name, table in tables(study).items():
-        assert cells(found[name]) == ([table.heads, *table.lines] if table.lines else [])
-    assert found["asked"] == "" and len(cells(found["rows"])) == 4
+        assert cells(found[name]) == [table.heads, *table.lines]
+    assert "asked" not in found and len(cells(found["rows"])) == 4
 
 
 def test_verdicts_are_counted_and_their_intervals_coverage_said(study):
