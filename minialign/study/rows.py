@@ -87,7 +87,7 @@ def paid(program: str, kind: str) -> list[str]:
 ROWS = {
     # Algorithm 1, and how much is hidden, cut or blurred.
     "bdhs": [SAMPLE_BDHS, f"{OFFLINE} {BDHS}"],
-    "sft": [SAMPLE_BDHS, f"{OFFLINE} {BDHS} --loss sft --lr 1e-3"],
+    "sft": [SAMPLE_BDHS, f"{OFFLINE} {BDHS} --loss sft --lr 3e-4"],
     "unguided": [f"{SAMPLE} {OWN} {DRAW} --no-guided", f"{OFFLINE} {OWN}"],
     "rho-1": [f"{SAMPLE} {OWN} {DRAW} --rho-th 1", f"{OFFLINE} {OWN}"],
     "noise": [f"{SAMPLE} {OWN} {DRAW} --noise-steps 500", f"{OFFLINE} {OWN}"],

@@ -172,7 +172,7 @@ def test_flags_of_a_row(tmp_path, programs):
         "--loss",
         "sft",
         "--lr",
-        "1e-3",
+        "3e-4",
     ]
 
 
