@@ -39,7 +39,7 @@ def made_text(study: dict) -> str:
     text += f"seeds 0-{made['seeds'] - 1}"
     more = [f"`{row['row']}`" for row in study["rows"] if row["seeds"] > made["seeds"]]
     if more:
-        text += ", and more of rows whose seeds differ more than their images do: "
+        text += ", and more of rows whose seeds differ much more than their images do: "
         text += ", ".join(more)
     return paragraph(f"{text}. Intervals are 95 %, by bootstrap over images and seeds.")
 

@@ -9,7 +9,7 @@ rows that begin with the same command share its pairs; where several studies run
 --out, such rows belong to the same one, and a last one, of all rows, makes the table. All rows draw
 on the same pictures, once, in batches of the same size (ppo with four updates in each); on more or
 fewer, twice, or with other questions or answers, where the row's name says so. A row whose figures
-vary more from seed to seed than from one sample of images to another gets two seeds more.
+vary much more from seed to seed than from one sample of images to another gets two seeds more.
 
 Intervals are bootstrapped over images and seeds; differences between rows are paired by image.
 Leaves study.html and study.json: {"made": how, "rows": [...], "findings": [...], "rewards": [...]};

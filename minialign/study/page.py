@@ -101,9 +101,9 @@ def ranges_table(rows: list[dict]) -> Table:
             ranges = [range_text(row["by_seed"][name]) for name in RANGED]
             lines.append([row["row"], str(row["seeds"]), *ranges])
     note = (
-        "The least and the most of the seeds, each by itself. A row whose seeds differ more than "
+        "The least and the most of the seeds, each by itself. A row whose seeds differ much more "
     )
-    note += "its images do has more of them."
+    note += "than its images do has more of them."
     return Table("The range over seeds", note, heads(["row", "seeds"], RANGED), lines)
 
 

@@ -24,7 +24,7 @@ MEAN, SPREAD = 0.5, 0.1
 OF_SHARES = SPREAD**2 / 3
 OF_IMAGE = OF_SHARES + (MEAN * (1 - MEAN) - OF_SHARES) / OBJECTS
 DEVIATION = (OF_IMAGE / IMAGES) ** 0.5  # of one seed's recall, over images
-RATIOS = (0, 1, 3, 10)  # seeds' standard deviation over the images'
+RATIOS = (0, 1, 1.5, 3, 10)  # seeds' standard deviation over the images'
 SEEDS = (3, 5)
 TRIALS = 1000
 
