@@ -35,8 +35,8 @@ _SCALES, _BRIGHTNESS = (0.9, 0.95, 1.0), (0.94, 0.97, 1.0, 1.03)
 
 
 @functools.cache
-def _sprite(name, colour, size=1.0, mirrored=False, scale=1):
-    """One object in one colour at its final size, `scale` times, as RGBA with its contour."""
+def _object(name, colour):
+    """One object in one colour on its canvas, as RGBA with its contour."""
     main = COLOURS[colour]
     ink = (214, 214, 222) if colour == "black" else (44, 38, 52)
     paint = Paint(main, mix(main, (255, 255, 255), 0.22), mix(main, (40, 36, 60), 0.22), ink)
@@ -46,7 +46,13 @@ def _sprite(name, colour, size=1.0, mirrored=False, scale=1):
     contour = shape.getchannel("A").filter(ImageFilter.MaxFilter(7))  # 3 units more
     sprite.putalpha(contour)
     sprite.alpha_composite(shape)
+    return sprite
 
+
+@functools.cache
+def _sprite(name, colour, size=1.0, mirrored=False, scale=1):
+    """The object at its final size, `scale` times."""
+    sprite = _object(name, colour)
     if mirrored:
         sprite = sprite.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
     pixels = [scale * round(side * size / _SUPER) for side in _CANVAS]
