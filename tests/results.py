@@ -23,6 +23,7 @@ from tests.bench.scaling import markdown
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "docs/results.json"
 PAGES = (ROOT / "docs/results.md", ROOT / "README.md")
+BLOCKS = ("made", "rows", "asked", "ranges", "findings", "verdicts", "rewards", "readme")
 MARKED = re.compile(r"(<!-- (\w+) -->\n).*?(<!-- end -->)", re.DOTALL)
 
 
@@ -82,8 +83,10 @@ def readme_table(study: dict) -> str:
 
 
 def blocks(study: dict) -> dict[str, str]:
-    """What stands between the marks of the pages, by their names; nothing where one is missing."""
-    texts = {"made": made_text(study), "verdicts": verdicts_text(study)}
+    """What stands between the marks of the pages, by their names; nothing of what a study lacks."""
+    texts = dict.fromkeys(BLOCKS, "")
+    texts["made"] = made_text(study)
+    texts["verdicts"] = verdicts_text(study)
     texts["readme"] = readme_table(study)
     for name, table in tables(study).items():
         texts[name] = markdown(" | ".join(table.heads), table.lines)
@@ -94,7 +97,7 @@ def filled(page: str, texts: dict[str, str]) -> str:
     """The page with each of its blocks anew."""
 
     def block(match: re.Match) -> str:
-        text = texts.get(match[2], "")
+        text = texts[match[2]]
         return match[1] + (f"\n{text}\n" if text else "") + match[3]
 
     return MARKED.sub(block, page)

@@ -180,5 +180,10 @@ def cell_text(cell: Interval) -> str:
     """A figure and its interval, as the table has them."""
     if cell["value"] is None:
         return "not measured"
-    form = ".1f" if cell["value"] >= 10 else ".3f"  # lengths, and shares
+    form = form_of(cell["value"])
     return f"{cell['value']:{form}} [{cell['low']:{form}}, {cell['high']:{form}}]"
+
+
+def form_of(value: float) -> str:
+    """How a figure is written: one decimal of a length, three of a share."""
+    return ".1f" if value >= 10 else ".3f"

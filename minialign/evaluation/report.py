@@ -21,7 +21,7 @@ from PIL import Image
 from minialign.data.records import Record
 from minialign.evaluation import charts
 from minialign.evaluation.charts import show
-from minialign.evaluation.metrics import Counts, Interval, in_words
+from minialign.evaluation.metrics import Counts, Interval, form_of, in_words
 from minialign.files import write_whole
 
 Span = tuple[int, int]  # where a part of a text begins and ends
@@ -173,7 +173,7 @@ def figure_cell(figure: Interval | None) -> str:
     """A figure and its interval, or a dash."""
     if figure is None or figure["value"] is None:
         return "–"
-    form = ".1f" if figure["value"] >= 10 else ".3f"  # lengths, and shares
+    form = form_of(figure["value"])
     low, high = show(figure["low"], form), show(figure["high"], form)
     return f"{show(figure['value'], form)}<small>[{low}, {high}]</small>"
 

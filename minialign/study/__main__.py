@@ -46,6 +46,7 @@ from minialign.study.rows import (
     REWARD_MODELS,
     ROWS,
     SIZES,
+    reward_folder,
 )
 from minialign.study.seeds import SEEDS_MORE, by_seed, seeds_dominate
 from minialign.toy.world import TOY_RECORDS
@@ -115,13 +116,12 @@ def table_7(kinds: list[str], config: Config) -> list[dict]:
     held = ",".join(f"{HELD}/{kind}.jsonl" for kind in HELD_OUT)
     rows = []
     for learned_from in kinds:
-        commands, found = REWARD_MODELS[learned_from], []
+        model = reward_folder(learned_from)
+        ask = f"minialign.annotate --out {model}-accuracy.json --pairs {held}"
+        commands = [*REWARD_MODELS[learned_from], f"{ask} --annotator {model}/merged"]
+        found = []
         for seed in range(config.seeds):
-            model = f"{{study}}/reward-{learned_from}-{seed}"
-            ask = f"minialign.annotate --out {model}-accuracy.json --pairs {held}"
-            path = run_commands(
-                [*commands, f"{ask} --annotator {model}/merged"], learned_from, seed, config
-            )
+            path = run_commands(commands, learned_from, seed, config)
             found.append(read_json(path, "remove it and run again"))
         for kind in HELD_OUT:
             pairs = f"{HELD}/{kind}.jsonl".format(study=config.out)
@@ -186,7 +186,7 @@ def main(config: Config) -> None:
             more = range(config.seeds, config.seeds + SEEDS_MORE)
             runs[row] += [run_row(row, seed, config)["after"] for seed in more]
     trainings = " ".join(ROWS[row][-1] for row in rows)
-    kinds = [kind for kind in REWARD_MODELS if f"reward-{kind}-" in trainings]
+    kinds = [kind for kind in REWARD_MODELS if reward_folder(kind) in trainings]
     rewards = table_7(kinds, config) if kinds else []
 
     # Figures with their intervals, and what they say of the paper's findings.

@@ -7,7 +7,7 @@ import re
 from dataclasses import dataclass
 from pathlib import Path
 
-from minialign.evaluation.metrics import Interval, cell_text
+from minialign.evaluation.metrics import Interval, cell_text, form_of
 from minialign.evaluation.report import escape, write_page
 from minialign.study.findings import METRICS, OURS, shown_difference
 
@@ -66,8 +66,7 @@ def plain(figure: Interval) -> str:
     """A figure without its interval."""
     if figure["value"] is None:
         return "not measured"
-    form = ".1f" if figure["value"] >= 10 else ".3f"  # lengths, and shares
-    return f"{figure['value']:{form}}"
+    return f"{figure['value']:{form_of(figure['value'])}}"
 
 
 def rows_table(rows: list[dict]) -> Table:
@@ -100,10 +99,8 @@ def ranges_table(rows: list[dict]) -> Table:
         if row["seeds"] > 1 and "by_seed" in row:
             ranges = [range_text(row["by_seed"][name]) for name in RANGED]
             lines.append([row["row"], str(row["seeds"]), *ranges])
-    note = (
-        "The least and the most of the seeds, each by itself. A row whose seeds differ much more "
-    )
-    note += "than its images do has more of them."
+    note = "The least and the most of the seeds, each by itself. A row whose seeds differ much "
+    note += "more than its images do has more of them."
     return Table("The range over seeds", note, heads(["row", "seeds"], RANGED), lines)
 
 
@@ -136,9 +133,8 @@ def findings_table(findings: list[dict], rows: list[dict]) -> Table:
         lines.append(cells)
     note = "yes: our whole interval lies on the side of zero on which the paper's difference does; "
     note += "no: on the other; open: on both. (*): a row learned from no pair."
-    return Table(
-        "Findings", note, heads(["claim", "rows", "the paper: POPE, recall"], METRICS), lines
-    )
+    names = heads(["claim", "rows", "the paper: POPE, recall"], METRICS)
+    return Table("Findings", note, names, lines)
 
 
 def rewards_table(rewards: list[dict]) -> Table:
@@ -175,8 +171,8 @@ def text_table(table: Table) -> str:
 
 def html_table(table: Table) -> str:
     """A table with its title and note; intervals stand small, under their figures."""
-    lines = "".join(f"<th>{escape(head)}</th>" for head in table.heads)
-    lines = f"<tr>{lines}</tr>\n"
+    head = "".join(f"<th>{escape(name)}</th>" for name in table.heads)
+    lines = f"<tr>{head}</tr>\n"
     for first, *others in table.lines:
         cells = [re.sub(r" (\[.*\])$", r"<small>\1</small>", escape(cell)) for cell in others]
         lines += f"<tr><th>{escape(first)}</th><td>{'</td><td>'.join(cells)}</td></tr>\n"

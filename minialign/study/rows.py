@@ -18,6 +18,8 @@ SIZES = {"quarter": 0.25, "half": 0.5, "double": 2}  # other numbers of records,
 # writes into.
 BDHS = "{study}/bdhs-{seed}.jsonl"
 CORRUPTED = "{study}/corrupted-{seed}.jsonl"
+DESCRIBED = "{study}/descriptions-{seed}.jsonl"
+RANKED = "{study}/ranked-{seed}.jsonl"
 OWN = "{study}/{row}-{seed}.jsonl"
 
 SEED = "--seed {seed}"
@@ -46,22 +48,32 @@ RLOO = f"minialign.rlhf.rloo {TRAIN} --limit {{limit}}"
 PPO = f"minialign.rlhf.ppo {TRAIN} --limit {{limit}}"
 
 
+def reward_folder(kind: str) -> str:
+    """Where the reward model of a kind of pairs is trained."""
+    return f"{{study}}/reward-{kind}-{{seed}}"
+
+
+def reward_model(kind: str, pairs: str) -> str:
+    """Its training."""
+    return f"minialign.rlhf.reward_model --out {reward_folder(kind)} {SEED} --pairs {pairs}"
+
+
 # Table 7: reward models of three kinds of pairs, and the held-out pairs that they are asked about,
 # of records behind those that training draws on.
-def reward_model(kind: str) -> str:
-    """The training on a kind of pairs."""
-    out, pairs = f"{{study}}/reward-{kind}-{{seed}}", f"{{study}}/{kind}-{{seed}}.jsonl"
-    return f"minialign.rlhf.reward_model --out {out} {SEED} --pairs {pairs}"
-
-
-CORRUPT_DESCRIPTIONS = "minialign.toy --corrupted {study}/descriptions-{seed}.jsonl --seed {seed} "
-CORRUPT_DESCRIPTIONS += f"--data {DESCRIPTIONS}/data.json --limit {{double}}"
-RANK = f"minialign.annotate --out {{study}}/ranked-{{seed}}.jsonl --rank toy {DRAW}"
 REWARD_MODELS = {
-    "corrupted": [CORRUPT, reward_model("corrupted")],
-    "descriptions": [EXPORT_DESCRIPTIONS, CORRUPT_DESCRIPTIONS, reward_model("descriptions")],
-    "ranked": [RANK, reward_model("ranked") + " --lr 1e-3"],
+    "corrupted": [CORRUPT, reward_model("corrupted", CORRUPTED)],
+    "descriptions": [
+        EXPORT_DESCRIPTIONS,
+        f"minialign.toy --corrupted {DESCRIBED} {SEED} --data {DESCRIPTIONS}/data.json "
+        "--limit {double}",
+        reward_model("descriptions", DESCRIBED),
+    ],
+    "ranked": [
+        f"minialign.annotate --out {RANKED} --rank toy {DRAW}",
+        reward_model("ranked", RANKED) + " --lr 1e-3",
+    ],
 }
+
 HELD = "{study}/held-out"
 EXPORT_HELD = f"{EXPORT} {HELD} --first {4 * TOY_RECORDS} --limit 300"
 HELD_OUT = {
@@ -79,7 +91,7 @@ def bdhs_of_size(size: str) -> list[str]:
 
 def paid(program: str, kind: str) -> list[str]:
     """A row of RLHF that a reward model of a kind of pairs pays."""
-    return [*REWARD_MODELS[kind], f"{program} --reward {{study}}/reward-{kind}-{{seed}}/merged"]
+    return [*REWARD_MODELS[kind], f"{program} --reward {reward_folder(kind)}/merged"]
 
 
 # The rates were chosen on validation, for each row (docs/sweep.md); where none is said it is the

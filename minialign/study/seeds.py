@@ -7,12 +7,12 @@ import numpy as np
 from minialign.evaluation.metrics import Counts, bootstrap, rounded
 from minialign.study.findings import METRICS
 
-# Seeds that a row gets beyond --seeds where its seeds dominate: where they deviate so many times as
-# much as its images do. From there on the interval of three seeds holds less often than 95 times in
-# 100, as resampling a few runs understates how they differ; with two more it is less short, and not
-# right (python -m tests.bench.coverage).
-SEEDS_MORE = 2
+# A row's seeds dominate where they deviate so many times as much as its images do. From there on
+# the interval of three seeds holds the true value less often than 95 times in 100, as resampling a
+# few runs understates how they differ (python -m tests.bench.coverage).
 DOMINATE = 1.5
+# Such a row gets so many seeds beyond --seeds. Where they deviate far more, that is too few still.
+SEEDS_MORE = 2
 ROUNDING = 1e-9  # two equal figures deviate by less
 
 

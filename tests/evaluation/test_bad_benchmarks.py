@@ -254,7 +254,7 @@ def test_bad_flags_of_chair(tmp_path, ends, change, said):
 
 
 def test_no_picture_at_all(ends, model, tmp_path):
-    """As a user runs it, with processes that read: the settings alone are left."""
+    """Also where others decode the pictures ahead."""
     data, empty = pope_photographs(tmp_path / "q.json"), tmp_path / "empty"
     empty.mkdir()
     argv = ["--benchmark", "pope", "--model", model, "--data", data, "--images", empty]

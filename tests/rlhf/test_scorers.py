@@ -123,7 +123,7 @@ def test_a_bad_reward_can_be_mended_in_the_same_out(model, tmp_path):
     flags = {"reward": f"{path}:pay", "limit": 4, "batch_size": 4, "max_new_tokens": 4}
 
     path.write_text("def pay(image, prompt):\n    return 1.0\n")
-    refused(lambda: rlhf("rloo", model, out, **flags), f"{path}:pay: raised TypeError(")
+    refused(lambda: rlhf("rloo", model, out, **flags), f"--reward {path}:pay: raised TypeError(")
     assert not (out / "checkpoint/progress.safetensors").exists()
 
     path.write_text("def pay(image, prompt, response):\n    return 1.0\n")
