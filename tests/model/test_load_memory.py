@@ -53,9 +53,9 @@ print(memory("VmHWM") - before, sum(p.numel() * p.element_size() for p in model.
 """
 # The same of one of several processes, each of which prints what it took. Pages of the files that
 # are mapped belong to nobody: what a process has for itself is RssAnon, whose peak is watched for
-# here.
+# here. What was freed before is given back first: used again, it would not count.
 MEASURE_SHARDS = """
-import sys, threading, time, torch
+import ctypes, sys, threading, time, torch
 from pathlib import Path
 sys.path.insert(0, {root!r})
 from torch.distributed.fsdp import fully_shard
@@ -72,6 +72,7 @@ def watch():
 parallel.start("cpu")
 torch.set_num_threads(1)
 load_model(CHECKPOINT, dtype=torch.bfloat16)
+ctypes.CDLL(None).malloc_trim(0)
 done, before, seen = False, memory("RssAnon"), []
 watcher = threading.Thread(target=watch)
 watcher.start()
