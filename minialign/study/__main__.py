@@ -157,7 +157,9 @@ def require_same_study(config: Config) -> None:
         noted = read_json(path, remedy)
         known = {row: commands for row, commands in rows.items() if row in noted}
         require_same_settings(path, settings | known, (), remedy)
-    write_json(path, noted | settings | rows)
+    # Studies side by side that go on do not write at the same moment.
+    if noted != noted | settings | rows:
+        write_json(path, noted | settings | rows)
 
 
 def main(config: Config) -> None:

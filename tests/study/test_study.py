@@ -377,6 +377,18 @@ def test_a_row_of_other_commands_is_refused_and_a_new_row_is_not(tmp_path, monke
     assert len(programs) == ran == 3
 
 
+def test_a_study_that_goes_on_leaves_the_settings_as_they_are(tmp_path, monkeypatch, programs):
+    """Several that go on side by side would write them at the same moment."""
+    flags = ["--out", str(tmp_path), "--seeds", "1", "--images", "5", "--rows"]
+    run_study(monkeypatch, *flags, "bdhs,sft")
+    monkeypatch.setattr(study, "write_json", lambda path, value: written.append(path.name))
+    written: list[str] = []
+    run_study(monkeypatch, *flags, "sft")
+    assert written == ["study.json"]
+    run_study(monkeypatch, *flags, "slic")
+    assert written == ["study.json", "settings.json", "study.json"]
+
+
 @pytest.mark.parametrize(
     "flags",
     [
