@@ -157,7 +157,7 @@ def require_same_study(config: Config) -> None:
         noted = read_json(path, remedy)
         known = {row: commands for row, commands in rows.items() if row in noted}
         require_same_settings(path, settings | known, (), remedy)
-    # Studies side by side that go on do not write at the same moment.
+    # Of studies side by side that go on none writes: two would be in each other's way.
     if noted != noted | settings | rows:
         write_json(path, noted | settings | rows)
 

@@ -145,7 +145,7 @@ def test_memory_of_loading_shards(checkpoint, tmp_path, dtype):
     for peak, mine, largest in zip(*[iter(numbers)] * 3, strict=True):
         shown = {"share": mine, "largest tensor": largest, "peak": peak}
         print(dtype, {name: f"{size / 1e6:.0f} MB" for name, size in shown.items()})
-        # What was freed before is used again, so that a little less may be seen than is held.
+        # Of what was freed before a little may still be used again, and does not count then.
         assert 0.85 * mine < peak < mine + largest
     whole = load_model(checkpoint, dtype=getattr(torch, dtype))
     expected = sum(p.double().abs().sum().item() for p in whole.parameters())

@@ -381,8 +381,8 @@ def test_a_study_that_goes_on_leaves_the_settings_as_they_are(tmp_path, monkeypa
     """Several that go on side by side would write them at the same moment."""
     flags = ["--out", str(tmp_path), "--seeds", "1", "--images", "5", "--rows"]
     run_study(monkeypatch, *flags, "bdhs,sft")
-    monkeypatch.setattr(study, "write_json", lambda path, value: written.append(path.name))
     written: list[str] = []
+    monkeypatch.setattr(study, "write_json", lambda path, value: written.append(path.name))
     run_study(monkeypatch, *flags, "sft")
     assert written == ["study.json"]
     run_study(monkeypatch, *flags, "slic")
