@@ -76,7 +76,6 @@ CLAIMS = [
     Claim("RLOO on rewards of corrupted pairs against DPO", "rloo-corrupted", "corrupted", OURS),
     Claim("PPO on rewards of corrupted pairs against DPO", "ppo-corrupted", "corrupted", OURS),
     Claim("RLOO on rewards of descriptions against DPO", "rloo-descriptions", "corrupted", OURS),
-    Claim("no pull against beta 0.05", "rloo-descriptions-no-kl", "rloo-descriptions", OURS),
     Claim("RLOO on rewards of ranked pairs", "rloo-ranked", "base", "Table 8", +0.77, -3.56),
 ]
 

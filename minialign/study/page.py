@@ -85,9 +85,8 @@ def rows_table(rows: list[dict]) -> Table:
 
 
 def asked_table(rows: list[dict]) -> Table:
-    """Direct questions, where they were asked."""
-    asked = [row for row in rows if "ask" in row["metrics"]]
-    lines = [[row["row"], *(cell_text(row["metrics"][name]) for name in ASKED)] for row in asked]
+    """Direct questions of each kind."""
+    lines = [[row["row"], *(cell_text(row["metrics"][name]) for name in ASKED)] for row in rows]
     note = "The share that is answered right, of all and of each kind."
     return Table("Direct questions", note, heads(["row"], ASKED), lines)
 
@@ -96,7 +95,7 @@ def ranges_table(rows: list[dict]) -> Table:
     """The least and the most that a row's seeds came to, one by one."""
     lines = []
     for row in rows:
-        if row["seeds"] > 1 and "by_seed" in row:
+        if row["seeds"] > 1:
             ranges = [range_text(row["by_seed"][name]) for name in RANGED]
             lines.append([row["row"], str(row["seeds"]), *ranges])
     note = "The least and the most of the seeds, each by itself. A row whose seeds differ much "

@@ -159,7 +159,6 @@ ROWS = {
     "rloo-corrupted": paid(RLOO, "corrupted"),
     "ppo-corrupted": paid(PPO, "corrupted"),
     "rloo-descriptions": paid(RLOO, "descriptions"),
-    "rloo-descriptions-no-kl": paid(f"{RLOO} --beta 0", "descriptions"),
     "rloo-ranked": paid(RLOO, "ranked"),
 }
 

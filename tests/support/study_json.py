@@ -1,13 +1,14 @@
 """A small study.json: the base, bdhs, and another row, which learned from nothing."""
 
-from minialign.study.page import RANGED, SHOWN
+from minialign.study.page import ASKED, RANGED, SHOWN
 
 FIGURE = {"value": 0.5, "low": 0.25, "high": 0.75}
 
 
 def row_json(row: str, seeds: int = 3, pairs: int = 30, **by_seed: list) -> dict:
     """A row of study.json whose figures are all 0.5 [0.25, 0.75]."""
-    metrics = dict.fromkeys(SHOWN, FIGURE) | {"length": {"value": 34, "low": 33, "high": 35}}
+    metrics = dict.fromkeys((*SHOWN, *ASKED), FIGURE)
+    metrics["length"] = {"value": 34, "low": 33, "high": 35}
     values = dict.fromkeys(RANGED, [0.1] * seeds) | by_seed
     facts = {"row": row, "seeds": seeds, "images": 5, "steps": 4, "pairs": pairs}
     return facts | {"metrics": metrics, "by_seed": values}
